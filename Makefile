@@ -1,0 +1,64 @@
+# make forwards to the command `recipe` and prints what it runs. make itself ends with 2 whatever went wrong; the
+# exact exit code (75: stopped on request, run the same command to go on) stands in its "Error 75", and
+# `.venv/bin/recipe` gives it directly.
+
+MAIN_RECIPE := tinyllama-finetune
+TEST_WORKERS ?= 2
+PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
+
+# What users say on the command line reaches ci/*.sh as environment, letter for letter: $(value) keeps make from
+# expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
+# environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
+FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX
+FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT PROMPT BASE CHECK UPGRADE
+hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
+$(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
+$(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup recipe-finetune recipe data generate export test test-all lint bench lock
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  HW=cpu STEPS=20 SET="training_config.seed=1 eval_config.every=10" RESUME=never DRY=1 CONTAINER=1 STOP_AT=10 OUT=folder'
+	@echo '  Exact exit codes and every option: .venv/bin/recipe --help'
+
+setup: ## make .venv (every other target does it first): PYTHON=python3.12, LAUNCHER=1 for a board's host
+	@ci/setup.sh
+
+recipe-finetune: setup ## fine-tune a small language model, evaluate and export it (HW= STEPS= SET= RESUME= DRY=1)
+	@ci/forward.sh run $(MAIN_RECIPE)
+
+recipe: setup ## run one recipe by name: NAME=tinyllama-finetune, and the variables above
+	@: "$${NAME:?which recipe? make recipe NAME=$(MAIN_RECIPE)}"
+	@ci/forward.sh run "$$NAME"
+
+data: setup ## build the data set of a recipe: NAME= (the fine-tuning recipe), HW=, SET=
+	@ci/forward.sh data build "$${NAME:-$(MAIN_RECIPE)}"
+
+generate: setup ## talk to a trained model: RUN=runs/..., PROMPT="a question", BASE=1 to see the untuned answer too
+	@: "$${RUN:?which run? make generate RUN=runs/...}"
+	@ci/forward.sh generate "$$RUN"
+
+export: setup ## write a run's Hugging Face folder and check it: RUN=runs/...
+	@: "$${RUN:?which run? make export RUN=runs/...}"
+	@ci/forward.sh export "$$RUN"
+
+test: setup ## the tests, with one tiny run from data to export; under five minutes on two cores, no network
+	$(PYTEST) -m "not slow" tests
+
+test-all: setup ## the slow tests too
+	$(PYTEST) tests
+
+lint: setup ## formatting, lint and types
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy
+	ci/typecheck-recipes.sh
+
+bench: setup ## throughput beside a peer's trainer, on this machine (minutes; the peer gets its own environment)
+	.venv/bin/python bench/throughput.py
+
+lock: ## make requirements/*.txt again from *.in, with hashes: UPGRADE=1 takes newer versions
+	@ci/lock.sh

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# ci/forward.sh VERB [ARGUMENT...]: turns make's variables, handed over as environment, into flags of `recipe`,
+# prints the command as it could be typed, and becomes it. Values stay single words: nothing in them is evaluated.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+verb=$1
+shift
+command=(.venv/bin/recipe "$verb" "$@")
+
+value() { # FLAG VARIABLE: adds `FLAG VALUE` where the variable is set
+    [ -z "${!2:-}" ] || command+=("$1" "${!2}")
+}
+
+switch() { # FLAG VARIABLE [FLAG_FOR_0]: adds the flag for 1, the other one for 0
+    case ${!2:-} in
+    '') ;;
+    1) command+=("$1") ;;
+    0) [ -z "${3:-}" ] || command+=("$3") ;;
+    *) echo "make: $2=${!2}: say 1 or 0" >&2 && exit 2 ;;
+    esac
+}
+
+settings() { # SET="a.b=c d.e=f": one --set each, split at blanks (a value with a blank: `recipe run --set` itself)
+    local item
+    set -f
+    for item in ${SET:-}; do command+=(--set "$item"); done
+    set +f
+}
+
+case $verb in
+run)
+    value --hw HW
+    value --steps STEPS
+    value --stop-at STOP_AT
+    value --resume RESUME
+    settings
+    switch --container CONTAINER --no-container
+    switch --dry-run DRY
+    value --out OUT
+    ;;
+data)
+    value --hw HW
+    settings
+    ;;
+generate)
+    value --prompt PROMPT
+    switch --base BASE
+    ;;
+export)
+    switch --check CHECK
+    ;;
+*)
+    echo "ci/forward.sh: unknown verb $verb" >&2
+    exit 2
+    ;;
+esac
+
+printf '+'
+printf ' %q' "${command[@]}"
+printf '\n'
+exec "${command[@]}"

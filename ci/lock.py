@@ -1,0 +1,163 @@
+"""Writes the lock files of requirements/ through uv: `make lock` (UPGRADE=1 takes newer versions).
+
+torch is the one package that is not taken from the ordinary index: its CPU builds (`2.13.0+cpu`) live on
+PyTorch's own index. Where that index cannot be reached, a CPU wheel in PIP_FIND_LINKS serves; failing that,
+the line that the lock already has is kept; failing that, the line is left out and the lock's head says so.
+A CUDA build is never written. The lock files name no index: who installs them decides where from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = Path("requirements")
+TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
+
+# One requirement: its first line and every continuation, hashes included, and the `# via` comments below it.
+TORCH_BLOCK = re.compile(r"^torch==(?P<version>\S+)(?:.*\\\n)*.*\n(?:    #.*\n)*", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Lock:
+    name: str
+    inputs: tuple[str, ...]
+    python: str
+    universal: bool = False  # one file for every supported Python, with markers
+
+    @property
+    def path(self) -> Path:
+        return REQUIREMENTS / self.name
+
+    @property
+    def has_torch(self) -> bool:
+        return "cpu.in" in self.inputs
+
+
+LOCKS = (
+    Lock("tools.txt", ("tools.in",), "3.10", universal=True),
+    Lock("launcher.txt", ("build.in", "launcher.in"), "3.10", universal=True),
+    *(
+        Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python)
+        for python in ("3.10", "3.11", "3.12")
+    ),
+)
+
+
+def wanted_torch() -> str:
+    """The version that cpu.in pins, as PyTorch names its CPU build."""
+    pin = re.search(r"^torch==(\S+)", (REQUIREMENTS / "cpu.in").read_text(), re.MULTILINE)
+    if pin is None:
+        raise SystemExit("requirements/cpu.in: torch must be pinned as torch==X.Y.Z")
+    return f"{pin[1]}+cpu"
+
+
+def torch_block(text: str) -> str | None:
+    """The lock's torch requirement with its hashes, if it is the wanted CPU build."""
+    found = TORCH_BLOCK.search(text)
+    return found[0] if found and found["version"] == wanted_torch() else None
+
+
+def cpu_index_answers() -> bool:
+    try:
+        with urllib.request.urlopen(f"{TORCH_INDEX.rstrip('/')}/torch/", timeout=10):
+            return True
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def uv_environment() -> dict[str, str]:
+    """pip's settings, said again to uv, which reads only its own."""
+    env = dict(os.environ)
+    for pip_name, uv_name in {
+        "PIP_FIND_LINKS": "UV_FIND_LINKS",
+        "PIP_INDEX_URL": "UV_DEFAULT_INDEX",
+        "PIP_EXTRA_INDEX_URL": "UV_INDEX",
+        "PIP_CERT": "SSL_CERT_FILE",
+    }.items():
+        if env.get(pip_name) and not env.get(uv_name):
+            separator = "," if uv_name == "UV_FIND_LINKS" else " "
+            env[uv_name] = separator.join(env[pip_name].split())
+    return env
+
+
+def compile_lock(lock: Lock, old: str, cpu_index: bool) -> str:
+    """What uv resolves for one lock, keeping the versions of `old` unless UPGRADE is set."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes"]
+    # Wheels only: nothing is built on a user's machine, and no compiler is needed.
+    command += ["--only-binary", ":all:", "--no-python-downloads", "--python-version", lock.python]
+    command += ["--universal"] if lock.universal else ["--python-platform", "x86_64-manylinux_2_28"]
+    if lock.has_torch and cpu_index:
+        command += ["--torch-backend", "cpu"]
+    if os.environ.get("UPGRADE"):
+        command += ["--upgrade"]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / lock.name
+        if old:
+            output.write_text(old)
+        command += ["--output-file", str(output), *(str(REQUIREMENTS / name) for name in lock.inputs)]
+        if subprocess.run(command, env=uv_environment(), stdout=subprocess.DEVNULL).returncode != 0:
+            raise SystemExit(
+                f"{lock.path}: uv could not resolve it (its message is above); nothing was written"
+            )
+        return output.read_text()
+
+
+def header(lock: Lock, torch_missing: bool) -> str:
+    python = "Python 3.10 to 3.12" if lock.universal else f"Python {lock.python}"
+    lines = [f"Made by `make lock` from {', '.join(lock.inputs)} for {python} on Linux x86-64. Do not edit."]
+    if torch_missing:
+        lines += [
+            f"torch=={wanted_torch()} is left out: no CPU build for this Python was in sight.",
+            "`make lock` adds it where PyTorch's CPU index can be reached; until then set-up goes without.",
+        ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def make(lock: Lock, cpu_index: bool) -> str:
+    """The whole text of one lock file."""
+    old = lock.path.read_text() if lock.path.exists() else ""
+    body = compile_lock(lock, old, cpu_index)
+    if not lock.has_torch:
+        return header(lock, torch_missing=False) + body
+    # The old line first: the index lists the hashes of more platforms than a folder of wheels does, and a
+    # lock must not change with the machine that it is made on.
+    block = torch_block(old) or torch_block(body)
+    body = TORCH_BLOCK.sub(lambda _: block or "", body)
+    return header(lock, torch_missing=block is None) + body
+
+
+def write(path: Path, text: str) -> str:
+    """Replaces the file if it differs; what happened, in words."""
+    if path.exists() and path.read_text() == text:
+        return "unchanged"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+    return "written"
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    locks = [lock for lock in LOCKS if lock.has_torch]
+    missing = [lock for lock in locks if not lock.path.exists() or torch_block(lock.path.read_text()) is None]
+    cpu_index = bool(missing) and cpu_index_answers()
+    if missing and not cpu_index:
+        print(f"PyTorch's CPU index does not answer ({TORCH_INDEX}); going on without it", flush=True)
+    for lock in LOCKS:
+        text = make(lock, cpu_index)
+        count = len(re.findall(r"^[a-z0-9].*==", text, re.MULTILINE))
+        torch = ", torch left out" if lock.has_torch and torch_block(text) is None else ""
+        print(f"{lock.path}: {count} packages{torch}, {write(lock.path, text)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training recipes for Tenstorrent hardware and their CPU twin."""

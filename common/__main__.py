@@ -1,0 +1,5 @@
+"""`python -m common` is `recipe`."""
+
+from common.cli import main
+
+main()

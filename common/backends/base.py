@@ -1,0 +1,124 @@
+"""The protocol every engine implements, and the choice of the engine.
+
+Parameters cross this border as numpy arrays in Hugging Face Llama names and layout, so that a checkpoint written
+by one engine continues on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from common.errors import MachineError
+
+if TYPE_CHECKING:
+    from common.config import Config
+    from common.data.tokens import Batch
+    from common.hardware import Hardware
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did. `loss` in nats per supervised token, `grad_norm` before clipping."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What runs, and why: goes to the screen and into the manifest."""
+
+    backend: str
+    device: str
+    precision: str
+    world: int
+    threads: int
+    compiled: bool
+    versions: Mapping[str, str]
+    reason: str
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """One engine, open on its device."""
+
+    @property
+    def info(self) -> BackendInfo: ...
+
+    def build(self, architecture: Mapping[str, Any]) -> None:
+        """Make the model of `architecture` (the keys of a Llama config.json), without its weights."""
+
+    def load(self, weights: Mapping[str, Array]) -> int:
+        """Take every tensor of the base by its Hugging Face name, add adapters and the optimizer.
+
+        Returns the base's parameter count. Raises MachineError for a missing, unknown or misshapen tensor.
+        """
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
+        """One optimizer step: loss = sum(mask x nll) / sum(mask) over all the micro-batches together.
+
+        Raises TrainingError, with the parameters untouched, when loss or gradient norm is not finite.
+        """
+
+    def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
+        """Per row of the batch: the sum of nll in nats [B] and the number of supervised tokens [B], float64."""
+
+    def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
+        """Logits [B, V] after each row's last token, and a cache for the next call.
+
+        First call: `ids` [B, n] filled on the right, `lengths` [B]. With a cache: `ids` [B, 1], the new tokens.
+        """
+
+    def state(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, array), one at a time: `model/<hf name>`, `optimizer/<slot>/<hf name>`."""
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Take back what `state` yielded; `state` may read lazily. A missing or unknown name is an error."""
+
+    def untuned(self) -> AbstractContextManager[None]:
+        """Within it, the model answers as the base does: adapters off. Only for LoRA runs."""
+
+    def close(self) -> None: ...
+
+
+def open_backend(hw: Hardware, config: Config) -> AbstractContextManager[Backend]:
+    """The engine for `hw`, opened; closed on leaving the context, whatever happened."""
+    if hw.arch == "cpu":
+        from common.backends.torch_cpu import open_cpu
+
+        return open_cpu(config)
+    raise MachineError(
+        f"this version has no engine for {hw.name} yet",
+        where=f"HW={hw.name}",
+        todo="train the CPU twin with HW=cpu; the recipe, data and files are the same",
+    )
+
+
+def precision_for(hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
+    """What `precision: auto` means on `hw`, and the sentence why."""
+    if hw.arch != "cpu":
+        return "bf16", f"{hw.name} trains in bf16"
+    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
+    found = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    if found:
+        return "bf16-mixed", f"this CPU multiplies bf16 in hardware ({found[0]})"
+    return "fp32", "this CPU has no bf16 matrix units"
+
+
+def read_weights(files: Iterable[Path]) -> dict[str, Array]:
+    """Every tensor of the safetensors `files` by name; bf16 as ml_dtypes.bfloat16."""
+    import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which lets safetensors read it
+    from safetensors.numpy import load_file
+
+    return {name: array for file in files for name, array in load_file(file).items()}

@@ -1,0 +1,63 @@
+"""The loss over a large vocabulary without ever holding all its logits.
+
+Rows go through the head in chunks; each chunk's gradient with respect to the hidden states is made while its logits
+are still in cache, so the backward pass has nothing left to compute but a scale. The idea is that of fused
+linear-cross-entropy kernels (Hsu et al., 2024, "Liger Kernel"), here in plain torch for a CPU's caches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # rows at a time: 64 x 49,152 fp32 logits are 12.6 MB
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum over rows of -log softmax(hidden @ weight.T)[label], in nats; differentiable in hidden and weight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """`hidden` [N, H], `weight` [V, H] of one dtype, `labels` int64 [N]; returns a float32 scalar."""
+        ctx.weight_dtype = weight.dtype
+        need_hidden, need_weight, _ = ctx.needs_input_grad
+        work = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        total = torch.zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], CHUNK):
+            rows, target = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
+            logits = (rows @ work.t()).float()
+            log_z = torch.logsumexp(logits, dim=1, keepdim=True)
+            total += (log_z - logits.gather(1, target)).sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad = logits.sub_(log_z).exp_()  # softmax, in place
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + CHUNK] = grad @ work
+            if grad_weight is not None:
+                grad_weight += (grad.t() @ rows).float()
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (upstream,) = grad_outputs
+        grad_hidden, grad_weight = ctx.saved_tensors
+        hidden = None if grad_hidden is None else grad_hidden * upstream.to(grad_hidden.dtype)
+        weight = None if grad_weight is None else (grad_weight * upstream).to(ctx.weight_dtype)
+        return hidden, weight, None
+
+
+def nll_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(hidden @ weight.T)[label] per row, float32 [N], without gradients."""
+    parts = []
+    for start in range(0, hidden.shape[0], CHUNK):
+        logits = (hidden[start : start + CHUNK] @ weight.t()).float()
+        picked = logits.gather(1, labels[start : start + CHUNK, None]).squeeze(1)
+        parts.append(torch.logsumexp(logits, dim=1) - picked)
+    return torch.cat(parts) if parts else torch.empty(0)

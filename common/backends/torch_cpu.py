@@ -1,0 +1,449 @@
+"""The CPU twin: transformers' Llama on PyTorch, with the data, loss, checkpoints and files of every other engine.
+
+Three things make it fast without changing what it computes: hidden states go through the output head only where the
+mask supervises, padding to the right of a batch's last supervised token is not computed at all, and frozen weights
+keep the bf16 copy that autocast would otherwise make again at every use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+# Huge pages for tensors: on a virtual machine the first touch of a small page can cost more than the arithmetic on it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from common.backends.base import Array, BackendInfo, StepStats
+from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
+from common.backends.lora import PREFIX, add_lora, lora_layers
+from common.config import Config
+from common.data.tokens import Batch
+from common.errors import MachineError, TrainingError, UsageError
+
+EAGER_ATTENTION_UP_TO = 256  # tokens: below it torch's flash kernel for CPUs is slower than three matmuls
+COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto` wants that many steps to earn it back
+
+
+@contextlib.contextmanager
+def open_cpu(config: Config) -> Iterator[TorchCPU]:
+    """The CPU engine for `config`; its precision must be resolved (not `auto`)."""
+    keep_large_buffers()
+    threads = config.device.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    transformers.utils.logging.set_verbosity_error()
+    backend = TorchCPU(config, threads)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def keep_large_buffers() -> None:
+    """Let malloc keep freed activations instead of giving each back to the kernel.
+
+    glibc maps every block above 32 MB afresh, so each step would touch the same pages for the first time again.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+class TorchCPU:
+    """Implements `common.backends.base.Backend`."""
+
+    def __init__(self, config: Config, threads: int) -> None:
+        training = config.training
+        if training.optimizer.stochastic_rounding:
+            raise UsageError(
+                "stochastic rounding exists on Tenstorrent boards only",
+                where="training_config.optimizer.stochastic_rounding",
+                todo="leave it false on cpu, or use AdamWFullPrecision, which needs none",
+            )
+        self.config, self.threads = config, threads
+        self.stored = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        self.mixed = training.precision == "bf16-mixed"
+        self.compiled, self.compile_reason = decide_compile(config)
+        self.steps_done = 0
+        self.model: LlamaForCausalLM
+        self.optimizer: torch.optim.AdamW
+        self.head16: Tensor | None = None  # a frozen head's bf16 copy, as lora.Frozen keeps one
+        self.trained: dict[str, nn.Parameter] = {}
+        self.masters: dict[str, Tensor] = {}
+
+    @property
+    def info(self) -> BackendInfo:
+        packages = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
+        return BackendInfo(
+            backend="torch-cpu",
+            device=cpu_name(),
+            precision=self.config.training.precision,
+            world=1,
+            threads=self.threads,
+            compiled=self.compiled,
+            versions={"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+            reason=f"HW={self.config.hw} trains on PyTorch; {self.compile_reason}",
+        )
+
+    # --- building -----------------------------------------------------------------------------------------------
+
+    def build(self, architecture: Mapping[str, Any]) -> None:
+        with torch.device("meta"):
+            self.model = LlamaForCausalLM(LlamaConfig.from_dict(dict(architecture)))
+
+    def load(self, weights: Mapping[str, Array]) -> int:
+        model, config = self.model, self.config.model
+        tensors = {name: to_torch(array).to(self.stored) for name, array in weights.items()}
+        if model.config.tie_word_embeddings:
+            tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+        check_names(tensors, dict(model.state_dict()))
+        model.load_state_dict(tensors, strict=True, assign=True)
+        model.tie_weights()
+        model.model.rotary_emb = LlamaRotaryEmbedding(
+            config=model.config
+        )  # its buffers were on meta, and not in a file
+        parameters = sum(p.numel() for p in model.parameters())
+        if config.lora:
+            add_lora(model, config.lora, self.config.training.seed, dtype=self.stored, keep_half=self.mixed)
+        if self.mixed:
+            cast_norm_outputs(model)
+            self.head16 = model.lm_head.weight.detach().bfloat16() if config.lora else None
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._make_optimizer()
+        if self.compiled:
+            model.model.forward = torch.compile(model.model.forward)
+        return parameters
+
+    def _make_optimizer(self) -> None:
+        options = self.config.training.optimizer
+        updated: dict[str, Tensor] = dict(self.trained)
+        if options.type == "AdamWFullPrecision" and self.stored is not torch.float32:
+            self.masters = {name: p.detach().float() for name, p in self.trained.items()}
+            updated = self.masters
+        self.optimizer = torch.optim.AdamW(
+            list(updated.values()),
+            lr=self.config.training.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.updated = updated
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
+        started = time.perf_counter()
+        torch.manual_seed(
+            self.config.training.seed * 1_000_003 + step
+        )  # dropout: a function of the step, not of history
+        self.model.train()
+        supervised = int(sum(batch.loss_mask.sum(dtype=np.int64) for batch in micro_batches))
+        total = torch.zeros((), dtype=torch.float32)
+        for batch in micro_batches:
+            with self._autocast():
+                loss = self._nll_sum(batch) / supervised
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        loss_value, norm_value = float(total), float(norm)
+        if not (np.isfinite(loss_value) and np.isfinite(norm_value)):
+            self._clear_gradients()
+            raise TrainingError(
+                f"step {step} is not finite: loss {loss_value}, gradient norm {norm_value}; the update was refused",
+                where=f"step {step}, learning rate {learning_rate:.3g}",
+                todo="resume with a lower learning rate, or look at the batch: recipe data show --step",
+            )
+        if (limit := self.config.training.max_grad_norm) > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
+        self._update(learning_rate)
+        self.steps_done = step
+        tokens = sum(real_tokens(batch) for batch in micro_batches)
+        return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
+
+    def _nll_sum(self, batch: Batch) -> Tensor:
+        hidden, labels = self._supervised(batch)
+        if self.mixed:
+            hidden = hidden.bfloat16()
+        weight = self.model.lm_head.weight if self.head16 is None else self.head16
+        return cast(Tensor, LinearCrossEntropy.apply(hidden, weight, labels))  # type: ignore[no-untyped-call]
+
+    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, H] and labels [N] of the N supervised positions, row by row."""
+        width = batch.input_ids.shape[1] if self.compiled else used_width(batch)
+        mask = torch.from_numpy(batch.loss_mask[:, :width] > 0)
+        ids = torch.from_numpy(batch.input_ids[:, :width].astype(np.int64))
+        labels = torch.from_numpy(batch.labels[:, :width].astype(np.int64))
+        self._choose_attention(width)
+        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[mask], labels[mask]
+
+    def _update(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        for name, master in self.masters.items():
+            gradient = self.trained[name].grad
+            master.grad = None if gradient is None else gradient.float()
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                self.trained[name].copy_(master)
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.trained.values():
+            parameter.grad = None
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mixed)
+
+    def _choose_attention(self, width: int) -> None:
+        self.model.set_attn_implementation("eager" if width <= EAGER_ATTENTION_UP_TO else "sdpa")
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
+        self.model.eval()
+        with self._in_fp32():
+            hidden, labels = self._supervised(batch)
+            nll = nll_rows(hidden.float(), self.model.lm_head.weight.float(), labels).double()
+        row_of = torch.from_numpy(np.nonzero(batch.loss_mask > 0)[0])
+        sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64).index_add_(0, row_of, nll)
+        return sums.numpy(), batch.loss_mask.sum(axis=1, dtype=np.float64)
+
+    @contextlib.contextmanager
+    def _in_fp32(self) -> Iterator[None]:
+        """Held-out losses that are compared are computed in fp32. Widening bf16 and narrowing it again is exact."""
+        if self.stored is torch.float32:
+            yield
+            return
+        parameters = list(self.model.parameters())
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.data = parameter.data.bfloat16()
+
+    @torch.no_grad()
+    def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
+        self.model.eval()
+        new = torch.from_numpy(ids.astype(np.int64))
+        if cache is None:
+            real = torch.arange(new.shape[1])[None] < torch.from_numpy(lengths.astype(np.int64))[:, None]
+            cache = {
+                "past": DynamicCache(),
+                "attend": real,
+                "next": torch.from_numpy(lengths.astype(np.int64)),
+            }
+            positions, last = torch.arange(new.shape[1])[None].expand_as(new), cache["next"] - 1
+        else:
+            cache["attend"] = torch.cat([cache["attend"], torch.ones_like(new, dtype=torch.bool)], dim=1)
+            positions, last = cache["next"][:, None], torch.zeros(len(new), dtype=torch.int64)
+            cache["next"] = cache["next"] + 1
+        self.model.set_attn_implementation("sdpa")
+        with self._autocast():
+            hidden = self.model.model(
+                input_ids=new,
+                attention_mask=cache["attend"].long(),
+                position_ids=positions,
+                past_key_values=cache["past"],
+                use_cache=True,
+            ).last_hidden_state
+            logits = self.model.lm_head(hidden[torch.arange(len(new)), last])
+        return logits.float().numpy(), cache
+
+    @contextlib.contextmanager
+    def untuned(self) -> Iterator[None]:
+        layers = [layer for _, layer in lora_layers(self.model)]
+        for layer in layers:
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enabled = True
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> Iterator[tuple[str, Array]]:
+        for name, tensor in self._model_state().items():
+            yield f"model/{name}", to_numpy(tensor)
+        for name, tensor in self.masters.items():
+            yield f"optimizer/master/{name}", to_numpy(tensor)
+        for name, tensor in self.updated.items():
+            slots = self.optimizer.state[tensor]
+            for slot in ("exp_avg", "exp_avg_sq"):
+                yield f"optimizer/{slot}/{name}", to_numpy(slots.get(slot, torch.zeros_like(tensor)))
+        yield "optimizer/step", np.array([self.steps_done], np.int64)
+
+    def _model_state(self) -> dict[str, Tensor]:
+        if not self.config.model.lora:
+            tied = self.model.config.tie_word_embeddings
+            return {k: v for k, v in self.model.state_dict().items() if not (tied and k == "lm_head.weight")}
+        layers = dict(lora_layers(self.model))
+        return {
+            f"{PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)
+            for name, layer in layers.items()
+            for matrix in ("lora_A", "lora_B")
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        mine = dict(self.state_shapes())
+        if set(mine) != set(state):
+            odd = sorted(set(mine) ^ set(state))
+            raise MachineError(
+                f"the checkpoint does not fit this model: {len(odd)} tensor names differ, such as {odd[0]}"
+            )
+        for name, tensor in self._model_state().items():
+            take(tensor, state[f"model/{name}"], name)
+        self.steps_done = int(state["optimizer/step"][0])
+        for name, tensor in self.masters.items():
+            take(tensor, state[f"optimizer/master/{name}"], name)
+        for name, tensor in self.updated.items():
+            slots = self.optimizer.state[tensor]
+            slots["step"] = torch.tensor(float(self.steps_done))
+            for slot in ("exp_avg", "exp_avg_sq"):
+                slots[slot] = torch.empty_like(tensor)
+                take(slots[slot], state[f"optimizer/{slot}/{name}"], name)
+        self._check_ties(state)
+
+    def state_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of `state`, without copying a tensor."""
+        for name, tensor in self._model_state().items():
+            yield f"model/{name}", tuple(tensor.shape)
+        for slot, tensors in (
+            ("master", self.masters),
+            ("exp_avg", self.updated),
+            ("exp_avg_sq", self.updated),
+        ):
+            for name, tensor in tensors.items():
+                yield f"optimizer/{slot}/{name}", tuple(tensor.shape)
+        yield "optimizer/step", (1,)
+
+    def _check_ties(self, state: Mapping[str, Array]) -> None:
+        """Projections that share one A here must have been saved with equal ones."""
+        for name, layer in lora_layers(self.model):
+            saved = state[f"model/{PREFIX}{name}.lora_A.weight"]
+            if not np.array_equal(to_numpy(layer.lora_A), saved):
+                raise MachineError(
+                    f"the adapter was trained with another tying of A: {name} has one of its own",
+                    where="model_config.lora.tie_groups",
+                    todo="set lora.tie_groups to what the adapter was trained with",
+                )
+
+    def close(self) -> None:
+        self.trained, self.masters = {}, {}
+
+
+def decide_compile(config: Config) -> tuple[bool, str]:
+    """Whether to compile, from the config and the total steps alone (never the steps left), and why."""
+    choice, steps = config.device.compile, config.training.max_steps or 0
+    if choice == "never":
+        return False, "eager, as configured"
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        return False, "eager: no C++ compiler on this machine"
+    if choice == "always":
+        return True, "compiled, as configured"
+    if config.model.lora or config.model.gradient_checkpointing or steps < COMPILE_FROM_STEPS:
+        return False, "eager: too few steps, or adapters, to earn back the compilation"
+    return True, f"compiled: {steps} steps earn it back"
+
+
+def used_width(batch: Batch) -> int:
+    """Columns up to the last supervised one, in eights; attention is causal, so what lies right of it has no effect."""
+    columns = np.nonzero(batch.loss_mask.any(axis=0))[0]
+    width = int(columns[-1]) + 1 if len(columns) else 1
+    return min(int(batch.input_ids.shape[1]), (width + 7) // 8 * 8)
+
+
+def real_tokens(batch: Batch) -> int:
+    """Tokens up to each row's last supervised one: padding is not counted."""
+    width = batch.loss_mask.shape[1]
+    last = width - batch.loss_mask[:, ::-1].argmax(axis=1)
+    return int(last[batch.loss_mask.any(axis=1)].sum())
+
+
+def cast_norm_outputs(model: LlamaForCausalLM) -> None:
+    """Round each norm's output to bf16 once, not once per projection that reads it; autocast gives the same bits."""
+
+    def cast_output(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output.bfloat16() if torch.is_autocast_enabled("cpu") else output
+
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(cast_output)
+        layer.post_attention_layernorm.register_forward_hook(cast_output)
+
+
+def check_names(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Every tensor mapped, or an error that names the odd ones."""
+    odd = [f"{name} is missing" for name in expected if name not in given]
+    odd += [f"{name} is unknown" for name in given if name not in expected]
+    odd += [
+        f"{name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if odd:
+        raise MachineError(
+            f"the weights do not fit the architecture: {'; '.join(odd[:5])}",
+            where="model_config.base",
+            todo="config.json and the safetensors files must belong together",
+        )
+
+
+def take(target: Tensor, array: Array, name: str) -> None:
+    """Copy `array` into `target`, which must have its shape."""
+    if tuple(array.shape) != tuple(target.shape):
+        raise MachineError(f"{name} has shape {tuple(array.shape)} in the checkpoint, {tuple(target.shape)} here")
+    target.copy_(to_torch(array))
+
+
+def to_torch(array: Array) -> Tensor:
+    """A tensor over the array's memory; ml_dtypes' bfloat16 becomes torch's."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """A copy of the tensor as numpy; torch's bfloat16 becomes ml_dtypes'."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return cast(Array, tensor.view(torch.uint16).numpy().copy().view(ml_dtypes.bfloat16))
+    return cast(Array, tensor.numpy().copy())
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()

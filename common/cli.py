@@ -1,0 +1,215 @@
+"""The `recipe` command: parses, calls, and turns every error into one message and its exit code.
+
+Only click is imported here; what a verb needs is imported in the verb.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from common.errors import MachineError, RecipeError, Stopped, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+Function = Callable[..., Any]
+
+
+class Verbs(click.Group):
+    """A group whose errors have exit codes, and whose sub-groups are imported when they are used."""
+
+    lazy: ClassVar = {"data": "common.data.cli:data"}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self.lazy])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        module, name = self.lazy[cmd_name].split(":")
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, but without importing the lazy groups for their help lines."""
+        del ctx
+        rows = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+        rows.append(("data", "Build, check, look at and convert data sets."))
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def recipe(debug: bool) -> None:
+    """Training recipes for Tenstorrent hardware, and their CPU twin.
+
+    Exit codes: 0 done, 1 our bug, 2 usage or config, 3 data, 4 environment or device, 5 training failed,
+    6 a verification did not hold, 75 stopped on request after saving (the same command goes on).
+    """
+
+
+def main() -> None:
+    """The console script: run, print one message on an error, exit with its code."""
+    debug = "--debug" in sys.argv[1:] or os.environ.get("RECIPES_DEBUG") == "1"
+    try:
+        code = recipe.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.code)
+    except RecipeError as error:
+        if debug and not isinstance(error, Stopped):
+            raise
+        _fail(str(error) if isinstance(error, Stopped) else f"error: {error}", error.code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing more was saved", 130)
+    except MemoryError:
+        _fail("error: out of memory\n  to do: a smaller training_config.batch_size with more accumulation", 5)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `| head` does
+        sys.exit(141)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(
+            f"bug: {type(error).__name__}: {error}\n  to do: run it with --debug first and report what it prints",
+            1,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+def options_of_config(function: Function) -> Function:
+    """--hw and --set, as every verb that resolves a config takes them."""
+    function = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key; repeatable.")(
+        function
+    )
+    return click.option("--hw", envvar="HW", metavar="BOARD", help="Board, or cpu; unset: the one found here.")(
+        function
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """The folder of a recipe, by its name under recipes/ or by path."""
+    for folder in (RECIPES / name, Path(name)):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    known = sorted(path.parent.name for path in RECIPES.glob("*/config.yaml"))
+    raise UsageError(
+        f"no recipe called {name!r}",
+        todo=f"choose from {', '.join(known)}, or give a folder with a config.yaml",
+    )
+
+
+@recipe.command()
+@click.argument("name")
+@options_of_config
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of the run, and so the schedule's horizon.")
+@click.option("--stop-at", type=click.IntRange(min=1), help="Save and end after this step with code 75.")
+@click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="Where to start from.")
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="With --resume PATH: go on with another training or data; recorded.",
+)
+@click.option("--container/--no-container", default=None, help="In the pinned image, or on this machine's Python.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, and what it lacks here; run nothing.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
+def run(name: str, container: bool | None, dry_run: bool, **asked: Any) -> None:
+    """Train a recipe: data if stale, train, evaluate, export."""
+    recipe_dir = find_recipe(name)
+    if container:
+        raise MachineError(
+            "this version has no images yet",
+            where="--container",
+            todo="run without it: on this machine's Python",
+        )
+    if dry_run:
+        from common.ops.dry_run import describe
+
+        for line in describe(recipe_dir, asked["hw"], asked["overrides"], asked["steps"]):
+            click.echo(line)
+        return
+    from common.train.plan import Launch
+
+    launch = Launch(recipe_dir=recipe_dir, command=tuple(sys.argv), **asked)
+    load_script(recipe_dir / "train.py").train(launch)
+
+
+@recipe.group()
+def config() -> None:
+    """Look at a recipe's config."""
+
+
+@config.command()
+@click.argument("name")
+@options_of_config
+@click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
+def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None) -> None:
+    """Print the config with all layers merged, for a board that need not be here."""
+    from common import config as configs
+    from common import hardware, lint
+
+    board = hardware.choose(hw, require_present=False).hardware
+    resolved = configs.load(find_recipe(name), board, overrides, steps)
+    click.echo(resolved.to_yaml(), nl=False)
+    for finding in lint.lint(resolved, board):
+        click.echo(f"# {finding.id}: {finding.message}", err=True)
+
+
+@config.command()
+def schema() -> None:
+    """Print the config's JSON schema, for editors."""
+    import json
+
+    from common.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=1))
+
+
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--check", is_flag=True, help="Only load the export again and compare its held-out loss.")
+def export(run: Path, check: bool) -> None:
+    """Write a run's Hugging Face folders, and prove them by reloading."""
+    from common.ops.export import check_export, export_folder
+
+    (check_export if check else export_folder)(run, click.echo)
+
+
+@recipe.command()
+@click.argument("target", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--prompt", "prompts", multiple=True, help="Ask this; repeatable. Without: a prompt loop.")
+@click.option("--base", is_flag=True, help="Show the untuned model's answer, too.")
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--max-new-tokens", type=int)
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(target: Path, prompts: tuple[str, ...], base: bool, seed: int, **sampling: float | None) -> None:
+    """Talk to a run, or to any Hugging Face Llama folder."""
+    from common.ops.talk import talk
+
+    talk(target, prompts, base=base, seed=seed, sampling={k: v for k, v in sampling.items() if v is not None})
+
+
+def load_script(path: Path) -> Any:
+    """Import a recipe's script by its path: recipe folders are no packages."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UsageError("the recipe has no train.py", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,422 @@
+"""A recipe's configuration: schema, layers, the split of the batch over a board's chips, and two digests.
+
+Layers, each over the one before: defaults, config.yaml, presets/<preset>.yaml, hw/<board>.yaml, --set,
+--steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from common import hardware
+from common.config_sections import (
+    Checkpoint,
+    Data,
+    Device,
+    Evaluation,
+    Export,
+    Logging,
+    Model,
+    Section,
+    Training,
+)
+from common.errors import UsageError
+from common.hardware import Hardware
+from common.yaml_layers import (
+    Key,
+    Layer,
+    Problem,
+    dotted,
+    flatten,
+    locate,
+    merge,
+    nest,
+    read_file,
+    read_override,
+    refuse,
+    shown,
+)
+from common.yaml_layers import to_yaml as _to_yaml
+
+FORMAT = 1  # of config.resolved.yaml
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a config remembers of its layers; no part of its value."""
+
+    where: Mapping[Key, str] = field(default_factory=dict)
+    overlay: str | None = None
+    recipe_batch: int | None = None
+
+
+class Config(Section):
+    """A valid configuration. YAML has long names (`training_config`), code short ones (`training`)."""
+
+    recipe: str
+    """Name of the recipe's folder; filled by `load`."""
+    hw: str
+    """Name of the board in hardware.yaml; filled by `load`."""
+    training: Training = Field(alias="training_config")
+    """Optimization."""
+    model: Model = Field(alias="model_config")
+    """The network and its initial weights."""
+    data: Data = Field(alias="data_config")
+    """Rows, their split and their tokens."""
+    eval: Evaluation = Field(alias="eval_config")
+    """Held-out loss and samples."""
+    checkpoint: Checkpoint = Field(alias="checkpoint_config")
+    """Saved states."""
+    device: Device = Field(default=Device(), alias="device_config")
+    """Devices, processes and compilation."""
+    logging: Logging = Field(default=Logging(), alias="logging_config")
+    """Console and trackers."""
+    export: Export = Field(default=Export(), alias="export_config")
+    """The Hugging Face folder at the end of a run."""
+
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+
+    @field_validator("data")
+    @classmethod
+    def _rows_fit_positions(cls, data: Data, info: ValidationInfo) -> Data:
+        shape = info.data["model"].architecture if "model" in info.data else None
+        if shape and data.max_length and data.max_length > shape.max_position_embeddings:
+            text = f"longer than max_position_embeddings {shape.max_position_embeddings}"
+            raise PydanticCustomError("below", "{text}", {"text": text, "below": "max_length"})
+        return data
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.dump() == other.dump()
+
+    def __hash__(self) -> int:
+        return hash(self.config_digest())
+
+    @property
+    def effective_batch(self) -> int:
+        """Rows in one optimizer step, over all devices and micro-batches."""
+        return self.training.batch_size * self.training.gradient_accumulation_steps
+
+    @property
+    def recipe_batch(self) -> int | None:
+        """The effective batch of config.yaml and preset, before overlay and --set; None if not known."""
+        return self._origin.recipe_batch
+
+    def where(self, key: str) -> str:
+        """The file:line or option that set a long dotted key, or `(default)`."""
+        return self._origin.where.get(tuple(key.split(".")), "(default)")
+
+    def departures(self) -> list[str]:
+        """What hw/<board>.yaml changes of the training itself; with any, this is another experiment."""
+        keys = {dotted(key): value for key, value in flatten(self._training_tree())}
+        if self.recipe_batch != self.effective_batch:
+            keys |= dict(
+                zip(
+                    _BATCH, (self.training.batch_size, self.training.gradient_accumulation_steps), strict=True
+                )
+            )
+        overlay = self._origin.overlay
+        from_overlay = [key for key in keys if overlay and self.where(key).startswith(f"{overlay}:")]
+        return [f"{key}: {_text(keys[key])} ({self.where(key)})" for key in from_overlay]
+
+    def with_values(self, **values: Any) -> Config:
+        """A validated copy with dotted keys set, e.g. `with_values(**{"training.precision": "fp32"})`.
+
+        Sections may have their short or long names. Setting one of max_steps and num_epochs clears the other.
+        """
+        return self._set(values, "set by the run")
+
+    def _set(self, values: Mapping[str, Any], place: str) -> Config:
+        layers = []
+        for name, value in values.items():
+            section, *rest = name.split(".")
+            info = Config.model_fields.get(section)
+            key = ((info.alias if info else None) or section, *rest)
+            layers.append(Layer(nest(key, value), {key: place}))
+        merged = _stack(Layer(self.dump(), dict(self._origin.where)), layers)
+        copy = _validate(merged, f"the configuration of {self.recipe}")
+        copy._origin = dataclasses.replace(self._origin, where=merged.where)
+        return copy
+
+    def resolved(self) -> Config:
+        """This config, once the run's decisions are in; ValueError while precision or max_steps are open."""
+        open_keys = ["training.precision"] * (self.training.precision == "auto")
+        open_keys += ["training.max_steps"] * (self.training.max_steps is None)
+        if open_keys:
+            raise ValueError(f"not resolved yet: {', '.join(open_keys)} (use with_values)")
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """All values under their YAML names, ready for JSON."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """The text of config.resolved.yaml, which `load_resolved` reads."""
+        return _to_yaml({"format": FORMAT, **self.dump()})
+
+    def changes(self, other: Config) -> list[str]:
+        """What differs in `other`, a line for each key: `training_config.learning_rate: 0.0001 -> 0.0002`."""
+        old, new = dict(flatten(self.dump())), dict(flatten(other.dump()))
+        keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+        return [
+            f"{dotted(key)}: {_text(old.get(key, _ABSENT))} -> {_text(new.get(key, _ABSENT))}" for key in keys
+        ]
+
+    def config_digest(self) -> str:
+        """sha256 over every value, for the record."""
+        return _sha256(self.dump())
+
+    def training_digest(self, facts: Mapping[str, str]) -> str:
+        """sha256 over what fixes the next update, with `facts` such as the hashes of base weights and data.
+
+        Left out: the split into micro-batches, hardware, mesh, threads, compilation, checkpoints, evaluation,
+        logging, export, and the preset's name (its values are in). Raises ValueError if not `resolved`.
+        """
+        tree = self.resolved()._training_tree()
+        del tree["model_config"]["preset"]
+        return _sha256({**tree, "effective_batch": self.effective_batch, "facts": dict(facts)})
+
+    def _training_tree(self) -> dict[str, dict[str, Any]]:
+        tree = self.dump()
+        for key in ("batch_size", "gradient_accumulation_steps"):
+            del tree["training_config"][key]
+        del tree["model_config"]["gradient_checkpointing"]
+        return {key: tree[key] for key in ("training_config", "model_config", "data_config")}
+
+
+def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: int | None = None) -> Config:
+    """The configuration of a recipe on a board, all layers merged, the batch split over the board's chips.
+
+    `overrides` are `section.key=value`; `steps` replaces max_steps or num_epochs as the last layer.
+    Raises one UsageError that lists every mistake with its file:line.
+    """
+    base = read_file(recipe_dir / "config.yaml")
+    overlay = _overlay(recipe_dir / "hw", hw)
+    sets = [read_override(text) for text in overrides]
+    preset = _preset(recipe_dir / "presets", [base, *overlay, *sets])
+    last = [] if steps is None else [Layer(nest(_STOP[0], steps), {_STOP[0]: f"--steps {steps}"})]
+
+    recipe = _stack(_stack(Layer(), [base]), preset)
+    merged = _stack(_stack(_stack(recipe, overlay), sets), last)
+    merged.problems += [
+        Problem(locate(merged.where, (name,)), name, "unknown key")
+        for name in ("recipe", "hw")
+        if name in merged.tree
+    ]
+    merged.tree.update(recipe=recipe_dir.name, hw=hw.name)
+    config = _validate(merged, f"the configuration of {recipe_dir.name}")
+    place = shown(recipe_dir / "hw" / f"{hw.name}.yaml") if overlay else None
+    config._origin = _Origin(merged.where, place, _batch_of(recipe))
+    chosen = any(layer.get(key) is not None for layer in [*overlay, *sets] for key in _BATCH)
+    return _fit(config, hw, keep_batch=chosen)
+
+
+def load_resolved(path: Path) -> Config:
+    """The configuration of a run, from its config.resolved.yaml. Raises UsageError if it is not valid."""
+    layer = read_file(path)
+    version = layer.tree.pop("format", None)
+    if version != FORMAT:
+        raise UsageError(f"unknown format {version!r}, this version reads format {FORMAT}", where=shown(path))
+    config = _validate(layer, shown(path))
+    config._origin = _Origin(layer.where)
+    return config
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of config.yaml, presets and overlays, for editors; each is a layer: nothing is required."""
+    schema = Config.model_json_schema(by_alias=True)
+    for name in ("recipe", "hw"):
+        del schema["properties"][name]
+    for part in (schema, *schema["$defs"].values()):
+        part.pop("required", None)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "Recipe configuration",
+    }
+
+
+_STOP: tuple[Key, Key] = (("training_config", "max_steps"), ("training_config", "num_epochs"))
+_BATCH = ("training_config.batch_size", "training_config.gradient_accumulation_steps")
+# Names that other training tools use, and ours.
+_SYNONYMS = {
+    "lr": "training_config.learning_rate",
+    "epochs": "training_config.num_epochs",
+    "steps": "training_config.max_steps",
+    "clip_grad_norm": "training_config.max_grad_norm",
+}
+
+
+def _stack(below: Layer, group: Sequence[Layer]) -> Layer:
+    """The layers of one group (a file, or all --set) over `below`; max_steps clears num_epochs, or back."""
+    set_in = {key: layer for layer in group for key in _STOP if layer.get(dotted(key)) is not None}
+    merged = below
+    for layer in group:
+        merged = merge(merged, layer)
+    if len(set_in) == 2:
+        places = " and ".join(layer.where[key] for key, layer in set_in.items())
+        text = f"both max_steps and num_epochs are set in one layer ({places}): keep one"
+        merged.problems.append(Problem(set_in[_STOP[1]].where[_STOP[1]], dotted(_STOP[1]), text))
+    if set_in and isinstance(merged.tree["training_config"], dict):
+        cleared = _STOP[1] if _STOP[0] in set_in else _STOP[0]
+        merged.tree["training_config"].pop(cleared[-1], None)
+    return merged
+
+
+def _overlay(folder: Path, hw: Hardware) -> list[Layer]:
+    """hw/<board>.yaml if there is one. A file named after no board would never be read: refused."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in files:
+        if path.suffix != ".yaml" or path.stem not in hardware.table():
+            known = ", ".join(f"{name}.yaml" for name in hardware.table())
+            raise UsageError(
+                "this overlay is named after no board and would never be read", where=shown(path), todo=known
+            )
+    return [read_file(path) for path in files if path.stem == hw.name]
+
+
+def _preset(folder: Path, layers: Sequence[Layer]) -> list[Layer]:
+    """The preset that the last layer to name one names."""
+    key = ("model_config", "preset")
+    naming = [layer for layer in layers if key in layer.where]
+    name = naming[-1].get(dotted(key)) if naming else None
+    if not isinstance(name, str):
+        return []  # none, or not text: the schema says so
+    files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if name not in files:
+        known = ", ".join(files) or "none, there is no presets/ folder"
+        raise UsageError(
+            f"unknown preset {name!r}", where=naming[-1].where[key], todo=f"presets here: {known}"
+        )
+    layer = read_file(files[name])
+    if key in layer.where:
+        raise UsageError("a preset cannot name a preset", where=layer.where[key])
+    return [layer]
+
+
+def _batch_of(recipe: Layer) -> int | None:
+    rows, parts = recipe.get(_BATCH[0]), recipe.get(_BATCH[1])
+    return rows * (parts or 1) if isinstance(rows, int) and isinstance(parts, int | None) else None
+
+
+def _fit(config: Config, hw: Hardware, *, keep_batch: bool) -> Config:
+    """Fills in the mesh and splits the effective batch into micro-batches for this board."""
+    device, places = config.device, config.where
+    mesh = device.mesh_shape or ((1, 1) if device.enable_ddp is False else hw.mesh_shape)
+    devices = math.prod(mesh)
+    if devices > hw.chips:
+        text = f"the mesh {list(mesh)} has {devices} devices, {hw.name} has {hw.chips}"
+        raise UsageError(
+            text, where=places("device_config.mesh_shape"), todo=f"use {list(hw.mesh_shape)} or less"
+        )
+    if device.enable_ddp not in (None, devices > 1):
+        text = f"enable_ddp: {_text(device.enable_ddp)} contradicts the mesh {list(mesh)} of {hw.name}"
+        todo = "leave enable_ddp out: data parallel is on where there is more than one device"
+        raise UsageError(text, where=places("device_config.enable_ddp"), todo=todo)
+    effective, batch = config.effective_batch, config.training.batch_size
+    if not keep_batch:
+        limit = min(effective, hw.micro_batch * devices)
+        batch = max((size for size in range(devices, limit + 1, devices) if effective % size == 0), default=0)
+    if batch == 0 or batch % devices:
+        total = f"effective batch {effective}" if batch == 0 else f"batch_size {batch}"
+        near = (
+            f"{max(1, effective // devices) * devices} divides"
+            if batch == 0
+            else f"use a multiple of {devices}"
+        )
+        raise UsageError(
+            f"{total} does not divide by the {devices} devices of {hw.name}",
+            where=places(_BATCH[0]),
+            todo=near,
+        )
+    values = {"device.mesh_shape": mesh, "device.enable_ddp": devices > 1}
+    if not keep_batch:
+        values |= {"training.batch_size": batch, "training.gradient_accumulation_steps": effective // batch}
+    return config._set(values, f"hardware.yaml ({hw.name})")
+
+
+def _validate(layer: Layer, what: str) -> Config:
+    try:
+        config = Config.model_validate(layer.tree)
+    except ValidationError as error:
+        refuse([*layer.problems, *_explain(error, layer)], what)
+        raise
+    refuse(layer.problems, what)
+    return config
+
+
+def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
+    """Pydantic's errors with the file:line of the key and the words of this project."""
+    texts: dict[tuple[str, str], list[str]] = {}
+    for item in error.errors(include_url=False):
+        context = item.get("ctx", {})
+        # A union puts the names of its members into the location.
+        key: Key = tuple(part for part in item["loc"] if part not in ("str", "list[str]"))
+        key += (context["below"],) if "below" in context else ()
+        if item["type"] == "missing":
+            text = "is required"
+        elif item["type"] == "extra_forbidden":
+            text = f"unknown key{_nearest(key)}"
+        elif item["type"] == "model_type":
+            text = f"should be a section with keys below it, got {_text(item['input'])}"
+        elif item["type"] in ("value_error", "below"):
+            text = item["msg"].removeprefix("Value error, ")
+        else:
+            text = f"{item['msg'].replace('Input should', 'should')}, got {_text(item['input'])}"
+        texts.setdefault((locate(layer.where, key), dotted(key)), []).append(text)
+    for (place, name), parts in texts.items():
+        yield Problem(place, name, ", or ".join(parts))
+
+
+def _nearest(key: Key) -> str:
+    """The valid key that an unknown one may stand for."""
+    name = str(key[-1])
+    siblings = [path[-1] for path in _keys(Config) if path[:-1] == key[:-1]]
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return f"; did you mean {near[0]}?"
+    elsewhere = [dotted(path) for path in _keys(Config) if path[-1] == name]
+    if elsewhere or name in _SYNONYMS:
+        return f"; did you mean {(elsewhere or [_SYNONYMS[name]])[0]}?"
+    return f"; valid keys here: {', '.join(siblings)}" if siblings else ""
+
+
+def _keys(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key that a YAML file may hold, sections included."""
+    for name, info in section.model_fields.items():
+        if section is Config and name in ("recipe", "hw"):
+            continue
+        here = (*path, info.alias or name)
+        yield here
+        for kind in (info.annotation, *typing.get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, here)
+
+
+_ABSENT = object()
+
+
+def _text(value: Any) -> str:
+    return "(absent)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _sha256(tree: Mapping[str, Any]) -> str:
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()

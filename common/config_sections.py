@@ -1,0 +1,293 @@
+"""The sections of a configuration: every key with its type, default, bounds, unit and meaning.
+
+A validator sees the fields above its own, so a rule over two keys stands at the later one.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class Optimizer(Section):
+    type: Literal["AdamW", "AdamWFullPrecision"] = "AdamW"
+    """AdamW, or ttml's variant that keeps fp32 master weights and moments beside bf16 weights."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay; on all parameters, as on the board."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    stochastic_rounding: bool = False
+    """Round bf16 weights stochastically at the update, so that small updates are not lost (boards only)."""
+
+
+class Scheduler(Section):
+    type: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up from 0; clamped to the run's length, and said."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The last learning rate as a share of the first (linear and cosine)."""
+
+
+class Training(Section):
+    seed: int = Field(default=0, ge=0)
+    """Seed of data order, initial weights and dropout."""
+    batch_size: int = Field(gt=0)
+    """Rows in one micro-batch, in total over all devices (as in ttml)."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    """Micro-batches in one optimizer step; effective batch = batch_size x this."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps of the run; either this or num_epochs."""
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; steps = ceil(epochs x rows / effective batch)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"
+    """bf16-mixed: fp32 masters under autocast; bf16: weights and moments too; auto: the device's best."""
+    optimizer: Optimizer = Optimizer()
+    """The optimizer and its constants."""
+    scheduler: Scheduler = Scheduler()
+    """The learning rate as a function of the step."""
+
+    @field_validator("num_epochs")
+    @classmethod
+    def _one_stop_rule(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        if "max_steps" in info.data and (epochs is None) == (info.data["max_steps"] is None):
+            raise ValueError("exactly one of max_steps and num_epochs must be set")
+        return epochs
+
+
+class Architecture(Section):
+    """A Llama in Hugging Face's names; used with init: random."""
+
+    vocab_size: _Positive
+    """Token ids, a multiple of 32 where a board is to train it."""
+    hidden_size: _Positive
+    """Width of the residual stream."""
+    intermediate_size: _Positive
+    """Width inside the feed-forward block."""
+    num_hidden_layers: _Positive
+    """Transformer blocks."""
+    num_attention_heads: _Positive
+    """Query heads; divides hidden_size."""
+    num_key_value_heads: _Positive
+    """Key/value heads; divides num_attention_heads."""
+    max_position_embeddings: _Positive
+    """Longest sequence, tokens."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary embedding."""
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of the RMS norms."""
+    tie_word_embeddings: bool = False
+    """Input embedding and output head are one matrix."""
+
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _heads_divide_width(cls, heads: int, info: ValidationInfo) -> int:
+        width = info.data.get("hidden_size", heads)
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide hidden_size {width}")
+        return heads
+
+    @field_validator("num_key_value_heads")
+    @classmethod
+    def _groups_divide_heads(cls, groups: int, info: ValidationInfo) -> int:
+        heads = info.data.get("num_attention_heads", groups)
+        if heads % groups:
+            raise ValueError(f"{groups} key/value heads do not divide num_attention_heads {heads}")
+        return groups
+
+
+class Lora(Section):
+    """Low-rank adapters: W + alpha / rank x B A, only A and B are trained."""
+
+    rank: int = Field(default=8, gt=0)
+    """Rows of A and columns of B."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before A."""
+    tie_groups: list[list[Projection]] = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+    """Projections that share one A, because ttml fuses them into one matrix; [] for plain PEFT adapters."""
+    target_modules: list[Projection] = Field(default=list(typing.get_args(Projection)), min_length=1)
+    """Projections that get an adapter (Hugging Face's names); a tie group is targeted whole or not at all."""
+
+    @field_validator("tie_groups")
+    @classmethod
+    def _groups_are_disjoint(cls, groups: list[list[str]]) -> list[list[str]]:
+        names = [name for group in groups for name in group]
+        if len(names) != len(set(names)):
+            raise ValueError("a projection stands in two tie groups")
+        return groups
+
+    @field_validator("target_modules")
+    @classmethod
+    def _groups_are_whole(cls, targets: list[str], info: ValidationInfo) -> list[str]:
+        if len(targets) != len(set(targets)):
+            raise ValueError("a projection is named twice")
+        for group in info.data.get("tie_groups", []):
+            missing = [name for name in group if name not in targets]
+            if missing and missing != group:
+                raise ValueError(
+                    f"the tie group {group} is targeted in part: add {missing}, remove the others, "
+                    "or change model_config.lora.tie_groups"
+                )
+        return targets
+
+
+class Model(Section):
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the weights of `base`, or from random weights of `architecture`."""
+    base: str | None = None
+    """A name in models.lock.yaml, or a path to a Hugging Face folder."""
+    preset: str | None = None
+    """Name of a file in the recipe's presets/, merged over config.yaml."""
+    architecture: Architecture | None = None
+    """The model's shape; only with init: random."""
+    lora: Lora | None = None
+    """Low-rank adapters; null trains all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about 30 % more compute."""
+
+    @field_validator("base")
+    @classmethod
+    def _pretrained_has_base(cls, base: str | None, info: ValidationInfo) -> str | None:
+        if base is None and info.data.get("init") == "pretrained":
+            raise ValueError("init: pretrained needs a base model")
+        return base
+
+    @field_validator("architecture")
+    @classmethod
+    def _random_has_shape(cls, shape: Architecture | None, info: ValidationInfo) -> Architecture | None:
+        if "init" in info.data and (shape is None) == (info.data["init"] == "random"):
+            raise ValueError("belongs to init: random, which needs it; a pretrained base brings its own")
+        return shape
+
+
+class Data(Section):
+    source: str = Field(min_length=1)
+    """Rows: a path relative to the recipe's folder, an absolute path, or hub:owner/name."""
+    revision: str | None = None
+    """Commit of a hub: source, 40 hex digits."""
+    format: Literal["auto", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "text"] = "auto"
+    """How the source is read; auto looks at name and content."""
+    map: dict[str, str] = {}
+    """Columns of the source by the name they stand for, e.g. {prompt: question, response: answer}."""
+    system_prompt: str | None = None
+    """Put before every conversation that has no system message."""
+    held_out_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the rows kept for evaluation, 0 to 1."""
+    split_by: str | None = None
+    """Row key whose values go to one side of the split whole, e.g. topic."""
+    max_length: int | None = Field(default=None, gt=0, multiple_of=32)
+    """Tokens per row, a multiple of 32; null: the smallest that holds every row. What is cut is listed."""
+    control: Literal["none", "permuted_responses", "shuffled_words"] = "none"
+    """Negative control on the training rows: a run that must not improve."""
+    corpus: str | None = None
+    """Text for the from-scratch recipes: a file or a folder."""
+    supervise_all: bool = False
+    """Train on every token, prompts too."""
+
+    @field_validator("source")
+    @classmethod
+    def _hub_name(cls, source: str) -> str:
+        if source.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", source):
+            raise ValueError("a Hub data set is written hub:owner/name")
+        return source
+
+    @field_validator("revision")
+    @classmethod
+    def _hub_is_pinned(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("source", "").startswith("hub:"):
+            if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+                raise ValueError("a hub: source needs a revision of 40 hex digits (a commit, not a branch)")
+        elif revision is not None and "source" in info.data:
+            raise ValueError("only a hub: source has a revision")
+        return revision
+
+
+class Evaluation(Section):
+    every: int = Field(ge=0)
+    """Optimizer steps between evaluations; 0: only at the end."""
+    prompts: str | list[str]
+    """Prompts answered at every evaluation: a JSONL file relative to the recipe's folder, or a list."""
+    max_new_tokens: int = Field(default=64, gt=0)
+    """Longest answer, tokens."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0 is off."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that hold this share of the probability; 1 is off."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens already there; 1 is off."""
+
+
+class Checkpoint(Section):
+    every: int = Field(ge=0)
+    """Optimizer steps between checkpoints; the last step is always saved; 0: only that."""
+    keep_last: int = Field(default=3, gt=0)
+    """Checkpoints that are kept, the newest first."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest held-out loss."""
+
+
+class Device(Section):
+    mesh_shape: Annotated[tuple[_Positive, _Positive], Strict(False)] | None = None
+    """Devices as [1, N]; null: the board's own (hardware.yaml)."""
+    enable_ddp: bool | None = None
+    """Data parallel over the mesh; null: where there is more than one device."""
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads of each process; null: cores / processes."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile on the CPU; auto: where the run is long enough to pay for it."""
+
+    @field_validator("mesh_shape")
+    @classmethod
+    def _mesh_is_a_line(cls, mesh: tuple[int, int] | None) -> tuple[int, int] | None:
+        if mesh is not None and mesh[0] != 1:
+            raise ValueError(
+                "data parallel runs on a line, [1, N]: ttml lets a 2-D mesh have only two parallelisms"
+            )
+        return mesh
+
+
+class Logging(Section):
+    use_wandb: bool = False
+    """Also write Weights & Biases records."""
+    wandb_mode: Literal["offline", "online"] = "offline"
+    """offline writes a folder; online sends the numbers to the service."""
+    use_tensorboard: bool = False
+    """Also write TensorBoard events."""
+    log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+    """How much the console says."""
+    log_every: int = Field(default=1, gt=0)
+    """Optimizer steps between the console's lines; metrics.jsonl always has every step."""
+
+
+class Export(Section):
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: fp32 from fp32 masters, bf16 from bf16 weights."""

@@ -1,0 +1,541 @@
+"""The data doctor: what is wrong with rows before they are trained on, and what they cost.
+
+Every finding has a stable id: D0.. are errors (training on it would mislead or fail), D1.. are warnings. The
+same rows give the same findings in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from common.data.build import supervised_share
+from common.data.order import permutation
+from common.data.rows import Problem, Row, plain
+from common.data.text import ChatTokenizer
+from common.data.tokens import TILE, Encoded, round_up
+from common.errors import DataError
+
+if TYPE_CHECKING:
+    from common.config import Config
+
+Rows = Mapping[str, Sequence[Row]]
+
+SHOWN = 10
+NEAR = 0.8  # share of common words (Jaccard) from which two prompts count as nearly the same
+NEAR_WORDS = 4  # shorter prompts are too alike by nature: "What is X?"
+LONG_TOKENS = 512
+LONG_CHARACTERS = 500
+FEW_FIRST_WORDS = 0.30
+FIRST_WORD_ROWS = 200
+TOPIC_SHARE = 0.30
+OUTLIER = 4.0  # robust standard deviations of the log length
+SAMPLES = 3
+
+SECRETS = {
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "an OpenAI-style key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "an AWS key id": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{40,}",
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+    "a Google key": r"\bAIza[\w-]{35}",
+    "a Slack token": r"\bxox[abprs]-[\w-]{10,}",
+    "a GitLab token": r"\bglpat-[\w-]{20,}",
+    "a web token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
+}
+EMAIL = re.compile(r"\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
+PHONE = re.compile(
+    r"(?<![\w.+])(?<!\d[ ,])(?:"
+    r"\+\d[\d ().-]{6,16}\d"  # with a country code
+    r"|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}"  # North American
+    r"|0[1-9]\d{0,3}[ /-]\d{3,}(?:[ -]?\d{2,})?"  # with a trunk zero
+    r")(?![\w.]\d)"
+)
+
+# Rows for fine-tuning an instruction model, by count: what experience says they are good for.
+BANDS = (
+    (0, "tiny", "enough to try the pipeline; write at least 50 rows before you judge the result"),
+    (
+        50,
+        "small",
+        "a style can be learned from this; 200 good rows do better, and better than 10,000 mediocre ones",
+    ),
+    (200, "decent", "good for one style or one narrow domain; look for gaps before you add more of the same"),
+    (1_000, "strong", "enough for a domain; quality and balance matter more than further rows"),
+    (10_000, "large", "one epoch may do; check duplicates and balance, and lower the learning rate"),
+    (100_000, "near pre-training", "more than fine-tuning needs; a subset will teach the same in less time"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: its id, what it is, how many rows, and where (all of them)."""
+
+    id: str
+    message: str
+    where: Sequence[str]
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it fails a check without `--strict`."""
+        return self.id.startswith("D0")
+
+    def lines(self) -> list[str]:
+        """The finding for a person: its first ten places and how many more."""
+        found = [f"{'error' if self.is_error else 'warning'} {self.id}: {self.message}"]
+        found += [f"  {place}" for place in self.where[:SHOWN]]
+        return [*found, f"  and {len(self.where) - SHOWN} more"] if len(self.where) > SHOWN else found
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All findings over a number of rows."""
+
+    rows: Mapping[str, int]
+    findings: Sequence[Finding]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What must be corrected."""
+        return [finding for finding in self.findings if finding.is_error]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """What should be looked at."""
+        return [finding for finding in self.findings if not finding.is_error]
+
+    def failed(self, strict: bool = False) -> bool:
+        """Whether the check fails: on errors, and with `strict` on warnings too."""
+        return bool(self.findings if strict else self.errors)
+
+    def lines(self) -> list[str]:
+        """The report for a person: errors first."""
+        count = ", ".join(f"{rows} {name.replace('_', ' ')}" for name, rows in self.rows.items())
+        found = [line for finding in [*self.errors, *self.warnings] for line in finding.lines()]
+        return [*found, f"{count} rows; errors: {len(self.errors)}, warnings: {len(self.warnings)}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        kinds = {"errors": self.errors, "warnings": self.warnings}
+        return {"rows": dict(self.rows)} | {kind: [asdict(one) for one in found] for kind, found in kinds.items()}
+
+
+def check(
+    rows: Rows,
+    prompts: Sequence[str] = (),
+    tokenizer: ChatTokenizer | None = None,
+    config: Config | None = None,
+    *,
+    problems: Sequence[Problem] = (),
+    licence: str | None = "",
+) -> CheckReport:
+    """Look at rows by split ("train", "held_out") and the evaluation prompts.
+
+    Without a tokenizer the checks on tokens and template markers are left out; without a config, those on its
+    options. `problems` are lines that were no rows. `licence` is what the data set's card says, None when
+    nothing does, "" when nobody looked.
+    """
+    everything = [row for part in rows.values() for row in part]
+    train, held_out = list(rows.get("train", ())), list(rows.get("held_out", ()))
+    found: list[Iterator[Finding]] = [
+        listed("D001", "rows that cannot be used", map(str, problems)),
+        leaks(train, held_out, prompts),
+        duplicates(everything),
+        private_data(everything),
+        lengths_of_text(everything),
+        variety(everything),
+    ]
+    if tokenizer is not None:
+        found.append(template_findings(everything, tokenizer, config))
+    if config is not None and train:
+        found.append(batch_findings(len(train), config))
+    if licence is None:
+        found.append(
+            iter([Finding("D119", "no licence is named for this data (a line 'License: ...' in its README)", [])])
+        )
+    return CheckReport(
+        rows={name: len(part) for name, part in rows.items()},
+        findings=sorted((one for part in found for one in part), key=lambda one: one.id),
+    )
+
+
+def listed(id: str, message: str, where: Iterable[str]) -> Iterator[Finding]:
+    """One finding with its count in front, if there is any place."""
+    places = list(where)
+    if places:
+        yield Finding(id, f"{len(places)} {message}", places)
+
+
+def canonical(text: str) -> str:
+    """Text for comparison: case, white space and end punctuation do not count."""
+    return plain(text).rstrip(" .?!")
+
+
+def leaks(train: Sequence[Row], held_out: Sequence[Row], prompts: Sequence[str]) -> Iterator[Finding]:
+    """Prompts that stand on both sides of a measurement: the same ones are errors, near ones warnings."""
+    trained = [(row.prompt, row.where) for row in train]
+    held = [(row.prompt, row.where) for row in held_out]
+    asked = [(prompt, f"evaluation prompt {number}") for number, prompt in enumerate(prompts, start=1)]
+    pairs = (
+        ("D002", "D101", "held-out prompts are trained on", held, trained),
+        ("D003", "D102", "evaluation prompts are trained on", asked, trained),
+        ("D103", "D104", "evaluation prompts are held-out prompts", asked, held),
+    )
+    for same_id, near_id, message, ours, theirs in pairs:
+        known: dict[str, str] = {}
+        for text, where in theirs:
+            known.setdefault(canonical(text), where)
+        same = [f"{where} = {known[canonical(text)]}" for text, where in ours if canonical(text) in known]
+        yield from listed(same_id, message, same)
+        rest = [(text, where) for text, where in ours if canonical(text) not in known]
+        yield from listed(near_id, f"{message} in nearly the same words", near_pairs(rest, theirs))
+
+
+def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """ "a ~ b" for every one of ours, with the first of theirs that shares at least 80 % of the words.
+
+    Two sets of words that alike share one of each other's rarest words (prefix filtering: Chaudhuri et al.,
+    "A primitive operator for similarity joins in data cleaning", ICDE 2006), so few pairs are compared.
+    """
+    our_words, their_words = [words(text) for text, _ in ours], [words(text) for text, _ in theirs]
+    frequency = Counter(word for part in (*our_words, *their_words) for word in part)
+    index: dict[str, list[int]] = defaultdict(list)
+    for at, part in enumerate(their_words):
+        for word in rarest(part, frequency):
+            index[word].append(at)
+    for (text, where), part in zip(ours, our_words, strict=True):
+        candidates = sorted({at for word in rarest(part, frequency) for at in index[word]})
+        for at in candidates:
+            if overlap(part, their_words[at]) >= NEAR and canonical(theirs[at][0]) != canonical(text):
+                yield f"{where} ~ {theirs[at][1]}"
+                break
+
+
+def words(text: str) -> frozenset[str]:
+    """The different words of a text, case folded; none for a text too short to compare."""
+    found = frozenset(re.findall(r"\w+", text.casefold()))
+    return found if len(found) >= NEAR_WORDS else frozenset()
+
+
+def rarest(part: frozenset[str], frequency: Mapping[str, int]) -> list[str]:
+    """As many of the rarest words as two similar sets must have one of in common."""
+    ranked = sorted(part, key=lambda word: (frequency[word], word))
+    return ranked[: len(part) - math.ceil(NEAR * len(part)) + 1]
+
+
+def overlap(one: frozenset[str], other: frozenset[str]) -> float:
+    """Jaccard similarity of two sets of words."""
+    return len(one & other) / len(one | other) if one and other else 0.0
+
+
+def duplicates(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Rows, prompts and answers that come more than once."""
+    by_prompt, by_answer = (
+        grouped(rows, lambda row: conversation_key(row)),
+        grouped(rows, lambda row: row.response),
+    )
+    repeated: list[str] = []
+    conflicts: list[str] = []
+    for group in by_prompt:
+        answers = {canonical(row.response) for row in group}
+        place = ", ".join(row.where for row in group)
+        (conflicts if len(answers) > 1 else repeated).append(f"{place}: {shown(group[0].prompt)}")
+    yield from listed("D105", "prompts come again with the same answer", repeated)
+    yield from listed("D106", "prompts have different answers", conflicts)
+    same = [group for group in by_answer if len({conversation_key(row) for row in group}) > 1]
+    places = [f"{', '.join(row.where for row in group)}: {shown(group[0].response)}" for group in same]
+    yield from listed("D107", "answers are given to different prompts", places)
+    yield from listed("D108", "prompts are nearly the same as an earlier one", near_earlier(rows))
+
+
+def conversation_key(row: Row) -> str:
+    """What stands before the last answer, for comparison."""
+    return "\n".join(f"{turn.role}: {canonical(turn.content)}" for turn in row.messages[:-1])
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
+    """Groups of at least two rows that are alike."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[canonical(key(row))].append(row)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def near_earlier(rows: Sequence[Row]) -> Iterator[str]:
+    """ "b ~ a" for every row whose prompt is nearly that of an earlier row."""
+    place = {row.where: at for at, row in enumerate(rows)}
+    prompts = [(row.prompt, row.where) for row in rows]
+    for pair in near_pairs(prompts, prompts):
+        later, _, earlier = pair.partition(" ~ ")
+        if place[earlier] < place[later]:
+            yield pair
+
+
+def private_data(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Keys (errors), e-mail addresses and phone numbers (warnings). What was found is not printed again."""
+    texts = [(row.where, "\n".join(turn.content for turn in row.messages)) for row in rows]
+    secrets = [f"{where}: {name}" for where, text in texts for name, shape in SECRETS.items() if re.search(shape, text)]
+    yield from listed("D004", "rows hold a key or token", secrets)
+    yield from listed("D109", "rows hold an e-mail address", (where for where, text in texts if EMAIL.search(text)))
+    yield from listed("D110", "rows hold a phone number", (where for where, text in texts if PHONE.search(text)))
+
+
+def lengths_of_text(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Answers that are all but empty, texts that are long, and lengths unlike the others'."""
+    empty = (f"{row.where}: {shown(row.response)}" for row in rows if len(row.response.split()) < 2)
+    yield from listed("D111", "answers are a single word", empty)
+    long = (row.where for row in rows if max(len(row.prompt), len(row.response)) > LONG_CHARACTERS)
+    yield from listed("D112", f"rows have a prompt or answer of more than {LONG_CHARACTERS} characters", long)
+    yield from listed("D113", "answers are far shorter or longer than the others", outliers(rows))
+    edges = (row.where for row in rows if any(turn.content != turn.content.strip() for turn in row.messages))
+    yield from listed("D114", "rows have white space around a text: the model learns to write it", edges)
+
+
+def outliers(rows: Sequence[Row]) -> Iterator[str]:
+    """Answers whose log length is more than four robust standard deviations (1.4826 MAD) from the median."""
+    sizes = [math.log(len(row.response)) for row in rows]
+    if len(sizes) < 20:
+        return
+    middle = statistics.median(sizes)
+    spread = max(1.4826 * statistics.median(abs(size - middle) for size in sizes), 0.25)
+    for row, size in zip(rows, sizes, strict=True):
+        if abs(size - middle) > OUTLIER * spread:
+            yield f"{row.where}: {len(row.response)} characters, the median is {math.exp(middle):.0f}"
+
+
+def variety(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Answers that begin alike, and one topic that outweighs the others."""
+    share = first_word_share(rows)
+    if len(rows) >= 10 and share < FEW_FIRST_WORDS:
+        common = ", ".join(f"{word!r} {count}" for word, count in first_words(rows).most_common(3))
+        yield Finding("D115", f"only {share:.0%} of the answers begin with a word of their own: {common}", [])
+    topics = Counter(str(row.extra["topic"]) for row in rows if "topic" in row.extra)
+    heavy = [f"{topic}: {count / len(rows):.0%}" for topic, count in topics.items() if count > TOPIC_SHARE * len(rows)]
+    if len(topics) > 1:
+        yield from listed("D116", f"topics hold more than {TOPIC_SHARE:.0%} of the rows", heavy)
+
+
+def first_words(rows: Sequence[Row]) -> Counter[str]:
+    """How often each word begins an answer, over at most 200 rows: a language has only so many."""
+    chosen = permutation(len(rows), 0, 2)[:FIRST_WORD_ROWS].tolist()
+    return Counter(rows[at].response.split()[0].casefold() for at in chosen)
+
+
+def first_word_share(rows: Sequence[Row]) -> float:
+    """Different first words of answers per answer, 0 to 1."""
+    found = first_words(rows)
+    return len(found) / found.total() if found else 0.0
+
+
+def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Config | None) -> Iterator[Finding]:
+    """Markers of the chat template inside texts, rows the template refuses, rows that are long in tokens."""
+    marked = {
+        id(row): f"{row.where}: {marker!r} in the {turn.role}'s text"
+        for row in rows
+        for turn in row.messages
+        if (marker := tokenizer.marker_in(turn.content))
+    }
+    yield from listed("D005", "rows hold a marker of the chat template: it would forge a turn", marked.values())
+    limit = config.data.max_length if config else None
+    refused, cut, long = [], [], []
+    for row in rows:
+        if id(row) in marked:
+            continue
+        try:
+            encoded = encode(row, tokenizer, config, limit)
+        except DataError as error:
+            refused.append(f"{row.where}: {error.what}")
+            continue
+        if encoded.cut:
+            cut.append(f"{row.where}: would lose {encoded.cut}")
+        elif len(encoded.ids) > LONG_TOKENS:
+            long.append(f"{row.where}: {len(encoded.ids)} tokens")
+    yield from listed("D006", "rows cannot be tokenized", refused)
+    yield from listed("D117", f"rows do not fit max_length {limit}", cut)
+    yield from listed("D118", f"rows are longer than {LONG_TOKENS} tokens", long)
+
+
+def encode(row: Row, tokenizer: ChatTokenizer, config: Config | None, limit: int | None) -> Encoded:
+    """A row's tokens under the config's system prompt, cut to `limit` predictions."""
+    system = config.data.system_prompt if config else None
+    return tokenizer.encode_row(row, system=system, max_tokens=None if limit is None else limit + 1)
+
+
+def batch_findings(rows: int, config: Config) -> Iterator[Finding]:
+    """Fewer training rows than one optimizer step takes."""
+    if rows < config.effective_batch:
+        yield Finding("D007", f"{rows} training rows do not fill one effective batch of {config.effective_batch}", [])
+
+
+def shown(text: str, width: int = 60) -> str:
+    """The start of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+# Statistics.
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Least, mean and largest of a list of lengths."""
+
+    min: int
+    mean: float
+    max: int
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What a length T costs: the share of padding in a batch, and the rows that would be cut."""
+
+    length: int
+    share: float
+    rows_cut: int
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Tokens of a row (p50, p95, max), of all rows, the share that is supervised, and the cost of each
+    length.
+    """
+
+    p50: int
+    p95: int
+    max: int
+    total: int
+    supervised_share: float
+    needed_length: int
+    padding: Sequence[Padding]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a data set is and costs; `tokens` is None without a tokenizer, the steps without a config."""
+
+    rows: Mapping[str, int]
+    prompt_characters: Spread
+    response_characters: Spread
+    question_share: float
+    first_word_share: float
+    topics: Mapping[str, int]
+    extra_keys: Sequence[str]
+    band: str
+    advice: str
+    tokens: TokenStats | None
+    effective_batch: int | None
+    steps_per_epoch: float | None
+    samples: Sequence[Mapping[str, str]] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers as JSON values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The numbers for a person."""
+        count = ", ".join(f"{rows} {name.replace('_', ' ')}" for name, rows in self.rows.items())
+        prompt, answer = self.prompt_characters, self.response_characters
+        found = [
+            f"rows: {count} ({self.band}: {self.advice})",
+            f"prompt characters: min {prompt.min}, mean {prompt.mean:.0f}, max {prompt.max}",
+            f"answer characters: min {answer.min}, mean {answer.mean:.0f}, max {answer.max}",
+            f"prompts with a question mark: {self.question_share:.0%}",
+            f"answers that begin with another word: {self.first_word_share:.0%}",
+        ]
+        if self.topics:
+            largest = max(self.topics, key=lambda topic: self.topics[topic])
+            found.append(f"topics: {len(self.topics)}, the largest ({largest}) has {self.topics[largest]} rows")
+        if self.extra_keys:
+            found.append(f"kept beside prompt and answer: {', '.join(self.extra_keys)}")
+        if self.tokens:
+            found += token_lines(self.tokens)
+        if self.steps_per_epoch is not None:
+            found.append(f"steps per epoch: {self.steps_per_epoch:.2f} of effective batch {self.effective_batch}")
+        for sample in self.samples:
+            found += [
+                f"sample {sample['where']}",
+                f"  {shown(sample['prompt'], 100)}",
+                f"  {shown(sample['response'], 100)}",
+            ]
+        return found
+
+
+def token_lines(tokens: TokenStats) -> list[str]:
+    """Token statistics for a person; at most sixteen lengths, the needed one last."""
+    found = [
+        f"tokens per row: p50 {tokens.p50}, p95 {tokens.p95}, max {tokens.max}; {tokens.total} in all",
+        f"supervised tokens: {tokens.supervised_share:.1%}",
+        "length   padding   rows cut",
+    ]
+    every = max(1, len(tokens.padding) // 16)
+    chosen = tokens.padding[::-1][::every][::-1]
+    return found + [f"{cost.length:6d}   {cost.share:7.1%}   {cost.rows_cut:8d}" for cost in chosen]
+
+
+def stats(rows: Rows, tokenizer: ChatTokenizer | None = None, config: Config | None = None) -> Stats:
+    """Count rows by split. Raises DataError when there is none, or when a row cannot be tokenized."""
+    everything = [row for part in rows.values() for row in part]
+    if not everything:
+        raise DataError("no row to count")
+    train = len(rows.get("train", ()))
+    band, advice = size_band(train)
+    batch = config.effective_batch if config else None
+    return Stats(
+        rows={name: len(part) for name, part in rows.items()},
+        prompt_characters=spread([len(row.prompt) for row in everything]),
+        response_characters=spread([len(row.response) for row in everything]),
+        question_share=sum("?" in row.prompt for row in everything) / len(everything),
+        first_word_share=first_word_share(everything),
+        topics=dict(Counter(str(row.extra["topic"]) for row in everything if "topic" in row.extra)),
+        extra_keys=sorted({key for row in everything for key in row.extra}),
+        band=band,
+        advice=advice,
+        tokens=token_stats([encode(row, tokenizer, config, None) for row in everything]) if tokenizer else None,
+        effective_batch=batch,
+        steps_per_epoch=train / batch if batch else None,
+        samples=samples(everything),
+    )
+
+
+def size_band(rows: int) -> tuple[str, str]:
+    """The band that a number of training rows falls in, and what to do about it."""
+    return next((name, advice) for least, name, advice in reversed(BANDS) if rows >= least)
+
+
+def spread(sizes: Sequence[int]) -> Spread:
+    """Least, mean and largest."""
+    return Spread(min(sizes), sum(sizes) / len(sizes), max(sizes))
+
+
+def token_stats(encoded: Sequence[Encoded]) -> TokenStats:
+    """Token counts and the padding at each multiple of 32 up to the one that holds every row."""
+    sizes = sorted(len(row.ids) for row in encoded)
+    needed = round_up(sizes[-1] - 1)
+    return TokenStats(
+        p50=sizes[math.ceil(0.50 * len(sizes)) - 1],
+        p95=sizes[math.ceil(0.95 * len(sizes)) - 1],
+        max=sizes[-1],
+        total=sum(sizes),
+        supervised_share=supervised_share(encoded),
+        needed_length=needed,
+        padding=[padding_at(length, sizes) for length in range(TILE, needed + 1, TILE)],
+    )
+
+
+def padding_at(length: int, sizes: Sequence[int]) -> Padding:
+    """The share of a [rows, length] batch that is padding; a row of n tokens fills n-1 places."""
+    used = sum(min(size - 1, length) for size in sizes)
+    return Padding(length, 1 - used / (length * len(sizes)), sum(size - 1 > length for size in sizes))
+
+
+def samples(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Three rows to look at: the same ones every time."""
+    chosen = permutation(len(rows), 0, 2)[:SAMPLES].tolist()
+    return [
+        {"where": row.where, "prompt": row.prompt, "response": row.response} for row in map(rows.__getitem__, chosen)
+    ]

@@ -1,0 +1,355 @@
+"""Other people's data as rows: CSV, Parquet, Alpaca, ShareGPT, plain text, and pinned data sets of the Hub.
+
+`convert` writes a JSONL file once, to be read and kept; `read_source` is what a recipe's builder reads.
+
+Plain text is taken as questions and answers only where it says so itself: a line that starts with `Q:` or
+`Question:` opens a prompt, `A:` or `Answer:` its response, and each runs to the next mark, over blank lines.
+Unmarked prose is refused: cutting it into pairs would be a guess.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.data.rows import (
+    Problem,
+    Row,
+    collect,
+    encoding_fault,
+    json_lines,
+    kind_of,
+    raw_lines,
+    refuse,
+    write_rows,
+)
+from common.errors import DataError, MachineError, UsageError
+
+if TYPE_CHECKING:
+    from common.config_sections import Data
+
+FORMATS = ("auto", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "text")
+SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+QUESTION = re.compile(r"(?:Q|Question)\s*:\s*", re.IGNORECASE)
+ANSWER = re.compile(r"(?:A|Answer)\s*:\s*", re.IGNORECASE)
+HUB = "hub:"
+
+Record = tuple[str, "Mapping[str, Any] | Problem"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: files, format, rows written, the keys that were kept beside them, and what was
+    skipped.
+    """
+
+    source: str
+    out: str
+    format: str
+    rows: int
+    extra_keys: Sequence[str]
+    skipped: Sequence[Problem]
+    sha256: str
+
+    def lines(self) -> list[str]:
+        """The report for a person, one line a fact."""
+        found = [
+            f"{self.rows} rows from {self.source} ({self.format}) to {self.out}",
+            f"sha256 {self.sha256}",
+        ]
+        if self.extra_keys:
+            found.append(f"kept beside prompt and response: {', '.join(self.extra_keys)}")
+        if self.skipped:
+            found.append(f"{len(self.skipped)} rows skipped:")
+            found += [f"  {problem}" for problem in self.skipped]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+def convert(
+    source: str | Path,
+    out: Path,
+    format: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    *,
+    revision: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+    skip_bad: bool = False,
+) -> Report:
+    """Write the rows of `source` to the new JSONL file `out`.
+
+    `source` is a file or `hub:owner/name` with a `revision` of 40 hex digits (and perhaps a subset and
+    split). Raises UsageError when `out` exists or an option makes no sense; DataError that lists every bad
+    row, unless `skip_bad`; MachineError when the Hub cannot be reached.
+    """
+    if out.exists():
+        raise UsageError("the output file exists", where=str(out), todo="choose another name or delete it")
+    if not out.parent.is_dir():
+        raise UsageError("no such folder", where=str(out.parent))
+    name = guess_format(source, format)
+    rows, problems = collect(records(source, name, revision, subset, split), mapping)
+    if not skip_bad:
+        refuse(problems, str(source))
+    if not rows:
+        raise DataError("no usable row in this source", where=str(source))
+    write_rows(out, rows)
+    return Report(
+        source=str(source),
+        out=str(out),
+        format=name,
+        rows=len(rows),
+        extra_keys=sorted({key for row in rows for key in row.extra}),
+        skipped=problems,
+        sha256=hashlib.sha256(out.read_bytes()).hexdigest(),
+    )
+
+
+def read_source(data: Data, recipe_dir: Path) -> list[Row]:
+    """The rows of `data_config.source`, read by its format, map and revision. Raises as `load_rows` does."""
+    source = data.source if data.source.startswith(HUB) else recipe_dir / data.source
+    return load_rows(source, data.format, data.map, revision=data.revision)
+
+
+def load_rows(
+    source: str | Path,
+    format: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    *,
+    revision: str | None = None,
+    subset: str | None = None,
+    split: str = "train",
+) -> list[Row]:
+    """All rows of a file or a pinned Hub data set. Raises DataError that lists every bad row, or says there
+    is none.
+    """
+    rows, problems = collect(records(source, guess_format(source, format), revision, subset, split), mapping)
+    refuse(problems, str(source))
+    if not rows:
+        raise DataError("no row in this source", where=str(source))
+    return rows
+
+
+def records(source: str | Path, format: str, revision: str | None, subset: str | None, split: str) -> Iterator[Record]:
+    """(place, record or problem) of every entry of `source`, whose format is known by now."""
+    if format == "hub":
+        return hub_records(str(source)[len(HUB) :], revision, subset, split)
+    if revision is not None:
+        raise UsageError("only a hub: source has a revision", where=str(source))
+    readers = {
+        "jsonl": json_records,
+        "csv": csv_records,
+        "parquet": parquet_records,
+        "alpaca": alpaca_records,
+        "sharegpt": sharegpt_records,
+        "text": text_records,
+    }
+    return readers[format](Path(source))
+
+
+def guess_format(source: str | Path, format: str) -> str:
+    """The format to read `source` as: what was asked for, or what its name and first record show."""
+    if format not in FORMATS:
+        raise UsageError(f"no format {format!r}; known: {', '.join(FORMATS)}")
+    if str(source).startswith(HUB):
+        return "hub"
+    path = Path(source)
+    if not path.is_file():
+        raise DataError("no such file", where=str(path))
+    if format != "auto":
+        return format
+    if path.suffix.lower() in SUFFIXES:
+        return SUFFIXES[path.suffix.lower()]
+    first = next((record for _, record in json_records(path) if not isinstance(record, Problem)), {})
+    if "conversations" in first:
+        return "sharegpt"
+    return "alpaca" if {"instruction", "output"} <= set(first) else "jsonl"
+
+
+def json_records(path: Path) -> Iterator[Record]:
+    """Objects of a JSONL file, or of one JSON list."""
+    text = path.read_bytes()[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not text.startswith(b"["):
+        yield from json_lines(path)
+        return
+    try:
+        values = json.loads(decoded(path))
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", where=str(path)) from error
+    for number, value in enumerate(values, start=1):
+        where = f"{path}: entry {number}"
+        yield where, value if isinstance(value, dict) else Problem(where, f"{kind_of(value)}, not an object")
+
+
+def alpaca_records(path: Path) -> Iterator[Record]:
+    """Alpaca: instruction, perhaps input, output; a `system` text becomes the system message."""
+    for where, record in json_records(path):
+        if isinstance(record, Problem):
+            yield where, record
+        elif not {"instruction", "output"} <= set(record):
+            yield where, Problem(where, f"no instruction and output; columns: {', '.join(record)}")
+        else:
+            yield where, with_system_message(record)
+
+
+def with_system_message(record: Mapping[str, Any]) -> dict[str, Any]:
+    """An Alpaca record as messages where it has a system text, else itself without the empty one."""
+    rest = {key: value for key, value in record.items() if key != "system"}
+    if not record.get("system"):
+        return rest
+    prompt = "\n\n".join(str(part) for part in (rest.pop("instruction"), rest.pop("input", "")) if part)
+    turns = [("system", record["system"]), ("user", prompt), ("assistant", rest.pop("output"))]
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **rest}
+
+
+def sharegpt_records(path: Path) -> Iterator[Record]:
+    """ShareGPT: `conversations` of {"from": human|gpt|system, "value"}."""
+    for where, record in json_records(path):
+        if isinstance(record, Problem):
+            yield where, record
+            continue
+        turns = record.get("conversations")
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            yield where, Problem(where, f"no list of conversations; columns: {', '.join(record)}")
+            continue
+        messages = [
+            {"role": SPEAKERS.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+            for turn in turns
+        ]
+        yield where, {"messages": messages, **{k: v for k, v in record.items() if k != "conversations"}}
+
+
+def csv_records(path: Path) -> Iterator[Record]:
+    """Lines of a CSV file with a header; commas, semicolons or tabs. Every value stays the text it is."""
+    text = decoded(path)
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names = reader.fieldnames or []
+    if len(set(names)) < len(names):
+        raise DataError(f"a column name twice: {', '.join(names)}", where=f"{path}:1")
+    try:
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            cells = len(record.get(None) or ())
+            if cells or None in record.values():
+                yield where, Problem(where, f"not the {len(names)} columns of the header")
+            else:
+                yield where, dict(record)
+    except csv.Error as error:
+        raise DataError(f"not CSV: {error}", where=f"{path}:{reader.line_num}") from error
+
+
+def parquet_records(path: Path) -> Iterator[Record]:
+    """Rows of a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"not a readable Parquet file: {error}", where=str(path)) from error
+
+
+def text_records(path: Path) -> Iterator[Record]:
+    """Pairs of a text file that marks questions with `Q:` and answers with `A:`. Raises DataError if it marks
+    none.
+    """
+    parts = list(marked_parts(decoded(path).splitlines()))
+    if not any(kind == "Q" for kind, _, _ in parts):
+        raise DataError(
+            "nothing says what is a question and what an answer",
+            where=str(path),
+            todo="start each question with a line 'Q: ...' and its answer with 'A: ...'",
+        )
+    before, after = [("", 0, ""), *parts], [*parts[1:], ("", 0, "")]
+    for previous, (kind, line, text), following in zip(before, parts, after, strict=False):
+        where = f"{path}:{line}"
+        if kind == "Q" and following[0] == "A":
+            yield where, {"prompt": text, "response": following[2]}
+        elif kind == "Q":
+            yield where, Problem(where, "a question without an answer")
+        elif kind == "A" and previous[0] != "Q":
+            yield where, Problem(where, "an answer without a question")
+        elif kind == "" and text:
+            yield where, Problem(where, "text before the first question")
+
+
+def marked_parts(lines: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+    """("Q" or "A", first line, text) of every marked part; "" for what stands before the first mark."""
+    kind, first, part = "", 1, []
+    for number, line in enumerate(lines, start=1):
+        mark = next((name for name, shape in (("Q", QUESTION), ("A", ANSWER)) if shape.match(line)), None)
+        if mark is None:
+            part.append(line)
+            continue
+        yield kind, first, "\n".join(part).strip()
+        shape = QUESTION if mark == "Q" else ANSWER
+        kind, first, part = mark, number, [shape.sub("", line, count=1)]
+    yield kind, first, "\n".join(part).strip()
+
+
+def hub_records(name: str, revision: str | None, subset: str | None, split: str) -> Iterator[Record]:
+    """Rows of a Hub data set at a commit, through `datasets`; from its cache when the Hub is out of reach.
+
+    Raises UsageError without a commit, MachineError when the data set is neither reachable nor cached.
+    """
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise UsageError(
+            "a data set of the Hub needs a revision of 40 hex digits (a branch can change under a run)",
+            where=f"{HUB}{name}",
+            todo="--revision COMMIT, as the data set's page lists it under 'History'",
+        )
+    return loaded_records(name, str(revision), subset, split)
+
+
+def loaded_records(name: str, revision: str, subset: str | None, split: str) -> Iterator[Record]:
+    """Rows that `datasets` loads; `name` may also be a local folder of data files."""
+    import datasets
+
+    where = f"{HUB}{name}@{revision[:12]}"
+    try:
+        table = datasets.load_dataset(name, subset, revision=revision, split=split)
+    except (ConnectionError, OSError) as error:
+        raise MachineError(
+            f"the data set is neither reachable nor in the cache: {error}",
+            where=where,
+            todo="connect once, or convert it elsewhere and copy the JSONL file",
+        ) from error
+    except ValueError as error:  # an unknown subset or split; the message names those that exist
+        raise DataError(str(error), where=where) from error
+    for number, record in enumerate(table, start=1):
+        yield f"{where}:{split}:{number}", record
+
+
+def decoded(path: Path) -> str:
+    """The whole file as text. Raises DataError naming line and byte offset of the first byte that is no
+    UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError:
+        for number, offset, line in raw_lines(path):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(encoding_fault(error, line, offset), where=f"{path}:{number}") from error
+        raise

@@ -1,0 +1,60 @@
+"""Which rows a step trains on: a pure function of (step, seed, effective batch, number of rows).
+
+The order comes from the raw bits of Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", SC 2011), keyed by (seed, epoch). numpy promises the raw bits of a bit generator across versions, and does
+not promise the streams of `numpy.random.Generator`; so nothing here goes through a `Generator`.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+RowIndices = npt.NDArray[np.int64]
+
+_WORD = (1 << 64) - 1
+
+
+def random_words(count: int, *key: int) -> npt.NDArray[np.uint64]:
+    """`count` raw 64-bit words of the Philox stream of `key` (one or two integers, taken modulo 2**64)."""
+    words = np.array([part & _WORD for part in (*key, 0)[:2]], dtype=np.uint64)
+    return np.asarray(np.random.Philox(key=words).random_raw(count), dtype=np.uint64)
+
+
+@lru_cache(maxsize=4)
+def permutation(rows: int, seed: int, epoch: int) -> RowIndices:
+    """The order of `rows` rows in `epoch` (from 0): int64 [rows], read-only. Equal keys keep their order."""
+    order = np.argsort(random_words(rows, seed, epoch), kind="stable").astype(np.int64)
+    order.setflags(write=False)
+    return order
+
+
+def rows_of_step(step: int, seed: int, effective_batch: int, rows: int) -> RowIndices:
+    """The rows of optimizer step `step` (from 1): int64 [effective_batch], each in [0, rows).
+
+    Epoch permutations are concatenated and cut into batches, so a batch may cross the seam of two epochs and
+    every row is seen once an epoch. Raises ValueError when a count is not positive.
+    """
+    if step < 1 or effective_batch < 1 or rows < 1:
+        raise ValueError(f"step {step}, effective batch {effective_batch} and rows {rows} must all be at least 1")
+    first = (step - 1) * effective_batch
+    chosen = np.empty(effective_batch, dtype=np.int64)
+    done = 0
+    while done < effective_batch:
+        epoch, at = divmod(first + done, rows)
+        take = min(rows - at, effective_batch - done)
+        chosen[done : done + take] = permutation(rows, seed, epoch)[at : at + take]
+        done += take
+    return chosen
+
+
+def steps_for(epochs: float, rows: int, effective_batch: int) -> int:
+    """Optimizer steps that cover `epochs` passes over `rows` rows: ceil(epochs x rows / effective batch).
+
+    Computed on the decimal that was written (0.1 means one tenth), so that no rounding error adds a step.
+    """
+    return math.ceil(Fraction(repr(epochs)) * rows / effective_batch)

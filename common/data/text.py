@@ -1,0 +1,391 @@
+"""Chat rows to tokens: the base model's own template, and a mask over what the assistant says.
+
+Rendering equals `apply_chat_template` of `transformers` (a test holds the two together) without importing it,
+so that the path to a board needs no torch. The text is tokenized whole, never in pieces, so training sees the
+tokens that the model will see; the prompt part of a row must equal, id for id, what generation would feed.
+
+The folder's `tokenizer.json` is taken as it stands. `transformers` 5 instead rebuilds the pipeline of a folder
+whose `tokenizer_class` is LlamaTokenizer, and where the file puts a space before what follows a special token
+(Llama-2's layout) its ids differ from the file's own. With `tokenizer_class: PreTrainedTokenizerFast` it reads
+the file as it stands, and the ids are equal again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.data.rows import Message, Row
+from common.data.tokens import Encoded
+from common.errors import DataError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from tokenizers import Encoding, Tokenizer
+
+__all__ = ["ChatTokenizer", "Encoded"]
+
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What a role marker looks like in this family's templates: <|user|>, </s>, [INST], ### Answer:
+MARKER_SHAPES = re.compile(r"<<[^<>\s]+>>|<\|?/?[^<>\s]+\|?>|\[/?[A-Z][A-Z_]+\]|#{2,} ?\w+:")
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template, read from a Hugging Face folder. `load` makes one."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        tokens: Mapping[str, str],
+        stop_ids: Sequence[int],
+        sha256: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.template = template
+        self.tokens = dict(tokens)
+        self.sha256 = sha256
+        self._compiled = compile_template(template) if template else None
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {id for id, token in added.items() if token.special}
+        turn_end = self._find_turn_end()
+        named = [tokenizer.token_to_id(self.tokens["eos_token"])] if "eos_token" in self.tokens else []
+        stops = [id for id in [*named, *stop_ids, *turn_end] if id is not None]
+        self.eos_ids = tuple(dict.fromkeys(stops))
+        markers = {token.content for token in added.values() if token.special} | self._written_markers()
+        self._markers = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)) or r"(?!)")
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTokenizer:
+        """Read tokenizer.json, tokenizer_config.json and the chat template of `folder`. Raises DataError."""
+        from tokenizers import AddedToken, Tokenizer
+
+        path = folder / "tokenizer.json"
+        try:
+            raw = path.read_bytes()
+            tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
+        except Exception as error:  # the Rust library raises plain Exception for whatever it cannot parse
+            raise DataError(f"cannot read the tokenizer: {error}", where=str(path)) from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        settings = read_json(folder / "tokenizer_config.json")
+        tokens = special_tokens({**read_json(folder / "special_tokens_map.json"), **settings})
+        # transformers marks the named tokens as special even where tokenizer.json does not
+        known = [text for text in tokens.values() if tokenizer.token_to_id(text) is not None]
+        tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in known])
+        template = find_template(folder, settings)
+        stop_ids = stop_tokens(folder)
+        digest = hashlib.sha256(raw)
+        digest.update(json.dumps([template, tokens, stop_ids], sort_keys=True).encode())
+        return cls(tokenizer, template, tokens, stop_ids, digest.hexdigest())
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends an answer. Raises DataError when the tokenizer names none."""
+        if not self.eos_ids:
+            raise DataError("the tokenizer has no end token", todo="use a base whose tokenizer_config names eos_token")
+        return self.eos_ids[0]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text, with no token added at either end."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of ids; `skip_special` leaves out end and role tokens."""
+        return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=skip_special))
+
+    def marker_in(self, text: str) -> str | None:
+        """The first template marker or special token written out in `text`: it would forge a turn."""
+        found = self._markers.search(text)
+        return found.group() if found else None
+
+    def render(self, messages: Sequence[Message], *, answer_next: bool = False, where: str | None = None) -> str:
+        """The conversation as the template writes it; `answer_next` opens the assistant's turn at the end.
+
+        Raises DataError when there is no template or the template refuses the conversation.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if self._compiled is None:
+            raise DataError("the base model has no chat template", where=where, todo="use an instruction-tuned base")
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._compiled.render(messages=turns, add_generation_prompt=answer_next, **self._template_options())
+        except (TemplateError, TypeError) as error:
+            raise DataError(
+                f"the base model's chat template refuses this conversation: {error}", where=where
+            ) from error
+
+    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
+        """Ids to generate an answer from: the prompt in the template, with the assistant's turn opened."""
+        messages = with_system((Message("user", prompt),), system)
+        self._refuse_markers(messages, "the prompt")
+        return self._prompt_of(messages, "the prompt")
+
+    def encode_row(
+        self,
+        row: Row,
+        *,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        supervise_all: bool = False,
+    ) -> Encoded:
+        """Tokens and mask of a row: ids uint32 [n], mask uint8 [n].
+
+        mask is 1 on every assistant turn from its first token through its end token, 0 elsewhere (1
+        everywhere with `supervise_all`). `system` is put before a row that has no system message. A row of
+        more than `max_tokens` tokens is shortened: the users' words first (oldest first, from their end),
+        markers and answers last; only when that is not enough is the end cut off. Raises DataError naming the
+        row.
+        """
+        messages = with_system(row.messages, system)
+        self._refuse_markers(messages, row.where)
+        encoded = self._encode(messages, row.where)
+        if max_tokens is not None and len(encoded.ids) > max_tokens:
+            encoded = self._shorten(messages, max_tokens, row.where)
+        if supervise_all:
+            encoded = replace(encoded, mask=np.ones_like(encoded.mask))
+        if not encoded.mask[1:].any():
+            raise DataError(
+                f"nothing of the answer is left in {len(encoded.ids)} tokens",
+                where=row.where,
+                todo="raise data_config.max_length or shorten the row",
+            )
+        return encoded
+
+    def _encode(self, messages: Sequence[Message], where: str) -> Encoded:
+        text = self.render(messages, where=where)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        mask = np.zeros(len(encoding.ids), dtype=np.uint8)
+        for turn, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            opened = self.render(messages[:turn], answer_next=True, where=where)
+            prompt = self.encode_text(opened)
+            if not text.startswith(opened) or encoding.ids[: len(prompt)] != prompt:
+                raise DataError(
+                    "the prompt part of this row has other tokens than generation would feed",
+                    where=where,
+                    todo="the base's chat template or tokenizer joins prompt and answer; use another base",
+                )
+            until = next_turn_at(text, len(opened), messages[turn : turn + 2])
+            mask[len(prompt) : self._end_of_turn(encoding, len(prompt), until, where)] = 1
+        return Encoded(np.array(encoding.ids, dtype=np.uint32), mask)
+
+    def _end_of_turn(self, encoding: Encoding, start: int, until: int, where: str) -> int:
+        """Index after the end token of the turn whose first token is `start`; it stands before character
+        `until`.
+
+        Contents hold no end token: they were checked for markers.
+        """
+        for at in range(start, len(encoding.ids)):
+            if encoding.offsets[at][0] >= until:
+                break
+            if encoding.ids[at] in self.eos_ids:
+                return at + 1
+        raise DataError(
+            "the chat template puts no end token after an answer: the model would never learn to stop",
+            where=where,
+            todo="use a base whose template ends turns with eos_token",
+        )
+
+    def _prompt_of(self, messages: Sequence[Message], where: str) -> list[int]:
+        return self.encode_text(self.render(messages, answer_next=True, where=where))
+
+    def _shorten(self, messages: tuple[Message, ...], max_tokens: int, where: str) -> Encoded:
+        removed = 0
+        for at, message in enumerate(messages):
+            if message.role != "user":
+                continue
+            messages, lost = self._shorten_turn(messages, at, max_tokens, where)
+            removed += lost
+            encoded = self._encode(messages, where)
+            if len(encoded.ids) <= max_tokens:
+                return replace(encoded, cut=f"{removed} characters of the prompt")
+        lost = len(encoded.ids) - max_tokens
+        cut = f"{removed} characters of the prompt and the last {lost} tokens"
+        return Encoded(encoded.ids[:max_tokens], encoded.mask[:max_tokens], cut)
+
+    def _shorten_turn(
+        self, messages: tuple[Message, ...], at: int, max_tokens: int, where: str
+    ) -> tuple[tuple[Message, ...], int]:
+        """Keep as much of the start of turn `at` as fits (at least one character); and how many characters
+        went.
+        """
+        text = messages[at].content
+
+        def kept(characters: int) -> tuple[Message, ...]:
+            shorter = text[:characters].rstrip() or text.strip()[:1]
+            return (*messages[:at], Message("user", shorter), *messages[at + 1 :])
+
+        fits, too_long = 1, len(text)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if len(self.encode_text(self.render(kept(middle), where=where))) <= max_tokens:
+                fits = middle
+            else:
+                too_long = middle
+        best = kept(fits)
+        return best, len(text) - len(best[at].content)
+
+    def _refuse_markers(self, messages: Sequence[Message], where: str) -> None:
+        for message in messages:
+            marker = self.marker_in(message.content)
+            if marker is not None:
+                raise DataError(
+                    f"the {message.role}'s text contains {marker!r}: the base model reads that as structure",
+                    where=where,
+                    todo="write the marker another way, for example with a space inside",
+                )
+
+    def _template_options(self) -> dict[str, Any]:
+        return dict(self.tokens)
+
+    def _probe(self) -> list[str]:
+        """The template's own text around a first question and answer; empty where it refuses a plain
+        exchange.
+        """
+        if self._compiled is None:
+            return []
+        question, answer = "qzjq", "ajzj"
+        try:
+            text = self.render([Message("user", question), Message("assistant", answer)])
+            opened = self.render([Message("user", question)], answer_next=True)
+        except DataError:
+            return []
+        before, _, rest = text.partition(question)
+        between, _, after = rest.partition(answer)
+        return [before, between, after, opened.partition(question)[2]]
+
+    def _find_turn_end(self) -> list[int]:
+        """The special token that closes an answer in the template, where it is another one than eos_token."""
+        pieces = self._probe()
+        after = self.encode_text(pieces[2]) if pieces else []
+        return [id for id in after if id in self._special][:1]
+
+    def _written_markers(self) -> set[str]:
+        """Markers that the template writes as plain text (`<|user|>` in Zephyr's, `[INST]` in Llama-2's)."""
+        pieces = self._probe()
+        try:
+            pieces = [
+                *pieces,
+                self.render([Message("system", "sysj"), Message("user", "qzjq")]).partition("sysj")[0],
+            ]
+            pieces.append(self.render([Message("system", "sysj"), Message("user", "qzjq")]).partition("sysj")[2])
+        except DataError:  # no template, or one that knows no system message
+            pass
+        return {marker for piece in pieces for marker in MARKER_SHAPES.findall(piece)}
+
+
+def next_turn_at(text: str, start: int, turns: Sequence[Message]) -> int:
+    """Character at which the words of the turn after `turns[0]`, written at `start`, begin; the end if none
+    follows.
+    """
+    for message in turns:
+        words = message.content.strip()
+        at = text.find(words, start)
+        start = at + len(words) if at >= 0 else len(text)
+    return at if len(turns) == 2 and at >= 0 else len(text)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
+    """The conversation with `system` before it, unless it brings its own system message."""
+    if system and messages[0].role != "system":
+        return (Message("system", system), *messages)
+    return tuple(messages)
+
+
+def compile_template(source: str) -> Template:
+    """Compile a chat template in the sandbox, with the filters and functions that `transformers` gives it.
+
+    One thing is left out on purpose: `strftime_now`. A template that asks for today's date would make other
+    tokens every day; the templates that use it fall back to a fixed date when it is missing.
+    """
+    from jinja2 import ext, nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        """`{% generation %}` marks what the assistant says; it changes nothing in the text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise DataError(f"the base model's chat template does not parse: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} when there is no such file. Raises DataError when it is no object."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise DataError("not a JSON object", where=str(path))
+    return value
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The named tokens of a tokenizer config, which templates may use: {"eos_token": "</s>", ...}."""
+    found = {}
+    for name in TOKEN_NAMES:
+        token = settings.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
+    """The chat template: its own file, or the config's (a text, or a list with one named "default"); "" if
+    none.
+    """
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return template if isinstance(template, str) else ""
+
+
+def stop_tokens(folder: Path) -> list[int]:
+    """End ids that the model's configs name: generation_config.json's, else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name).get("eos_token_id")
+        if found is not None:
+            return list(ids_in(found))
+    return []
+
+
+def ids_in(value: Any) -> Iterator[int]:
+    """One id or a list of them."""
+    yield from (int(id) for id in (value if isinstance(value, list) else [value]))

@@ -1,0 +1,376 @@
+"""Token files: what training reads. Plain `.npy` arrays, mapped into memory, and one `dataset.json` with
+their hash.
+
+For every split there are four arrays: `ids` uint32 [N], `mask` uint8 [N] (1 = supervised), and the rows as
+windows `starts`/`ends` int64 [R] into them. Windows may overlap (a corpus stores each token once). Nothing is
+pickled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.data import order
+from common.errors import DataError
+
+FORMAT = 1
+TILE = 32  # the hardware computes in 32-wide tiles: a length that is no multiple of it is padded to one anyway
+ARRAYS = {"ids": np.uint32, "mask": np.uint8, "starts": np.int64, "ends": np.int64}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens: ids uint32 [n], mask uint8 [n] (1 = supervised), and what was cut from it ("" =
+    nothing).
+    """
+
+    ids: npt.NDArray[np.uint32]
+    mask: npt.NDArray[np.uint8]
+    cut: str = ""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """One split in memory: ids uint32 [N], mask uint8 [N], starts and ends int64 [R] (row r is
+    ids[starts:ends]).
+    """
+
+    ids: npt.NDArray[np.uint32]
+    mask: npt.NDArray[np.uint8]
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids and labels uint32 [B,T] (labels already shifted by one), loss_mask float32 [B,T] in {0,1}.
+
+    `rows` int64 [B] says which row of the split each line is; -1 is a line that only fills the last batch.
+    All arrays are C-contiguous; padding is id 0 with mask 0.
+    """
+
+    input_ids: npt.NDArray[np.uint32]
+    labels: npt.NDArray[np.uint32]
+    loss_mask: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.int64]
+
+    def split(self, parts: int) -> list[Batch]:
+        """Cut into `parts` equal batches along the rows, in order. Raises ValueError if B is no multiple of
+        it.
+        """
+        size, rest = divmod(len(self.rows), parts)
+        if rest:
+            raise ValueError(f"a batch of {len(self.rows)} rows cannot be cut into {parts} equal parts")
+        return [
+            Batch(self.input_ids[at], self.labels[at], self.loss_mask[at], self.rows[at])
+            for at in (slice(part * size, (part + 1) * size) for part in range(parts))
+        ]
+
+
+class TokenSplit:
+    """The rows of one split, ready to be batched at a fixed length T."""
+
+    def __init__(self, arrays: Arrays, length: int) -> None:
+        self.arrays = arrays
+        self.length = length
+
+    def __len__(self) -> int:
+        return len(self.arrays.starts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows together."""
+        return int((self.arrays.ends - self.arrays.starts).sum())
+
+    def row(self, index: int) -> Encoded:
+        """Row `index` as it was stored."""
+        at = slice(int(self.arrays.starts[index]), int(self.arrays.ends[index]))
+        return Encoded(self.arrays.ids[at], self.arrays.mask[at])
+
+    def batch(self, step: int, seed: int, effective_batch: int) -> Batch:
+        """The whole effective batch of optimizer step `step` (from 1): a pure function of its arguments."""
+        return self.gather(order.rows_of_step(step, seed, effective_batch, len(self)))
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every row once, in order; the last batch is filled with rows of zero mask (`rows` = -1)."""
+        for first in range(0, len(self), batch_size):
+            rows = np.arange(first, first + batch_size, dtype=np.int64)
+            rows[rows >= len(self)] = -1
+            yield self.gather(rows)
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """The batch of these rows (int64 [B], -1 = a line of padding).
+
+        A row of n tokens becomes input tok[:-1] and labels tok[1:] with mask[1:]: the last token is only a
+        label.
+        """
+        arrays = self.arrays
+        known = np.maximum(rows, 0)
+        starts = arrays.starts[known]
+        predicted = np.where(rows < 0, 0, arrays.ends[known] - starts - 1)
+        columns = np.arange(self.length, dtype=np.int64)
+        inside = columns < predicted[:, None]
+        at = np.where(inside, starts[:, None] + columns, 0)
+        return Batch(
+            input_ids=arrays.ids[at] * inside,
+            labels=arrays.ids[at + 1] * inside,
+            loss_mask=(arrays.mask[at + 1] * inside).astype(np.float32),
+            rows=rows,
+        )
+
+
+@dataclass
+class TokenDataset:
+    """A folder of token files. `report` says how it came about when `common.data.build` made it."""
+
+    folder: Path
+    splits: Mapping[str, TokenSplit]
+    length: int
+    source_key: str
+    tokens_sha256: str
+    info: Mapping[str, Any]
+    report: Any = field(default=None)
+
+    @property
+    def train(self) -> TokenSplit:
+        """The rows that are trained on."""
+        return self.splits["train"]
+
+    @property
+    def held_out(self) -> TokenSplit:
+        """The rows that are only evaluated (none when the recipe holds none out)."""
+        return self.splits["held_out"]
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = True) -> TokenDataset:
+        """Map the files of `folder`; with `verify`, recompute their hash. Raises DataError when anything is
+        off.
+        """
+        header = read_header(folder)
+        length = int(header["length"])
+        stored = {name: load_arrays(folder, name) for name in header["splits"]}
+        if verify:
+            found = content_sha256(stored)
+            if found != header["tokens_sha256"]:
+                raise DataError(
+                    f"the token files do not match their hash ({found[:16]} found)",
+                    where=str(folder),
+                    todo="delete the folder: the next run builds it again",
+                )
+            for name, arrays in stored.items():
+                check_windows(arrays, length, f"{folder}: split {name}")
+        return cls(
+            folder=folder,
+            splits={name: TokenSplit(arrays, length) for name, arrays in stored.items()},
+            length=length,
+            source_key=str(header["source_key"]),
+            tokens_sha256=str(header["tokens_sha256"]),
+            info=header["info"],
+        )
+
+
+def write(
+    folder: Path,
+    splits: Mapping[str, Iterable[Encoded]],
+    *,
+    source_key: str,
+    info: Mapping[str, Any],
+    length: int | None = None,
+) -> TokenDataset:
+    """Store rows of tokens in `folder` and open it. See `write_arrays`."""
+    return write_arrays(
+        folder,
+        {name: pack(list(rows)) for name, rows in splits.items()},
+        source_key=source_key,
+        info=info,
+        length=length,
+    )
+
+
+def write_arrays(
+    folder: Path,
+    splits: Mapping[str, Arrays],
+    *,
+    source_key: str,
+    info: Mapping[str, Any],
+    length: int | None = None,
+) -> TokenDataset:
+    """Store `splits` in `folder`, whole or not at all, and open it.
+
+    T is `length`, or the smallest multiple of 32 that holds every row. `info` is stored with the counts and
+    must be JSON. An older folder of that name is replaced; of two writers at once one wins and both get a
+    whole data set. Raises DataError for a row of fewer than two tokens or one that T cannot hold.
+    """
+    splits = {"train": EMPTY, "held_out": EMPTY, **splits}
+    length = needed_length(splits.values()) if length is None else length
+    for name, arrays in splits.items():
+        check_windows(arrays, length, f"split {name}")
+    header = {
+        "format": FORMAT,
+        "source_key": source_key,
+        "tokens_sha256": content_sha256(splits),
+        "length": length,
+        "splits": {name: counts(arrays) for name, arrays in splits.items()},
+        "info": dict(info),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name, arrays in splits.items():
+            for key in ARRAYS:
+                with (temporary / f"{name}.{key}.npy").open("wb") as file:
+                    np.save(file, getattr(arrays, key), allow_pickle=False)
+                    sync(file.fileno())
+        with (temporary / "dataset.json").open("w", encoding="utf-8") as text:
+            text.write(json.dumps(header, indent=1, ensure_ascii=False) + "\n")
+            text.flush()
+            sync(text.fileno())
+        temporary.chmod(0o755)
+        put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return TokenDataset.open(folder)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder to its name, where only whole folders are ever seen.
+
+    A whole data set with the same hashes stays: another process may be mapping it. Anything else is moved
+    away first.
+    """
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            if is_same(folder, temporary):
+                return
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def is_same(folder: Path, other: Path) -> bool:
+    """Whether `folder` holds a whole data set that equals `other`, header and content."""
+    try:
+        TokenDataset.open(folder)
+        return read_header(folder) == read_header(other)
+    except DataError:
+        return False
+
+
+def sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """`dataset.json`, checked for its format. Raises DataError."""
+    path = folder / "dataset.json"
+    todo = "delete the folder: the next run builds it again"
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        found = header["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"no readable data set here: {error}", where=str(path), todo=todo) from error
+    if found != FORMAT:
+        raise DataError(
+            f"token files of format {found!r}; this version reads format {FORMAT}", where=str(path), todo=todo
+        )
+    missing = {"source_key", "tokens_sha256", "length", "splits", "info"} - set(header)
+    if missing:
+        raise DataError(f"keys missing: {', '.join(sorted(missing))}", where=str(path), todo=todo)
+    return dict(header)
+
+
+def load_arrays(folder: Path, name: str) -> Arrays:
+    """Map the four arrays of split `name`. Raises DataError for a missing, damaged or foreign file."""
+    found = {}
+    for key, dtype in ARRAYS.items():
+        path = folder / f"{name}.{key}.npy"
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"cannot read token file: {error}", where=str(path)) from error
+        if array.dtype != dtype or array.ndim != 1:
+            raise DataError(f"{array.ndim}-d {array.dtype} instead of 1-d {np.dtype(dtype)}", where=str(path))
+        found[key] = np.asarray(array)
+    return Arrays(**found)
+
+
+def pack(rows: list[Encoded]) -> Arrays:
+    """Rows one after the other."""
+    ends = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
+    return Arrays(
+        ids=np.concatenate([row.ids for row in rows] or [EMPTY.ids]).astype(np.uint32),
+        mask=np.concatenate([row.mask for row in rows] or [EMPTY.mask]).astype(np.uint8),
+        starts=np.concatenate([np.zeros(1, np.int64), ends])[: len(rows)],
+        ends=ends,
+    )
+
+
+EMPTY = Arrays(np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def needed_length(splits: Iterable[Arrays]) -> int:
+    """The smallest multiple of 32 that holds the n-1 predicted tokens of every row, at least 32."""
+    longest = max((int((arrays.ends - arrays.starts).max()) for arrays in splits if len(arrays.starts)), default=1)
+    return round_up(longest - 1)
+
+
+def round_up(tokens: int) -> int:
+    """The next multiple of 32, at least 32."""
+    return max(TILE, -(-tokens // TILE) * TILE)
+
+
+def check_windows(arrays: Arrays, length: int, where: str) -> None:
+    """Every row lies inside the token array, has at least two tokens, and fits T. Raises DataError."""
+    size = arrays.ends - arrays.starts
+    if len(arrays.ids) != len(arrays.mask) or len(arrays.starts) != len(arrays.ends):
+        raise DataError("the arrays of a split differ in length", where=where)
+    if not len(size):
+        return
+    if int(arrays.starts.min()) < 0 or int(arrays.ends.max()) > len(arrays.ids):
+        raise DataError("a row reaches outside the token array", where=where)
+    if int(size.min()) < 2:
+        raise DataError("fewer than two tokens: nothing to predict", where=f"{where}, row {int(size.argmin())}")
+    if int(size.max()) > length + 1:
+        raise DataError(
+            f"{int(size.max())} tokens do not fit a length of {length}",
+            where=f"{where}, row {int(size.argmax())}",
+        )
+
+
+def counts(arrays: Arrays) -> dict[str, int]:
+    """Rows, tokens of all rows, and how many of them are supervised labels (the first token of a row never
+    is).
+    """
+    windows = zip(arrays.starts.tolist(), arrays.ends.tolist(), strict=True)
+    return {
+        "rows": len(arrays.starts),
+        "tokens": int((arrays.ends - arrays.starts).sum()),
+        "supervised": sum(int(arrays.mask[start + 1 : end].sum()) for start, end in windows),
+    }
+
+
+def content_sha256(splits: Mapping[str, Arrays]) -> str:
+    """Hash of what the arrays hold (names, dtypes, counts, little-endian values), not of the file format
+    around it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        for key, dtype in ARRAYS.items():
+            values = np.ascontiguousarray(getattr(splits[name], key), dtype=np.dtype(dtype).newbyteorder("<"))
+            digest.update(f"{name}.{key} {values.dtype.str} {len(values)}\n".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()

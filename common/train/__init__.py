@@ -1,0 +1,1 @@
+"""The training path: schedule, checkpoint, metrics, evaluation, generation, run."""

@@ -1,0 +1,178 @@
+"""Checkpoints: a folder that is whole or is not there.
+
+`checkpoints/step-00000100/` is the state after the 100th update: the model (`model.safetensors`, or an adapter in
+PEFT's format), `optimizer.safetensors` and `state.json` with the sha256 of each file. It is written beside, synced
+and renamed; the file `latest` moves last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import Config
+from common.errors import MachineError
+from common.models import sha256_file
+from common.train.files import disk_errors, sync, write_atomic, write_json
+
+FORMAT = 1
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder and its state.json."""
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def save(
+    checkpoints: Path,
+    step: int,
+    tensors: Iterable[tuple[str, Array]],
+    config: Config,
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `step`; return its folder. `tensors` are `Backend.state`'s, `facts` go to state.json."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(checkpoints, step)
+    temporary = checkpoints / f".tmp-step-{step:08d}-{os.getpid()}"
+    with disk_errors(f"save the checkpoint of step {step}", checkpoints):
+        try:
+            temporary.mkdir()
+            write_tensors(temporary, tensors, config)
+            hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
+            write_json(temporary / "state.json", {"format": FORMAT, "step": step, **facts, "sha256": hashes})
+            for file in temporary.iterdir():
+                sync(file)
+            set_aside(folder)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(checkpoints)
+        write_atomic(checkpoints / "latest", folder.name + "\n")
+    return folder
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Array]], config: Config) -> None:
+    from safetensors.numpy import save_file
+
+    groups: dict[str, dict[str, Array]] = {"model": {}, "optimizer": {}}
+    for name, array in tensors:
+        group, _, rest = name.partition("/")
+        groups[group][rest] = array
+    model_file = "adapter_model.safetensors" if config.model.lora else "model.safetensors"
+    save_file(groups["model"], folder / model_file, metadata={"format": "pt"})
+    save_file(groups["optimizer"], folder / "optimizer.safetensors")
+    if config.model.lora:
+        write_json(folder / "adapter_config.json", adapter_config(config))
+
+
+def adapter_config(config: Config) -> dict[str, Any]:
+    """PEFT's adapter_config.json for the LoRA section of `config`."""
+    lora = config.model.lora
+    assert lora is not None
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model.base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+    }
+
+
+def set_aside(folder: Path) -> None:
+    """Move a folder of this name out of the way; nothing is overwritten."""
+    number = 0
+    while folder.exists():
+        other = folder.with_name(f"{folder.name}.replaced-{number}")
+        if not other.exists():
+            folder.rename(other)
+        number += 1
+
+
+def steps_saved(checkpoints: Path) -> list[int]:
+    """The steps that have a checkpoint folder, newest first; verified or not."""
+    found = [re.fullmatch(r"step-(\d{8})", entry.name) for entry in checkpoints.glob("step-*")]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def verify(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, every file's hash checked. Raises MachineError saying what is wrong with it."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MachineError(f"state.json cannot be read ({type(error).__name__})", where=str(folder)) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise MachineError(f"state.json is not of format {FORMAT}", where=str(folder))
+    for name, sha256 in state["sha256"].items():
+        file = folder / name
+        if not file.is_file() or sha256_file(file) != sha256:
+            raise MachineError(f"{name} is {'damaged' if file.is_file() else 'missing'}", where=str(folder))
+    return Checkpoint(folder, state)
+
+
+def newest(checkpoints: Path, skipped: list[str]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; each one passed over is described in `skipped`."""
+    for step in steps_saved(checkpoints):
+        try:
+            return verify(folder_of(checkpoints, step))
+        except MachineError as error:
+            skipped.append(f"skipped {folder_of(checkpoints, step).name}: {error.what}")
+    return None
+
+
+class Tensors(Mapping[str, Array]):
+    """The tensors of a checkpoint by the names `Backend.state` gave them, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+        from safetensors import safe_open
+
+        adapter = folder / "adapter_model.safetensors"
+        files = {"model": adapter if adapter.is_file() else folder / "model.safetensors"}
+        files["optimizer"] = folder / "optimizer.safetensors"
+        self.open = {group: safe_open(file, framework="numpy") for group, file in files.items()}
+        self.names = [f"{group}/{name}" for group, file in self.open.items() for name in file.keys()]  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Array:
+        group, _, rest = name.partition("/")
+        if name not in self.names:
+            raise KeyError(name)
+        return np.asarray(self.open[group].get_tensor(rest))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def prune(checkpoints: Path, keep_last: int, keep: Sequence[int]) -> None:
+    """Delete all but the `keep_last` newest checkpoints and those of the steps in `keep`."""
+    for step in steps_saved(checkpoints)[keep_last:]:
+        if step not in keep:
+            shutil.rmtree(folder_of(checkpoints, step))

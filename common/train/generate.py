@@ -1,0 +1,87 @@
+"""The one sampler: batched, on any backend, from its next-token logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.backends.base import Backend
+from common.config_sections import Evaluation
+
+Array = np.ndarray[Any, Any]
+
+
+def generate(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    sampling: Evaluation,
+    *,
+    eos_ids: Collection[int],
+    vocab_size: int,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by up to max_new_tokens tokens; an end token ends a row and is not returned.
+
+    Ids from `vocab_size` up are padding of the embedding and never chosen. `on_token(row, id)` sees each new token.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    seen = [list(prompt) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    done = np.zeros(len(prompts), bool)
+    cache: Any = None
+    for position in range(sampling.max_new_tokens):
+        logits, cache = backend.next_token_logits(ids, lengths, cache)
+        draws = uniforms(seed, position, len(prompts))
+        chosen = [choose(logits[row, :vocab_size], sampling, seen[row], draws[row]) for row in range(len(prompts))]
+        for row, token in enumerate(chosen):
+            if token in eos_ids:
+                done[row] = True
+            if not done[row]:
+                answers[row].append(token)
+                seen[row].append(token)
+                if on_token:
+                    on_token(row, token)
+        if done.all():
+            break
+        ids = np.array(chosen)[:, None]
+    return answers
+
+
+def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float) -> int:
+    """One token id from `logits` [V]; `draw` in [0, 1) decides among what temperature, top_k and top_p leave."""
+    logits = logits.astype(np.float64)
+    if sampling.repetition_penalty != 1.0 and seen:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    scaled = logits[order] / sampling.temperature
+    probability = np.exp(scaled - scaled[0])
+    probability /= probability.sum()
+    total = np.cumsum(probability)
+    # top_p: the smallest set of likeliest tokens that holds this share (Holtzman et al., 2020)
+    kept = int(np.searchsorted(total, min(sampling.top_p, 1.0 - 1e-12))) + 1
+    total = total[:kept]
+    return int(order[min(int(np.searchsorted(total, draw * total[-1], side="right")), len(total) - 1)])
+
+
+def penalise(logits: Array, seen: Sequence[int], penalty: float) -> Array:
+    """Make tokens already there less likely: positive logits divided, negative ones multiplied (Keskar 2019)."""
+    logits = logits.copy()
+    ids = np.unique(np.asarray(seen))
+    logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+    return logits
+
+
+def uniforms(seed: int, position: int, rows: int) -> Array:
+    """`rows` float64 values in [0, 1), a pure function of their arguments."""
+    raw = np.random.Philox(key=seed, counter=[0, 0, 0, position]).random_raw(rows)
+    return (np.asarray(raw) >> np.uint64(11)) * 2.0**-53

@@ -1,0 +1,57 @@
+"""manifest.json: what ran, not what was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.train.files import write_json
+
+FORMAT = 1
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Manifest:
+    """The record of a run, rewritten whole whenever it grows."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = {"format": FORMAT, **values}
+
+    def update(self, **values: Any) -> None:
+        self.values.update(values)
+        write_json(self.path, self.values)
+
+    def append(self, key: str, value: Any) -> None:
+        self.update(**{key: [*self.values.get(key, []), value]})
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def code_facts() -> dict[str, Any]:
+    """The repository's commit, whether it differs from it, the lock file's hash, and the image."""
+    status = _git("status", "--porcelain")
+    lock = ROOT / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
+        "image": os.environ.get("RECIPES_IMAGE_DIGEST"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

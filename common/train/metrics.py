@@ -1,0 +1,53 @@
+"""metrics.jsonl: the truth of a run, one object per optimizer step and one per evaluation, floats at full precision."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import MachineError
+from common.train.files import disk_errors, write_atomic
+
+
+class JsonLines:
+    """An append-only file of JSON objects, each with a `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with disk_errors("write a record", self.path):
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.file.flush()
+
+    def sync(self) -> None:
+        """On the disk, not only with the kernel: done before a checkpoint that relies on it."""
+        with disk_errors("write a record", self.path):
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that `JsonLines` wrote; a last line cut short by a crash is left out."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise MachineError(f"line {number} is not JSON", where=str(path), todo="restore the file") from error
+    return records
+
+
+def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the records up to `step`, which a checkpoint holds the state of; return them."""
+    records = [record for record in read(path) if record["step"] <= step]
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return records

@@ -1,0 +1,177 @@
+"""Where a run starts: a new folder, or the newest verified checkpoint of an unfinished one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from common import config as configs
+from common.errors import DataError, MachineError, UsageError
+from common.train import checkpoint
+from common.train.checkpoint import Checkpoint
+from common.train.files import disk_errors
+from common.train.plan import Plan
+
+INEXACT = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "threads",
+    "compile",
+    "mesh_shape",
+    "hw",
+)
+
+
+@dataclass
+class Start:
+    """A run folder, locked by this process, and the state it starts from (None: the base's weights)."""
+
+    folder: Path
+    lock: IO[str]
+    checkpoint: Checkpoint | None = None
+    parent: str | None = None
+    manifest: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
+    """Follow `--resume`: auto (an unfinished run of the same training), never, or a path."""
+    asked = plan.launch.resume
+    if asked == "never":
+        return new_run(plan)
+    if asked != "auto":
+        return branch(plan, Path(asked).expanduser(), say)
+    for folder, manifest in unfinished(plan):
+        lock = try_lock(folder)
+        if lock is None:
+            say(f"{folder.name} has the same training and is running: not touched")
+            continue
+        found = newest(folder, say)
+        if found is None:
+            lock.close()
+            continue
+        refuse_other_tokens(plan, found, "--resume never starts a new run on the data as they are now")
+        say(f"resuming {folder.name} after step {found.step}; --resume never would start a new run")
+        return Start(folder, lock, found, manifest=manifest, notes=changes(plan, folder))
+    return new_run(plan)
+
+
+def unfinished(plan: Plan) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Run folders of this training whose manifest is not `done`, newest first."""
+    for path in sorted(plan.launch.out.glob("*/manifest.json"), reverse=True):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # a folder that is no run of ours
+        if manifest.get("exit_reason") != "done" and manifest.get("training_digest") == plan.training_digest:
+            yield path.parent, manifest
+
+
+def branch(plan: Plan, path: Path, say: Callable[[str], None]) -> Start:
+    """A new run from another run's newest checkpoint, or from the checkpoint that `path` is."""
+    if (path / "state.json").is_file():
+        found: Checkpoint | None = checkpoint.verify(path)
+        parent = path.parent.parent
+    elif (path / "checkpoints").is_dir():
+        found, parent = newest(path, say), path
+    else:
+        raise UsageError(
+            "no run and no checkpoint there",
+            where=str(path),
+            todo="give a folder of runs/, or auto, or never",
+        )
+    if found is None:
+        raise MachineError("no checkpoint there verifies", where=str(path), todo="start anew with --resume never")
+    accepted = refuse_changes(plan, found, parent)
+    start = new_run(plan)
+    start.checkpoint, start.parent = found, f"{parent.name}/{found.folder.name}"
+    start.notes = accepted + changes(plan, parent)
+    say(f"starting from {start.parent}")
+    return start
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    skipped: list[str] = []
+    found = checkpoint.newest(folder / "checkpoints", skipped)
+    for line in skipped:
+        say(line)
+    return found
+
+
+def refuse_changes(plan: Plan, found: Checkpoint, parent: Path) -> list[str]:
+    """Refuse another training or other tokens, unless --accept-changes; then return what to record."""
+    accepted = []
+    if found.state["training_digest"] != plan.training_digest:
+        accepted = ["another training: " + "; ".join(config_changes(plan, parent) or ["the base model"])]
+    if found.state["tokens_sha256"] != plan.dataset.tokens_sha256:
+        accepted.append("other tokens")
+    if accepted and not plan.launch.accept_changes:
+        if len(accepted) == 1 and accepted[0] == "other tokens":
+            refuse_other_tokens(plan, found, "undo the change of the data, or add --accept-changes (it is recorded)")
+        raise UsageError(
+            f"the checkpoint is of {', and '.join(accepted)}",
+            where=str(found.folder),
+            todo="undo the change, or add --accept-changes (it is recorded), or start anew with --resume never",
+        )
+    return [f"accepted: {line}" for line in accepted]
+
+
+def refuse_other_tokens(plan: Plan, found: Checkpoint, todo: str) -> None:
+    if found.state["tokens_sha256"] != plan.dataset.tokens_sha256:
+        raise DataError(
+            f"the data changed since step {found.step} of this run: its tokens had sha256 "
+            f"{found.state['tokens_sha256'][:12]}..., now {plan.dataset.tokens_sha256[:12]}...",
+            where=str(found.folder),
+            todo=todo,
+        )
+
+
+def changes(plan: Plan, folder: Path) -> list[str]:
+    """What differs from the run in `folder` outside the training itself, with its effect on the bits."""
+    lines = config_changes(plan, folder)
+    inexact = [line for line in lines if line.split(":", 1)[0].rpartition(".")[2] in INEXACT]
+    return [f"changed: {line}" for line in lines] + (["not bit-exact from here"] if inexact else [])
+
+
+def config_changes(plan: Plan, folder: Path) -> list[str]:
+    path = folder / "config.resolved.yaml"
+    return configs.load_resolved(path).changes(plan.config) if path.is_file() else []
+
+
+def new_run(plan: Plan) -> Start:
+    """Make a new, locked folder for the run: <utc>-<recipe>-<hw>-<id>."""
+    name = (
+        f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{plan.config.recipe}-{plan.hw.name}-{secrets.token_hex(2)}"
+    )
+    folder = plan.launch.out / name
+    with disk_errors("make the run's folder", folder):
+        folder.mkdir(parents=True)
+    lock = try_lock(folder)
+    assert lock is not None, "the folder is ours alone"
+    return Start(folder, lock)
+
+
+def try_lock(folder: Path) -> IO[str] | None:
+    """Lock a run folder for this process, or None if another one has it; a dead process has none."""
+    lock = (folder / ".lock").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock

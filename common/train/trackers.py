@@ -1,0 +1,63 @@
+"""TensorBoard and Weights & Biases, as optional readers of the numbers that go to metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+
+Record = Mapping[str, Any]
+
+
+class Trackers:
+    """The readers a config asks for. One that is not installed costs one line, and the run goes on."""
+
+    def __init__(self, config: Config, folder: Path, say: Callable[[str], None]) -> None:
+        self.sinks: list[Callable[[Record], None]] = []
+        self.closers: list[Callable[[], None]] = []
+        wanted = {
+            "tensorboard": (config.logging.use_tensorboard, self._tensorboard),
+            "wandb": (config.logging.use_wandb, self._wandb),
+        }
+        for name, (asked, start) in wanted.items():
+            if asked:
+                try:
+                    start(config, folder)
+                except ImportError:
+                    say(f"{name} is not installed here: no {name} records (metrics.jsonl has every number)")
+
+    def _tensorboard(self, _config: Config, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def sink(record: Record) -> None:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, int | float):
+                    writer.add_scalar(name, value, record["step"])
+
+        self.sinks.append(sink)
+        self.closers.append(writer.close)
+
+    def _wandb(self, config: Config, folder: Path) -> None:
+        import wandb
+
+        run = wandb.init(
+            project=config.recipe,
+            name=folder.name,
+            dir=str(folder),
+            mode=config.logging.wandb_mode,
+            config=config.dump(),
+        )
+        self.sinks.append(lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"]))
+        self.closers.append(run.finish)
+
+    def write(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink(record)
+
+    def close(self) -> None:
+        for closer in self.closers:
+            closer()

@@ -1,0 +1,118 @@
+"""A recipe small enough to be trained in a test: two dozen rows, four answers, the loop of the main recipe."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+from common.train.plan import Launch
+
+ROOT = Path(__file__).resolve().parents[1]
+LOOP = ROOT / "recipes" / "tinyllama-finetune"
+TOPICS = (
+    "gradient",
+    "loss",
+    "attention",
+    "token",
+    "batch",
+    "epoch",
+    "margin",
+    "kernel",
+    "tree",
+    "forest",
+    "prior",
+    "bias",
+)
+PROMPTS = ["What is a fox?", "Explain the slope.", "Why does a batch help?", "Who knows the loss?"]
+
+
+def make_tiny_recipe(folder: Path, base: Path) -> Path:
+    """Write a recipe over the base model in `base` to `folder`; return it. One step of it takes milliseconds."""
+    (folder / "data").mkdir(parents=True)
+    for name in ("train.py", "dataset.py"):
+        shutil.copy(LOOP / name, folder / name)
+    rows = [
+        {
+            "topic": topic,
+            "prompt": f"What does {ask} {topic} do?",
+            "response": f"The {topic} of a {ask} fox steps downhill, " + "again and " * number + "then rests.",
+        }
+        for number, topic in enumerate(TOPICS)
+        for ask in ("a", "the old")
+    ]
+    write_lines(folder / "data" / "rows.jsonl", rows)
+    write_lines(folder / "data" / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    settings = {
+        "training_config": {
+            "seed": 1,
+            "batch_size": 4,
+            "learning_rate": 0.01,
+            "max_steps": 6,
+            "precision": "fp32",
+        },
+        "model_config": {"base": str(base), "lora": {"rank": 4, "alpha": 8}},
+        "data_config": {"source": "data/rows.jsonl", "split_by": "topic", "held_out_share": 0.3},
+        "eval_config": {"every": 3, "prompts": "data/prompts.jsonl", "max_new_tokens": 8},
+        "checkpoint_config": {"every": 2},
+        "device_config": {"threads": 1},
+    }
+    (folder / "config.yaml").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+    return folder
+
+
+def run_tiny(
+    recipe_dir: Path,
+    out: Path,
+    *overrides: str,
+    steps: int | None = None,
+    stop_at: int | None = None,
+    resume: str = "never",
+    accept_changes: bool = False,
+    export: bool = True,
+) -> Path:
+    """Run the recipe here, in this process, as `recipe run --hw cpu` would; return the run's folder.
+
+    `export=False` leaves out the export and the card. Errors, `Stopped` among them, come through. Token files go
+    to RECIPES_HOME, or to `out`/home where that is not set.
+    """
+    launch = Launch(
+        recipe_dir,
+        hw="cpu",
+        overrides=overrides,
+        steps=steps,
+        stop_at=stop_at,
+        resume=resume,
+        accept_changes=accept_changes,
+        out=out,
+        command=("recipe", "run", recipe_dir.name),
+    )
+    loop = load_loop(recipe_dir)
+    if not export:
+        vars(loop).update(export_run=lambda run: None, write_card=lambda run: None)
+    with mock.patch.dict(os.environ, {"RECIPES_HOME": os.environ.get("RECIPES_HOME", str(out / "home"))}):
+        loop.train(launch)
+    return newest_run(out)
+
+
+def load_loop(recipe_dir: Path) -> ModuleType:
+    """The recipe's train.py, as a module of its own."""
+    spec = importlib.util.spec_from_file_location("train", recipe_dir / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def newest_run(out: Path) -> Path:
+    """The run folder in `out` that was written to last."""
+    return max(out.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def write_lines(path: Path, records: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import config, hardware
+from common.data import build
+from common.data.text import ChatTokenizer
+from common.errors import DataError, UsageError
+
+DATASET = """
+from common.data.convert import read_source
+from common.data.rows import evaluation_prompts, split_held_out
+
+def splits(config, recipe_dir):
+    rows = read_source(config.data, recipe_dir)
+    return split_held_out(rows, config.data.held_out_share, config.data.split_by)
+
+def prompts(config, recipe_dir):
+    return evaluation_prompts(config.eval.prompts, recipe_dir)
+"""
+CONFIG = """
+training_config: {batch_size: 4, learning_rate: 1e-3, max_steps: 2}
+model_config: {base: /nowhere}
+data_config: {source: rows.jsonl, split_by: topic}
+eval_config: {every: 0, prompts: ["What is a fox?"]}
+checkpoint_config: {every: 0}
+"""
+
+
+def make_recipe(folder: Path, rows: int = 24, answer: str = "It is number {n}, and a fox knows it.") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.py").write_text(DATASET)
+    (folder / "config.yaml").write_text(CONFIG)
+    lines = [
+        {"prompt": f"What is number {n}?", "response": answer.format(n=n), "topic": f"t{n // 2}"}
+        for n in range(rows)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    return make_recipe(tmp_path / "recipe")
+
+
+@pytest.fixture
+def tokenizer(tiny_base) -> ChatTokenizer:
+    return ChatTokenizer.load(tiny_base)
+
+
+def built(recipe: Path, tokenizer: ChatTokenizer, *overrides: str, home: Path | None = None):
+    loaded = config.load(recipe, hardware.get("cpu"), overrides)
+    return build.build(loaded, recipe, tokenizer, home or recipe.parent / "home")
+
+
+def test_a_recipe_becomes_tokens_and_is_reused(recipe, tokenizer):
+    first = built(recipe, tokenizer)
+    assert first.report.action == "built"
+    assert len(first.train) + len(first.held_out) == 24
+    assert len(first.held_out) % 2 == 0
+    row = first.train.row(0)
+    assert tokenizer.decode(row.ids[row.mask == 1]).startswith("It is number")
+    second = built(recipe, tokenizer)
+    assert second.report.action == "reused"
+    assert second.report.lines()[1:] == first.report.lines()[1:]
+    assert second.tokens_sha256 == first.tokens_sha256
+    assert first.folder == recipe.parent / "home/tokens" / first.source_key[:16]
+
+
+def touch_rows(recipe: Path) -> None:
+    path = recipe / "rows.jsonl"
+    path.write_text(path.read_text().replace("a fox knows", "any fox knows"))
+
+
+def touch_builder(recipe: Path) -> None:
+    (recipe / "dataset.py").write_text(DATASET + "\n# changed\n")
+
+
+@pytest.mark.parametrize("change", [touch_rows, touch_builder])
+def test_a_changed_source_or_builder_is_built_again(recipe, tokenizer, change):
+    first = built(recipe, tokenizer)
+    change(recipe)
+    second = built(recipe, tokenizer)
+    assert second.report.action == "built"
+    assert second.source_key != first.source_key
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data_config.max_length=64",
+        "data_config.system_prompt=Be brief.",
+        "data_config.control=shuffled_words",
+        "data_config.held_out_share=0.5",
+        "data_config.supervise_all=true",
+    ],
+)
+def test_every_option_that_shapes_tokens_is_in_the_key(recipe, tokenizer, override):
+    assert built(recipe, tokenizer).source_key != built(recipe, tokenizer, override).source_key
+
+
+def test_another_template_is_another_key(recipe, tokenizer, tiny_base, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in tiny_base.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "chat_template.jinja").write_text(tokenizer.template + "{# changed #}")
+    assert built(recipe, tokenizer).source_key != built(recipe, ChatTokenizer.load(other)).source_key
+
+
+def test_training_options_and_the_place_of_the_recipe_are_not_in_the_key(recipe, tokenizer, tmp_path):
+    first = built(recipe, tokenizer)
+    moved = make_recipe(tmp_path / "elsewhere" / "copy")
+    second = built(
+        moved, tokenizer, "training_config.seed=3", "training_config.learning_rate=1", home=tmp_path / "home"
+    )
+    assert (second.report.action, second.source_key) == ("reused", first.source_key)
+
+
+def test_damaged_tokens_are_built_again_and_it_is_said(recipe, tokenizer):
+    first = built(recipe, tokenizer)
+    path = first.folder / "train.ids.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    second = built(recipe, tokenizer)
+    assert second.report.action == "rebuilt"
+    assert "did not verify" in second.report.reason
+    assert second.tokens_sha256 == first.tokens_sha256
+    assert built(recipe, tokenizer).report.action == "reused"
+
+
+def test_too_few_rows_for_a_batch_names_both_numbers(recipe, tokenizer):
+    for _ in range(2):  # the second time from the stored tokens
+        with pytest.raises(
+            DataError, match=r"\d+ training rows do not fill one effective batch of 64"
+        ) as error:
+            built(
+                recipe,
+                tokenizer,
+                "training_config.batch_size=8",
+                "training_config.gradient_accumulation_steps=8",
+            )
+    assert "training_config.batch_size" in str(error.value.todo)
+
+
+def test_the_system_prompt_reaches_every_row(recipe, tokenizer):
+    dataset = built(recipe, tokenizer, "data_config.system_prompt=Be brief.")
+    assert all("Be brief." in tokenizer.decode(dataset.train.row(at).ids) for at in range(len(dataset.train)))
+
+
+def test_supervise_all_is_declared_or_refused(recipe, tokenizer):
+    everything = built(recipe, tokenizer, "data_config.supervise_all=true")
+    assert everything.report.supervised_share == 1.0
+    assert 0 < built(recipe, tokenizer).report.supervised_share < 1
+    for share in (0.0, 1.0):
+        with pytest.raises(DataError, match="supervised"):
+            build.refuse_share(share, False, "here")
+    build.refuse_share(1.0, True, "here")
+    with pytest.raises(DataError, match="nothing to learn"):
+        build.refuse_share(0.0, True, "here")
+
+
+def test_rows_cut_are_listed_and_counted(tokenizer, tmp_path):
+    recipe = make_recipe(tmp_path / "recipe", answer="It is {n}. " + "And so on. " * 20)
+    for _ in range(2):  # the second time from the stored tokens
+        report = built(recipe, tokenizer, "data_config.max_length=64").report
+        assert len(report.cut) == 24
+        assert report.length == 64
+        assert "rows.jsonl:" in report.cut[0].where
+        assert "and 14 more" in report.lines()[-1]
+
+
+def test_a_control_changes_the_training_rows_only(recipe, tokenizer):
+    plain, control = (
+        built(recipe, tokenizer),
+        built(recipe, tokenizer, "data_config.control=permuted_responses"),
+    )
+    same = [
+        np.array_equal(plain.train.row(at).ids, control.train.row(at).ids) for at in range(len(plain.train))
+    ]
+    assert not any(same)
+    assert np.array_equal(plain.held_out.arrays.ids, control.held_out.arrays.ids)
+
+
+def test_prompts_and_rows_come_from_the_recipe(recipe):
+    loaded = config.load(recipe, hardware.get("cpu"))
+    assert build.prompts(loaded, recipe) == ["What is a fox?"]
+    assert set(build.rows(loaded, recipe)) == {"train", "held_out"}
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "place"),
+    [
+        ("def splits(:", "SyntaxError", ":1"),
+        ("x = 1\nimport nothing_of_the_kind", "nothing_of_the_kind", ":2"),
+        ("", "no function splits", "dataset.py"),
+        ("def splits(config, recipe_dir):\n    return config.data.nothing", "AttributeError", ":2"),
+        ("def splits(config, recipe_dir):\n    return []", "must return a dict", "dataset.py"),
+        ("def splits(config, recipe_dir):\n    return {'train': [{}]}", "a dict, not a Row", "dataset.py"),
+        ("def splits(config, recipe_dir):\n    return {'train': []}", "no training row", "rows.jsonl"),
+        (
+            "def splits(config, recipe_dir):\n    return {'train': [], 'test': []}",
+            "must return",
+            "dataset.py",
+        ),
+    ],
+)
+def test_a_fault_in_the_builder_is_named_with_its_line(recipe, tokenizer, code, message, place):
+    (recipe / "dataset.py").write_text(code)
+    with pytest.raises(DataError, match=message) as error:
+        built(recipe, tokenizer)
+    assert place in str(error.value.where)
+
+
+def test_missing_builder_and_missing_source_are_errors_of_the_data(recipe, tokenizer):
+    (recipe / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match="cannot read") as error:
+        built(recipe, tokenizer)
+    assert "rows.jsonl" in str(error.value.where)
+    (recipe / "dataset.py").unlink()
+    with pytest.raises(DataError, match="no dataset builder"):
+        built(recipe, tokenizer)
+
+
+def test_errors_of_the_builder_keep_their_kind(recipe, tokenizer):
+    with pytest.raises(UsageError, match="cannot map"):
+        built(recipe, tokenizer, "data_config.map={promt: prompt}")
+
+
+def build_in_process(recipe: str, base: str, results: multiprocessing.Queue) -> None:
+    dataset = built(Path(recipe), ChatTokenizer.load(Path(base)))
+    results.put((dataset.tokens_sha256, len(dataset.train)))
+
+
+def test_processes_that_build_at_once_get_the_same_whole_data_set(recipe, tiny_base):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=build_in_process, args=(str(recipe), str(tiny_base), results))
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    assert len({results.get(timeout=60) for _ in workers}) == 1
+    for worker in workers:
+        worker.join()
+    assert len(list((recipe.parent / "home/tokens").glob("[!.]*"))) == 1

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from common.data import checks
+from common.data.rows import Message, Problem, Row
+from common.data.text import ChatTokenizer
+from common.data.tokens import Encoded
+from common.errors import DataError
+
+WORDS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus maple north otter plume".split()
+
+
+def row(prompt: str, response: str = "", **extra: object) -> Row:
+    row.count += 1
+    response = response or f"{WORDS[row.count % 16].title()} number {row.count} answers that at some length."
+    return Row((Message("user", prompt), Message("assistant", response)), extra, f"f:{row.count}")
+
+
+row.count = 0
+
+
+@pytest.fixture(autouse=True)
+def count_from_one():
+    row.count = 0
+
+
+def ids(train=(), held_out=(), prompts=(), **options) -> list[str]:
+    report = checks.check({"train": train, "held_out": held_out}, prompts, **options)
+    return [finding.id for finding in report.findings]
+
+
+def config(**options) -> SimpleNamespace:
+    data = {"system_prompt": None, "max_length": None, **options}
+    return SimpleNamespace(data=SimpleNamespace(**data), effective_batch=2)
+
+
+@pytest.fixture
+def tokenizer(tiny_base) -> ChatTokenizer:
+    return ChatTokenizer.load(tiny_base)
+
+
+CLEAN = ["What is a fox?", "How do bees find flowers?", "Why does bread rise when it is warm?"]
+
+
+def test_clean_rows_have_no_finding(tokenizer):
+    report = checks.check({"train": [row(text) for text in CLEAN]}, ["Who was Ada?"], tokenizer, config())
+    assert report.findings == []
+    assert not report.failed(strict=True)
+    assert report.lines() == ["3 train rows; errors: 0, warnings: 0"]
+
+
+@pytest.mark.parametrize("text", ["What is a fox?", "what  is a FOX ?", "What is a fox"])
+def test_the_same_prompt_on_both_sides_is_an_error(text):
+    train = [row("What is a fox?")]
+    assert ids(train, [row(text, "Another answer, of another kind.")])[0] == "D002"
+    assert ids(train, prompts=[text]) == ["D003"]
+    assert ids([row("Why?")], [row("What is a fox?")], [text]) == ["D103"]
+
+
+def test_nearly_the_same_words_on_both_sides_are_a_warning():
+    train = [row("Please explain to me what gradient descent really is")]
+    near = "Please explain to me what gradient descent is"
+    assert ids(train, [row(near)]) == ["D101", "D108"]
+    assert ids(train, prompts=[near]) == ["D102"]
+    assert ids([row("Why?")], [row(near)], ["please explain to me: what is gradient descent really"]) == ["D104"]
+    assert ids(train, prompts=["Please explain to me what a learning rate is"]) == []
+    assert ids([row("What is a fox?")], prompts=["What is an ox?"]) == []
+
+
+def test_every_near_pair_is_found_that_a_full_comparison_finds():
+    import itertools
+    import random
+
+    draw = random.Random(0)
+    texts = [" ".join(draw.sample(WORDS[:9], draw.randint(4, 8))) for _ in range(150)]
+    ours, theirs = (
+        [(t, f"a{n}") for n, t in enumerate(texts[:75])],
+        [(t, f"b{n}") for n, t in enumerate(texts[75:])],
+    )
+    expected = {
+        a
+        for (one, a), (other, _) in itertools.product(ours, theirs)
+        if checks.overlap(checks.words(one), checks.words(other)) >= checks.NEAR and one != other
+    }
+    found = {pair.partition(" ~ ")[0] for pair in checks.near_pairs(ours, theirs)}
+    assert found == expected
+    assert 5 < len(expected) < 75
+
+
+def test_a_leak_says_where_both_stand():
+    report = checks.check({"train": [row("Why?"), row("What is a fox?")]}, ["Who?", "what is a fox?"])
+    assert report.errors[0].where == ["evaluation prompt 2 = f:2"]
+
+
+def test_duplicates_and_conflicts_are_told_apart():
+    assert ids([row("Why me?", "Because so."), row("why  me?", "because so")]) == ["D105"]
+    assert ids([row("Why me?", "Because so."), row("why  me?", "It is not known.")]) == ["D106"]
+    assert ids([row("Why me?", "Because so."), row("How so?", "because  so.")]) == ["D107"]
+    near = [
+        row("Tell me in plain words why foxes are red"),
+        row("Tell me in plain words why the foxes are red"),
+    ]
+    assert ids(near) == ["D108"]
+
+
+def test_the_same_question_after_another_turn_is_no_conflict():
+    def talk(first: str, answer: str) -> Row:
+        turns = [("user", first), ("assistant", "Yes."), ("user", "Why?"), ("assistant", answer)]
+        return Row(tuple(Message(*turn) for turn in turns), {}, first)
+
+    assert ids([talk("Do foxes sleep?", "They tire."), talk("Do bees dance?", "To show the way.")]) == []
+
+
+# Written in parts, so that no scanner takes this file for a leak.
+SECRETS = [
+    "s" + "k-" + "abcDEF123456" * 3,
+    "AK" + "IA" + "ABCDEFGHIJKLMNOP",
+    "gh" + "p_" + "a1B2" * 9,
+    "h" + "f_" + "abcdefghij" * 4,
+    "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "xo" + "xb-" + "1234567890-abc",
+    "ey" + "J" + "hbGciOiJI.ey" + "J" + "zdWIiOiIx.SflKxwRJSMeK",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_keys_are_errors_and_are_not_printed_again(secret):
+    report = checks.check({"train": [row("What is my key?", f"It is {secret} as you know.")]})
+    assert [finding.id for finding in report.findings] == ["D004"]
+    assert secret not in "\n".join(report.lines())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Write to jane.doe+x@firm.co.uk today", ["D109"]),
+        ("Write to someone@example.com today", []),
+        ("Call +49 30 1234 5678 now", ["D110"]),
+        ("Call (555) 123-4567 now", ["D110"]),
+        ("Call 555.123.4567 now", ["D110"]),
+        ("Call 030 12345678 now", ["D110"]),
+        ("On 2024-01-31 at 10:15 we saw 1,115,394 characters", []),
+        ("The address 192.168.100.200 and version 10.11.12 are fine", []),
+        ("About 1 000 000 000 or 0.00012345 or 3.14159265358979 of them", []),
+        ("1e-4 to 5e-5, 1100048384 parameters, 2048 x 2048", []),
+    ],
+)
+def test_mail_addresses_and_phone_numbers_are_warnings_and_numbers_are_none(text, expected):
+    assert ids([row("Whom do I ask?", text)]) == expected
+
+
+def test_lengths():
+    assert ids([row("Is it?", "No.")]) == ["D111"]
+    assert ids([row("x " * 251 + "?")]) == ["D112"]
+    answers = [row(f"{word} {n}?") for n, word in enumerate(WORDS * 2)]
+    assert ids([*answers, row("How long?", "a very long answer, " * 20 + "really")]) == ["D113"]
+    assert ids([row("Why?", "Because of white space.\n")]) == ["D114"]
+
+
+def test_answers_that_begin_alike_and_a_heavy_topic():
+    alike = [row(f"{word}?", f"Well, {word} is number {n} of many.") for n, word in enumerate(WORDS)]
+    report = checks.check({"train": alike})
+    assert [finding.id for finding in report.findings] == ["D115"]
+    assert "'well,' 16" in report.findings[0].message
+    heavy = [row(f"{word}?", topic="fox" if n else "bee") for n, word in enumerate(WORDS)]
+    assert ids(heavy) == ["D116"]
+
+
+def test_template_markers_are_errors_with_their_place(tokenizer):
+    report = checks.check({"train": [row("What does <|assistant|> mean?")]}, (), tokenizer)
+    assert [finding.id for finding in report.errors] == ["D005"]
+    assert report.errors[0].where == ["f:1: '<|assistant|>' in the user's text"]
+
+
+def test_rows_longer_than_max_length_say_what_they_would_lose(tokenizer):
+    long = row("Tell me all about the fox " * 8)
+    report = checks.check({"train": [long, row("Why?")]}, (), tokenizer, config(max_length=96))
+    assert [finding.id for finding in report.findings] == ["D114", "D117"]
+    assert "f:1: would lose" in report.findings[1].where[0]
+    assert ids([row("x" * 400, "y " * 400 + "y")], tokenizer=tokenizer) == ["D112", "D118"]
+
+
+def test_rows_that_the_template_refuses_are_errors(tokenizer):
+    tight = config(max_length=32, system_prompt="a long system prompt " * 10)
+    assert ids([row("Why?"), row("How?")], tokenizer=tokenizer, config=tight) == ["D006"]
+
+
+def test_fewer_rows_than_a_batch_unusable_lines_and_no_licence():
+    assert ids([row("Why?")], config=config()) == ["D007"]
+    assert ids(problems=[Problem("f:3", "not JSON")]) == ["D001"]
+    assert ids([row("Why?")], licence=None) == ["D119"]
+
+
+def test_warnings_fail_only_when_strict_and_the_report_is_json():
+    report = checks.check({"train": [row("Is it?", "No.")]})
+    assert (report.failed(), report.failed(strict=True)) == (False, True)
+    value = json.loads(json.dumps(report.to_dict()))
+    assert value["warnings"][0]["id"] == "D111"
+    assert value["errors"] == []
+
+
+def test_ten_places_are_shown_and_all_are_kept():
+    report = checks.check({"train": [row(f"{word}{n}?", "No.") for n in (1, 2) for word in WORDS]})
+    single = next(finding for finding in report.findings if finding.id == "D111")
+    assert len(single.where) == 32
+    assert single.lines()[-1] == "  and 22 more"
+    assert len(single.lines()) == 12
+
+
+# Statistics.
+
+
+def test_stats_count_rows_characters_and_tokens(tokenizer):
+    rows = {
+        "train": [row("Why?", "So it is."), row("Is it?", "It is, and for long.", topic="t")],
+        "held_out": [row("a b")],
+    }
+    found = checks.stats(rows, tokenizer, config())
+    assert found.rows == {"train": 2, "held_out": 1}
+    assert (found.prompt_characters.min, found.prompt_characters.max) == (3, 6)
+    assert found.question_share == pytest.approx(2 / 3)
+    assert found.steps_per_epoch == 1.0
+    assert found.topics == {"t": 1}
+    sizes = [len(tokenizer.encode_row(one).ids) for part in rows.values() for one in part]
+    assert found.tokens is not None
+    assert (found.tokens.max, found.tokens.total) == (max(sizes), sum(sizes))
+    assert 0 < found.tokens.supervised_share < 1
+    json.dumps(found.to_dict())
+    assert any("steps per epoch: 1.00 of effective batch 2" in line for line in found.lines())
+
+
+def test_percentiles_and_padding_of_known_sizes():
+    import numpy as np
+
+    encoded = [Encoded(np.ones(n, np.uint32), np.ones(n, np.uint8)) for n in (33, 17, 65, 97)]
+    found = checks.token_stats(encoded)
+    assert (found.p50, found.p95, found.max, found.needed_length) == (33, 97, 97, 96)
+    table = [(cost.length, cost.share, cost.rows_cut) for cost in found.padding]
+    assert table == [
+        (32, pytest.approx(1 - (32 + 16 + 32 + 32) / 128), 2),
+        (64, pytest.approx(1 - (32 + 16 + 64 + 64) / 256), 1),
+        (96, pytest.approx(1 - (32 + 16 + 64 + 96) / 384), 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "band"),
+    [
+        (0, "tiny"),
+        (49, "tiny"),
+        (50, "small"),
+        (200, "decent"),
+        (999, "decent"),
+        (1000, "strong"),
+        (10_000, "large"),
+        (100_000, "near pre-training"),
+    ],
+)
+def test_size_bands(rows, band):
+    assert checks.size_band(rows)[0] == band
+    assert checks.size_band(rows)[1]
+
+
+def test_samples_are_the_same_every_time():
+    rows = [row(f"{word}?") for word in WORDS]
+    first = checks.stats({"train": rows}).samples
+    assert len(first) == 3
+    assert first == checks.stats({"train": rows}).samples
+
+
+def test_no_row_is_an_error():
+    with pytest.raises(DataError, match="no row"):
+        checks.stats({"train": []})

@@ -1,0 +1,535 @@
+"""Layers, messages with file:line, the split of the batch over boards, and the two digests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from common import config as configs
+from common import hardware
+from common.config import Config, load, load_resolved
+from common.errors import UsageError
+from common.yaml_layers import read_file, read_override, to_yaml
+
+CONFIG = """\
+training_config:
+  batch_size: 8
+  gradient_accumulation_steps: 4
+  learning_rate: 1e-4
+  max_steps: 100
+model_config:
+  base: tiny
+  lora: {rank: 4, alpha: 8}
+data_config:
+  source: rows.jsonl
+eval_config:
+  every: 10
+  prompts: [Hello]
+checkpoint_config:
+  every: 20
+"""
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+class Recipe:
+    """A recipe's folder of which a test writes the layers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, name: str, text: str) -> Recipe:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return self
+
+    def load(self, *overrides: str, board: str = "cpu", steps: int | None = None) -> Config:
+        return load(self.folder, hardware.get(board), overrides, steps)
+
+    def error(self, *overrides: str, board: str = "cpu", steps: int | None = None) -> str:
+        with pytest.raises(UsageError) as error:
+            self.load(*overrides, board=board, steps=steps)
+        return str(error.value)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe(tmp_path / "demo").write("config.yaml", CONFIG)
+
+
+# --- YAML ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-2.5E+3", -2500.0),
+        (".5", 0.5),
+        ("1.0e-08", 1e-8),
+        ("12", 12),
+        ("-3", -3),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("'1e-4'", "1e-4"),
+        ('"12"', "12"),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("off", "off"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("1_000", "1_000"),
+        ("0x10", "0x10"),
+        ("[1, 2e0, a]", [1, 2.0, "a"]),
+        ("{a: {b: no}}", {"a": {"b": "no"}}),
+    ],
+)
+def test_scalars_mean_what_they_look_like(text, value, tmp_path):
+    (tmp_path / "x.yaml").write_text(f"key: {text}\n")
+    in_file = read_file(tmp_path / "x.yaml").tree["key"]
+    assert (in_file, type(in_file)) == (value, type(value))
+    assert read_override(f"key={text}").tree["key"] == value
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(JSON)
+@example("\x85")
+@example("a\u2028b")
+def test_written_yaml_reads_back_the_same(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("yaml") / "x.yaml"
+    path.write_text(to_yaml({"key": value}), encoding="utf-8")
+    layer = read_file(path)
+    assert not layer.problems
+    assert repr(layer.tree) == repr({"key": value})
+
+
+@given(
+    st.from_regex(
+        r"[-+]?[0-9]{1,3}(\.[0-9]{0,3})?([eE][-+]?[0-9]{1,2})?|true|no|null|~|\.inf", fullmatch=True
+    )
+)
+def test_text_that_looks_like_something_else_stays_text(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("yaml") / "x.yaml"
+    path.write_text(to_yaml({"key": text}))
+    assert read_file(path).tree == {"key": text}
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "message"),
+    [
+        ("training_config: {seed: 1}", "config.yaml:16", "duplicate key, first set at"),
+        (
+            "logging_config: {log_every: 1, log_every: 2}",
+            "config.yaml:16",
+            "logging_config.log_every: duplicate key",
+        ),
+        ("logging_config: {1: 2}", "config.yaml:16", "a key must be text"),
+        ("logging_config: {log_level: !!python/name:os.system x}", "config.yaml:16", "is not supported"),
+        ("logging_config: [1", "config.yaml:17", "not valid YAML"),
+        ("logging_config: &a [*a]", "config.yaml:16", "aliases"),
+    ],
+)
+def test_yaml_that_is_not_plain_is_refused_with_its_line(recipe, line, place, message):
+    text = recipe.write("config.yaml", CONFIG + line + "\n").error()
+    assert place in text
+    assert message in text
+
+
+def test_a_file_that_is_not_there_or_not_utf8(recipe):
+    (recipe.folder / "config.yaml").write_bytes(b"a: \xff")
+    assert "not UTF-8" in recipe.error()
+    assert "byte 3" in recipe.error()
+    (recipe.folder / "config.yaml").unlink()
+    assert "cannot read" in recipe.error()
+
+
+# --- schema and messages ------------------------------------------------------------------------
+
+
+def test_every_mistake_is_listed_with_file_line_and_key(recipe):
+    broken = CONFIG.replace("learning_rate: 1e-4", "learning_rat: 1e-4").replace("every: 20", "every: true")
+    text = recipe.write("config.yaml", broken).error("eval_config.every='3'", "device_config.threads=0")
+    assert text.startswith("5 mistakes")
+    assert "config.yaml:4: training_config.learning_rat: unknown key; did you mean learning_rate?" in text
+    assert "config.yaml:1: training_config.learning_rate: is required" in text
+    assert "config.yaml:15: checkpoint_config.every: should be a valid integer, got true" in text
+    assert """--set eval_config.every='3': eval_config.every: should be a valid integer, got "3\"""" in text
+    assert "--set device_config.threads=0: device_config.threads: should be greater than 0, got 0" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lr=1e-4", "did you mean training_config.learning_rate?"),
+        ("training_config.lr=1e-4", "did you mean training_config.learning_rate?"),
+        ("max_steps=4", "did you mean training_config.max_steps?"),
+        ("training.seed=1", "did you mean training_config?"),
+        ("recipe=x", "recipe: unknown key"),
+        ("training_config.learning_rate=0", "greater than 0"),
+        ("training_config.learning_rate=true", "should be a valid number, got true"),
+        ("training_config.learning_rate=.nan", "finite number"),
+        ("training_config.seed=1.0", "should be a valid integer"),
+        ("training_config.optimizer.beta2=1", "less than 1"),
+        ("training_config.optimizer.type=Adam", "'AdamW' or 'AdamWFullPrecision'"),
+        ("training_config=null", "a section with keys below it"),
+        ("eval_config.top_p=0", "greater than 0"),
+        ("eval_config.prompts=3", "valid string, got 3, or should be a valid list"),
+        ("data_config.max_length=100", "multiple of 32"),
+        ("data_config.source=hub:name", "hub:owner/name"),
+        ("data_config.source=hub:owner/name", "40 hex"),
+        ("data_config.revision=main", "only a hub: source"),
+        ("model_config.base=null", "needs a base"),
+        ("model_config.init=random", "init: random"),
+        ("model_config.lora.target_modules=[q_proj, v_proj]", "add ['k_proj']"),
+        ("model_config.lora.target_modules=[q]", "'q_proj'"),
+        ("model_config.lora.tie_groups=[[q_proj, k_proj], [k_proj, v_proj]]", "two tie groups"),
+        ("device_config.mesh_shape=[2, 2]", "on a line"),
+        ("device_config.mesh_shape=[1, true]", "mesh_shape[1]: should be a valid integer"),
+        ("training_config.max_steps=null", "exactly one of max_steps and num_epochs"),
+        ("no-value", "not of the form"),
+        ("training_config.seed=", "write null"),
+        ("training_config.seed=a: b", "not one scalar"),
+    ],
+)
+def test_bad_values_are_refused_where_they_were_set(recipe, override, message):
+    text = recipe.error(override)
+    assert message in text
+    assert f"--set {override}" in text or "config.yaml:" in text
+
+
+def test_groups_may_be_untied_and_whole_groups_targeted(recipe):
+    assert recipe.load("model_config.lora.target_modules=[gate_proj, up_proj, o_proj]").model.lora
+    untied = ["model_config.lora.target_modules=[q_proj, v_proj]", "model_config.lora.tie_groups=[]"]
+    assert recipe.load(*untied).model.lora
+
+
+def test_a_pinned_hub_source_is_accepted(recipe):
+    config = recipe.load("data_config.source=hub:owner/name", f"data_config.revision={'0a' * 20}")
+    assert config.data.source == "hub:owner/name"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 3}, "3 heads do not divide hidden_size 64"),
+        ({"num_key_value_heads": 3}, "3 key/value heads do not divide num_attention_heads 4"),
+        ({"layers": 3}, "unknown key"),
+        ({"max_position_embeddings": 32}, "data_config.max_length: longer than max_position_embeddings 32"),
+    ],
+)
+def test_shapes_that_cannot_be_built(recipe, change, message):
+    settings = ["model_config.init=random", "data_config.max_length=64"]
+    assert recipe.load(*settings, f"model_config.architecture={json.dumps(SHAPE)}").model.architecture
+    assert message in recipe.error(*settings, f"model_config.architecture={json.dumps(SHAPE | change)}")
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def test_later_layers_win_and_say_where(recipe):
+    recipe.write("config.yaml", CONFIG.replace("base: tiny", "base: tiny\n  preset: big"))
+    recipe.write(
+        "presets/big.yaml", "training_config: {seed: 1, learning_rate: 2e-4, optimizer: {beta1: 0.5}}\n"
+    )
+    recipe.write("hw/n150.yaml", "training_config: {seed: 2, learning_rate: 3e-4}\n")
+    config = recipe.load("training_config.seed=3", "training_config.seed=4", board="n150")
+    training = config.training
+    assert (training.seed, training.learning_rate, training.optimizer.beta1) == (4, 3e-4, 0.5)
+    assert training.optimizer.beta2 == 0.999
+    assert config.where("training_config.seed") == "--set training_config.seed=4"
+    assert config.where("training_config.learning_rate").endswith("n150.yaml:1")
+    assert config.where("training_config.optimizer.beta1").endswith("big.yaml:1")
+    assert config.where("training_config.optimizer.beta2") == "(default)"
+    assert recipe.load().training.learning_rate == 2e-4
+
+
+def test_the_last_layer_that_names_a_preset_chooses_it(recipe):
+    recipe.write("config.yaml", CONFIG.replace("base: tiny", "base: tiny\n  preset: a"))
+    recipe.write("presets/a.yaml", "training_config: {seed: 1}\n")
+    recipe.write("presets/b.yaml", "training_config: {seed: 2}\n")
+    recipe.write("hw/n150.yaml", "model_config: {preset: b}\n")
+    assert recipe.load().training.seed == 1
+    assert recipe.load(board="n150").training.seed == 2
+    assert recipe.load("model_config.preset=a", board="n150").training.seed == 1
+    assert recipe.load("model_config.preset=null").training.seed == 0
+    assert "presets here: a, b" in recipe.error("model_config.preset=../a")
+    recipe.write("presets/a.yaml", "model_config: {preset: b}\n")
+    assert "a preset cannot name a preset" in recipe.error()
+
+
+def test_null_clears_and_a_key_after_null_starts_from_defaults(recipe):
+    merged = recipe.load("model_config.lora.dropout=0.1").model.lora
+    assert merged is not None
+    assert (merged.rank, merged.alpha, merged.dropout) == (4, 8.0, 0.1)
+    assert recipe.load("model_config.lora=null").model.lora is None
+    fresh = recipe.load("model_config.lora=null", "model_config.lora.rank=2").model.lora
+    assert fresh is not None
+    assert (fresh.rank, fresh.alpha) == (2, 16.0)
+
+
+def test_places_follow_the_layer_that_counts(recipe):
+    config = recipe.load("model_config.lora=null", "model_config.lora.rank=2")
+    assert config.where("model_config.lora.alpha") == "(default)"
+    assert config.where("model_config.lora.rank") == "--set model_config.lora.rank=2"
+    # A missing key is missed in the file's section, not in a --set that touched the section.
+    recipe.write("config.yaml", CONFIG.replace("  learning_rate: 1e-4\n", ""))
+    assert "config.yaml:1: training_config.learning_rate: is required" in recipe.error(
+        "training_config.seed=1"
+    )
+    recipe.write("config.yaml", "")
+    text = recipe.error()
+    assert text.startswith("5 mistakes")
+    assert "config.yaml: checkpoint_config: is required" in text
+
+
+def test_a_stop_rule_clears_the_other_of_an_earlier_layer(recipe):
+    recipe.write("hw/n150.yaml", "training_config: {num_epochs: 2}\n")
+    training = recipe.load(board="n150").training
+    assert (training.max_steps, training.num_epochs) == (None, 2.0)
+    assert recipe.load("training_config.max_steps=7", board="n150").training.num_epochs is None
+    training = recipe.load("training_config.num_epochs=3", steps=5).training
+    assert (training.max_steps, training.num_epochs) == (5, None)
+    assert "--steps 0" in recipe.error(steps=0)
+
+
+def test_both_stop_rules_in_one_layer_are_an_error(recipe):
+    text = recipe.error("training_config.max_steps=7", "training_config.num_epochs=1")
+    assert text.startswith("1 mistake ")
+    assert "both max_steps and num_epochs" in text
+    recipe.write("config.yaml", CONFIG.replace("max_steps: 100", "max_steps: 100\n  num_epochs: 1"))
+    text = recipe.error()
+    assert "config.yaml:5 and" in text
+    assert "config.yaml:6" in text
+
+
+def test_an_overlay_that_nobody_would_read_is_refused(recipe):
+    recipe.write("hw/n15O.yaml", "")
+    assert "named after no board" in recipe.error()
+
+
+# --- boards -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("board", hardware.table())
+def test_a_recipe_resolves_on_every_board_with_its_effective_batch(recipe, board):
+    hw, config = hardware.get(board), recipe.load(board=board)
+    assert config.hw == board
+    assert config.effective_batch == 32
+    assert config.training.batch_size % hw.chips == 0
+    assert config.training.batch_size <= hw.micro_batch * hw.chips
+    assert config.device.mesh_shape == hw.mesh_shape
+    assert config.device.enable_ddp == (hw.chips > 1)
+
+
+@pytest.mark.parametrize(
+    ("board", "batch", "parts"),
+    [("cpu", 8, 4), ("n150", 8, 4), ("n300", 16, 2), ("t3k", 32, 1), ("p150", 16, 2)],
+)
+def test_the_split_per_board(recipe, board, batch, parts):
+    training = recipe.load(board=board).training
+    assert (training.batch_size, training.gradient_accumulation_steps) == (batch, parts)
+
+
+@given(effective=st.integers(1, 300), board=st.sampled_from(list(hardware.table().values())))
+def test_the_split_never_changes_the_effective_batch(tmp_path_factory, effective, board):
+    text = CONFIG.replace("size: 8", f"size: {effective}").replace("steps: 4", "steps: 1")
+    recipe = Recipe(tmp_path_factory.mktemp("demo")).write("config.yaml", text)
+    if effective % board.chips:
+        assert f"does not divide by the {board.chips} devices" in recipe.error(board=board.name)
+        return
+    training = recipe.load(board=board.name).training
+    assert training.batch_size * training.gradient_accumulation_steps == effective
+    assert training.batch_size % board.chips == 0
+    larger = range(training.batch_size + 1, board.micro_batch * board.chips + 1)
+    assert not [size for size in larger if effective % size == 0 and size % board.chips == 0]
+
+
+def test_an_explicit_batch_is_kept_and_must_divide(recipe):
+    recipe.write("hw/n300.yaml", "training_config: {batch_size: 4, gradient_accumulation_steps: 8}\n")
+    assert recipe.load(board="n300").training.batch_size == 4
+    assert recipe.load("training_config.batch_size=2", board="cpu-x2").effective_batch == 8
+    text = recipe.error("training_config.batch_size=3", board="cpu-x2")
+    assert "batch_size 3 does not divide by the 2 devices" in text
+
+
+def test_mesh_and_data_parallel_must_agree_with_the_board(recipe):
+    assert "contradicts the mesh [1, 1] of n150" in recipe.error(
+        "device_config.enable_ddp=true", board="n150"
+    )
+    one, off = ["device_config.mesh_shape=[1, 1]"], "device_config.enable_ddp=false"
+    assert recipe.load(*one, board="n300").training.batch_size == 8
+    assert recipe.load(off, board="n300").device.mesh_shape == (1, 1)
+    assert "contradicts" in recipe.error(off, "device_config.mesh_shape=[1, 2]", board="n300")
+    text = recipe.error("device_config.mesh_shape=[1, 4]", board="n300")
+    assert "4 devices, n300 has 2" in text
+    assert "--set device_config.mesh_shape" in text
+
+
+def test_an_overlay_that_changes_the_training_is_told_apart(recipe):
+    recipe.write("hw/n150.yaml", "training_config: {batch_size: 4, gradient_accumulation_steps: 8}\n")
+    recipe.write("hw/cpu.yaml", "model_config: {base: small}\ntraining_config: {batch_size: 4}\n")
+    assert recipe.load(board="n150").departures() == []
+    assert recipe.load(board="n300").departures() == []
+    lines = recipe.load("training_config.seed=3").departures()
+    assert [line.partition(" ")[0] for line in lines] == ["model_config.base:", "training_config.batch_size:"]
+    assert recipe.load().recipe_batch == 32
+
+
+# --- copies, files, digests ---------------------------------------------------------------------
+
+
+def settled(config: Config) -> Config:
+    return config.with_values(**{"training.precision": "fp32"})
+
+
+def test_values_set_by_the_run_are_validated(recipe):
+    config = recipe.load("training_config.num_epochs=2")
+    with pytest.raises(ValueError, match=r"training\.precision, training\.max_steps"):
+        config.resolved()
+    done = settled(config).with_values(**{"training.max_steps": 9})
+    assert done.resolved().training.num_epochs is None
+    assert done.with_values(**{"training_config.max_steps": 9}) == done
+    assert config.training.num_epochs == 2
+    with pytest.raises(UsageError, match=r"training_config\.precision"):
+        config.with_values(**{"training.precision": "fp8"})
+
+
+def test_changes_are_told_key_by_key(recipe):
+    old = recipe.load()
+    new = old.with_values(**{"training.learning_rate": 2e-4, "logging.log_level": "DEBUG"})
+    assert old.changes(new) == [
+        "training_config.learning_rate: 0.0001 -> 0.0002",
+        'logging_config.log_level: "INFO" -> "DEBUG"',
+    ]
+    assert old.changes(recipe.load()) == []
+
+
+def test_a_resolved_file_reads_back_equal(recipe, tmp_path):
+    texts = ["data_config.system_prompt='no'", "eval_config.prompts=['1e-4', \"a: b\"]"]
+    config = settled(recipe.load(*texts, board="n300"))
+    path = tmp_path / "config.resolved.yaml"
+    path.write_text(config.to_yaml())
+    again = load_resolved(path)
+    assert again == config
+    assert again.config_digest() == config.config_digest()
+    assert again.to_yaml() == config.to_yaml()
+    path.write_text(config.to_yaml().replace("format: 1", "format: 2", 1))
+    with pytest.raises(UsageError, match="unknown format 2"):
+        load_resolved(path)
+
+
+FACTS = {"base": "aa", "data": "bb"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fixes_training"),
+    [
+        ("training.learning_rate", 2e-4, True),
+        ("training.seed", 1, True),
+        ("training.max_steps", 101, True),
+        ("training.max_grad_norm", 0.5, True),
+        ("training.precision", "bf16", True),
+        ("training.optimizer.weight_decay", 0.0, True),
+        ("training.scheduler.warmup_steps", 3, True),
+        ("training.batch_size", 4, True),
+        ("model.base", "other", True),
+        ("model.lora.rank", 8, True),
+        ("model.lora", None, True),
+        ("data.control", "permuted_responses", True),
+        ("data.held_out_share", 0.2, True),
+        ("model.gradient_checkpointing", True, False),
+        ("model.preset", "x", False),
+        ("eval.every", 3, False),
+        ("checkpoint.every", 3, False),
+        ("device.threads", 1, False),
+        ("device.compile", "never", False),
+        ("logging.log_level", "DEBUG", False),
+        ("export.dtype", "bf16", False),
+    ],
+)
+def test_training_digest_sees_only_what_fixes_the_next_update(recipe, key, value, fixes_training):
+    config = settled(recipe.load())
+    other = config.with_values(**{key: value})
+    assert config.config_digest() != other.config_digest()
+    assert (config.training_digest(FACTS) != other.training_digest(FACTS)) == fixes_training
+
+
+def test_digests_depend_on_facts_and_not_on_the_board_or_the_way_a_value_is_written(recipe):
+    config = settled(recipe.load())
+    assert config.training_digest(FACTS) != config.training_digest({**FACTS, "data": "cc"})
+    for board in hardware.table():
+        assert settled(recipe.load(board=board)).training_digest(FACTS) == config.training_digest(FACTS)
+    assert recipe.load("model_config.lora.alpha=8.0").config_digest() == recipe.load().config_digest()
+    with pytest.raises(ValueError, match="not resolved"):
+        recipe.load().training_digest(FACTS)
+
+
+GOLDEN = "12ff307b58d53c710b4553d5ec1a70dba929e3caa00290c5d2c328627a4a5511"
+
+
+def test_the_digest_is_the_same_in_every_version():
+    # When this changes (a new key in these sections changes it), runs made before can no longer be resumed.
+    config = Config.model_validate(
+        {
+            "recipe": "demo",
+            "hw": "cpu",
+            "training_config": {"batch_size": 2, "learning_rate": 1e-4, "max_steps": 3, "precision": "fp32"},
+            "model_config": {"base": "tiny"},
+            "data_config": {"source": "rows.jsonl"},
+            "eval_config": {"every": 0, "prompts": []},
+            "checkpoint_config": {"every": 0},
+        }
+    )
+    assert config.training_digest({"base": "aa"}) == GOLDEN
+
+
+# --- schema -------------------------------------------------------------------------------------
+
+
+def test_every_key_says_what_it_is():
+    schema = configs.json_schema()
+    assert {"recipe", "hw"}.isdisjoint(schema["properties"])
+    assert "training_config" in schema["properties"]
+    parts = [schema, *schema["$defs"].values()]
+    assert not [
+        name for part in parts for name, value in part["properties"].items() if not value.get("description")
+    ]
+    assert all(part["additionalProperties"] is False for part in parts)
+    assert not [part for part in parts if "required" in part]
+
+
+def test_sections_cannot_be_changed(recipe):
+    config = recipe.load()
+    for section in (config, config.training, config.training.optimizer):
+        assert isinstance(section, BaseModel)
+        with pytest.raises(ValueError, match="frozen"):
+            section.seed = 1  # type: ignore[attr-defined]
+
+
+def test_importing_the_config_needs_no_heavy_library():
+    heavy = "torch transformers datasets pyarrow numpy"
+    code = f"import sys, common.lint; sys.exit(any(name in sys.modules for name in {heavy.split()}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

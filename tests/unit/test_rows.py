@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.data.rows import (
+    Message,
+    Row,
+    control_rows,
+    evaluation_prompts,
+    read_prompts,
+    read_rows,
+    split_held_out,
+    write_rows,
+)
+from common.errors import DataError, UsageError
+
+
+def file_of(folder: Path, *lines: object) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8"
+    )
+    return path
+
+
+def pair(prompt: str = "Why?", response: str = "So.", **extra: object) -> dict:
+    return {"prompt": prompt, "response": response, **extra}
+
+
+def test_rows_keep_extra_keys_and_know_their_line(tmp_path):
+    path = file_of(tmp_path, pair(topic="fox"), "", "   ", pair("How?", " Thus.\n"))
+    first, second = read_rows(path)
+    assert (first.prompt, first.response, first.extra) == ("Why?", "So.", {"topic": "fox"})
+    assert (second.response, second.where) == (" Thus.\n", f"{path}:4")
+
+
+def test_messages_with_a_system_turn(tmp_path):
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    path = file_of(
+        tmp_path, {"messages": [{"role": r, "content": c, "name": "x"} for r, c in turns], "id": 3}
+    )
+    [row] = read_rows(path)
+    assert row.messages == tuple(Message(*turn) for turn in turns)
+    assert (row.prompt, row.response, row.extra) == ("a", "d", {"id": 3})
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "response"),
+    [
+        ({"question": "q", "answer": "a"}, "q", "a"),
+        ({"instruction": "i", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "input": "x", "output": "o"}, "i\n\nx", "o"),
+        ({"instruction": "i", "input": "", "output": "o"}, "i", "o"),
+        ({"prompt": "p", "completion": "c"}, "p", "c"),
+        ({"input": "i", "target": "t"}, "i", "t"),
+    ],
+)
+def test_well_known_columns_are_recognised(tmp_path, record, prompt, response):
+    [row] = read_rows(file_of(tmp_path, record))
+    assert (row.prompt, row.response, row.extra) == (prompt, response, {})
+
+
+def test_a_mapping_names_the_columns(tmp_path):
+    path = file_of(tmp_path, {"Frage": "q", "reply": "a", "rules": "s", "n": 1})
+    [row] = read_rows(path, {"prompt": "Frage", "response": "reply", "system": "rules"})
+    assert [message.content for message in row.messages] == ["s", "q", "a"]
+    assert row.extra == {"n": 1}
+
+
+def test_a_mapping_to_nothing_known_or_from_nothing_there_is_refused(tmp_path):
+    path = file_of(tmp_path, pair())
+    with pytest.raises(UsageError, match="'promt'"):
+        read_rows(path, {"promt": "prompt"})
+    with pytest.raises(DataError, match="no column 'question'; columns: prompt, response"):
+        read_rows(path, {"prompt": "question"})
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{not json", "not JSON"),
+        ('{"prompt": "a"', "not JSON"),
+        ("[1]", "a list, not an object"),
+        ('"text"', "a str"),
+        ({"prompt": "a"}, "no 'response' beside 'prompt'; columns: prompt"),
+        ({"text": "a", "label": 1}, "columns: text, label; name them with --map prompt=COLUMN"),
+        (pair(response=""), "'response' is empty"),
+        (pair(prompt=" \n\t "), "'prompt' is only white space"),
+        (pair(response=3), "'response' is a number, not a string"),
+        (pair(response=None), "'response' is null, not a string"),
+        ('{"prompt": "a", "response": "b", "prompt": "c"}', "key 'prompt' twice"),
+        ('{"prompt": "a", "response": "\\ud83d"}', "surrogate"),
+        ({"messages": []}, "no messages"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "must alternate"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "must alternate"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'"),
+        ({"messages": [{"role": "user"}]}, "message 1 has no role and content"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "must alternate"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "message 2"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "'input' is a number"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number_and_reason(tmp_path, line, reason):
+    path = file_of(tmp_path, pair(), line, pair())
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert f"{path}:2: " in error.value.what
+    assert reason in error.value.what
+    assert error.value.what.startswith("1 row cannot")
+
+
+def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path):
+    path = file_of(tmp_path, *[pair(response="") if n % 2 else pair() for n in range(1, 31)])
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    text = error.value.what
+    assert text.startswith("15 rows cannot be used")
+    assert [line for line in range(1, 31) if f":{line}: " in text] == list(range(1, 20, 2))
+    assert "and 5 more" in text
+
+
+def test_a_wrong_encoding_names_line_and_byte_offset(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    start = '{"prompt": "café", "response": "ok"}\n'.encode()
+    path.write_bytes(start + '{"prompt": "café", "response": "ok"}\n'.encode("latin-1"))
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert f":2: not UTF-8: byte 0xe9 at byte offset {len(start) + 15}" in error.value.what
+    assert path.read_bytes()[len(start) + 15] == 0xE9
+
+
+def test_utf16_is_recognised_and_a_utf8_mark_is_passed_over(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text(json.dumps(pair()) + "\n", encoding="utf-8-sig")
+    assert len(read_rows(path)) == 1
+    path.write_text(json.dumps(pair()) + "\n", encoding="utf-16")
+    with pytest.raises(DataError, match="looks like UTF-16"):
+        read_rows(path)
+
+
+def test_windows_line_ends_and_unicode_line_separators_are_no_trouble(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        '{"prompt": "a\u2028b", "response": "c\u0085d"}\r\n{"prompt": "e", "response": "f"}\r\n'.encode()
+    )
+    assert [row.prompt for row in read_rows(path)] == ["a\u2028b", "e"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "  \n"])
+def test_no_row_at_all_is_an_error(tmp_path, content):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="no row"):
+        read_rows(path)
+
+
+def test_a_missing_file_is_an_error_of_the_data(tmp_path):
+    with pytest.raises(DataError, match="No such file") as error:
+        read_rows(tmp_path / "nowhere.jsonl")
+    assert error.value.code == 3
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
+
+
+@given(st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_what_is_written_is_read_back(tmp_path_factory, conversations):
+    path = tmp_path_factory.mktemp("rows") / "out.jsonl"
+    rows = [
+        Row(
+            tuple(
+                Message(role, text)
+                for turn in turns
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+            )
+        )
+        for turns in conversations
+    ]
+    write_rows(path, rows)
+    assert [row.messages for row in read_rows(path)] == [row.messages for row in rows]
+    with pytest.raises(FileExistsError):
+        write_rows(path, rows)
+
+
+def test_prompts_need_no_response(tmp_path):
+    path = file_of(tmp_path, {"prompt": "a", "topic": "t"}, {"question": "b"})
+    assert read_prompts(path) == ["a", "b"]
+    assert evaluation_prompts("rows.jsonl", tmp_path) == ["a", "b"]
+    assert evaluation_prompts(["c"], tmp_path) == ["c"]
+    with pytest.raises(DataError, match="2 rows cannot be used"):
+        read_prompts(file_of(tmp_path, {"prompt": " "}, {"text": "a"}))
+
+
+# Splits and controls.
+
+
+def topic_rows(topics: int, each: int = 3) -> list[Row]:
+    return [
+        Row(
+            (Message("user", f"q{t}.{n}"), Message("assistant", f"answer {t} {n} end")),
+            {"topic": f"t{t}"},
+            f"f:{t}.{n}",
+        )
+        for t in range(topics)
+        for n in range(each)
+    ]
+
+
+def names(rows: list[Row]) -> set[str]:
+    return {row.where for row in rows}
+
+
+def test_topics_are_held_out_whole_and_about_the_share(tmp_path):
+    rows = topic_rows(300)
+    parts = split_held_out(rows, 0.1, "topic")
+    held = {row.extra["topic"] for row in parts["held_out"]}
+    assert held.isdisjoint(row.extra["topic"] for row in parts["train"])
+    assert len(parts["train"]) + len(parts["held_out"]) == len(rows)
+    assert 15 <= len(held) <= 45
+
+
+def test_adding_rows_moves_none():
+    before = split_held_out(topic_rows(60), 0.1, "topic")
+    after = split_held_out([*topic_rows(90, each=4)], 0.1, "topic")
+    assert names(before["held_out"]) <= names(after["held_out"])
+    assert names(before["train"]) <= names(after["train"])
+
+
+def test_without_a_key_the_prompt_decides_regardless_of_case_and_space():
+    rows = [
+        Row((Message("user", text), Message("assistant", "a")), {}, text) for text in ("Why  Me?", "why me?")
+    ]
+    parts = split_held_out([*rows, *topic_rows(20)], 0.5)
+    assert len([row for row in parts["held_out"] if row in rows]) in (0, 2)
+
+
+def test_a_small_set_still_holds_one_group_out_and_share_zero_none():
+    for count in range(2, 8):
+        parts = split_held_out(topic_rows(count), 0.0001, "topic")
+        assert len(parts["held_out"]) == 3
+    assert split_held_out(topic_rows(5), 0.0, "topic")["held_out"] == []
+
+
+def test_rows_without_the_key_are_named():
+    rows = [*topic_rows(2), Row((Message("user", "a"), Message("assistant", "b")), {}, "f:9")]
+    with pytest.raises(DataError, match="f:9: no 'topic'"):
+        split_held_out(rows, 0.1, "topic")
+
+
+def test_permuted_responses_keep_every_answer_and_give_each_to_another_row():
+    rows = topic_rows(10)
+    control = control_rows(rows, "permuted_responses")
+    assert sorted(row.response for row in control) == sorted(row.response for row in rows)
+    assert all(ours.response != theirs.response for ours, theirs in zip(control, rows, strict=True))
+    assert [row.prompt for row in control] == [row.prompt for row in rows]
+    assert control == control_rows(rows, "permuted_responses")
+
+
+def test_shuffled_words_keep_the_words_of_each_answer():
+    text = "one two three four five six seven eight"
+    rows = [Row((Message("user", "q"), Message("assistant", text)))] * 2
+    first, second = control_rows(rows, "shuffled_words")
+    assert sorted(first.response.split()) == sorted(text.split())
+    assert text != first.response != second.response
+
+
+def test_control_none_changes_nothing_and_an_unknown_one_is_refused():
+    assert control_rows(topic_rows(3), "none") == topic_rows(3)
+    with pytest.raises(UsageError, match="no control 'upside_down'"):
+        control_rows(topic_rows(3), "upside_down")
