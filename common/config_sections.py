@@ -206,8 +206,6 @@ class Data(Section):
     """Tokens per row, a multiple of 32; null: the smallest that holds every row. What is cut is listed."""
     control: Literal["none", "permuted_responses", "shuffled_words"] = "none"
     """Negative control on the training rows: a run that must not improve."""
-    corpus: str | None = None
-    """Text for the from-scratch recipes: a file or a folder."""
     supervise_all: bool = False
     """Train on every token, prompts too."""
 

@@ -94,15 +94,20 @@ class Backend(Protocol):
 
 def open_backend(hw: Hardware, config: Config) -> AbstractContextManager[Backend]:
     """The engine for `hw`, opened; closed on leaving the context, whatever happened."""
-    if hw.arch == "cpu":
-        from common.backends.torch_cpu import open_cpu
+    refuse_without_engine(hw)
+    from common.backends.torch_cpu import open_cpu
 
-        return open_cpu(config)
-    raise MachineError(
-        f"this version has no engine for {hw.name} yet",
-        where=f"HW={hw.name}",
-        todo="train the CPU twin with HW=cpu; the recipe, data and files are the same",
-    )
+    return open_cpu(config)
+
+
+def refuse_without_engine(hw: Hardware) -> None:
+    """Raise MachineError where this version cannot train on `hw`; asked before data or weights are fetched."""
+    if hw.arch != "cpu" or hw.mesh_shape != (1, 1):
+        raise MachineError(
+            f"this version has no engine for {hw.name} yet",
+            where=f"HW={hw.name}",
+            todo="train the CPU twin with HW=cpu; the recipe, data and files are the same",
+        )
 
 
 def precision_for(hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,6 +48,7 @@ def open_cpu(config: Config) -> Iterator[TorchCPU]:
     threads = config.device.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for those who read it; each fill costs time
     transformers.utils.logging.set_verbosity_error()
     backend = TorchCPU(config, threads)
     try:
@@ -85,6 +86,7 @@ class TorchCPU:
         self.compiled, self.compile_reason = decide_compile(config)
         self.steps_done = 0
         self.model: LlamaForCausalLM
+        self.train_forward: Callable[..., Any]  # compiled or not; evaluation and sampling have other shapes: eager
         self.optimizer: torch.optim.AdamW
         self.head16: Tensor | None = None  # a frozen head's bf16 copy, as lora.Frozen keeps one
         self.trained: dict[str, nn.Parameter] = {}
@@ -131,8 +133,7 @@ class TorchCPU:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_optimizer()
-        if self.compiled:
-            model.model.forward = torch.compile(model.model.forward)
+        self.train_forward = torch.compile(model.model.forward, dynamic=False) if self.compiled else model.model
         return parameters
 
     def _make_optimizer(self) -> None:
@@ -191,12 +192,14 @@ class TorchCPU:
 
     def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states [N, H] and labels [N] of the N supervised positions, row by row."""
-        width = batch.input_ids.shape[1] if self.compiled else used_width(batch)
+        training = self.model.training
+        width = batch.input_ids.shape[1] if self.compiled and training else used_width(batch)
         mask = torch.from_numpy(batch.loss_mask[:, :width] > 0)
         ids = torch.from_numpy(batch.input_ids[:, :width].astype(np.int64))
         labels = torch.from_numpy(batch.labels[:, :width].astype(np.int64))
         self._choose_attention(width)
-        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        forward = self.train_forward if training else self.model.model
+        hidden = forward(input_ids=ids, use_cache=False).last_hidden_state
         return hidden[mask], labels[mask]
 
     def _update(self, learning_rate: float) -> None:

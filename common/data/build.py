@@ -253,13 +253,12 @@ class Builder:
         return list(self._call("prompts"))
 
     def source_digests(self) -> list[str]:
-        """sha256 of every file the builder reads; the corpus is one of them."""
+        """sha256 of every file the builder reads."""
         if hasattr(self.module, "sources"):
             paths = [Path(path) for path in self._call("sources")]
         else:
-            corpus = getattr(self.config.data, "corpus", None)
             own = source_path(self.config, self.recipe_dir)
-            paths = [path for path in (own, self.recipe_dir / corpus if corpus else None) if path is not None]
+            paths = [] if own is None else [own]
         return [file_sha256(path) for path in paths]
 
     def _call(self, name: str) -> Any:

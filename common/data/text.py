@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from common.errors import DataError
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 __all__ = ["ChatTokenizer", "Encoded"]
 
@@ -98,7 +98,7 @@ class ChatTokenizer:
         """Ids of plain text, with no token added at either end."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of ids; `skip_special` leaves out end and role tokens."""
         return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=skip_special))
 
@@ -164,32 +164,34 @@ class ChatTokenizer:
     def _encode(self, messages: Sequence[Message], where: str) -> Encoded:
         text = self.render(messages, where=where)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        mask = np.zeros(len(encoding.ids), dtype=np.uint8)
+        ids, offsets = encoding.ids, encoding.offsets  # each access copies them out of the library
+        mask = np.zeros(len(ids), dtype=np.uint8)
         for turn, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             opened = self.render(messages[:turn], answer_next=True, where=where)
             prompt = self.encode_text(opened)
-            if not text.startswith(opened) or encoding.ids[: len(prompt)] != prompt:
+            if not text.startswith(opened) or ids[: len(prompt)] != prompt:
                 raise DataError(
                     "the prompt part of this row has other tokens than generation would feed",
                     where=where,
                     todo="the base's chat template or tokenizer joins prompt and answer; use another base",
                 )
             until = next_turn_at(text, len(opened), messages[turn : turn + 2])
-            mask[len(prompt) : self._end_of_turn(encoding, len(prompt), until, where)] = 1
-        return Encoded(np.array(encoding.ids, dtype=np.uint32), mask)
+            mask[len(prompt) : self._end_of_turn(ids, offsets, len(prompt), until, where)] = 1
+        return Encoded(np.array(ids, dtype=np.uint32), mask)
 
-    def _end_of_turn(self, encoding: Encoding, start: int, until: int, where: str) -> int:
-        """Index after the end token of the turn whose first token is `start`; it stands before character
-        `until`.
+    def _end_of_turn(
+        self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], start: int, until: int, where: str
+    ) -> int:
+        """Index after the end token of the turn that starts at token `start` and ends by character `until`.
 
         Contents hold no end token: they were checked for markers.
         """
-        for at in range(start, len(encoding.ids)):
-            if encoding.offsets[at][0] >= until:
+        for at in range(start, len(ids)):
+            if offsets[at][0] >= until:
                 break
-            if encoding.ids[at] in self.eos_ids:
+            if ids[at] in self.eos_ids:
                 return at + 1
         raise DataError(
             "the chat template puts no end token after an answer: the model would never learn to stop",

@@ -55,6 +55,8 @@ def save(
     folder = folder_of(checkpoints, step)
     temporary = checkpoints / f".tmp-step-{step:08d}-{os.getpid()}"
     with disk_errors(f"save the checkpoint of step {step}", checkpoints):
+        for left in checkpoints.glob(".*"):  # of a process that was killed while it saved; this one has the run's lock
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             temporary.mkdir()
             write_tensors(temporary, tensors, config)
@@ -126,8 +128,12 @@ def verify(folder: Path) -> Checkpoint:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MachineError(f"state.json cannot be read ({type(error).__name__})", where=str(folder)) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise MachineError(f"state.json is not of format {FORMAT}", where=str(folder))
+    if not isinstance(state, dict) or not {"step", "sha256", "training_digest", "tokens_sha256"} <= set(state):
+        raise MachineError("state.json is no checkpoint's", where=str(folder))
+    if state.get("format") != FORMAT:
+        raise MachineError(
+            f"state.json has format {state.get('format')!r}, this version reads {FORMAT}", where=str(folder)
+        )
     for name, sha256 in state["sha256"].items():
         file = folder / name
         if not file.is_file() or sha256_file(file) != sha256:

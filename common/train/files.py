@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,20 @@ def disk_errors(doing: str, path: Path) -> Iterator[None]:
     """Turn a full or failing disk into one message."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+    except Exception as error:
+        number = error_number(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
             raise
         raise MachineError(
-            f"could not {doing}: {os.strerror(error.errno)}",
+            f"could not {doing}: {os.strerror(number)}",
             where=str(path),
             todo="make room or permissions there and run the same command again; what was saved before is intact",
         ) from error
+
+
+def error_number(error: Exception) -> int | None:
+    """The errno of an error; those of safetensors have it only in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None

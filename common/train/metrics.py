@@ -36,7 +36,8 @@ class JsonLines:
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file that `JsonLines` wrote; a last line cut short by a crash is left out."""
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    # Bytes: a crash may cut a character in two, and str.splitlines would also cut at U+2028, which JSON may hold.
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))

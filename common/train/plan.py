@@ -9,7 +9,7 @@ from typing import Any
 
 from common import config as configs
 from common import hardware, lint, models
-from common.backends.base import precision_for
+from common.backends.base import precision_for, refuse_without_engine
 from common.config import Config
 from common.data import build
 from common.data.order import steps_for
@@ -59,6 +59,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     """Resolve `launch`, saying each decision as it falls; nothing of an engine is imported."""
     choice = hardware.choose(launch.hw)
     say(f"{launch.recipe_dir.name} on {choice.hardware.name}: {choice.reason}")
+    refuse_without_engine(choice.hardware)
     config = configs.load(launch.recipe_dir, choice.hardware, launch.overrides, launch.steps)
     if departures := config.departures():
         own = ", ".join(map(key_of, departures))

@@ -137,7 +137,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Held-out loss and the answers to the evaluation prompts; once a step, 0 being the untrained model."""
-        if any(record["step"] == step for record in self.records):
+        if step < self.start.step or any(record["step"] == step for record in self.records):
             return
         self.console.status(f"evaluating after step {step} ...")
         started = time.perf_counter()
@@ -185,7 +185,9 @@ class Run:
     def base_evaluation(self) -> HeldOut | None:
         """The untrained model on the held-out rows, as evaluated at step 0."""
         first = next((r for r in self.records if r["step"] == 0), None)
-        return from_rows(first["nll"], first["tokens"]) if first else None
+        if first is None or len(first["nll"]) != len(self.dataset.held_out):  # a branch onto other data
+            return None
+        return from_rows(first["nll"], first["tokens"])
 
     def save(self, step: int) -> None:
         """The checkpoint of `step`, once."""
@@ -330,10 +332,11 @@ def catch_signals(console: Console) -> Iterator[list[str]]:
 def samples_markdown(records: list[dict[str, Any]]) -> str:
     """samples.md: under each prompt, what the model answered after each evaluated step."""
     lines = ["# Samples", ""]
-    for index, sample in enumerate(records[0]["samples"]):
-        lines += [f"## {sample['prompt']}", ""]
+    for prompt in [sample["prompt"] for sample in records[-1]["samples"]]:
+        lines += [f"## {prompt}", ""]
         for record in records:
             name = "untrained" if record["step"] == 0 else f"step {record['step']}"
-            answer = record["samples"][index]["answer"].replace("\n", "\n> ") or "(nothing)"
-            lines += [f"**{name}**", "", f"> {answer}", ""]
+            answers = [sample["answer"] for sample in record["samples"] if sample["prompt"] == prompt]
+            for answer in answers:
+                lines += [f"**{name}**", "", "> " + (answer.replace("\n", "\n> ") or "(nothing)"), ""]
     return "\n".join(lines)

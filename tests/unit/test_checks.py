@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,17 +16,19 @@ WORDS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus
 
 
 def row(prompt: str, response: str = "", **extra: object) -> Row:
-    row.count += 1
-    response = response or f"{WORDS[row.count % 16].title()} number {row.count} answers that at some length."
-    return Row((Message("user", prompt), Message("assistant", response)), extra, f"f:{row.count}")
+    """A row with an answer of its own; the first one of a test stands in line 1."""
+    LINES.append(len(LINES) + 1)
+    line = LINES[-1]
+    response = response or f"{WORDS[line % 16].title()} number {line} answers that at some length."
+    return Row((Message("user", prompt), Message("assistant", response)), extra, f"f:{line}")
 
 
-row.count = 0
+LINES: list[int] = []
 
 
 @pytest.fixture(autouse=True)
-def count_from_one():
-    row.count = 0
+def first_line():
+    LINES.clear()
 
 
 def ids(train=(), held_out=(), prompts=(), **options) -> list[str]:
@@ -33,7 +36,7 @@ def ids(train=(), held_out=(), prompts=(), **options) -> list[str]:
     return [finding.id for finding in report.findings]
 
 
-def config(**options) -> SimpleNamespace:
+def config(**options) -> Any:
     data = {"system_prompt": None, "max_length": None, **options}
     return SimpleNamespace(data=SimpleNamespace(**data), effective_batch=2)
 
@@ -239,12 +242,9 @@ def test_percentiles_and_padding_of_known_sizes():
     encoded = [Encoded(np.ones(n, np.uint32), np.ones(n, np.uint8)) for n in (33, 17, 65, 97)]
     found = checks.token_stats(encoded)
     assert (found.p50, found.p95, found.max, found.needed_length) == (33, 97, 97, 96)
-    table = [(cost.length, cost.share, cost.rows_cut) for cost in found.padding]
-    assert table == [
-        (32, pytest.approx(1 - (32 + 16 + 32 + 32) / 128), 2),
-        (64, pytest.approx(1 - (32 + 16 + 64 + 64) / 256), 1),
-        (96, pytest.approx(1 - (32 + 16 + 64 + 96) / 384), 0),
-    ]
+    assert [(cost.length, cost.rows_cut) for cost in found.padding] == [(32, 2), (64, 1), (96, 0)]
+    used = [(32 + 16 + 32 + 32) / 128, (32 + 16 + 64 + 64) / 256, (32 + 16 + 64 + 96) / 384]
+    assert [1 - cost.share for cost in found.padding] == pytest.approx(used)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -216,9 +217,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_hub_data_set_at_its_commit(tmp_path, hub):
-    text_file(
-        hub.folder, "train.jsonl", '{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n'
-    )
+    text_file(hub.folder, "train.jsonl", '{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n')
     rows = converted("hub:someone/rows", tmp_path, revision=COMMIT)
     assert rows == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
     assert hub.asked == [("someone/rows", None, COMMIT, "train")]
@@ -227,13 +226,12 @@ def test_a_hub_data_set_at_its_commit(tmp_path, hub):
 def test_a_recipe_reads_a_hub_data_set_or_a_file_by_its_config(tmp_path, hub):
     text_file(hub.folder, "train.jsonl", '{"ask": "a", "say": "b"}\n')
     mapping = {"prompt": "ask", "response": "say"}
-    data = SimpleNamespace(source="hub:someone/rows", format="auto", map=mapping, revision=COMMIT)
+    data: Any = SimpleNamespace(source="hub:someone/rows", format="auto", map=mapping, revision=COMMIT)
     [row] = convert.read_source(data, tmp_path)
     assert (row.prompt, row.where) == ("a", f"hub:someone/rows@{COMMIT[:12]}:train:1")
     text_file(tmp_path, "a.csv", "ask,say\nc,d\n")
-    [row] = convert.read_source(
-        SimpleNamespace(source="a.csv", format="auto", map=mapping, revision=None), tmp_path
-    )
+    data = SimpleNamespace(source="a.csv", format="auto", map=mapping, revision=None)
+    [row] = convert.read_source(data, tmp_path)
     assert row.prompt == "c"
 
 

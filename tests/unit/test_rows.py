@@ -22,13 +22,11 @@ from common.errors import DataError, UsageError
 
 def file_of(folder: Path, *lines: object) -> Path:
     path = folder / "rows.jsonl"
-    path.write_text(
-        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8"
-    )
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
     return path
 
 
-def pair(prompt: str = "Why?", response: str = "So.", **extra: object) -> dict:
+def pair(prompt: object = "Why?", response: object = "So.", **extra: object) -> dict:
     return {"prompt": prompt, "response": response, **extra}
 
 
@@ -41,9 +39,7 @@ def test_rows_keep_extra_keys_and_know_their_line(tmp_path):
 
 def test_messages_with_a_system_turn(tmp_path):
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    path = file_of(
-        tmp_path, {"messages": [{"role": r, "content": c, "name": "x"} for r, c in turns], "id": 3}
-    )
+    path = file_of(tmp_path, {"messages": [{"role": r, "content": c, "name": "x"} for r, c in turns], "id": 3})
     [row] = read_rows(path)
     assert row.messages == tuple(Message(*turn) for turn in turns)
     assert (row.prompt, row.response, row.extra) == ("a", "d", {"id": 3})
@@ -145,9 +141,7 @@ def test_utf16_is_recognised_and_a_utf8_mark_is_passed_over(tmp_path):
 
 def test_windows_line_ends_and_unicode_line_separators_are_no_trouble(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(
-        '{"prompt": "a\u2028b", "response": "c\u0085d"}\r\n{"prompt": "e", "response": "f"}\r\n'.encode()
-    )
+    path.write_bytes('{"prompt": "a\u2028b", "response": "c\u0085d"}\r\n{"prompt": "e", "response": "f"}\r\n'.encode())
     assert [row.prompt for row in read_rows(path)] == ["a\u2028b", "e"]
 
 
@@ -173,11 +167,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, conversations):
     path = tmp_path_factory.mktemp("rows") / "out.jsonl"
     rows = [
         Row(
-            tuple(
-                Message(role, text)
-                for turn in turns
-                for role, text in zip(("user", "assistant"), turn, strict=True)
-            )
+            tuple(Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True))
         )
         for turns in conversations
     ]
@@ -232,9 +222,7 @@ def test_adding_rows_moves_none():
 
 
 def test_without_a_key_the_prompt_decides_regardless_of_case_and_space():
-    rows = [
-        Row((Message("user", text), Message("assistant", "a")), {}, text) for text in ("Why  Me?", "why me?")
-    ]
+    rows = [Row((Message("user", text), Message("assistant", "a")), {}, text) for text in ("Why  Me?", "why me?")]
     parts = split_held_out([*rows, *topic_rows(20)], 0.5)
     assert len([row for row in parts["held_out"] if row in rows]) in (0, 2)
 

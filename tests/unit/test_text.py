@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def make_base(folder: Path, template: str | None, *, bos: bool = False) -> Path:
     return folder
 
 
-def make_sentencepiece_base(folder: Path, template: str) -> Path:
+def make_sentencepiece_base(folder: Path) -> Path:
     """A base whose tokenizer is laid out as Llama-2's: a prefix space, and bytes for unknown letters."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
@@ -111,7 +112,7 @@ def make_sentencepiece_base(folder: Path, template: str) -> Path:
     whole = json.loads(tokenizer.to_str())
     whole["added_tokens"] = whole["added_tokens"][:3]  # bytes are ordinary tokens
     (folder / "tokenizer.json").write_text(json.dumps(whole))
-    (folder / "chat_template.jinja").write_text(template)
+    (folder / "chat_template.jinja").write_text(ZEPHYR)
     return folder
 
 
@@ -123,7 +124,7 @@ def edit(path: Path, **values) -> None:
 def base(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / request.param
     if request.param == "sentencepiece":
-        return make_sentencepiece_base(folder, TEMPLATES[request.param])
+        return make_sentencepiece_base(folder)
     return make_base(folder, TEMPLATES[request.param], bos=True)
 
 
@@ -137,7 +138,8 @@ def supervised(tokenizer: ChatTokenizer, encoded) -> list[str]:
 def test_text_and_ids_are_those_of_transformers(base, name):
     from transformers import AutoTokenizer
 
-    ours, theirs = ChatTokenizer.load(base), AutoTokenizer.from_pretrained(base)
+    ours = ChatTokenizer.load(base)
+    theirs: Any = AutoTokenizer.from_pretrained(base)
     messages = CONVERSATIONS[name].messages
     chat = [vars(message) for message in messages]
     assert ours.render(messages) == theirs.apply_chat_template(chat, tokenize=False)
@@ -237,6 +239,17 @@ def test_a_template_without_an_end_token_is_refused(tmp_path):
         tokenizer = ChatTokenizer.load(make_base(tmp_path / str(len(template)), template))
         with pytest.raises(DataError, match="no end token"):
             tokenizer.encode_row(row("a", "b", "c", "d"))
+
+
+def test_an_end_token_after_the_last_turn_only_does_not_make_the_users_words_supervised(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+    )
+    tokenizer = ChatTokenizer.load(make_base(tmp_path / "b", template))
+    assert supervised(tokenizer, tokenizer.encode_row(row("a", "b"))) == ["b</s>"]
+    with pytest.raises(DataError, match="no end token"):
+        tokenizer.encode_row(row("a", "b", "c", "d"))
 
 
 def test_no_template_is_said(tmp_path):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 
@@ -42,12 +44,9 @@ def test_rows_become_inputs_shifted_labels_and_mask(tmp_path):
 def test_batch_is_uint32_float32_and_contiguous_whole_and_cut(tmp_path):
     batch = written(tmp_path, some_rows(40)).train.batch(3, 0, 8)
     for part in (batch, *batch.split(4)):
-        assert (part.input_ids.dtype, part.labels.dtype, part.loss_mask.dtype) == (
-            np.uint32,
-            np.uint32,
-            np.float32,
-        )
-        assert all(a.flags.c_contiguous for a in (part.input_ids, part.labels, part.loss_mask))
+        arrays: list[np.ndarray] = [part.input_ids, part.labels, part.loss_mask]
+        assert [str(array.dtype) for array in arrays] == ["uint32", "uint32", "float32"]
+        assert all(array.flags.c_contiguous for array in arrays)
     assert np.array_equal(np.concatenate([part.labels for part in batch.split(4)]), batch.labels)
     with pytest.raises(ValueError, match="8 rows"):
         batch.split(3)
@@ -93,12 +92,7 @@ def test_no_held_out_rows_is_an_empty_split(tmp_path):
 
 def test_hash_is_of_the_content(tmp_path):
     one = written(tmp_path / "a", some_rows(4)).tokens_sha256
-    assert (
-        one
-        == tokens.write(
-            tmp_path / "b", {"train": some_rows(4)}, source_key="other", info={"x": 1}
-        ).tokens_sha256
-    )
+    assert one == tokens.write(tmp_path / "b", {"train": some_rows(4)}, source_key="other", info={"x": 1}).tokens_sha256
     assert one != written(tmp_path / "c", some_rows(4, seed=1)).tokens_sha256
     changed = some_rows(4)
     changed[2].mask[-1] ^= 1
@@ -179,6 +173,18 @@ def test_writers_at_once_leave_one_whole_data_set(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"set", ".lock"}
 
 
+def test_a_writer_waits_for_another_that_is_putting_its_folder_in_place(tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        writer = threading.Thread(target=written, args=(tmp_path, some_rows(2)))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        assert not (tmp_path / "set").exists()
+    writer.join(30)
+    assert len(TokenDataset.open(tmp_path / "set").train) == 2
+
+
 def test_batches_come_at_five_million_tokens_a_second(tmp_path):
     rng = np.random.default_rng(0)
     rows = [encoded(*rng.integers(1, 30000, n), supervised=n // 2) for n in rng.integers(20, 129, 500)]
@@ -190,6 +196,3 @@ def test_batches_come_at_five_million_tokens_a_second(tmp_path):
             split.batch(step, 0, 32)
         best = max(best, 50 * 32 * split.length / (time.perf_counter() - start))
     assert best > 5e6
-
-
-
