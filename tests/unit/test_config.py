@@ -487,7 +487,7 @@ def test_digests_depend_on_facts_and_not_on_the_board_or_the_way_a_value_is_writ
         recipe.load().training_digest(FACTS)
 
 
-GOLDEN = "12ff307b58d53c710b4553d5ec1a70dba929e3caa00290c5d2c328627a4a5511"
+GOLDEN = "47a5e201995dd0bb27f5e9c64122dc5a3dbc524c1a6462c730fbce697ac3f27e"
 
 
 def test_the_digest_is_the_same_in_every_version():
