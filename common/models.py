@@ -42,8 +42,16 @@ class Base:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The folder's config.json."""
-        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        """The folder's config.json. Raises MachineError if it is not a Llama's."""
+        path = self.folder / "config.json"
+        config = read_json(path)
+        if config.get("model_type") != "llama":
+            raise MachineError(
+                f"the base is a {config.get('model_type')} model; these recipes train Llama models",
+                where=str(path),
+                todo='choose a base whose config.json says "model_type": "llama"',
+            )
+        return config
 
     def weight_files(self) -> list[Path]:
         return sorted(self.folder.glob("*.safetensors"))
@@ -139,8 +147,7 @@ def _move_into_place(made: Path, folder: Path) -> None:
 
 
 def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
-    record = json.loads((folder / "base.json").read_text(encoding="utf-8"))
-    expected: dict[str, str] = dict(record["sha256"])
+    expected: dict[str, str] = dict(read_json(folder / "base.json").get("sha256", {}))
     expected.update({k: v for k, v in entry.get("files", {}).items() if v and k in expected})
     for file, sha256 in expected.items():
         path = folder / file
@@ -208,16 +215,18 @@ def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> Non
         snapshot = snapshot_download(entry["repo"], revision=entry["revision"], allow_patterns=list(entry["files"]))
     except Exception as error:  # the library raises a dozen kinds: network, offline, gated, disk
         raise MachineError(
-            f"could not fetch {entry['repo']}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"could not fetch {entry['repo']}: {type(error).__name__}: {first_line(error)}",
             where=f"base model {name}, revision {entry['revision']}",
             todo="check the network; or copy a machine's Hub cache here that has it, and set HF_HUB_OFFLINE=1",
         ) from error
     for file, sha256 in entry["files"].items():
         source = Path(snapshot) / file
-        if not source.is_file():
-            if sha256:
-                raise MachineError(f"{entry['repo']} has no {file}", where=str(snapshot), todo="report this")
-            continue
+        if not source.is_file():  # an interrupted download leaves such a cache
+            raise MachineError(
+                f"the Hub cache of {entry['repo']} has no {file}",
+                where=str(snapshot),
+                todo="run once with the network, or copy a whole cache here",
+            )
         shutil.copyfile(source, made / file)
         if sha256 and (found := sha256_file(made / file)) != sha256:
             raise MachineError(
@@ -225,6 +234,21 @@ def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> Non
                 where=str(source),
                 todo="delete it from the Hub cache and run again",
             )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a base. Raises MachineError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MachineError(f"{path.name} cannot be read: {first_line(error)}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise MachineError(f"{path.name} holds no JSON object", where=str(path))
+    return value
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no reason given"])[0]
 
 
 def sha256_file(path: Path) -> str:

@@ -124,6 +124,15 @@ def precision_for(hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[
 def read_weights(files: Iterable[Path]) -> dict[str, Array]:
     """Every tensor of the safetensors `files` by name; bf16 as ml_dtypes.bfloat16."""
     import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which lets safetensors read it
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    return {name: array for file in files for name, array in load_file(file).items()}
+    weights: dict[str, Array] = {}
+    for file in files:
+        try:
+            weights.update(load_file(file))
+        except SafetensorError as error:
+            raise MachineError(
+                f"{file.name} is damaged: {error}", where=str(file), todo="put the model's own file there again"
+            ) from error
+    return weights

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import gc
 import importlib.metadata
 import os
 import platform
@@ -48,7 +50,7 @@ def open_cpu(config: Config) -> Iterator[TorchCPU]:
     threads = config.device.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for those who read it; each fill costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     transformers.utils.logging.set_verbosity_error()
     backend = TorchCPU(config, threads)
     try:
@@ -90,9 +92,10 @@ class TorchCPU:
         self.optimizer: torch.optim.AdamW
         self.head16: Tensor | None = None  # a frozen head's bf16 copy, as lora.Frozen keeps one
         self.trained: dict[str, nn.Parameter] = {}
+        self.updated: dict[str, Tensor] = {}  # what the optimizer updates: the trained parameters, or their masters
         self.masters: dict[str, Tensor] = {}
 
-    @property
+    @functools.cached_property
     def info(self) -> BackendInfo:
         packages = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
         return BackendInfo(
@@ -361,7 +364,13 @@ class TorchCPU:
                 )
 
     def close(self) -> None:
-        self.trained, self.masters = {}, {}
+        """Free model and optimizer; the backend cannot be used again. Closing twice is harmless."""
+        for name in ("model", "train_forward", "optimizer"):
+            self.__dict__.pop(name, None)
+        self.trained, self.updated, self.masters, self.head16 = {}, {}, {}, None
+        gc.collect()  # a module and its hooks refer to each other
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what `keep_large_buffers` kept
 
 
 def decide_compile(config: Config) -> tuple[bool, str]:

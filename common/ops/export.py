@@ -33,12 +33,14 @@ TO_DO = "do not use this export; run it again, and if it fails again report it w
 
 
 def export_run(run: Run) -> Path:
-    """Export the last checkpoint of a run that is still open; return runs/<run>/export.
+    """Export the last checkpoint of a run at its end, closing its engine; return runs/<run>/export.
 
     Raises VerificationError when the export does not compute what the run computed.
     """
     run.console.status("exporting ...")
-    return export(trained.of_run(run), run.manifest, run.console.say)
+    saved = trained.of_run(run)
+    run.backend.close()  # training is over, and its memory is wanted for loading the export
+    return export(saved, run.manifest, run.console.say)
 
 
 def export_folder(run_folder: Path, say: Say) -> Path:

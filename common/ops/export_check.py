@@ -88,7 +88,7 @@ def check(folder: Path, run: TrainedRun, dtype: str) -> Outcome:
 
 def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Outcome:
     """The held-out loss of every model of the export beside the run's own, over the same rows."""
-    rows = trained.spread(len(split), CHECKED_ROWS)
+    rows = spread(len(split), CHECKED_ROWS)
     own, compared_with = run_evaluation(run)
     chosen = HeldOut(own.nll[rows], own.tokens[rows])
     outcome = Outcome(
@@ -212,13 +212,13 @@ def file_faults(folder: Path, run: TrainedRun) -> list[str]:
         if not (folder / name).is_file():
             faults.append(f"{name} is missing")
             continue
-        found = Weights([folder / name])
+        found = Weights([folder / name]).shapes
         faults += [f"{name}: {tensor} is missing" for tensor in shapes if tensor not in found]
         faults += [f"{name}: {tensor} is unknown" for tensor in found if tensor not in shapes]
         faults += [
-            f"{name}: {tensor} is {found.shape(tensor)}, expected {shape}"
+            f"{name}: {tensor} is {found[tensor]}, expected {shape}"
             for tensor, shape in shapes.items()
-            if tensor in found and found.shape(tensor) != shape
+            if tensor in found and found[tensor] != shape
         ]
     return faults
 
@@ -241,3 +241,8 @@ def installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ImportError:
         return False
+
+
+def spread(count: int, limit: int) -> Sequence[int]:
+    """At most `limit` of the indices 0 to count - 1, evenly spread."""
+    return range(count) if count <= limit else [index * count // limit for index in range(limit)]

@@ -52,17 +52,31 @@ def export_dtype(run: TrainedRun) -> str:
 
 
 class Weights(Mapping[str, Array]):
-    """The tensors of safetensors files by name, read one at a time."""
+    """The tensors of safetensors files by name, read one at a time.
+
+    A file is opened anew for each: a mapping that stays keeps every page that was read in memory.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which lets safetensors read it
         from safetensors import safe_open
 
-        opened = [safe_open(file, framework="numpy") for file in files]
-        self.file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        self.file_of: dict[str, Path] = {}
+        self.shapes: Shapes = {}
+        for path in files:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self.file_of[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Array:
-        return np.asarray(self.file_of[name].get_tensor(name))
+        from safetensors import safe_open
+
+        with safe_open(self.file_of[name], framework="numpy") as file:
+            return np.asarray(file.get_tensor(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.file_of  # without this, Mapping would read the tensor to find out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file_of)
@@ -70,15 +84,12 @@ class Weights(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self.file_of)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.file_of[name].get_slice(name).get_shape())
-
 
 def merged_shapes(run: TrainedRun) -> Shapes:
     """Names and shapes of the merged model: the base's, without a second copy of a tied output head."""
     base = Weights(run.base.weight_files())
     tied = run.base.architecture.get("tie_word_embeddings", False)
-    return {name: base.shape(name) for name in base if not (tied and name == HEAD)}
+    return {name: shape for name, shape in base.shapes.items() if not (tied and name == HEAD)}
 
 
 def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str, Array]]:
@@ -149,7 +160,7 @@ def write_safetensors(path: Path, shapes: Shapes, tensors: Iterable[tuple[str, A
         for (name, array), expected in zip(tensors, shapes, strict=True):
             if name != expected or array.shape != shapes[name]:
                 raise MachineError(f"{name} {array.shape} does not fit the base's {expected} {shapes[expected]}")
-            np.ascontiguousarray(array.astype(kind)).tofile(file)
+            file.write(np.ascontiguousarray(array.astype(kind)).reshape(-1).view(np.uint8).data)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -223,11 +234,13 @@ def write_tokenizer(folder: Path, run: TrainedRun) -> None:
     for name in TOKENIZER_FILES:
         if (run.base.folder / name).is_file():
             shutil.copyfile(run.base.folder / name, folder / name)
-    if run.tokenizer.template:
-        (folder / "chat_template.jinja").write_text(run.tokenizer.template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = {key: value for key, value in settings.items() if key not in LOCAL}
     if settings.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":  # transformers 5's own name for it
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(path, {**settings, "model_max_length": run.base.architecture["max_position_embeddings"]})
+    settings["model_max_length"] = run.base.architecture["max_position_embeddings"]
+    if run.tokenizer.template:  # in both places: transformers before 4.52 do not look into the file
+        settings["chat_template"] = run.tokenizer.template
+        (folder / "chat_template.jinja").write_text(run.tokenizer.template, encoding="utf-8")
+    write_json(path, settings)

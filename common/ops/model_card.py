@@ -60,7 +60,9 @@ Evaluated in fp32 on {{ held_out_rows }} rows that were not trained on. {{ proof
 tokens, {{ time }}
 - {{ method }}
 - {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
+{% if commit %}
 - code at commit {{ commit }}
+{% endif %}
 - digests: training `{{ training_digest }}`, tokens `{{ tokens_sha256 }}`, base `{{ base_identity }}`
 
 ## Data and licences
@@ -133,7 +135,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained("{{ base_id or base_name }}")
+base = AutoModelForCausalLM.from_pretrained("{{ base_id or "path/to/" ~ base_name }}")
 model = PeftModel.from_pretrained(base, folder)
 ```
 
@@ -175,7 +177,7 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
     prompt, example = example_of(run)
     system = config.data.system_prompt
     rows = rows_of(run)
-    commit = manifest.get("git_commit") or "unknown"
+    commit = manifest.get("git_commit")
     return {
         "recipe": config.recipe,
         "base_name": run.base.name,
@@ -204,7 +206,7 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         "optimizer": training.optimizer.type,
         "learning_rate": f"{training.learning_rate:g}",
         "scheduler": training.scheduler.type,
-        "commit": f"`{commit}`" + (", with changes" if manifest.get("git_dirty") else ""),
+        "commit": f"`{commit}`{', with changes' if manifest.get('git_dirty') else ''}" if commit else None,
         "training_digest": manifest["training_digest"][:16],
         "tokens_sha256": manifest["data"]["tokens_sha256"][:16],
         "prompt": prompt,
@@ -236,8 +238,10 @@ def proof(outcome: Outcome) -> str:
     if not outcome.losses or outcome.run_loss is None:
         return f"The exported weights were not measured: {outcome.reason}."
     parts = " and ".join(f"{loss:.4f} ({name})" for name, loss in outcome.losses.items())
+    loader = "transformers and PEFT" if "adapter" in outcome.losses else "transformers"
+    rows = "all" if outcome.rows == outcome.held_out_rows else str(outcome.rows)
     return (
-        f"Loaded again by plain transformers and PEFT, this export gave {parts} on {outcome.rows} of those rows, where "
+        f"Loaded again by plain {loader}, this export gave {parts} on {rows} of those rows, where "
         f"the run measured {outcome.run_loss:.4f}: {outcome.status}."
     )
 

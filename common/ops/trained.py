@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,3 @@ def engine(run: TrainedRun, *, trained: bool = True) -> Iterator[Backend]:
         if trained and config.model.lora:
             backend.load_state(Tensors(run.checkpoint.folder))
         yield backend
-
-
-def spread(count: int, limit: int) -> Sequence[int]:
-    """At most `limit` of the indices 0 to count - 1, evenly spread."""
-    return range(count) if count <= limit else [index * count // limit for index in range(limit)]

@@ -170,6 +170,9 @@ class Tensors(Mapping[str, Array]):
             raise KeyError(name)
         return np.asarray(self.open[group].get_tensor(rest))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

@@ -27,6 +27,8 @@ def generate(
 
     Ids from `vocab_size` up are padding of the embedding and never chosen. `on_token(row, id)` sees each new token.
     """
+    if not prompts:
+        return []
     lengths = np.array([len(prompt) for prompt in prompts])
     ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
     for row, prompt in enumerate(prompts):

@@ -47,8 +47,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the records up to `step`, which a checkpoint holds the state of; return them."""
+def cut_back(path: Path, step: int, target: Path | None = None) -> list[dict[str, Any]]:
+    """Write the records up to `step`, which a checkpoint holds the state of, to `target` (or back); return them."""
     records = [record for record in read(path) if record["step"] <= step]
-    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_atomic(target or path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return records

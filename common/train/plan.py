@@ -66,14 +66,24 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
         say(f"{choice.hardware.name} is another experiment than a board's: it has its own {own}")
     for finding in lint.lint(config, choice.hardware):
         warn(f"{finding.id}: {finding.message}")
-    if config.model.base is None:
-        raise UsageError("this recipe needs a base model", where="model_config.base", todo="name one")
+    if config.model.init == "random" or config.model.base is None:
+        raise UsageError(
+            "this version trains from pretrained weights only",
+            where="model_config.init",
+            todo="set model_config.init=pretrained and name a model_config.base",
+        )
     base = models.resolve(config.model.base, recipe_dir=launch.recipe_dir, say=say)
     tokenizer = ChatTokenizer.load(base.folder)
     dataset = build.build(config, launch.recipe_dir, tokenizer, models.home())
     for line in dataset.report.lines():
         say(line)
     refuse_too_long(dataset, base.architecture)
+    if not len(dataset.held_out):
+        raise DataError(
+            "no row is held out, so nothing could be said about the result",
+            where="data_config.held_out_share",
+            todo="raise it, or leave data_config.split_by out",
+        )
     prompts = build.Builder(config, launch.recipe_dir).prompts()
     precision, why = precision_for(choice.hardware)
     if config.training.precision == "auto":

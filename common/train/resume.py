@@ -17,17 +17,20 @@ from common.errors import DataError, MachineError, UsageError
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
 from common.train.files import disk_errors
+from common.train.manifest import FORMAT
 from common.train.plan import Plan
 
 INEXACT = (
-    "batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "threads",
-    "compile",
-    "mesh_shape",
+    "training_config.batch_size",
+    "training_config.gradient_accumulation_steps",
+    "model_config.gradient_checkpointing",
+    "device_config.threads",
+    "device_config.mesh_shape",
     "hw",
 )
+
+
+SECTIONS = ("training", "model", "data")  # what a training digest covers
 
 
 @dataclass
@@ -49,11 +52,17 @@ class Start:
 def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
     """Follow `--resume`: auto (an unfinished run of the same training), never, or a path."""
     asked = plan.launch.resume
+    if asked in ("auto", "never") and plan.launch.accept_changes:
+        raise UsageError(
+            f"--accept-changes has no meaning with --resume {asked}",
+            where="--accept-changes",
+            todo="name the run or the checkpoint to start from: --resume PATH",
+        )
     if asked == "never":
         return new_run(plan)
     if asked != "auto":
-        return branch(plan, Path(asked).expanduser(), say)
-    for folder, manifest in unfinished(plan):
+        return branch(plan, Path(asked).expanduser().resolve(), say)
+    for folder, manifest in unfinished(plan, say):
         lock = try_lock(folder)
         if lock is None:
             say(f"{folder.name} has the same training and is running: not touched")
@@ -64,18 +73,20 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
             continue
         refuse_other_tokens(plan, found, "--resume never starts a new run on the data as they are now")
         say(f"resuming {folder.name} after step {found.step}; --resume never would start a new run")
-        return Start(folder, lock, found, manifest=manifest, notes=changes(plan, folder))
+        return Start(folder, lock, found, manifest=manifest, notes=changes(plan, folder, found))
     return new_run(plan)
 
 
-def unfinished(plan: Plan) -> Iterator[tuple[Path, dict[str, Any]]]:
+def unfinished(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Run folders of this training whose manifest is not `done`, newest first."""
     for path in sorted(plan.launch.out.glob("*/manifest.json"), reverse=True):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # a folder that is no run of ours
-        if manifest.get("exit_reason") != "done" and manifest.get("training_digest") == plan.training_digest:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            say(f"{path.parent.name} is not of manifest format {FORMAT}: not looked at")
+        elif manifest.get("exit_reason") != "done" and manifest.get("training_digest") == plan.training_digest:
             yield path.parent, manifest
 
 
@@ -97,7 +108,7 @@ def branch(plan: Plan, path: Path, say: Callable[[str], None]) -> Start:
     accepted = refuse_changes(plan, found, parent)
     start = new_run(plan)
     start.checkpoint, start.parent = found, f"{parent.name}/{found.folder.name}"
-    start.notes = accepted + changes(plan, parent)
+    start.notes = accepted + changes(plan, parent, found)
     say(f"starting from {start.parent}")
     return start
 
@@ -114,7 +125,8 @@ def refuse_changes(plan: Plan, found: Checkpoint, parent: Path) -> list[str]:
     """Refuse another training or other tokens, unless --accept-changes; then return what to record."""
     accepted = []
     if found.state["training_digest"] != plan.training_digest:
-        accepted = ["another training: " + "; ".join(config_changes(plan, parent) or ["the base model"])]
+        lines = [line for line in config_changes(plan, parent) if line.split("_config.")[0] in SECTIONS]
+        accepted = ["another training: " + "; ".join(lines or ["the base model"])]
     if found.state["tokens_sha256"] != plan.dataset.tokens_sha256:
         accepted.append("other tokens")
     if accepted and not plan.launch.accept_changes:
@@ -138,11 +150,17 @@ def refuse_other_tokens(plan: Plan, found: Checkpoint, todo: str) -> None:
         )
 
 
-def changes(plan: Plan, folder: Path) -> list[str]:
-    """What differs from the run in `folder` outside the training itself, with its effect on the bits."""
-    lines = config_changes(plan, folder)
-    inexact = [line for line in lines if line.split(":", 1)[0].rpartition(".")[2] in INEXACT]
-    return [f"changed: {line}" for line in lines] + (["not bit-exact from here"] if inexact else [])
+def changes(plan: Plan, folder: Path, found: Checkpoint) -> list[str]:
+    """What differs from the run in `folder`, with its effect on the bits; compilation and threads may be kept."""
+    lines = {line.split(":", 1)[0]: line for line in config_changes(plan, folder)}
+    notes = []
+    if lines.pop("device_config.compile", None) and plan.config.device.compile != "auto":
+        compiled = "compiled" if found.state["compiled"] else "eager"
+        notes = [f"device_config.compile is decided once in a run: it goes on {compiled}"]
+    if plan.config.device.threads in (None, found.state["threads"]):
+        lines.pop("device_config.threads", None)
+    notes += [f"changed: {line}" for line in lines.values()]
+    return notes + (["not bit-exact from here"] if set(lines) & set(INEXACT) else [])
 
 
 def config_changes(plan: Plan, folder: Path) -> list[str]:

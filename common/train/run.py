@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ from typing import Any
 from common.backends.base import Backend, StepStats, open_backend, read_weights
 from common.config import Config
 from common.data.tokens import TokenDataset
-from common.errors import RecipeError, Stopped
+from common.errors import RecipeError, Stopped, TrainingError
 from common.models import sha256_file
 from common.train import checkpoint, metrics
-from common.train.console import Console, Progress, clock
+from common.train.checkpoint import Checkpoint
+from common.train.console import LEVELS, Console, Progress, clock
 from common.train.evaluate import HeldOut, from_rows, held_out
-from common.train.files import write_atomic
+from common.train.files import disk_errors, write_atomic
 from common.train.generate import generate
 from common.train.manifest import Manifest, code_facts, utc_now
 from common.train.metrics import JsonLines
@@ -37,17 +39,18 @@ from common.train.trackers import Trackers
 def open_run(launch: Launch) -> Iterator[Run]:
     """Open the run that `launch` asks for; see the module."""
     console = Console()
-    try:
+    with contextlib.closing(console), disk_errors("write the run's files", launch.out):
         plan = make_plan(launch, console.say, console.warn)
-        console.level = {"DEBUG": 0, "INFO": 1, "WARNING": 2}[plan.config.logging.log_level]
+        console.level = LEVELS[plan.config.logging.log_level]
         start = find_start(plan, console.say)
-        plan = keep_decisions(plan, start)
-        console.open_log(start.folder / "train.log")
-        manifest = open_manifest(plan, start)
-        with recorded_end(manifest, console), open_backend(plan.hw, plan.config) as backend:
-            yield Run(plan, start, backend, console, manifest)
-    finally:
-        console.close()
+        with start.lock:
+            plan = keep_decisions(plan, start)
+            console.open_log(start.folder / "train.log")
+            manifest = open_manifest(plan, start)
+            with recorded_end(manifest, console), open_backend(plan.hw, plan.config) as backend:
+                run = Run(plan, start, backend, console, manifest)
+                with contextlib.closing(run):
+                    yield run
 
 
 class Run:
@@ -82,19 +85,19 @@ class Run:
         for note in (*info.notes, *start.notes):
             self.console.say(note)
         self.records: list[dict[str, Any]] = []
+        self.saved_step = 0
         if start.checkpoint:
             self.backend.load_state(checkpoint.Tensors(start.checkpoint.folder))
-            self._restore_records(start.checkpoint.folder.parent.parent)
-        self.saved_step = start.step
+            self._restore_records(start.checkpoint)
 
-    def _restore_records(self, origin: Path) -> None:
-        """Metrics and evaluations up to the checkpoint's step; a branch copies them from its parent."""
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
-            if origin != self.folder and (origin / name).is_file():
-                write_atomic(self.folder / name, (origin / name).read_text(encoding="utf-8"))
-            kept = metrics.cut_back(self.folder / name, self.start.step)
-            if name == "evaluations.jsonl":
-                self.records = kept
+    def _restore_records(self, found: Checkpoint) -> None:
+        """Metrics and evaluations up to the checkpoint's step; a branch takes them over from its parent."""
+        origin = found.folder.parent.parent
+        metrics.cut_back(origin / "metrics.jsonl", found.step, self.folder / "metrics.jsonl")
+        if found.state["tokens_sha256"] == self.dataset.tokens_sha256:  # else they are of other rows
+            self.records = metrics.cut_back(origin / "evaluations.jsonl", found.step, self.folder / "evaluations.jsonl")
+        if found.folder.parent == self.checkpoints:
+            self.saved_step = found.step
 
     @property
     def last_step(self) -> int:
@@ -104,10 +107,17 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1; saves and raises Stopped at `--stop-at`, SIGTERM or SIGINT."""
+        stop_at = self.plan.launch.stop_at
+        if stop_at is not None and stop_at <= self.start.step:
+            raise Stopped(
+                f"--stop-at {stop_at}: this run already stands after step {self.start.step}",
+                where=str(self.folder),
+                todo="the same command, without --stop-at, goes on from here",
+            )
         with catch_signals(self.console) as asked:
             for step in range(self.start.step + 1, self.last_step + 1):
                 yield step
-                if asked or step == self.plan.launch.stop_at:
+                if asked or step == stop_at:
                     self.save(step)
                     reason = asked[0] if asked else f"--stop-at {step}"
                     raise Stopped(
@@ -142,18 +152,23 @@ class Run:
         self.console.status(f"evaluating after step {step} ...")
         started = time.perf_counter()
         rows = held_out(self.backend, self.dataset.held_out)
+        if not math.isfinite(rows.loss):
+            raise TrainingError(
+                f"the held-out loss after step {step} is {rows.loss}: the last updates ruined the model",
+                where=f"step {step}",
+                todo="resume with a lower learning rate: --resume PATH --accept-changes",
+            )
         record = {
             "step": step,
             "eval_loss": rows.loss,
-            "eval_loss_se": rows.standard_error,
+            "eval_loss_se": rows.standard_error if len(rows.nll) > 1 else None,  # NaN is no JSON
             "eval_tokens": int(rows.tokens.sum()),
         }
-        answers = self.answers(self.plan.prompts)
         entry = {
             "step": step,
             "nll": rows.nll.tolist(),
             "tokens": rows.tokens.tolist(),
-            "samples": [{"prompt": p, "answer": a} for p, a in zip(self.plan.prompts, answers, strict=True)],
+            "samples": self.samples(),
         }
         self.evaluations.write(entry)
         self.records.append(entry)
@@ -162,9 +177,9 @@ class Run:
         write_atomic(self.folder / "samples.md", samples_markdown(self.records))
         self.console.say(self._evaluation_line(step, rows, time.perf_counter() - started))
 
-    def answers(self, prompts: list[str]) -> list[str]:
-        """The model's answers now, by the config's sampling."""
-        tokenizer, system = self.plan.tokenizer, self.config.data.system_prompt
+    def samples(self) -> list[dict[str, Any]]:
+        """The model's answers to the evaluation prompts now, by the config's sampling."""
+        tokenizer, system, prompts = self.plan.tokenizer, self.config.data.system_prompt, self.plan.prompts
         ids = generate(
             self.backend,
             [tokenizer.prompt_ids(prompt, system) for prompt in prompts],
@@ -173,7 +188,10 @@ class Run:
             vocab_size=tokenizer.vocab_size,
             seed=self.config.training.seed,
         )
-        return [tokenizer.decode(answer, skip_special=True).strip() for answer in ids]
+        return [
+            {"prompt": prompt, "answer": tokenizer.decode(answer).strip(), "tokens": len(answer)}
+            for prompt, answer in zip(prompts, ids, strict=True)
+        ]
 
     def _evaluation_line(self, step: int, rows: HeldOut, seconds: float) -> str:
         line = f"held-out loss after step {step}: {rows.loss:.4f} ± {rows.standard_error:.4f}"
@@ -229,9 +247,12 @@ class Run:
         """After the loop: what a run killed after its last step still lacks."""
         self.evaluate(self.last_step)
         self.save(self.last_step)
+        self.close()
+        self.manifest.update(trained=utc_now(), metrics_sha256=sha256_file(self.folder / "metrics.jsonl"))
+
+    def close(self) -> None:
         for file in (self.metrics, self.evaluations, self.trackers):
             file.close()
-        self.manifest.update(trained=utc_now(), metrics_sha256=sha256_file(self.folder / "metrics.jsonl"))
 
 
 def keep_decisions(plan: Plan, start: Start) -> Plan:
@@ -264,6 +285,7 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
     values: dict[str, Any] = {
         "run": start.folder.name,
         "recipe": plan.config.recipe,
+        "recipe_dir": str(plan.launch.recipe_dir),
         "command": list(plan.launch.command),
         "overrides": list(plan.launch.overrides),
         "start": utc_now(),
@@ -319,7 +341,8 @@ def catch_signals(console: Console) -> Iterator[list[str]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
-        console.say(f"{asked[0]}: saving after this step; once more to stop without saving")
+        with contextlib.suppress(RuntimeError):  # the signal came while this very file was being written
+            console.say(f"{asked[0]}: saving after this step; once more to stop without saving")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -59,5 +59,5 @@ class Trackers:
             sink(record)
 
     def close(self) -> None:
-        for closer in self.closers:
-            closer()
+        while self.closers:
+            self.closers.pop()()

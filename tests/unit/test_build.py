@@ -37,8 +37,7 @@ def make_recipe(folder: Path, rows: int = 24, answer: str = "It is number {n}, a
     (folder / "dataset.py").write_text(DATASET)
     (folder / "config.yaml").write_text(CONFIG)
     lines = [
-        {"prompt": f"What is number {n}?", "response": answer.format(n=n), "topic": f"t{n // 2}"}
-        for n in range(rows)
+        {"prompt": f"What is number {n}?", "response": answer.format(n=n), "topic": f"t{n // 2}"} for n in range(rows)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -138,9 +137,7 @@ def test_damaged_tokens_are_built_again_and_it_is_said(recipe, tokenizer):
 
 def test_too_few_rows_for_a_batch_names_both_numbers(recipe, tokenizer):
     for _ in range(2):  # the second time from the stored tokens
-        with pytest.raises(
-            DataError, match=r"\d+ training rows do not fill one effective batch of 64"
-        ) as error:
+        with pytest.raises(DataError, match=r"\d+ training rows do not fill one effective batch of 64") as error:
             built(
                 recipe,
                 tokenizer,
@@ -182,9 +179,7 @@ def test_a_control_changes_the_training_rows_only(recipe, tokenizer):
         built(recipe, tokenizer),
         built(recipe, tokenizer, "data_config.control=permuted_responses"),
     )
-    same = [
-        np.array_equal(plain.train.row(at).ids, control.train.row(at).ids) for at in range(len(plain.train))
-    ]
+    same = [np.array_equal(plain.train.row(at).ids, control.train.row(at).ids) for at in range(len(plain.train))]
     assert not any(same)
     assert np.array_equal(plain.held_out.arrays.ids, control.held_out.arrays.ids)
 
@@ -242,10 +237,7 @@ def build_in_process(recipe: str, base: str, results: multiprocessing.Queue) -> 
 def test_processes_that_build_at_once_get_the_same_whole_data_set(recipe, tiny_base):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    workers = [
-        context.Process(target=build_in_process, args=(str(recipe), str(tiny_base), results))
-        for _ in range(3)
-    ]
+    workers = [context.Process(target=build_in_process, args=(str(recipe), str(tiny_base), results)) for _ in range(3)]
     for worker in workers:
         worker.start()
     assert len({results.get(timeout=60) for _ in workers}) == 1

@@ -31,9 +31,7 @@ def test_golden_order():
 
 def test_every_epoch_sees_every_row_once_and_batches_cross_the_seam():
     rows, batch, epochs = 10, 4, 6
-    seen = np.concatenate(
-        [rows_of_step(step, 1, batch, rows) for step in range(1, rows * epochs // batch + 1)]
-    )
+    seen = np.concatenate([rows_of_step(step, 1, batch, rows) for step in range(1, rows * epochs // batch + 1)])
     for epoch in seen.reshape(epochs, rows):
         assert sorted(epoch) == list(range(rows))
     assert not np.array_equal(seen[:rows], seen[rows : 2 * rows])

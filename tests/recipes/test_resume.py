@@ -1,0 +1,174 @@
+"""Every recipe: a run that was stopped, however it was stopped, and resumed equals the unbroken run bit for bit."""
+
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the CPU engine is torch")
+
+from common import config as configs
+from common import hardware
+from common.backends.torch_cpu import TorchCPU
+from common.errors import Stopped
+from common.train import checkpoint
+from tests.runs import folders, log, manifest, outcome
+from tests.tiny import write_tiny_base
+from tests.tiny_recipe import run_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.parent for path in (ROOT / "recipes").glob("*/config.yaml"))
+STEPS = 6
+SMALL = (
+    "training_config.precision=fp32",
+    "eval_config.every=2",
+    "eval_config.max_new_tokens=2",
+    "checkpoint_config.every=4",
+    "device_config.threads=1",
+    "device_config.compile=never",
+    "data_config.max_length=64",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory) -> Iterator[None]:
+    """Token files are made once for all runs of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.name)
+def recipe(request) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def small(recipe, tmp_path_factory) -> tuple[str, ...]:
+    """What makes the recipe small: a tiny base where it starts from one."""
+    config = configs.load(recipe, hardware.get("cpu"))
+    if config.model.init == "random":
+        return SMALL
+    base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny", context=512)
+    return (*SMALL, f"model_config.base={base}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, small, tmp_path_factory) -> Path:
+    return run_tiny(recipe, tmp_path_factory.mktemp("unbroken"), *small, steps=STEPS, export=False)
+
+
+@pytest.fixture
+def go(recipe, small, tmp_path) -> Callable[..., Path]:
+    def run(*overrides: str, resume: str = "auto", **options) -> Path:
+        return run_tiny(recipe, tmp_path, *small, *overrides, steps=STEPS, resume=resume, export=False, **options)
+
+    return run
+
+
+def test_resume_never_twice_gives_the_same_numbers(unbroken, go):
+    again = go(resume="never")
+    assert outcome(again) == outcome(unbroken)
+    assert again.name != unbroken.name
+    assert [record["step"] for record in outcome(again)["metrics"]] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_stopped_twice_on_request_and_resumed(unbroken, go, tmp_path):
+    for stop in (2, 3):
+        with pytest.raises(Stopped, match=f"after step {stop}") as stopped:
+            go(stop_at=stop)
+        assert stopped.value.code == 75
+        assert outcome(folders(tmp_path)[0])["step"] == stop
+    folder = go()
+    assert [folder] == folders(tmp_path), "auto goes on in the same folder"
+    assert outcome(folder) == outcome(unbroken)
+    assert [event["step"] for event in manifest(folder)["resumed"]] == [2, 3]
+    assert manifest(folder)["exit_reason"] == "done"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_stopped_by_a_signal_and_resumed(unbroken, go, tmp_path, monkeypatch, name):
+    step_of = TorchCPU.train_step
+
+    def interrupted(self, batches, rate, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.Signals[name])
+        return step_of(self, batches, rate, step)
+
+    monkeypatch.setattr(TorchCPU, "train_step", interrupted)
+    with pytest.raises(Stopped, match=f"stopped by {name} after step 3, which is saved"):
+        go()
+    monkeypatch.undo()
+    assert manifest(folders(tmp_path)[0])["exit_reason"].startswith("stopped: ")
+    assert outcome(go()) == outcome(unbroken)
+
+
+def test_a_crash_loses_the_steps_after_the_checkpoint_and_nothing_else(unbroken, go, tmp_path, monkeypatch):
+    step_of = TorchCPU.train_step
+
+    def crashing(self, batches, rate, step):
+        if step == 6:
+            raise RuntimeError("a crash")
+        return step_of(self, batches, rate, step)
+
+    monkeypatch.setattr(TorchCPU, "train_step", crashing)
+    with pytest.raises(RuntimeError):
+        go()
+    monkeypatch.undo()
+    assert manifest(folders(tmp_path)[0])["exit_reason"] == "failed: RuntimeError: a crash"
+    assert outcome(folders(tmp_path)[0])["metrics"][-1]["step"] == 5, "step 5 is on record, step 4 was saved"
+    folder = go()
+    assert outcome(folder) == outcome(unbroken)
+    assert manifest(folder)["resumed"][0]["step"] == 4
+
+
+def test_a_branch_from_a_checkpoint_equals_the_unbroken_run(unbroken, go, tmp_path):
+    folder = go(resume=str(unbroken / "checkpoints" / "step-00000004"))
+    assert folder.parent == tmp_path
+    assert manifest(folder)["parent"] == f"{unbroken.name}/step-00000004"
+    assert outcome(folder) == outcome(unbroken)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_no_bit(unbroken, go, tmp_path):
+    go("checkpoint_config.every=2")
+    folder = folders(tmp_path)[0]
+    reopen(folder)
+    (folder / "checkpoints" / "step-00000006" / "optimizer.safetensors").write_bytes(b"damaged")
+    assert outcome(go("checkpoint_config.every=2")) == outcome(unbroken)
+    assert "skipped step-00000006: optimizer.safetensors is damaged" in log(folder)
+    assert manifest(folder)["resumed"][0]["step"] == 4
+
+
+def reopen(folder: Path) -> None:
+    """As if the run had been killed after its last checkpoint."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "exit_reason": "running", "end": None}))
+
+
+def test_killed_with_sigkill_at_20_moments_and_resumed(recipe, small, tmp_path):
+    """Ten at random moments, ten soon after a checkpoint began to be written. In children of a process of its own."""
+    overrides = [*small, "training_config.max_steps=16", "checkpoint_config.every=1", "eval_config.every=8"]
+    command = [sys.executable, "-m", "tests.killer", str(recipe), str(tmp_path), "20", "7", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    screen = tmp_path / "killed" / "screen.txt"
+    assert done.returncode == 0, done.stderr + (screen.read_text()[-3000:] if screen.exists() else "")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 20
+    assert found["inside"] >= 3, "too few kills fell into a checkpoint's writing"
+    assert found["resumed"] >= 5
+    expected = outcome(Path(found["unbroken"][0]))
+    assert expected["step"] == 16
+    assert found["done"]
+    for folder in (*found["unbroken"], *found["done"]):
+        assert outcome(Path(folder)) == expected, folder
+        skipped: list[str] = []
+        checkpoint.newest(Path(folder) / "checkpoints", skipped)
+        assert not skipped
