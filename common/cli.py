@@ -71,14 +71,14 @@ def main() -> None:
         _fail(str(error) if isinstance(error, Stopped) else f"error: {error}", error.code)
     except KeyboardInterrupt:
         _fail("interrupted; nothing more was saved", 130)
-    except MemoryError:
-        _fail("error: out of memory\n  to do: a smaller training_config.batch_size with more accumulation", 5)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `| head` does
         sys.exit(141)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second is torch's
+            _fail("error: out of memory\n  to do: a smaller training_config.batch_size with more accumulation", 5)
         _fail(
             f"bug: {type(error).__name__}: {error}\n  to do: run it with --debug first and report what it prints",
             1,

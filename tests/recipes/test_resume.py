@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ STEPS = 6
 SMALL = (
     "training_config.precision=fp32",
     "eval_config.every=2",
-    "eval_config.max_new_tokens=2",
+    "eval_config.max_new_tokens=1",
     "checkpoint_config.every=4",
     "device_config.threads=1",
     "device_config.compile=never",
@@ -43,7 +44,10 @@ def home(tmp_path_factory) -> Iterator[None]:
     """Token files are made once for all runs of this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
+        gc.freeze()  # an engine collects garbage as it closes: without torch's million objects that is quick
         yield
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.name)

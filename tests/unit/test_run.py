@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -33,12 +34,19 @@ EVAL_KEYS = ["step", "eval_loss", "eval_loss_se", "eval_tokens"]
 def home(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
+        gc.freeze()  # an engine collects garbage as it closes: without torch's million objects that is quick
         yield
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
 def shared_recipe(tiny_base, tmp_path_factory) -> Path:
-    return make_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny", tiny_base)
+    folder = make_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny", tiny_base)
+    config = json.loads((folder / "config.yaml").read_text())
+    config["eval_config"]["max_new_tokens"] = 2
+    (folder / "config.yaml").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="module")
