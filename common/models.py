@@ -6,7 +6,9 @@ folder, and verified by sha256 each time it is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -190,9 +192,9 @@ def _convert_gguf(gguf: Path, made: Path) -> None:
     import transformers
     from safetensors.torch import save_file
 
-    transformers.utils.logging.disable_progress_bar()
     where = {"gguf_file": gguf.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar, which no setting turns off
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **where)
     tied = model.config.tie_word_embeddings
     weights = {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}

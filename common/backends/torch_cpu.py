@@ -1,8 +1,8 @@
 """The CPU twin: transformers' Llama on PyTorch, with the data, loss, checkpoints and files of every other engine.
 
-Three things make it fast without changing what it computes: hidden states go through the output head only where the
-mask supervises, padding to the right of a batch's last supervised token is not computed at all, and frozen weights
-keep the bf16 copy that autocast would otherwise make again at every use.
+Three things make it fast without changing what it computes: rows lie end to end, so that no padding is computed; hidden
+states go through the output head only where the mask supervises; and frozen weights keep the bf16 copy that autocast
+would otherwise make again at every use.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from common.backends import ragged
 from common.backends.base import Array, BackendInfo, StepStats
 from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
 from common.backends.lora import PREFIX, add_lora, lora_layers
@@ -39,7 +40,6 @@ from common.config import Config
 from common.data.tokens import Batch
 from common.errors import MachineError, TrainingError, UsageError
 
-EAGER_ATTENTION_UP_TO = 256  # tokens: below it torch's flash kernel for CPUs is slower than three matmuls
 COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto` wants that many steps to earn it back
 
 
@@ -88,7 +88,7 @@ class TorchCPU:
         self.compiled, self.compile_reason = decide_compile(config)
         self.steps_done = 0
         self.model: LlamaForCausalLM
-        self.train_forward: Callable[..., Any]  # compiled or not; evaluation and sampling have other shapes: eager
+        self.padded_forward: Callable[..., Any]  # what a compiled run trains through: one shape for every step
         self.optimizer: torch.optim.AdamW
         self.head16: Tensor | None = None  # a frozen head's bf16 copy, as lora.Frozen keeps one
         self.trained: dict[str, nn.Parameter] = {}
@@ -136,7 +136,7 @@ class TorchCPU:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_optimizer()
-        self.train_forward = torch.compile(model.model.forward, dynamic=False) if self.compiled else model.model
+        self.padded_forward = torch.compile(model.model.forward, dynamic=False) if self.compiled else model.model
         return parameters
 
     def _make_optimizer(self) -> None:
@@ -159,9 +159,7 @@ class TorchCPU:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
         started = time.perf_counter()
-        torch.manual_seed(
-            self.config.training.seed * 1_000_003 + step
-        )  # dropout: a function of the step, not of history
+        torch.manual_seed(self.config.training.seed * 1_000_003 + step)  # dropout hangs on the step, not on history
         self.model.train()
         supervised = int(sum(batch.loss_mask.sum(dtype=np.int64) for batch in micro_batches))
         total = torch.zeros((), dtype=torch.float32)
@@ -183,7 +181,7 @@ class TorchCPU:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self._update(learning_rate)
         self.steps_done = step
-        tokens = sum(real_tokens(batch) for batch in micro_batches)
+        tokens = int(sum(ragged.row_lengths(batch).sum() for batch in micro_batches))
         return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
 
     def _nll_sum(self, batch: Batch) -> Tensor:
@@ -195,14 +193,19 @@ class TorchCPU:
 
     def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states [N, H] and labels [N] of the N supervised positions, row by row."""
-        training = self.model.training
-        width = batch.input_ids.shape[1] if self.compiled and training else used_width(batch)
-        mask = torch.from_numpy(batch.loss_mask[:, :width] > 0)
-        ids = torch.from_numpy(batch.input_ids[:, :width].astype(np.int64))
-        labels = torch.from_numpy(batch.labels[:, :width].astype(np.int64))
-        self._choose_attention(width)
-        forward = self.train_forward if training else self.model.model
-        hidden = forward(input_ids=ids, use_cache=False).last_hidden_state
+        if self.compiled and self.model.training:
+            return self._supervised_padded(batch)
+        ids, positions, labels, supervised, bounds = ragged.lay_out(batch)
+        self.model.set_attn_implementation(ragged.NAME)
+        hidden = self.model.model(input_ids=ids, position_ids=positions, use_cache=False, bounds=bounds)
+        return hidden.last_hidden_state[0][supervised], labels[supervised]
+
+    def _supervised_padded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same with padding: every step has one shape, as a compiled graph needs it."""
+        mask = torch.from_numpy(batch.loss_mask > 0)
+        ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in (batch.input_ids, batch.labels))
+        self.model.set_attn_implementation("sdpa")
+        hidden = self.padded_forward(input_ids=ids, use_cache=False).last_hidden_state
         return hidden[mask], labels[mask]
 
     def _update(self, learning_rate: float) -> None:
@@ -224,9 +227,6 @@ class TorchCPU:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mixed)
-
-    def _choose_attention(self, width: int) -> None:
-        self.model.set_attn_implementation("eager" if width <= EAGER_ATTENTION_UP_TO else "sdpa")
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -365,7 +365,7 @@ class TorchCPU:
 
     def close(self) -> None:
         """Free model and optimizer; the backend cannot be used again. Closing twice is harmless."""
-        for name in ("model", "train_forward", "optimizer"):
+        for name in ("model", "padded_forward", "optimizer"):
             self.__dict__.pop(name, None)
         self.trained, self.updated, self.masters, self.head16 = {}, {}, {}, None
         gc.collect()  # a module and its hooks refer to each other
@@ -385,20 +385,6 @@ def decide_compile(config: Config) -> tuple[bool, str]:
     if config.model.lora or config.model.gradient_checkpointing or steps < COMPILE_FROM_STEPS:
         return False, "eager: too few steps, or adapters, to earn back the compilation"
     return True, f"compiled: {steps} steps earn it back"
-
-
-def used_width(batch: Batch) -> int:
-    """Columns up to the last supervised one, in eights; attention is causal, so what lies right of it has no effect."""
-    columns = np.nonzero(batch.loss_mask.any(axis=0))[0]
-    width = int(columns[-1]) + 1 if len(columns) else 1
-    return min(int(batch.input_ids.shape[1]), (width + 7) // 8 * 8)
-
-
-def real_tokens(batch: Batch) -> int:
-    """Tokens up to each row's last supervised one: padding is not counted."""
-    width = batch.loss_mask.shape[1]
-    last = width - batch.loss_mask[:, ::-1].argmax(axis=1)
-    return int(last[batch.loss_mask.any(axis=1)].sum())
 
 
 def cast_norm_outputs(model: LlamaForCausalLM) -> None:

@@ -18,7 +18,7 @@ def describe(recipe_dir: Path, hw: str | None, overrides: Sequence[str], steps: 
     board = choice.hardware
     config = configs.load(recipe_dir, board, overrides, steps)
     precision = config.training.precision
-    yield f"{config.recipe} on {board.name}: {choice.reason}"
+    yield f"{config.recipe} on {choice.reason}"
     command = ["python", str(recipe_dir / "train.py"), "--hw", board.name]
     command += [part for override in overrides for part in ("--set", override)]
     yield f"would run: {shlex.join(command + (['--steps', str(steps)] if steps else []))}"

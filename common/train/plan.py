@@ -58,7 +58,7 @@ class Plan:
 def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], None]) -> Plan:
     """Resolve `launch`, saying each decision as it falls; nothing of an engine is imported."""
     choice = hardware.choose(launch.hw)
-    say(f"{launch.recipe_dir.name} on {choice.hardware.name}: {choice.reason}")
+    say(f"{launch.recipe_dir.name} on {choice.reason}")
     refuse_without_engine(choice.hardware)
     config = configs.load(launch.recipe_dir, choice.hardware, launch.overrides, launch.steps)
     if departures := config.departures():

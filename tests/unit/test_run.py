@@ -210,6 +210,7 @@ def test_a_run_killed_after_its_last_step_only_finishes(go, finished, monkeypatc
     assert go() == folder
     assert manifest(folder)["exit_reason"] == "done"
     assert outcome(folder) == outcome(finished)
+    assert not list((folder / "checkpoints").glob("*.replaced*")), "nor is what was saved saved again"
 
 
 # --- an epoch's seam ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 
 import transformers
 
-from common.backends import torch_cpu
+from common.backends import ragged, torch_cpu
 from common.backends.base import precision_for, read_weights
 from common.data.tokens import Batch
 from common.errors import MachineError, TrainingError, UsageError
@@ -74,10 +74,10 @@ def test_one_batch_of_8_is_4_times_2_accumulated(tiny_base, lora):
     close(after_cut, after)
 
 
-@pytest.mark.parametrize("eager_up_to", [256, 16], ids=["eager attention", "sdpa"])
+@pytest.mark.parametrize("written_out", [256, 16], ids=["written out", "sdpa"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_loss_and_gradients_are_those_of_plain_transformers(tiny_base, untied_base, tied, eager_up_to, monkeypatch):
-    monkeypatch.setattr(torch_cpu, "EAGER_ATTENTION_UP_TO", eager_up_to)
+def test_loss_and_gradients_are_those_of_plain_transformers(tiny_base, untied_base, tied, written_out, monkeypatch):
+    monkeypatch.setattr(ragged, "WRITTEN_OUT_UP_TO", written_out)
     base, batch = tiny_base if tied else untied_base, make_batch()
     model = plain_model(base)
     loss = plain_loss(model, batch)
@@ -96,10 +96,10 @@ def test_padding_has_no_effect(tiny_base, monkeypatch):
     with engine(config_for(tiny_base)) as backend:
         first = gradients_of(backend, [narrow])
         assert fingerprint(gradients_of(backend, [wide])[1]) == fingerprint(first[1])
-        monkeypatch.setattr(torch_cpu, "used_width", lambda batch: batch.input_ids.shape[1])
-        uncut = gradients_of(backend, [wide])
-    assert uncut[0].loss == pytest.approx(first[0].loss, rel=1e-6)
-    close(uncut[1], first[1])
+        monkeypatch.setattr(backend, "_supervised", backend._supervised_padded)
+        padded = gradients_of(backend, [wide])
+    assert padded[0].loss == pytest.approx(first[0].loss, rel=1e-6)
+    close(padded[1], first[1])
 
 
 def test_what_stands_in_the_padding_has_no_effect(tiny_base):
@@ -115,14 +115,6 @@ def test_tokens_are_counted_without_padding(tiny_base):
         stats = backend.train_step([make_batch((5, 90), width=96)], 1e-3, 1)
     assert stats.tokens == 95
     assert stats.supervised_tokens == 4 + 60
-
-
-def test_used_width_reaches_the_last_supervised_column_in_eights():
-    assert torch_cpu.used_width(make_batch((5, 17))) == 24
-    assert torch_cpu.used_width(make_batch((5, 90), width=90)) == 90
-    empty = make_batch((5, 17))
-    empty.loss_mask[:] = 0
-    assert torch_cpu.used_width(empty) == 8
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_base):

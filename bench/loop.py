@@ -1,0 +1,166 @@
+"""What a step costs besides the engine, how fast batches are supplied, and how soon the command answers.
+
+    .venv/bin/python bench/loop.py
+
+The loop is the recipe's own train.py with an engine whose step returns at once; export and card are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from common.backends.base import BackendInfo, StepStats
+from common.data.order import random_words
+from common.data.tokens import Arrays, Batch, TokenSplit
+from common.train import run as runs
+from common.train.plan import Launch
+
+ROOT = Path(__file__).resolve().parents[1]
+Array = np.ndarray[Any, Any]
+
+
+class IdleEngine:
+    """An engine that does nothing, and notes when it is called. Its answers are one end token."""
+
+    def __init__(self, end_token: int) -> None:
+        self.end_token = end_token
+        self.called: list[float] = []
+
+    info = BackendInfo("idle", "none", "fp32", world=1, threads=1, compiled=False, versions={}, reason="bench")
+
+    def build(self, architecture: Mapping[str, Any]) -> None:
+        self.vocab_size = int(architecture["vocab_size"])
+
+    def load(self, weights: Mapping[str, Array]) -> int:
+        return sum(array.size for array in weights.values())
+
+    def train_step(self, *_: Any) -> StepStats:
+        self.called.append(time.perf_counter())
+        return StepStats(loss=1.0, grad_norm=1.0, tokens=1, supervised_tokens=1, seconds=1e-3)
+
+    def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
+        rows = len(batch.rows)
+        return np.ones(rows), np.ones(rows)
+
+    def next_token_logits(self, ids: Array, _lengths: Array, cache: Any = None) -> tuple[Array, Any]:
+        logits = np.zeros((len(ids), self.vocab_size), np.float32)
+        logits[:, self.end_token] = 1.0
+        return logits, cache
+
+    def state(self) -> Iterator[tuple[str, Array]]:
+        yield "optimizer/step", np.zeros(1, np.int64)
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        raise NotImplementedError
+
+    def untuned(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None: ...
+
+
+def recipe_loop(recipe: Path) -> Any:
+    """The recipe's train.py as a module, with export and card taken out."""
+    spec = importlib.util.spec_from_file_location("bench_recipe_train", recipe / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("export_run", "write_card"):
+        setattr(module, name, lambda _run: None)
+    return module
+
+
+def loop_gaps(recipe: Path, steps: int) -> list[float]:
+    """Seconds between one call of the engine and the next one, over `steps` steps, evaluation and checkpoints off."""
+    engine = IdleEngine(end_token=0)
+
+    @contextlib.contextmanager
+    def open_idle(*_: Any) -> Iterator[IdleEngine]:
+        yield engine
+
+    with tempfile.TemporaryDirectory(prefix="bench-loop-") as out:
+        quiet = ("eval_config.every=0", "checkpoint_config.every=0")
+        launch = Launch(recipe, hw="cpu", overrides=quiet, steps=steps, resume="never", out=Path(out))
+        with mock.patch.object(runs, "open_backend", open_idle), contextlib.redirect_stdout(io.StringIO()):
+            recipe_loop(recipe).train(launch)
+    return [after - before for before, after in zip(engine.called[:-1], engine.called[1:], strict=True)]
+
+
+def full_rows(rows: int, length: int, vocab_size: int = 49152) -> TokenSplit:
+    """A split whose rows all fill T = `length`: every token that is supplied is a real one."""
+    ids = (random_words(rows * (length + 1), 1) % np.uint64(vocab_size)).astype(np.uint32)
+    starts = np.arange(rows, dtype=np.int64) * (length + 1)
+    return TokenSplit(Arrays(ids, np.ones(len(ids), np.uint8), starts, starts + length + 1), length)
+
+
+def supply_rate(split: TokenSplit, batch_size: int, seconds: float) -> float:
+    """Tokens per second that `TokenSplit.batch` supplies: positions of B x T, over batches drawn for `seconds`."""
+    step, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds or step == 0:
+        step += 1
+        split.batch(step, 0, batch_size)
+    return step * batch_size * split.length / spent
+
+
+def command_seconds(command: Sequence[str], times: int) -> float:
+    """Median wall time of a command, after one run that fills the disk cache."""
+    taken = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def supply(batch_size: int, length: int) -> float:
+    """The best of three rates: what else the machine does can only lower one."""
+    split = full_rows(4096, length)
+    return max(supply_rate(split, batch_size, seconds=1.0) for _ in range(3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="tinyllama-finetune")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    gaps = loop_gaps(ROOT / "recipes" / arguments.recipe, arguments.steps)
+    result: dict[str, Any] = {
+        "steps": arguments.steps,
+        "loop_ms_mean": 1e3 * statistics.fmean(gaps),
+        "loop_ms_median": 1e3 * statistics.median(gaps),
+        "supply_tokens_per_second": {
+            f"{batch_size}x{length}": supply(batch_size, length) for batch_size, length in ((32, 128), (64, 256))
+        },
+        "help_seconds": command_seconds([sys.executable, "-m", "common", "--help"], times=5),
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(
+        f"the loop without the engine: {result['loop_ms_mean']:.3f} ms a step (mean of {arguments.steps}; "
+        f"median {result['loop_ms_median']:.3f})"
+    )
+    for shape, rate in result["supply_tokens_per_second"].items():
+        print(f"batches of {shape}: {rate / 1e6:.1f} million tokens/s")
+    print(f"recipe --help: {result['help_seconds']:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

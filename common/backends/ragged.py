@@ -1,0 +1,111 @@
+"""Attention over rows of different lengths laid end to end, so that no layer computes padding.
+
+The model sees one sequence [1, N] of every row's tokens up to its last supervised one; only attention has to know where
+a row ends. Row by row and written out, it needs neither a mask tensor over the batch nor repeated keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from common.data.tokens import Batch
+
+NAME = "ragged"  # what `set_attn_implementation` is told
+WRITTEN_OUT_UP_TO = 256  # tokens: below it torch's flash kernel for CPUs is slower than three products
+Bounds = Sequence[tuple[int, int]]
+
+
+class RaggedAttention(torch.autograd.Function):
+    """Causal attention within each row: q [H, N, D], k and v [KV, N, D], rows `bounds`; returns [N, H, D].
+
+    Scores are products of `dtype`, the softmax is float32, as in transformers' eager attention under autocast.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scaling: float, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.given, ctx.bounds, ctx.scaling = (q.dtype, k.dtype, v.dtype), bounds, scaling
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        (heads, tokens, width), groups = q.shape, k.shape[0]
+        out = q.new_empty(tokens, heads, width)
+        weights = []
+        for start, end in bounds:
+            n = end - start
+            scores = (grouped(q, start, end, groups) @ k[:, start:end].transpose(1, 2)).float().mul_(scaling)
+            future = torch.ones(n, n, dtype=torch.bool).triu_(1)
+            scores.view(groups, -1, n, n).masked_fill_(future, float("-inf"))
+            weight = torch.softmax(scores, -1).to(dtype)
+            out[start:end] = (weight @ v[:, start:end]).view(heads, n, width).transpose(0, 1)
+            weights.append(weight)
+        ctx.save_for_backward(q, k, v, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *weights = ctx.saved_tensors
+        heads, _, width = q.shape
+        upstream = gradients[0].to(q.dtype).transpose(0, 1)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for (start, end), weight in zip(ctx.bounds, weights, strict=True):
+            queries, up = (grouped(t, start, end, len(k)) for t in (q, upstream))
+            keys, values = k[:, start:end], v[:, start:end]
+            dv[:, start:end] = weight.transpose(1, 2) @ up
+            slope = (up @ values.transpose(1, 2)).float()
+            wide = weight.float()
+            slope = slope.sub_((slope * wide).sum(-1, keepdim=True)).mul_(wide).mul_(ctx.scaling).to(q.dtype)
+            dq[:, start:end] = (slope @ keys).view(heads, end - start, width)
+            dk[:, start:end] = slope.transpose(1, 2) @ queries
+        return (*(t.to(dtype) for t, dtype in zip((dq, dk, dv), ctx.given, strict=True)), None, None, None)
+
+
+def grouped(x: Tensor, start: int, end: int, groups: int) -> Tensor:
+    """Tokens start..end of x [H, N, D] as [KV, H/KV x n, D]: heads that share keys side by side."""
+    return x[:, start:end].reshape(groups, -1, x.shape[-1])
+
+
+def attend(
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, bounds: Bounds, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, H, N, D] -> ([1, N, H, D], None). `bounds` comes by keyword."""
+    if max(end - start for start, end in bounds) <= WRITTEN_OUT_UP_TO:
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype
+        return RaggedAttention.apply(query[0], key[0], value[0], bounds, scaling, dtype)[None], None  # type: ignore[no-untyped-call]
+    rows = []
+    for start, end in bounds:
+        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+        rows.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+def lay_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, int]]]:
+    """ids and positions int64 [1, N], labels int64 [N], supervised bool [N], and each row's (start, end).
+
+    A row ends with its last supervised token: attention is causal, so nothing right of it has an effect.
+    """
+    lengths = row_lengths(batch)
+    width = batch.loss_mask.shape[1]
+    inside = np.arange(width) < lengths[:, None]
+    ends = np.cumsum(lengths)
+    bounds = [(int(end - n), int(end)) for end, n in zip(ends, lengths, strict=True) if n]
+    positions = np.broadcast_to(np.arange(width), inside.shape)[inside]
+    ids, labels, supervised = batch.input_ids[inside], batch.labels[inside], batch.loss_mask[inside] > 0
+    tokens, places, targets = (torch.from_numpy(array.astype(np.int64)) for array in (ids, positions, labels))
+    return tokens[None], places[None], targets, torch.from_numpy(supervised), bounds
+
+
+def row_lengths(batch: Batch) -> np.ndarray[Any, Any]:
+    """Tokens of each row up to its last supervised one, int64 [B]."""
+    supervised = batch.loss_mask > 0
+    return np.where(supervised.any(axis=1), supervised.shape[1] - supervised[:, ::-1].argmax(axis=1), 0)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, lambda *_, **__: None)
