@@ -32,14 +32,15 @@ class Lock:
     inputs: tuple[str, ...]
     python: str
     universal: bool = False  # one file for every supported Python, with markers
+    folder: Path = REQUIREMENTS
 
     @property
     def path(self) -> Path:
-        return REQUIREMENTS / self.name
+        return self.folder / self.name
 
     @property
     def has_torch(self) -> bool:
-        return "cpu.in" in self.inputs
+        return bool({"cpu.in", "requirements-trl.in"} & set(self.inputs))
 
 
 LOCKS = (
@@ -49,6 +50,8 @@ LOCKS = (
         Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python)
         for python in ("3.10", "3.11", "3.12")
     ),
+    # After the cpu locks: the bench's peer is constrained to their versions.
+    Lock("requirements-trl.txt", ("requirements-trl.in",), "3.11", folder=Path("bench")),
 )
 
 
@@ -103,7 +106,7 @@ def compile_lock(lock: Lock, old: str, cpu_index: bool) -> str:
         output = Path(folder) / lock.name
         if old:
             output.write_text(old)
-        command += ["--output-file", str(output), *(str(REQUIREMENTS / name) for name in lock.inputs)]
+        command += ["--output-file", str(output), *(str(lock.folder / name) for name in lock.inputs)]
         if subprocess.run(command, env=uv_environment(), stdout=subprocess.DEVNULL).returncode != 0:
             raise SystemExit(
                 f"{lock.path}: uv could not resolve it (its message is above); nothing was written"
