@@ -46,10 +46,7 @@ class Lock:
 LOCKS = (
     Lock("tools.txt", ("tools.in",), "3.10", universal=True),
     Lock("launcher.txt", ("build.in", "launcher.in"), "3.10", universal=True),
-    *(
-        Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python)
-        for python in ("3.10", "3.11", "3.12")
-    ),
+    *(Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python) for python in ("3.10", "3.11", "3.12")),
     # After the cpu locks: the bench's peer is constrained to their versions.
     Lock("requirements-trl.txt", ("requirements-trl.in",), "3.11", folder=Path("bench")),
 )
@@ -108,9 +105,7 @@ def compile_lock(lock: Lock, old: str, cpu_index: bool) -> str:
             output.write_text(old)
         command += ["--output-file", str(output), *(str(lock.folder / name) for name in lock.inputs)]
         if subprocess.run(command, env=uv_environment(), stdout=subprocess.DEVNULL).returncode != 0:
-            raise SystemExit(
-                f"{lock.path}: uv could not resolve it (its message is above); nothing was written"
-            )
+            raise SystemExit(f"{lock.path}: uv could not resolve it (its message is above); nothing was written")
         return output.read_text()
 
 

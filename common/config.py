@@ -129,9 +129,7 @@ class Config(Section):
         keys = {dotted(key): value for key, value in flatten(self._training_tree())}
         if self.recipe_batch != self.effective_batch:
             keys |= dict(
-                zip(
-                    _BATCH, (self.training.batch_size, self.training.gradient_accumulation_steps), strict=True
-                )
+                zip(_BATCH, (self.training.batch_size, self.training.gradient_accumulation_steps), strict=True)
             )
         overlay = self._origin.overlay
         from_overlay = [key for key in keys if overlay and self.where(key).startswith(f"{overlay}:")]
@@ -176,9 +174,7 @@ class Config(Section):
         """What differs in `other`, a line for each key: `training_config.learning_rate: 0.0001 -> 0.0002`."""
         old, new = dict(flatten(self.dump())), dict(flatten(other.dump()))
         keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-        return [
-            f"{dotted(key)}: {_text(old.get(key, _ABSENT))} -> {_text(new.get(key, _ABSENT))}" for key in keys
-        ]
+        return [f"{dotted(key)}: {_text(old.get(key, _ABSENT))} -> {_text(new.get(key, _ABSENT))}" for key in keys]
 
     def config_digest(self) -> str:
         """sha256 over every value, for the record."""
@@ -217,9 +213,7 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
     recipe = _stack(_stack(Layer(), [base]), preset)
     merged = _stack(_stack(_stack(recipe, overlay), sets), last)
     merged.problems += [
-        Problem(locate(merged.where, (name,)), name, "unknown key")
-        for name in ("recipe", "hw")
-        if name in merged.tree
+        Problem(locate(merged.where, (name,)), name, "unknown key") for name in ("recipe", "hw") if name in merged.tree
     ]
     merged.tree.update(recipe=recipe_dir.name, hw=hw.name)
     config = _validate(merged, f"the configuration of {recipe_dir.name}")
@@ -303,9 +297,7 @@ def _preset(folder: Path, layers: Sequence[Layer]) -> list[Layer]:
     files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if name not in files:
         known = ", ".join(files) or "none, there is no presets/ folder"
-        raise UsageError(
-            f"unknown preset {name!r}", where=naming[-1].where[key], todo=f"presets here: {known}"
-        )
+        raise UsageError(f"unknown preset {name!r}", where=naming[-1].where[key], todo=f"presets here: {known}")
     layer = read_file(files[name])
     if key in layer.where:
         raise UsageError("a preset cannot name a preset", where=layer.where[key])
@@ -324,9 +316,7 @@ def _fit(config: Config, hw: Hardware, *, keep_batch: bool) -> Config:
     devices = math.prod(mesh)
     if devices > hw.chips:
         text = f"the mesh {list(mesh)} has {devices} devices, {hw.name} has {hw.chips}"
-        raise UsageError(
-            text, where=places("device_config.mesh_shape"), todo=f"use {list(hw.mesh_shape)} or less"
-        )
+        raise UsageError(text, where=places("device_config.mesh_shape"), todo=f"use {list(hw.mesh_shape)} or less")
     if device.enable_ddp not in (None, devices > 1):
         text = f"enable_ddp: {_text(device.enable_ddp)} contradicts the mesh {list(mesh)} of {hw.name}"
         todo = "leave enable_ddp out: data parallel is on where there is more than one device"
@@ -337,11 +327,7 @@ def _fit(config: Config, hw: Hardware, *, keep_batch: bool) -> Config:
         batch = max((size for size in range(devices, limit + 1, devices) if effective % size == 0), default=0)
     if batch == 0 or batch % devices:
         total = f"effective batch {effective}" if batch == 0 else f"batch_size {batch}"
-        near = (
-            f"{max(1, effective // devices) * devices} divides"
-            if batch == 0
-            else f"use a multiple of {devices}"
-        )
+        near = f"{max(1, effective // devices) * devices} divides" if batch == 0 else f"use a multiple of {devices}"
         raise UsageError(
             f"{total} does not divide by the {devices} devices of {hw.name}",
             where=places(_BATCH[0]),

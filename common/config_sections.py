@@ -267,9 +267,7 @@ class Device(Section):
     @classmethod
     def _mesh_is_a_line(cls, mesh: tuple[int, int] | None) -> tuple[int, int] | None:
         if mesh is not None and mesh[0] != 1:
-            raise ValueError(
-                "data parallel runs on a line, [1, N]: ttml lets a 2-D mesh have only two parallelisms"
-            )
+            raise ValueError("data parallel runs on a line, [1, N]: ttml lets a 2-D mesh have only two parallelisms")
         return mesh
 
 

@@ -90,16 +90,12 @@ def table() -> dict[str, Hardware]:
     """All boards by name, in the order of hardware.yaml."""
     import yaml
 
-    entries: dict[str, dict[str, Any]] = yaml.safe_load(
-        Path(__file__).with_name("hardware.yaml").read_text("utf-8")
-    )
+    entries: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("hardware.yaml").read_text("utf-8"))
     return {name: _row(name, entry) for name, entry in entries.items()}
 
 
 def _row(name: str, entry: dict[str, Any]) -> Hardware:
-    columns: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
-    }
+    columns: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     hw = Hardware(name=name, **columns)  # a missing or unknown column is a TypeError, and so a failing test
     if math.prod(hw.mesh_shape) != hw.chips:
         raise ValueError(f"hardware.yaml: the mesh {hw.mesh_shape} of {name} does not have {hw.chips} chips")
@@ -113,9 +109,7 @@ def get(name: str) -> Hardware:
         return boards[name]
     near = difflib.get_close_matches(name.lower(), boards, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(
-        f"unknown hardware {name!r}", where="HW / --hw", todo=f"{hint}known: {', '.join(boards)}"
-    )
+    raise UsageError(f"unknown hardware {name!r}", where="HW / --hw", todo=f"{hint}known: {', '.join(boards)}")
 
 
 def system_root() -> Path:
@@ -152,9 +146,7 @@ def choose(name: str | None, require_present: bool = True, root: Path | None = N
     mine = _pick(hw, nodes)
     if mine:
         unread = "" if all(node.card for node in mine) else " (card type not readable, taken at its word)"
-        return Choice(
-            hw, f"{hw.name}: as named, found {_describe(mine)}{unread}", tuple(node.path for node in mine)
-        )
+        return Choice(hw, f"{hw.name}: as named, found {_describe(mine)}{unread}", tuple(node.path for node in mine))
     wanted = f"{hw.nodes} node{'s' if hw.nodes > 1 else ''} of {' or '.join(hw.cards)} in /dev/tenstorrent"
     looked = f"looked for {wanted}, found {_describe(nodes)}{_without_node(root or system_root(), nodes)}"
     if require_present:
@@ -185,9 +177,7 @@ def _nodes(root: Path) -> tuple[Node, ...]:
 
 def _attribute(root: Path, number: int, name: str) -> str | None:
     try:
-        return (root / f"sys/class/tenstorrent/tenstorrent!{number}" / name).read_text(
-            "ascii"
-        ).strip() or None
+        return (root / f"sys/class/tenstorrent/tenstorrent!{number}" / name).read_text("ascii").strip() or None
     except (OSError, UnicodeDecodeError):
         return None
 

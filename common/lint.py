@@ -196,7 +196,5 @@ def numbers_leave_the_machine(config: Config, _hw: Hardware) -> str | None:
 @_rule("L017", "data_config.control")
 def is_a_control(config: Config, _hw: Hardware) -> str | None:
     if config.data.control != "none":
-        return (
-            f"{config.data.control}, a negative control: rows are spoilt on purpose, and it must not improve"
-        )
+        return f"{config.data.control}, a negative control: rows are spoilt on purpose, and it must not improve"
     return None

@@ -117,9 +117,7 @@ def read_file(path: Path) -> Layer:
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror}", where=name) from None
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name} is not UTF-8: {error.reason}", where=f"{name}, byte {error.start}"
-        ) from None
+        raise UsageError(f"{name} is not UTF-8: {error.reason}", where=f"{name}, byte {error.start}") from None
     node = _compose(text, name)
     layer = Layer(where={(): name})
     if node is None:

@@ -56,7 +56,7 @@ def ended(child: int) -> bool:
 def kill(child: int, out: Path, moment: float, *, in_a_write: bool) -> bool:
     """SIGKILL the child after `moment` seconds, or soon after it begins to write a checkpoint."""
     if in_a_write:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 10
         while not (writing(out) or ended(child)) and time.monotonic() < deadline:
             time.sleep(0.0002)
         moment %= 0.003
@@ -83,8 +83,10 @@ def main(recipe: Path, out: Path, kills: int, seed: int, overrides: list[str]) -
     began = time.monotonic()
     wait(start(recipe, out / "unbroken", overrides, "never"))
     seconds = time.monotonic() - began
-    killed, inside, broken = 0, 0, out / "killed"
+    killed, inside, started, broken = 0, 0, 0, out / "killed"
     while killed < kills:
+        started += 1
+        assert started < 3 * kills, "the runs end before they are killed, or write no checkpoint in a folder beside"
         child = start(recipe, broken, overrides, "auto")
         if kill(child, broken, rng.uniform(0, seconds), in_a_write=killed % 2 == 1):
             killed += 1

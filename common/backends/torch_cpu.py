@@ -38,7 +38,7 @@ from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
 from common.backends.lora import PREFIX, add_lora, lora_layers
 from common.config import Config
 from common.data.tokens import Batch
-from common.errors import MachineError, TrainingError, UsageError
+from common.errors import DataError, MachineError, TrainingError, UsageError
 
 COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto` wants that many steps to earn it back
 
@@ -162,8 +162,16 @@ class TorchCPU:
         torch.manual_seed(self.config.training.seed * 1_000_003 + step)  # dropout hangs on the step, not on history
         self.model.train()
         supervised = int(sum(batch.loss_mask.sum(dtype=np.int64) for batch in micro_batches))
+        if not supervised:
+            raise DataError(
+                f"step {step} has no supervised token",
+                where="data_config.max_length",
+                todo="raise it: the responses of this batch were cut away",
+            )
         total = torch.zeros((), dtype=torch.float32)
         for batch in micro_batches:
+            if not batch.loss_mask.any():
+                continue
             with self._autocast():
                 loss = self._nll_sum(batch) / supervised
             loss.backward()
@@ -233,11 +241,12 @@ class TorchCPU:
     @torch.no_grad()
     def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
         self.model.eval()
-        with self._in_fp32():
-            hidden, labels = self._supervised(batch)
-            nll = nll_rows(hidden.float(), self.model.lm_head.weight.float(), labels).double()
-        row_of = torch.from_numpy(np.nonzero(batch.loss_mask > 0)[0])
-        sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64).index_add_(0, row_of, nll)
+        sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64)
+        if batch.loss_mask.any():
+            with self._in_fp32():
+                hidden, labels = self._supervised(batch)
+                nll = nll_rows(hidden.float(), self.model.lm_head.weight.float(), labels).double()
+            sums.index_add_(0, torch.from_numpy(np.nonzero(batch.loss_mask > 0)[0]), nll)
         return sums.numpy(), batch.loss_mask.sum(axis=1, dtype=np.float64)
 
     @contextlib.contextmanager

@@ -1,4 +1,3 @@
-
 """Bad input through the real command: one clear message, the right exit code, no traceback.
 
 Most go through the command's own `main` in this process, which saves the seconds that importing torch takes; a few are

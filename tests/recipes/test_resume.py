@@ -1,6 +1,5 @@
 """Every recipe: a run that was stopped, however it was stopped, and resumed equals the unbroken run bit for bit."""
 
-
 from __future__ import annotations
 
 import gc

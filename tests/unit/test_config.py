@@ -126,11 +126,7 @@ def test_written_yaml_reads_back_the_same(tmp_path_factory, value):
     assert repr(layer.tree) == repr({"key": value})
 
 
-@given(
-    st.from_regex(
-        r"[-+]?[0-9]{1,3}(\.[0-9]{0,3})?([eE][-+]?[0-9]{1,2})?|true|no|null|~|\.inf", fullmatch=True
-    )
-)
+@given(st.from_regex(r"[-+]?[0-9]{1,3}(\.[0-9]{0,3})?([eE][-+]?[0-9]{1,2})?|true|no|null|~|\.inf", fullmatch=True))
 def test_text_that_looks_like_something_else_stays_text(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("yaml") / "x.yaml"
     path.write_text(to_yaml({"key": text}))
@@ -251,9 +247,7 @@ def test_shapes_that_cannot_be_built(recipe, change, message):
 
 def test_later_layers_win_and_say_where(recipe):
     recipe.write("config.yaml", CONFIG.replace("base: tiny", "base: tiny\n  preset: big"))
-    recipe.write(
-        "presets/big.yaml", "training_config: {seed: 1, learning_rate: 2e-4, optimizer: {beta1: 0.5}}\n"
-    )
+    recipe.write("presets/big.yaml", "training_config: {seed: 1, learning_rate: 2e-4, optimizer: {beta1: 0.5}}\n")
     recipe.write("hw/n150.yaml", "training_config: {seed: 2, learning_rate: 3e-4}\n")
     config = recipe.load("training_config.seed=3", "training_config.seed=4", board="n150")
     training = config.training
@@ -296,9 +290,7 @@ def test_places_follow_the_layer_that_counts(recipe):
     assert config.where("model_config.lora.rank") == "--set model_config.lora.rank=2"
     # A missing key is missed in the file's section, not in a --set that touched the section.
     recipe.write("config.yaml", CONFIG.replace("  learning_rate: 1e-4\n", ""))
-    assert "config.yaml:1: training_config.learning_rate: is required" in recipe.error(
-        "training_config.seed=1"
-    )
+    assert "config.yaml:1: training_config.learning_rate: is required" in recipe.error("training_config.seed=1")
     recipe.write("config.yaml", "")
     text = recipe.error()
     assert text.startswith("5 mistakes")
@@ -376,9 +368,7 @@ def test_an_explicit_batch_is_kept_and_must_divide(recipe):
 
 
 def test_mesh_and_data_parallel_must_agree_with_the_board(recipe):
-    assert "contradicts the mesh [1, 1] of n150" in recipe.error(
-        "device_config.enable_ddp=true", board="n150"
-    )
+    assert "contradicts the mesh [1, 1] of n150" in recipe.error("device_config.enable_ddp=true", board="n150")
     one, off = ["device_config.mesh_shape=[1, 1]"], "device_config.enable_ddp=false"
     assert recipe.load(*one, board="n300").training.batch_size == 8
     assert recipe.load(off, board="n300").device.mesh_shape == (1, 1)
@@ -514,9 +504,7 @@ def test_every_key_says_what_it_is():
     assert {"recipe", "hw"}.isdisjoint(schema["properties"])
     assert "training_config" in schema["properties"]
     parts = [schema, *schema["$defs"].values()]
-    assert not [
-        name for part in parts for name, value in part["properties"].items() if not value.get("description")
-    ]
+    assert not [name for part in parts for name, value in part["properties"].items() if not value.get("description")]
     assert all(part["additionalProperties"] is False for part in parts)
     assert not [part for part in parts if "required" in part]
 

@@ -88,9 +88,7 @@ def test_a_board_host_needs_no_torch_and_no_numpy() -> None:
     assert not names(ROOT / "requirements/launcher.txt") & {"torch", "numpy", "transformers", "pyarrow"}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in LOCKS if path.name != "tools.txt"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [path for path in LOCKS if path.name != "tools.txt"], ids=lambda path: path.name)
 def test_a_lock_holds_everything_that_was_asked_for(path: Path) -> None:
     asked = ["build.in", "launcher.in", *(["cpu.in"] if path.name.startswith("cpu") else [])]
     lines = [line for name in asked for line in (ROOT / "requirements" / name).read_text().splitlines()]
@@ -99,9 +97,7 @@ def test_a_lock_holds_everything_that_was_asked_for(path: Path) -> None:
 
 
 def test_the_build_backend_is_the_locked_one() -> None:
-    pin = re.search(
-        r'^requires = \["(setuptools==\S+)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-    )
+    pin = re.search(r'^requires = \["(setuptools==\S+)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert pin
     for path in LOCKS:
         if path.name != "tools.txt":
@@ -113,9 +109,7 @@ def test_what_the_resolver_is_told_about_torch_is_true() -> None:
         said = importlib.metadata.requires("torch") or []
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("no torch on this Python")
-    block = re.search(
-        r'name = "torch"\nrequires-dist = \[(.*?)\n\]', (ROOT / "pyproject.toml").read_text(), re.DOTALL
-    )
+    block = re.search(r'name = "torch"\nrequires-dist = \[(.*?)\n\]', (ROOT / "pyproject.toml").read_text(), re.DOTALL)
     assert block
     assert set(re.findall(r'"([^"]+)"', block[1])) == {line for line in said if "extra ==" not in line}
 
@@ -197,9 +191,7 @@ def test_help_lists_every_target() -> None:
 
 def test_variables_become_flags(house: Path) -> None:
     every = ["HW=cpu", "STEPS=20", "RESUME=never", "STOP_AT=10", "OUT=x", "CONTAINER=0", "DRY=1"]
-    flags = (
-        "--hw cpu --steps 20 --stop-at 10 --resume never --set a.b=1 --set c.d=[2,*] --no-container --dry-run"
-    )
+    flags = "--hw cpu --steps 20 --stop-at 10 --resume never --set a.b=1 --set c.d=[2,*] --no-container --dry-run"
     (house / "c.d=2").touch()  # what an unquoted [2,*] would turn into
     for arguments, command in (
         (["recipe-finetune", *every, "SET=a.b=1\tc.d=[2,*] "], f"run tinyllama-finetune {flags} --out x"),

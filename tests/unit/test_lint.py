@@ -17,9 +17,7 @@ data_config: {source: rows.jsonl}
 eval_config: {every: 20, prompts: [Hello]}
 checkpoint_config: {every: 50}
 """
-SHAPE = (
-    "vocab_size: 96, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2"
-)
+SHAPE = "vocab_size: 96, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2"
 RANDOM = [
     "model_config.init=random",
     f"model_config.architecture={{{SHAPE}, num_key_value_heads: 1, max_position_embeddings: 64}}",
@@ -117,8 +115,6 @@ def test_the_cpu_overlay_may_choose_its_batch_but_a_set_is_told(ids):
 
 def test_a_finding_says_where_the_value_was_set(ids):
     hw = hardware.get("p100")
-    findings = {
-        item.id: item for item in lint(configs.load(ids.folder, hw, ["training_config.max_grad_norm=0"]), hw)
-    }
+    findings = {item.id: item for item in lint(configs.load(ids.folder, hw, ["training_config.max_grad_norm=0"]), hw)}
     assert findings["L003"].where == "--set training_config.max_grad_norm=0"
     assert "p100.yaml:1" in findings["L013"].message

@@ -293,6 +293,17 @@ def test_a_hub_base_is_fetched_by_revision_file_by_file(tiny_base, tmp_path, hub
     assert all(REVISION in path for path in asked if REPO in path), asked
 
 
+def test_the_environment_variable_is_enough_to_stay_offline(tiny_base, tmp_path, hub):
+    pytest.importorskip("huggingface_hub")
+    address, asked = hub
+    hub_cache(tmp_path / "cache", tiny_base)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": address}
+    done = resolve_elsewhere(tmp_path, hub_entry(tiny_base), **offline)
+    assert done.returncode == 0, done.stderr
+    assert sha256(Path(done.stdout.strip()) / "model.safetensors") == sha256(tiny_base / "model.safetensors")
+    assert asked == []
+
+
 CLOSED = "http://127.0.0.1:9"  # nobody listens there
 
 

@@ -1,6 +1,5 @@
 """A run from its command to its folder; how its ends are recorded, and what a resume refuses, keeps and says."""
 
-
 from __future__ import annotations
 
 import errno

@@ -16,7 +16,7 @@ import transformers
 from common.backends import ragged, torch_cpu
 from common.backends.base import precision_for, read_weights
 from common.data.tokens import Batch
-from common.errors import MachineError, TrainingError, UsageError
+from common.errors import DataError, MachineError, TrainingError, UsageError
 from common.hardware import get
 from common.models import resolve
 from tests.engines import config_for, engine, fingerprint, gradients_of, make_batch, state_of
@@ -28,6 +28,13 @@ LORA = {"rank": 4, "alpha": 8.0}
 @pytest.fixture(scope="module")
 def untied_base(tmp_path_factory):
     return write_tiny_base(tmp_path_factory.mktemp("untied") / "base", tied=False, kv_heads=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def grouped_base(tmp_path_factory):
+    """Six query heads over two key/value heads: an order that is mixed up shows."""
+    folder = tmp_path_factory.mktemp("grouped") / "base"
+    return write_tiny_base(folder, hidden=96, heads=6, kv_heads=2, seed=4)
 
 
 def plain_model(folder) -> Any:
@@ -75,10 +82,10 @@ def test_one_batch_of_8_is_4_times_2_accumulated(tiny_base, lora):
 
 
 @pytest.mark.parametrize("written_out", [256, 16], ids=["written out", "sdpa"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_loss_and_gradients_are_those_of_plain_transformers(tiny_base, untied_base, tied, written_out, monkeypatch):
+@pytest.mark.parametrize("kind", ["tiny_base", "untied_base", "grouped_base"])
+def test_loss_and_gradients_are_those_of_plain_transformers(kind, written_out, monkeypatch, request):
     monkeypatch.setattr(ragged, "WRITTEN_OUT_UP_TO", written_out)
-    base, batch = tiny_base if tied else untied_base, make_batch()
+    base, batch = request.getfixturevalue(kind), make_batch()
     model = plain_model(base)
     loss = plain_loss(model, batch)
     loss.backward()
@@ -108,6 +115,37 @@ def test_what_stands_in_the_padding_has_no_effect(tiny_base):
     other = Batch(np.where(padding, np.uint32(77), batch.input_ids), batch.labels, batch.loss_mask, batch.rows)
     with engine(config_for(tiny_base)) as backend:
         assert fingerprint(gradients_of(backend, [other])[1]) == fingerprint(gradients_of(backend, [batch])[1])
+
+
+def unsupervised(batch: Batch, *rows: int) -> Batch:
+    mask = batch.loss_mask.copy()
+    mask[list(rows)] = 0
+    return Batch(batch.input_ids, batch.labels, mask, batch.rows)
+
+
+def test_rows_and_micro_batches_without_a_supervised_token_have_no_effect(tiny_base):
+    """Such rows come of cutting at data_config.max_length."""
+    batch = unsupervised(make_batch(), 0, 2, 3, 7)
+    with engine(config_for(tiny_base)) as backend:
+        whole, gradients = gradients_of(backend, [batch])
+        cut, gradients_cut = gradients_of(backend, batch.split(4))
+    loss = plain_loss(plain_model(tiny_base), batch).item()
+    assert whole.loss == pytest.approx(loss, rel=1e-6)
+    assert cut.loss == pytest.approx(loss, rel=1e-6)
+    assert whole.tokens == cut.tokens == 90 + 8 + 63 + 30
+    close(gradients_cut, gradients)
+
+
+def test_a_step_without_a_supervised_token_is_refused(tiny_base):
+    batch = unsupervised(make_batch(), *range(8))
+    with engine(config_for(tiny_base)) as backend:
+        nll, tokens = backend.eval_nll(batch)
+        assert not nll.any()
+        assert not tokens.any()
+        before = fingerprint(state_of(backend))
+        with pytest.raises(DataError, match="step 1 has no supervised token"):
+            backend.train_step([batch], 1e-3, 1)
+        assert fingerprint(state_of(backend)) == before
 
 
 def test_tokens_are_counted_without_padding(tiny_base):
