@@ -138,7 +138,7 @@ def run(name: str, container: bool | None, dry_run: bool, **asked: Any) -> None:
     if dry_run:
         from common.ops.dry_run import describe
 
-        for line in describe(recipe_dir, asked["hw"], asked["overrides"], asked["steps"]):
+        for line in describe(recipe_dir, name, asked):
             click.echo(line)
         return
     from common.train.plan import Launch
@@ -211,5 +211,6 @@ def load_script(path: Path) -> Any:
     if spec is None or spec.loader is None or not path.is_file():
         raise UsageError("the recipe has no train.py", where=str(path))
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass in the script looks its annotations up
     spec.loader.exec_module(module)
     return module

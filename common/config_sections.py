@@ -51,7 +51,7 @@ class Scheduler(Section):
 
 
 class Training(Section):
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of data order, initial weights and dropout."""
     batch_size: int = Field(gt=0)
     """Rows in one micro-batch, in total over all devices (as in ttml)."""

@@ -6,6 +6,8 @@ by one engine continues on another.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -107,6 +109,12 @@ def refuse_without_engine(hw: Hardware) -> None:
             f"this version has no engine for {hw.name} yet",
             where=f"HW={hw.name}",
             todo="train the CPU twin with HW=cpu; the recipe, data and files are the same",
+        )
+    if importlib.util.find_spec("torch") is None:
+        raise MachineError(
+            "the CPU twin needs torch, which is not in this environment",
+            where=sys.executable,
+            todo="make setup PYTHON=python3.11; or, with PyTorch's index in reach, make lock and make setup",
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -230,9 +231,11 @@ class Builder:
         except OSError as error:
             raise DataError(f"the recipe has no dataset builder: {error.strerror}", where=str(self.path)) from error
         self.sha256 = hashlib.sha256(code).hexdigest()
-        # Run from its source, not imported: no module left behind under a name that another recipe also has.
-        self.module = ModuleType("dataset")
+        # Run from its source, under a name of its own: every recipe has a dataset.py. It must be in sys.modules
+        # while it runs, where dataclasses look their annotations up.
+        self.module = ModuleType(f"dataset_{self.sha256[:12]}")
         self.module.__file__ = str(self.path)
+        sys.modules[self.module.__name__] = self.module
         self._guard(lambda: exec(compile(code, str(self.path), "exec"), self.module.__dict__))
 
     def splits(self) -> dict[str, list[Row]]:

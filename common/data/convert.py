@@ -316,6 +316,12 @@ def hub_records(name: str, revision: str | None, subset: str | None, split: str)
             where=f"{HUB}{name}",
             todo="--revision COMMIT, as the data set's page lists it under 'History'",
         )
+    if Path(name).exists():
+        raise UsageError(
+            f"there is a folder {name} here, which the library would read in place of the Hub's data set",
+            where=f"{HUB}{name}",
+            todo="run it from another folder, or name the folder's file as the source",
+        )
     return loaded_records(name, str(revision), subset, split)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.data.text import ChatTokenizer
-from common.errors import DataError, UsageError
+from common.errors import DataError
 from common.ops import trained
 from common.ops.model_card import quoted
 from common.ops.trained import TrainedRun
@@ -30,22 +30,22 @@ REPEAT = 4  # words of the phrases that are counted as repeated within an answer
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
-def write_card(run: Run) -> Path:
+def write_card(run: Run) -> Path | None:
     """Write the card of a run that is still open and say its one line; return before_after.md."""
     return card(trained.of_run(run), run.console.say)
 
 
-def card_of_folder(run_folder: Path, say: Callable[[str], None]) -> Path:
+def card_of_folder(run_folder: Path, say: Callable[[str], None]) -> Path | None:
     """As `write_card`, from the folder of a finished or killed run."""
     return card(trained.read(run_folder, say), say)
 
 
-def card(run: TrainedRun, say: Callable[[str], None]) -> Path:
+def card(run: TrainedRun, say: Callable[[str], None]) -> Path | None:
+    """Write the card; None, and a line, for a run that has no evaluation of the untrained model on these rows."""
     records = run.evaluations()
     if len(records) < 2 or records[0]["step"] != 0:
-        raise UsageError(
-            "the run was not evaluated before and after", where=str(run.folder), todo="train it to its end"
-        )
+        say("no before_after.md: this run has no evaluation of the untrained model")
+        return None
     try:
         text: TrainingText | None = TrainingText(responses(run))
     except DataError as error:
@@ -135,8 +135,10 @@ def responses(run: TrainedRun) -> Iterator[tuple[str, str]]:
 
 
 def examine(first: dict[str, Any], last: dict[str, Any], text: TrainingText | None, run: TrainedRun) -> list[Examined]:
-    """The answers to each prompt after step 0 and after the last one, checked."""
+    """The answers after step 0 and after the last one, checked, to the prompts that both were asked."""
     text = text or TrainingText([])
+    asked_before = {sample["prompt"]: sample for sample in first["samples"]}
+    pairs = [(asked_before[s["prompt"]], s) for s in last["samples"] if s["prompt"] in asked_before]
     limit = run.config.eval.max_new_tokens
     return [
         Examined(
@@ -150,7 +152,7 @@ def examine(first: dict[str, Any], last: dict[str, Any], text: TrainingText | No
             marker=run.tokenizer.marker_in(after["answer"]),
             truncated=tokens_of(after, run.tokenizer) >= limit,
         )
-        for before, after in zip(first["samples"], last["samples"], strict=True)
+        for before, after in pairs
     ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from common import config as configs
 from common import hardware, lint, models
@@ -12,16 +13,17 @@ from common.backends.base import precision_for
 from common.errors import RecipeError
 
 
-def describe(recipe_dir: Path, hw: str | None, overrides: Sequence[str], steps: int | None) -> Iterator[str]:
-    """The lines of a dry run. Raises UsageError for a config that a real run would refuse as well."""
-    choice = hardware.choose(hw, require_present=False)
+def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of a dry run of recipe `name` with the options `asked`, by their names in `Launch`.
+
+    Raises UsageError for a config that a real run would refuse as well.
+    """
+    choice = hardware.choose(asked["hw"], require_present=False)
     board = choice.hardware
-    config = configs.load(recipe_dir, board, overrides, steps)
+    config = configs.load(recipe_dir, board, asked["overrides"], asked["steps"])
     precision = config.training.precision
     yield f"{config.recipe} on {choice.reason}"
-    command = ["python", str(recipe_dir / "train.py"), "--hw", board.name]
-    command += [part for override in overrides for part in ("--set", override)]
-    yield f"would run: {shlex.join(command + (['--steps', str(steps)] if steps else []))}"
+    yield f"would run: {command_line(name, {**asked, 'hw': board.name})}"
     yield f"device nodes: {', '.join(board.device_nodes) or 'none needed'}"
     yield f"image: {board.image} <not built>"
     yield (
@@ -34,6 +36,17 @@ def describe(recipe_dir: Path, hw: str | None, overrides: Sequence[str], steps: 
     lacking = list(lacks(board, config.model.base))
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)
+
+
+def command_line(name: str, asked: Mapping[str, Any]) -> str:
+    """The `recipe run` command of these options, as it can be typed."""
+    words = ["recipe", "run", name]
+    for option in ("hw", "steps", "stop_at", "resume", "out"):
+        if asked.get(option) is not None:
+            words += [f"--{option.replace('_', '-')}", str(asked[option])]
+    words += ["--accept-changes"] if asked.get("accept_changes") else []
+    words += [part for override in asked["overrides"] for part in ("--set", override)]
+    return shlex.join(words)
 
 
 def lacks(board: hardware.Hardware, base: str | None) -> Iterator[str]:

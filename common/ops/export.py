@@ -7,10 +7,11 @@ export/export.json   step, dtype, sha256 of each file, and what the check measur
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,20 @@ def export_run(run: Run) -> Path:
 
 def export_folder(run_folder: Path, say: Say) -> Path:
     """Export the newest verified checkpoint of a finished or killed run, without its engine; as `export_run`."""
+    with alone_with(run_folder):
+        run = trained.read(run_folder, say)
+        return export(run, manifest_of(run), say)
+
+
+@contextlib.contextmanager
+def alone_with(run_folder: Path) -> Iterator[None]:
+    """Hold a run's lock. Raises UsageError while the run is going, or for a folder that is no run."""
     trained.refuse_other_folders(run_folder)
     lock = try_lock(run_folder)
     if lock is None:
         raise UsageError("the run is still going; it exports by itself at its end", where=str(run_folder))
     with lock:
-        run = trained.read(run_folder, say)
-        return export(run, manifest_of(run), say)
+        yield
 
 
 def check_export(run_folder: Path, say: Say) -> Path:
@@ -59,22 +67,23 @@ def check_export(run_folder: Path, say: Say) -> Path:
 
     Raises VerificationError if a file is damaged, if the check fails or if it cannot be made here.
     """
-    run = trained.read(run_folder, say)
-    folder = run.folder / "export"
-    record = read_record(folder)
-    if record is None:
-        raise UsageError("there is no export", where=str(folder), todo="make one: recipe export RUN")
-    if record["checkpoint"] != dict(run.checkpoint.state["sha256"]):
-        say(f"the export is of step {record['step']}, the run's newest checkpoint of step {run.step}")
-        run = trained.read(folder.parent / "checkpoints" / f"step-{record['step']:08d}", say)
-    damage = damaged(folder, record)
-    outcome = Outcome("failed", damage) if damage else check(folder, run, record["dtype"])
-    write_json(folder / "export.json", {**record, **verdict(outcome)})
-    manifest_of(run).update(export=summary({**record, **verdict(outcome)}))
-    say(f"export {outcome.line()}")
-    if outcome.status != "verified":
-        raise VerificationError(f"the export is {outcome.status}: {outcome.reason}", where=str(folder), todo=TO_DO)
-    return folder
+    with alone_with(run_folder):
+        run = trained.read(run_folder, say)
+        folder = run.folder / "export"
+        record = read_record(folder)
+        if record is None:
+            raise UsageError("there is no export", where=str(folder), todo="make one: recipe export RUN")
+        if record["checkpoint"] != dict(run.checkpoint.state["sha256"]):
+            say(f"the export is of step {record['step']}, the run's newest checkpoint of step {run.step}")
+            run = trained.read(folder.parent / "checkpoints" / f"step-{record['step']:08d}", say)
+        damage = damaged(folder, record)
+        outcome = Outcome("failed", damage) if damage else check(folder, run, record["dtype"])
+        write_json(folder / "export.json", {**record, **verdict(outcome)})
+        manifest_of(run).update(export=summary({**record, **verdict(outcome)}))
+        say(f"export {outcome.line()}")
+        if outcome.status != "verified":
+            raise VerificationError(f"the export is {outcome.status}: {outcome.reason}", where=str(folder), todo=TO_DO)
+        return folder
 
 
 def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:

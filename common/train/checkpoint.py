@@ -180,8 +180,11 @@ class Tensors(Mapping[str, Array]):
         return len(self.names)
 
 
-def prune(checkpoints: Path, keep_last: int, keep: Sequence[int]) -> None:
-    """Delete all but the `keep_last` newest checkpoints and those of the steps in `keep`."""
-    for step in steps_saved(checkpoints)[keep_last:]:
+def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int) -> None:
+    """Delete all but the `keep_last` last checkpoints up to step `newest`, and those of the steps in `keep`.
+
+    What lies above `newest` was damaged and passed over; the run will write those steps again.
+    """
+    for step in [step for step in steps_saved(checkpoints) if step <= newest][keep_last:]:
         if step not in keep:
             shutil.rmtree(folder_of(checkpoints, step))

@@ -52,7 +52,7 @@ def disk_errors(doing: str, path: Path) -> Iterator[None]:
             raise
         raise MachineError(
             f"could not {doing}: {os.strerror(number)}",
-            where=str(path),
+            where=str(getattr(error, "filename", None) or path),
             todo="make room or permissions there and run the same command again; what was saved before is intact",
         ) from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.backends.base import Backend, StepStats, open_backend, read_weights
+from common.backends.base import Backend, BackendInfo, StepStats, open_backend, read_weights
 from common.config import Config
 from common.data.tokens import TokenDataset
 from common.errors import RecipeError, Stopped, TrainingError
@@ -82,7 +82,7 @@ class Run:
             f"{plan.base.name}: {parameters:,} parameters; {info.backend} on {info.device}, {info.threads} threads, "
             f"{info.precision} ({plan.reasons['precision']}); {info.reason}"
         )
-        for note in (*info.notes, *start.notes):
+        for note in (*info.notes, *start.notes, *other_versions(start, info)):
             self.console.say(note)
         self.records: list[dict[str, Any]] = []
         self.saved_step = 0
@@ -107,12 +107,14 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1; saves and raises Stopped at `--stop-at`, SIGTERM or SIGINT."""
-        stop_at = self.plan.launch.stop_at
+        stop_at, resume = self.plan.launch.stop_at, self.plan.launch.resume
+        how = "" if resume == "auto" else " with --resume auto in place of what was given,"
+        go_on = f"the same command,{how} without --stop-at, goes on from here"
         if stop_at is not None and stop_at <= self.start.step:
             raise Stopped(
                 f"--stop-at {stop_at}: this run already stands after step {self.start.step}",
                 where=str(self.folder),
-                todo="the same command, without --stop-at, goes on from here",
+                todo=go_on,
             )
         with catch_signals(self.console) as asked:
             for step in range(self.start.step + 1, self.last_step + 1):
@@ -121,9 +123,7 @@ class Run:
                     self.save(step)
                     reason = asked[0] if asked else f"--stop-at {step}"
                     raise Stopped(
-                        f"stopped by {reason} after step {step}, which is saved",
-                        where=str(self.folder),
-                        todo="the same command, without --stop-at, goes on from here",
+                        f"stopped by {reason} after step {step}, which is saved", where=str(self.folder), todo=go_on
                     )
 
     def learning_rate(self, step: int) -> float:
@@ -221,12 +221,13 @@ class Run:
             "rng": {"rule": "seeded by (seed, step) at every step; no state is carried"},
             "compiled": self.backend.info.compiled,
             "threads": self.backend.info.threads,
+            "device": self.backend.info.device,
             "versions": dict(self.backend.info.versions),
         }
         checkpoint.save(self.checkpoints, step, self.backend.state(), self.config, facts)
         self.saved_step = step
         best = [self.best_step()] if self.config.checkpoint.keep_best else []
-        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, best)
+        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, best, newest=step)
         self.console.say(f"saved step {step}", "DEBUG")
 
     def best_step(self) -> int:
@@ -265,6 +266,17 @@ def keep_decisions(plan: Plan, start: Start) -> Plan:
     return plan
 
 
+def other_versions(start: Start, info: BackendInfo) -> list[str]:
+    """What the checkpoint was made with that this process does not have: its bits then end there."""
+    if start.checkpoint is None:
+        return []
+    now = {**info.versions, "device": info.device, "compiled": info.compiled}
+    state = start.checkpoint.state
+    then = {**state["versions"], "device": state.get("device", info.device), "compiled": state["compiled"]}
+    lines = [f"changed: {name}: {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name)]
+    return [*lines, "not bit-exact from here"] if lines else []
+
+
 def check_parameters(found: int, plan: Plan) -> None:
     expected = plan.base.parameters if plan.base else None
     if expected is not None and found != expected:
@@ -274,7 +286,15 @@ def check_parameters(found: int, plan: Plan) -> None:
 def open_manifest(plan: Plan, start: Start) -> Manifest:
     """The manifest of a new run, or that of the run that goes on, with the resumption noted."""
     path = start.folder / "manifest.json"
-    event = {"at": utc_now(), "step": start.step, "command": list(plan.launch.command), "notes": start.notes}
+    event = {
+        "at": utc_now(),
+        "step": start.step,
+        "command": list(plan.launch.command),
+        "overrides": list(plan.launch.overrides),
+        "config_digest": plan.config.config_digest(),
+        "notes": start.notes,
+        **code_facts(),
+    }
     if start.manifest is not None:
         manifest = Manifest(path, start.manifest)
         manifest.update(exit_reason="running", end=None)

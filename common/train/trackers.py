@@ -27,6 +27,8 @@ class Trackers:
                     start(config, folder)
                 except ImportError:
                     say(f"{name} is not installed here: no {name} records (metrics.jsonl has every number)")
+                except Exception as error:  # no key, no network: a reader must not end the run
+                    say(f"{name} did not start ({type(error).__name__}: {error}): no {name} records")
 
     def _tensorboard(self, _config: Config, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter

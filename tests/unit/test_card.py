@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UsageError
 from common.ops import trained
 from common.ops.card import TrainingText, card_of_folder, repeated_share, responses
 from common.train import metrics
@@ -57,6 +56,7 @@ def rewrite_answers(run: Path, *answers: str) -> None:
     records = metrics.read(path)
     for sample, answer in zip(records[-1]["samples"], answers, strict=True):
         sample["answer"] = answer
+        del sample["tokens"]  # that of the answer it was
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -80,6 +80,7 @@ def test_copies_markers_and_cut_answers_are_named(run):
     rewrite_answers(run, f"Well. {response}", "Steps <|user|> downhill", "New.", "word " * 40)
     lines: list[str] = []
     path = card_of_folder(run, lines.append)
+    assert path is not None
     rows = [line for line in path.read_text().splitlines() if line.startswith(("| 1", "| 2", "| 3", "| 4"))]
 
     assert "1 verbatim, 1 with template markers, 2 cut off" in lines[-1]
@@ -92,16 +93,36 @@ def test_copies_markers_and_cut_answers_are_named(run):
 
 
 def test_without_the_training_rows_the_card_says_that_nothing_was_checked(run, monkeypatch, tmp_path):
-    monkeypatch.setenv("RECIPES_HOME", str(tmp_path))
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path))  # no stored tokens, and no recipe to make them again from
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "recipe_dir": str(tmp_path / "gone")}))
     lines: list[str] = []
-    path = card_of_folder(run, lines.append)
+    path = card_of_folder(other, lines.append)
 
     assert "no check for memorised answers" in lines[0]
+    assert path is not None
     assert "nothing below was checked" in path.read_text()
 
 
 def test_a_run_that_was_never_evaluated_has_no_card(run, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "run"))
     (other / "evaluations.jsonl").write_text("")
-    with pytest.raises(UsageError, match="not evaluated"):
-        card_of_folder(other, print)
+    lines: list[str] = []
+    assert card_of_folder(other, lines.append) is None
+    assert "no evaluation of the untrained model" in lines[0]
+    assert (other / "before_after.md").read_text() == (run / "before_after.md").read_text(), "nothing is overwritten"
+
+
+def test_answers_are_paired_by_their_prompt(run, tmp_path):
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    path = other / "evaluations.jsonl"
+    records = metrics.read(path)
+    dropped, *kept = records[0]["samples"]
+    records[0]["samples"] = [{**sample, "answer": f"old: {sample['prompt']}"} for sample in reversed(kept)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    card_of_folder(other, print)
+    text = (other / "before_after.md").read_text()
+    assert dropped["prompt"] not in text, "it was not asked before"
+    for sample in kept:
+        assert f". {sample['prompt']}\n\n**base**\n\n> old: {sample['prompt']}" in text

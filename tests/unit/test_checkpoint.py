@@ -246,6 +246,12 @@ def test_no_room_in_any_file_of_a_checkpoint(tmp_path, size):
 )
 def test_prune_keeps_the_newest_and_the_named(tmp_path, last, keep, left):
     save(tmp_path, 1, 2, 3, 4)
-    checkpoint.prune(tmp_path, last, keep)
+    checkpoint.prune(tmp_path, last, keep, newest=4)
     assert checkpoint.steps_saved(tmp_path) == left
     assert newest(tmp_path) == (4, [])
+
+
+def test_prune_never_takes_the_one_just_saved_for_a_damaged_newer_one(tmp_path):
+    save(tmp_path, 1, 2, 3)  # 3 was damaged and passed over; the run saved 2 again
+    checkpoint.prune(tmp_path, 1, [], newest=2)
+    assert checkpoint.steps_saved(tmp_path) == [3, 2]

@@ -217,6 +217,13 @@ def test_a_recipe_may_be_a_folder_elsewhere(tmp_path):
     assert cli.find_recipe(str(tmp_path / "mine")) == tmp_path / "mine"
 
 
+def test_a_script_may_hold_a_dataclass(tmp_path):
+    (tmp_path / "train.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    b: int\n"
+    )
+    assert cli.load_script(tmp_path / "train.py").A(1).b == 1
+
+
 def test_a_recipe_without_a_script_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"no train.py"):
         cli.load_script(tmp_path / "train.py")
@@ -241,9 +248,14 @@ def test_config_schema_is_json(command):
 
 def test_dry_run_trains_nothing(command, monkeypatch):
     monkeypatch.setattr(cli, "load_script", pytest.fail)
-    code, out, _ = command("run", "tinyllama-finetune", "--hw", "n150", "--dry-run")
+    code, out, _ = command("run", "tinyllama-finetune", "--hw", "n150", "--steps", "7", "--set", "a_b.c=1", "--dry-run")
+    assert code == 2, "a config that a run would refuse"
+    seed = "training_config.seed=1"
+    code, out, _ = command("run", "tinyllama-finetune", "--hw", "n150", "--steps", "7", "--set", seed, "--dry-run")
     assert code == 0
-    assert "n150" in out
+    printed = next(line for line in out.splitlines() if line.startswith("would run: recipe run tinyllama-finetune"))
+    assert "--hw n150 --steps 7" in printed
+    assert f"--set {seed}" in printed
 
 
 def test_no_images_yet_is_said(command):
