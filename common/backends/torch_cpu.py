@@ -40,6 +40,7 @@ from common.config import Config
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, UsageError
 
+TRIM_EVERY = 16  # steps: no two batches have the same number of tokens, and the kept heap would fragment and grow
 COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto` wants that many steps to earn it back
 
 
@@ -69,6 +70,12 @@ def keep_large_buffers() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def give_back_memory() -> None:
+    """Return to the kernel what malloc keeps and nobody uses."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class TorchCPU:
@@ -189,6 +196,8 @@ class TorchCPU:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self._update(learning_rate)
         self.steps_done = step
+        if step % TRIM_EVERY == 0:
+            give_back_memory()
         tokens = int(sum(ragged.row_lengths(batch).sum() for batch in micro_batches))
         return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
 
@@ -378,8 +387,7 @@ class TorchCPU:
             self.__dict__.pop(name, None)
         self.trained, self.updated, self.masters, self.head16 = {}, {}, {}, None
         gc.collect()  # a module and its hooks refer to each other
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what `keep_large_buffers` kept
+        give_back_memory()
 
 
 def decide_compile(config: Config) -> tuple[bool, str]:
