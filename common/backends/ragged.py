@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from common.data.tokens import Batch
 
 NAME = "ragged"  # what `set_attn_implementation` is told
+# tokens: every new length makes oneDNN compile and keep its kernels again, so rows and batches have few lengths
+ROW_TO, FILL_TO = 8, 64
 WRITTEN_OUT_UP_TO = 256  # tokens: below it torch's flash kernel for CPUs is slower than three products
 Bounds = Sequence[tuple[int, int]]
 
@@ -35,7 +37,7 @@ class RaggedAttention(torch.autograd.Function):
         ctx.given, ctx.bounds, ctx.scaling = (q.dtype, k.dtype, v.dtype), bounds, scaling
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         (heads, tokens, width), groups = q.shape, k.shape[0]
-        out = q.new_empty(tokens, heads, width)
+        out = q.new_zeros(tokens, heads, width)  # filling tokens belong to no row
         weights = []
         for start, end in bounds:
             n = end - start
@@ -53,7 +55,7 @@ class RaggedAttention(torch.autograd.Function):
         q, k, v, *weights = ctx.saved_tensors
         heads, _, width = q.shape
         upstream = gradients[0].to(q.dtype).transpose(0, 1)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (start, end), weight in zip(ctx.bounds, weights, strict=True):
             queries, up = (grouped(t, start, end, len(k)) for t in (q, upstream))
             keys, values = k[:, start:end], v[:, start:end]
@@ -82,23 +84,27 @@ def attend(
     for start, end in bounds:
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
         rows.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    fill = query.shape[2] - bounds[-1][1]  # tokens of no row
+    return F.pad(torch.cat(rows, dim=2), (0, 0, 0, fill)).transpose(1, 2), None
 
 
 def lay_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, int]]]:
     """ids and positions int64 [1, N], labels int64 [N], supervised bool [N], and each row's (start, end).
 
-    A row ends with its last supervised token: attention is causal, so nothing right of it has an effect.
+    A row ends with its last supervised token, rounded up to ROW_TO: attention is causal, so nothing right of it has an
+    effect.
     """
-    lengths = row_lengths(batch)
     width = batch.loss_mask.shape[1]
+    lengths = np.minimum(width, -(-row_lengths(batch) // ROW_TO) * ROW_TO)
     inside = np.arange(width) < lengths[:, None]
     ends = np.cumsum(lengths)
     bounds = [(int(end - n), int(end)) for end, n in zip(ends, lengths, strict=True) if n]
     positions = np.broadcast_to(np.arange(width), inside.shape)[inside]
     ids, labels, supervised = batch.input_ids[inside], batch.labels[inside], batch.loss_mask[inside] > 0
-    tokens, places, targets = (torch.from_numpy(array.astype(np.int64)) for array in (ids, positions, labels))
-    return tokens[None], places[None], targets, torch.from_numpy(supervised), bounds
+    fill = -len(ids) % FILL_TO
+    arrays = (np.pad(array, (0, fill)) for array in (ids, positions, labels, supervised))
+    tokens, places, targets, mask = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+    return tokens[None], places[None], targets, mask.bool(), bounds
 
 
 def row_lengths(batch: Batch) -> np.ndarray[Any, Any]:
