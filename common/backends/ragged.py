@@ -1,7 +1,8 @@
-"""Attention over rows of different lengths laid end to end, so that no layer computes padding.
+"""Attention over rows of different lengths laid end to end, so that layers compute next to no padding.
 
-The model sees one sequence [1, N] of every row's tokens up to its last supervised one; only attention has to know where
-a row ends. Row by row and written out, it needs neither a mask tensor over the batch nor repeated keys and values.
+The model sees one sequence [1, N] of every row's tokens up to its last supervised one, rounded up a little (ROW_TO);
+only attention has to know where a row ends. Row by row and written out, it needs neither a mask tensor over the batch
+nor repeated keys and values.
 """
 
 from __future__ import annotations

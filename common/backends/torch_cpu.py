@@ -1,8 +1,8 @@
 """The CPU twin: transformers' Llama on PyTorch, with the data, loss, checkpoints and files of every other engine.
 
-Three things make it fast without changing what it computes: rows lie end to end, so that no padding is computed; hidden
-states go through the output head only where the mask supervises; and frozen weights keep the bf16 copy that autocast
-would otherwise make again at every use.
+Three things make it fast without changing what it computes: rows lie end to end, so that next to no padding is
+computed; hidden states go through the output head only where the mask supervises; and frozen weights keep the bf16
+copy that autocast would otherwise make again at every use.
 """
 
 from __future__ import annotations

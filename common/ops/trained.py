@@ -17,7 +17,7 @@ from common.data import build
 from common.data.text import ChatTokenizer
 from common.data.tokens import TokenDataset
 from common.errors import DataError, MachineError, UsageError
-from common.train import checkpoint, metrics
+from common.train import checkpoint, metrics, resume
 from common.train.checkpoint import Checkpoint, Tensors
 from common.train.manifest import ROOT
 from common.train.run import Run
@@ -115,10 +115,7 @@ def refuse_other_folders(folder: Path) -> None:
 
 def newest(folder: Path, say: Say) -> Checkpoint:
     """The newest checkpoint that verifies; says what it passed over."""
-    skipped: list[str] = []
-    found = checkpoint.newest(folder / "checkpoints", skipped)
-    for line in skipped:
-        say(line)
+    found = resume.newest(folder, say)
     if found is None:
         raise MachineError("the run has no checkpoint that verifies", where=str(folder), todo="train it again")
     return found
