@@ -16,7 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe data generate export test test-all lint bench lock
+.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export test test-all lint bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ setup: ## make .venv (every other target does it first): PYTHON=python3.12, LAUN
 
 recipe-finetune: setup ## fine-tune a small language model, evaluate and export it (HW= STEPS= SET= RESUME= DRY=1)
 	@ci/forward.sh run $(MAIN_RECIPE)
+
+recipe-scratch: setup ## train a small transformer from random weights on Shakespeare (the same variables)
+	@ci/forward.sh run nano-transformer-scratch
 
 recipe: setup ## run one recipe by name: NAME=tinyllama-finetune, and the variables above
 	@: "$${NAME:?which recipe? make recipe NAME=$(MAIN_RECIPE)}"

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.backends.base import Backend, open_backend, read_weights
+from common.backends.base import Backend, open_backend
 from common.train.plan import Launch, make_plan
 
 
@@ -45,12 +45,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if plan.dataset.tokens_sha256 != job["tokens_sha256"]:
         raise SystemExit("the token files changed while the bench ran")
     config, rows = plan.config, plan.dataset.train
-    assert plan.base is not None
     steps, evidence = [], {}  # type: list[dict[str, float]], dict[str, Any]
     backend: Backend
     with open_backend(plan.hw, config) as backend:
-        backend.build(plan.architecture)
-        backend.load(read_weights(plan.base.weight_files()))
+        backend.build(plan.base.architecture)
+        backend.load(plan.base.weights())
         watch = watch_precision(backend, evidence)
         before = clocks()
         for step in range(1, job["steps"] + 1):

@@ -106,7 +106,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     launch = Launch(recipe, hw="cpu", overrides=tuple(arguments.set), steps=total)
     plan = make_plan(launch, lambda _: None, lambda text: print(f"bench: {text}"))
     config, rows = plan.config, plan.dataset.train
-    if plan.base is None or config.model.lora is None:
+    if config.model.lora is None:
         raise SystemExit("bench: compares LoRA fine-tuning of a pretrained base only")
     order = [
         int(row)

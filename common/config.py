@@ -104,6 +104,15 @@ class Config(Section):
             raise PydanticCustomError("below", "{text}", {"text": text, "below": "max_length"})
         return data
 
+    @field_validator("data")
+    @classmethod
+    def _text_for_random_weights(cls, data: Data, info: ValidationInfo) -> Data:
+        random = "model" in info.data and info.data["model"].init == "random"
+        if "model" in info.data and random != (data.corpus is not None):
+            text = "init: random trains on a corpus, a pretrained base on rows (data_config.source)"
+            raise PydanticCustomError("below", "{text}", {"text": text, "below": "source" if random else "corpus"})
+        return data
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self.dump() == other.dump()
 
@@ -194,7 +203,7 @@ class Config(Section):
         tree = self.dump()
         for key in ("batch_size", "gradient_accumulation_steps"):
             del tree["training_config"][key]
-        del tree["model_config"]["gradient_checkpointing"]
+        del tree["model_config"]["gradient_checkpointing"], tree["data_config"]["num_proc"]
         return {key: tree[key] for key in ("training_config", "model_config", "data_config")}
 
 

@@ -83,8 +83,8 @@ class Training(Section):
 class Architecture(Section):
     """A Llama in Hugging Face's names; used with init: random."""
 
-    vocab_size: _Positive
-    """Token ids, a multiple of 32 where a board is to train it."""
+    vocab_size: int = Field(gt=0, multiple_of=32)
+    """Rows of the embedding, a multiple of 32 (the hardware's tile); a tokenizer has as many ids, or fewer."""
     hidden_size: _Positive
     """Width of the residual stream."""
     intermediate_size: _Positive
@@ -167,8 +167,10 @@ class Model(Section):
     """Name of a file in the recipe's presets/, merged over config.yaml."""
     architecture: Architecture | None = None
     """The model's shape; only with init: random."""
+    initializer: Literal["ttml", "gpt2"] = "ttml"
+    """Random weights as tt-train's or as GPT-2's (init: random): see common/backends/init.py."""
     lora: Lora | None = None
-    """Low-rank adapters; null trains all weights."""
+    """Low-rank adapters over a pretrained base; null trains all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about 30 % more compute."""
 
@@ -186,10 +188,44 @@ class Model(Section):
             raise ValueError("belongs to init: random, which needs it; a pretrained base brings its own")
         return shape
 
+    @field_validator("initializer")
+    @classmethod
+    def _pretrained_is_initialised(cls, initializer: str, info: ValidationInfo) -> str:
+        if info.data.get("init") == "pretrained" and initializer != "ttml":
+            raise ValueError("belongs to init: random; a pretrained base has its weights")
+        return initializer
+
+    @field_validator("lora")
+    @classmethod
+    def _adapters_have_a_base(cls, lora: Lora | None, info: ValidationInfo) -> Lora | None:
+        if lora is not None and info.data.get("init") == "random":
+            raise ValueError("adapters need a pretrained base: over random weights there is nothing to adapt")
+        return lora
+
+
+class Tokenizer(Section):
+    type: Literal["char", "bpe"] = "char"
+    """One id a character, or byte-level BPE."""
+    vocab_size: int | None = Field(default=None, gt=256)
+    """Ids of BPE, which it must reach; null: as many as the model has rows."""
+
+    @field_validator("vocab_size")
+    @classmethod
+    def _characters_count_themselves(cls, size: int | None, info: ValidationInfo) -> int | None:
+        if size is not None and info.data.get("type") == "char":
+            raise ValueError("belongs to type: bpe; characters are as many as the corpus has")
+        return size
+
 
 class Data(Section):
-    source: str = Field(min_length=1)
+    source: str | None = Field(default=None, min_length=1)
     """Rows: a path relative to the recipe's folder, an absolute path, or hub:owner/name."""
+    corpus: str | None = Field(default=None, min_length=1)
+    """Plain text in place of rows: a name in corpora.yaml, a text file, or a folder of *.txt files."""
+    tokenizer: Tokenizer = Tokenizer()
+    """The tokenizer that is made from the corpus."""
+    num_proc: int | None = Field(default=None, gt=0)
+    """Threads that encode a corpus by BPE; null: all cores."""
     revision: str | None = None
     """Commit of a hub: source, 40 hex digits."""
     format: Literal["auto", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "text"] = "auto"
@@ -209,17 +245,47 @@ class Data(Section):
     supervise_all: bool = False
     """Train on every token, prompts too."""
 
+    @field_validator("corpus")
+    @classmethod
+    def _rows_or_text(cls, corpus: str | None, info: ValidationInfo) -> str | None:
+        if "source" in info.data and (corpus is None) == (info.data["source"] is None):
+            raise ValueError("exactly one of source (rows) and corpus (plain text) must be set")
+        return corpus
+
+    @field_validator("tokenizer", "num_proc")
+    @classmethod
+    def _made_from_a_corpus(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name
+        if info.data.get("source") and value != cls.model_fields[info.field_name].default:
+            raise ValueError("belongs to a corpus; rows are read with the base's tokenizer")
+        return value
+
+    @field_validator("revision", "format", "map", "system_prompt", "split_by", "control", "supervise_all")
+    @classmethod
+    def _made_for_rows(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name
+        if info.data.get("corpus") and value != cls.model_fields[info.field_name].default:
+            raise ValueError("belongs to rows (source); it means nothing for a corpus")
+        return value
+
+    @field_validator("max_length")
+    @classmethod
+    def _corpus_has_a_context(cls, length: int | None, info: ValidationInfo) -> int | None:
+        if length is None and info.data.get("corpus"):
+            raise ValueError("a corpus needs it: the tokens of one context")
+        return length
+
     @field_validator("source")
     @classmethod
-    def _hub_name(cls, source: str) -> str:
-        if source.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", source):
+    def _hub_name(cls, source: str | None) -> str | None:
+        if source and source.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", source):
             raise ValueError("a Hub data set is written hub:owner/name")
         return source
 
     @field_validator("revision")
     @classmethod
     def _hub_is_pinned(cls, revision: str | None, info: ValidationInfo) -> str | None:
-        if info.data.get("source", "").startswith("hub:"):
+        if (info.data.get("source") or "").startswith("hub:"):
             if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
                 raise ValueError("a hub: source needs a revision of 40 hex digits (a commit, not a branch)")
         elif revision is not None and "source" in info.data:
@@ -232,6 +298,8 @@ class Evaluation(Section):
     """Optimizer steps between evaluations; 0: only at the end."""
     prompts: str | list[str]
     """Prompts answered at every evaluation: a JSONL file relative to the recipe's folder, or a list."""
+    max_rows: int | None = Field(default=None, gt=1)
+    """Held-out rows that are evaluated, evenly spread and always the same; null: all."""
     max_new_tokens: int = Field(default=64, gt=0)
     """Longest answer, tokens."""
     temperature: float = Field(default=0.0, ge=0)
@@ -242,6 +310,8 @@ class Evaluation(Section):
     """Sample among the likeliest tokens that hold this share of the probability; 1 is off."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides the logits of tokens already there; 1 is off."""
+    patience: int | None = Field(default=None, gt=0)
+    """The run ends after this many evaluations in a row without a lower held-out loss; null: at its last step."""
 
 
 class Checkpoint(Section):
@@ -250,7 +320,7 @@ class Checkpoint(Section):
     keep_last: int = Field(default=3, gt=0)
     """Checkpoints that are kept, the newest first."""
     keep_best: bool = False
-    """Also keep the checkpoint with the lowest held-out loss."""
+    """Also keep the checkpoint with the lowest held-out loss, and export that one."""
 
 
 class Device(Section):

@@ -170,7 +170,6 @@ def shape_is_padded(config: Config, hw: Hardware) -> str | None:
     if hw.is_cpu or shape is None:
         return None
     sizes = {
-        "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
         "hidden_size / num_attention_heads": shape.hidden_size // shape.num_attention_heads,

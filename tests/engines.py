@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.base import Backend, open_backend, read_weights
+from common.backends.base import Backend, open_backend
 from common.config import Config
 from common.data.tokens import Batch
 from common.hardware import get
@@ -42,7 +42,7 @@ def engine(config: Config) -> Iterator[Any]:
     with open_backend(get("cpu"), config) as backend:
         base = resolve(str(config.model.base))
         backend.build(base.architecture)
-        backend.load(read_weights(base.weight_files()))
+        backend.load(base.weights())
         yield backend
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,20 +127,3 @@ def precision_for(hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[
     if found:
         return "bf16-mixed", f"this CPU multiplies bf16 in hardware ({found[0]})"
     return "fp32", "this CPU has no bf16 matrix units"
-
-
-def read_weights(files: Iterable[Path]) -> dict[str, Array]:
-    """Every tensor of the safetensors `files` by name; bf16 as ml_dtypes.bfloat16."""
-    import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which lets safetensors read it
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    weights: dict[str, Array] = {}
-    for file in files:
-        try:
-            weights.update(load_file(file))
-        except SafetensorError as error:
-            raise MachineError(
-                f"{file.name} is damaged: {error}", where=str(file), todo="put the model's own file there again"
-            ) from error
-    return weights

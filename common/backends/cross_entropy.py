@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 64  # rows at a time: 64 x 49,152 fp32 logits are 12.6 MB
+CHUNK_BYTES = 12_582_912  # of fp32 logits at a time: 64 rows of a vocabulary of 49,152
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -27,8 +27,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = torch.zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows, target = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
+        chunk = chunk_of(weight)
+        for start in range(0, hidden.shape[0], chunk):
+            rows, target = hidden[start : start + chunk], labels[start : start + chunk, None]
             logits = (rows @ work.t()).float()
             log_z = torch.logsumexp(logits, dim=1, keepdim=True)
             total += (log_z - logits.gather(1, target)).sum()
@@ -38,7 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + CHUNK] = grad @ work
+                grad_hidden[start : start + chunk] = grad @ work
             if grad_weight is not None:
                 grad_weight += (grad.t() @ rows).float()
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -53,11 +54,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, None
 
 
+def chunk_of(weight: Tensor) -> int:
+    """Rows whose logits over `weight` [V, H] fill CHUNK_BYTES; at least 64."""
+    return max(64, CHUNK_BYTES // (4 * weight.shape[0]))
+
+
 def nll_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(hidden @ weight.T)[label] per row, float32 [N], without gradients."""
-    parts = []
-    for start in range(0, hidden.shape[0], CHUNK):
-        logits = (hidden[start : start + CHUNK] @ weight.t()).float()
-        picked = logits.gather(1, labels[start : start + CHUNK, None]).squeeze(1)
+    parts, chunk = [], chunk_of(weight)
+    for start in range(0, hidden.shape[0], chunk):
+        logits = (hidden[start : start + chunk] @ weight.t()).float()
+        picked = logits.gather(1, labels[start : start + chunk, None]).squeeze(1)
         parts.append(torch.logsumexp(logits, dim=1) - picked)
     return torch.cat(parts) if parts else torch.empty(0)

@@ -8,11 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from common import llama
+
+FORMAT = 1  # of the rules below; another one makes another training
+EMBEDDING_STD = 0.02
 Array = np.ndarray[Any, Any]
+
+
+def initial(rule: str, seed: int, name: str, shape: tuple[int, ...], layers: int) -> Array:
+    """float32 values of a Llama's tensor `name` before training, by `rule`.
+
+    ttml: linear layers uniform in +-1/sqrt(fan_in), embeddings N(0, 0.02^2), as tt-train's modules have them.
+    gpt2: all N(0, 0.02^2), and the two layers that write into the residual stream 1/sqrt(2 x layers) of that (Radford
+    et al., 2019, section 2.3). Norm gains are 1 in both.
+    """
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    if name == llama.EMBEDDING:
+        return normal(seed, name, shape, EMBEDDING_STD)
+    if rule == "ttml":
+        return uniform(seed, name, shape, shape[1] ** -0.5)
+    into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return normal(seed, name, shape, EMBEDDING_STD / math.sqrt(2 * layers) if into_residual else EMBEDDING_STD)
+
+
+def logit_variance(rule: str, architecture: Mapping[str, Any]) -> float:
+    """Variance of an untrained model's logits over the vocabulary: its hidden state has a mean square of 1.
+
+    hidden_size x the variance of the head's weights: a uniform in +-1/sqrt(fan_in) has 1 / (3 fan_in).
+    """
+    if rule == "ttml" and not architecture["tie_word_embeddings"]:
+        return 1 / 3
+    return float(architecture["hidden_size"]) * EMBEDDING_STD**2
 
 
 def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> Array:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.data import tokens
+from common.data.corpora import Document
 from common.data.rows import Row, control_rows
 from common.data.text import ChatTokenizer
 from common.data.tokens import Encoded, TokenDataset
@@ -55,6 +56,7 @@ class BuildReport:
     tokens: Mapping[str, int]
     supervised_share: float
     cut: Sequence[Cut]
+    notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """The report for a person, one line a fact."""
@@ -62,8 +64,10 @@ class BuildReport:
         size = f"{sum(self.tokens.values())} tokens, length {self.length}"
         found = [
             f"data {self.action} ({self.reason}): {rows} rows, {size}",
-            f"supervised tokens: {self.supervised_share:.1%} of what is trained on",
+            *self.notes,
         ]
+        if self.supervised_share < 1:
+            found.append(f"supervised tokens: {self.supervised_share:.1%} of what is trained on")
         if self.cut:
             found.append(f"{len(self.cut)} rows cut to fit {self.length} tokens:")
             found += [f"  {cut.where} ({cut.split}): {cut.what}" for cut in self.cut[:CUTS_SHOWN]]
@@ -225,7 +229,7 @@ class Builder:
         self.config = config
         self.recipe_dir = recipe_dir
         self.path = recipe_dir / "dataset.py"
-        self.where = str(source_path(config, recipe_dir) or config.data.source)
+        self.where = str(config.data.corpus or source_path(config, recipe_dir) or config.data.source)
         try:
             code = self.path.read_bytes()
         except OSError as error:
@@ -250,6 +254,13 @@ class Builder:
         if not rows["train"]:
             raise DataError("no training row", where=self.where, todo="add rows or lower data_config.held_out_share")
         return rows
+
+    def documents(self) -> dict[str, list[Document]]:
+        """The recipe's texts by split, always with both names; see `common.data.build_corpus`."""
+        found = self._call("documents")
+        if not isinstance(found, Mapping) or not set(found) <= set(SPLITS):
+            raise DataError(f"documents() must return a dict of {' and '.join(SPLITS)}", where=str(self.path))
+        return {name: list(found.get(name, ())) for name in SPLITS}
 
     def prompts(self) -> list[str]:
         """The recipe's evaluation prompts."""

@@ -118,6 +118,7 @@ def convert(
 
 def read_source(data: Data, recipe_dir: Path) -> list[Row]:
     """The rows of `data_config.source`, read by its format, map and revision. Raises as `load_rows` does."""
+    assert data.source is not None, "rows have a source"
     source = data.source if data.source.startswith(HUB) else recipe_dir / data.source
     return load_rows(source, data.format, data.map, revision=data.revision)
 

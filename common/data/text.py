@@ -94,6 +94,12 @@ class ChatTokenizer:
             raise DataError("the tokenizer has no end token", todo="use a base whose tokenizer_config names eos_token")
         return self.eos_ids[0]
 
+    @property
+    def never_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text, and that no answer may hold: the unknown token, where it has no other use."""
+        unknown = self._tokenizer.token_to_id(self.tokens["unk_token"]) if "unk_token" in self.tokens else None
+        return () if unknown is None or unknown in self.eos_ids else (unknown,)
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, with no token added at either end."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -125,7 +131,14 @@ class ChatTokenizer:
             ) from error
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
-        """Ids to generate an answer from: the prompt in the template, with the assistant's turn opened."""
+        """Ids to generate an answer from: the prompt in the template, with the assistant's turn opened.
+
+        A tokenizer without a template belongs to a model that continues plain text: the prompt is that text.
+        """
+        if not self.template:
+            if system:
+                raise DataError("a model without a chat template takes no system prompt", where="the prompt")
+            return self.encode_text(prompt)
         messages = with_system((Message("user", prompt),), system)
         self._refuse_markers(messages, "the prompt")
         return self._prompt_of(messages, "the prompt")

@@ -99,6 +99,12 @@ class TokenSplit:
         at = slice(int(self.arrays.starts[index]), int(self.arrays.ends[index]))
         return Encoded(self.arrays.ids[at], self.arrays.mask[at])
 
+    def spread(self, limit: int | None) -> TokenSplit:
+        """At most `limit` of the rows, evenly spread and in order; all of them for None."""
+        rows = spread(len(self), limit)
+        arrays = Arrays(self.arrays.ids, self.arrays.mask, self.arrays.starts[rows], self.arrays.ends[rows])
+        return self if len(rows) == len(self) else TokenSplit(arrays, self.length)
+
     def batch(self, step: int, seed: int, effective_batch: int) -> Batch:
         """The whole effective batch of optimizer step `step` (from 1): a pure function of its arguments."""
         return self.gather(order.rows_of_step(step, seed, effective_batch, len(self)))
@@ -129,6 +135,12 @@ class TokenSplit:
             loss_mask=(arrays.mask[at + 1] * inside).astype(np.float32),
             rows=rows,
         )
+
+
+def spread(count: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """At most `limit` of the indices 0 to count - 1, evenly spread; all of them for None."""
+    wanted = count if limit is None else min(count, limit)
+    return np.arange(wanted, dtype=np.int64) * count // max(wanted, 1)
 
 
 @dataclass

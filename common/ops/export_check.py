@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data.tokens import TokenSplit
+from common.data.tokens import TokenSplit, spread
 from common.errors import DataError
 from common.ops import trained
-from common.ops.hf_folder import HEAD, PEFT, Shapes, Weights, merged_shapes
+from common.ops.hf_folder import HEAD, PEFT, merged_shapes
 from common.ops.trained import TrainedRun
 from common.train.evaluate import HeldOut, from_rows, held_out
+from common.weights import Shapes, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def check(folder: Path, run: TrainedRun, dtype: str) -> Outcome:
     if faults := tokenizer_faults(folder / "merged", run):
         return Outcome("failed", faults[0])
     try:
-        split = run.dataset().held_out
+        split = run.held_out()
     except DataError as error:
         return Outcome("unverified", f"the run's held-out rows are not here: {error.what}")
     if not len(split):
@@ -88,7 +89,7 @@ def check(folder: Path, run: TrainedRun, dtype: str) -> Outcome:
 
 def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Outcome:
     """The held-out loss of every model of the export beside the run's own, over the same rows."""
-    rows = spread(len(split), CHECKED_ROWS)
+    rows = spread(len(split), CHECKED_ROWS).tolist()
     own, compared_with = run_evaluation(run)
     chosen = HeldOut(own.nll[rows], own.tokens[rows])
     outcome = Outcome(
@@ -135,9 +136,7 @@ def run_evaluation(run: TrainedRun) -> tuple[HeldOut, str]:
     if record is not None:
         return from_rows(record["nll"], record["tokens"]), f"evaluations.jsonl, step {run.step}"
     with trained.engine(run) as backend:
-        return held_out(
-            backend, run.dataset().held_out
-        ), f"the engine at step {run.step}, which the run did not evaluate"
+        return held_out(backend, run.held_out()), f"the engine at step {run.step}, which the run did not evaluate"
 
 
 def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) -> HeldOut:
@@ -241,8 +240,3 @@ def installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ImportError:
         return False
-
-
-def spread(count: int, limit: int) -> Sequence[int]:
-    """At most `limit` of the indices 0 to count - 1, evenly spread."""
-    return range(count) if count <= limit else [index * count // limit for index in range(limit)]

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from common.errors import MachineError
 from common.ops.trained import TrainedRun
 from common.train.checkpoint import Tensors
 from common.train.files import write_json
+from common.weights import Shapes, Weights
 
 Array = np.ndarray[Any, Any]
-Shapes = dict[str, tuple[int, ...]]
 
 PEFT = "base_model.model."  # what PEFT puts before the name of an adapted layer
 HEAD = "lm_head.weight"
@@ -51,45 +51,10 @@ def export_dtype(run: TrainedRun) -> str:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-class Weights(Mapping[str, Array]):
-    """The tensors of safetensors files by name, read one at a time.
-
-    A file is opened anew for each: a mapping that stays keeps every page that was read in memory.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which lets safetensors read it
-        from safetensors import safe_open
-
-        self.file_of: dict[str, Path] = {}
-        self.shapes: Shapes = {}
-        for path in files:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118
-                    self.file_of[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-
-    def __getitem__(self, name: str) -> Array:
-        from safetensors import safe_open
-
-        with safe_open(self.file_of[name], framework="numpy") as file:
-            return np.asarray(file.get_tensor(name))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.file_of  # without this, Mapping would read the tensor to find out
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
-
-    def __len__(self) -> int:
-        return len(self.file_of)
-
-
 def merged_shapes(run: TrainedRun) -> Shapes:
     """Names and shapes of the merged model: the base's, without a second copy of a tied output head."""
-    base = Weights(run.base.weight_files())
     tied = run.base.architecture.get("tie_word_embeddings", False)
-    return {name: shape for name, shape in base.shapes.items() if not (tied and name == HEAD)}
+    return {name: shape for name, shape in run.base.weights().shapes.items() if not (tied and name == HEAD)}
 
 
 def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str, Array]]:
@@ -103,7 +68,7 @@ def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str,
         for name in names:
             yield name, trained[name].astype(np.float32)
         return
-    base, adapters = Weights(run.base.weight_files()), adapters_of(run)
+    base, adapters = run.base.weights(), adapters_of(run)
     for name in names:
         weight = stored(base[name], run.config.training.precision).astype(np.float32)
         if update := adapters.pop(name.removesuffix(".weight"), None):
@@ -220,12 +185,14 @@ def generation_config(run: TrainedRun) -> dict[str, Any]:
     """Greedy, ended by every token that ends a turn."""
     tokenizer, architecture = run.tokenizer, run.base.architecture
     pad = tokenizer.encode_text(tokenizer.tokens["pad_token"]) if "pad_token" in tokenizer.tokens else []
+    padding = range(tokenizer.vocab_size, architecture["vocab_size"])  # rows of the embedding that are no token
     return {
         "bos_token_id": architecture.get("bos_token_id"),
-        "eos_token_id": list(tokenizer.eos_ids),
-        "pad_token_id": pad[0] if len(pad) == 1 else tokenizer.eos_id,
+        "eos_token_id": list(tokenizer.eos_ids) or None,
+        "pad_token_id": pad[0] if len(pad) == 1 else next(iter(tokenizer.eos_ids), None),
         "do_sample": False,
         "max_new_tokens": ANSWER_TOKENS,
+        **({"suppress_tokens": [*tokenizer.never_ids, *padding]} if padding else {}),
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
@@ -175,7 +176,7 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         if "loss" in record and record["step"] <= run.step
     ]
     prompt, example = example_of(run)
-    system = config.data.system_prompt
+    system, source = config.data.system_prompt, config.data.source or ""
     rows = rows_of(run)
     commit = manifest.get("git_commit")
     return {
@@ -187,7 +188,7 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         "local_base": base_for_peft(run)[1] is None,
         "licence": run.base.licence,
         "lora": lora is not None,
-        "hub_data": config.data.source.removeprefix("hub:") if config.data.source.startswith("hub:") else None,
+        "hub_data": source.removeprefix("hub:") if source.startswith("hub:") else None,
         "data": data_line(run),
         "losses": losses(run),
         "proof": proof(outcome),
@@ -281,6 +282,9 @@ def hub_id(run: TrainedRun) -> str | None:
 
 def data_line(run: TrainedRun) -> str:
     data = run.config.data
+    if data.corpus:
+        return f"the corpus `{Path(data.corpus).name}`, its tokenizer made from its training part"
+    assert data.source is not None, "rows have a source"
     if data.source.startswith("hub:"):
         return f"{data.source.removeprefix('hub:')} at revision `{data.revision}`; its licence is stated there"
     name = data.source.rpartition("/")[2]

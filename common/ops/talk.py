@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import hardware
-from common.backends.base import Backend, open_backend, read_weights
+from common.backends.base import Backend, open_backend
 from common.config import Config
 from common.config_sections import Evaluation
 from common.data.text import ChatTokenizer
@@ -20,6 +20,7 @@ from common.errors import DataError, RecipeError, UsageError
 from common.ops import trained
 from common.ops.hf_folder import ANSWER_TOKENS
 from common.train.generate import generate
+from common.weights import Weights
 
 Say = Callable[[str], None]
 
@@ -46,6 +47,7 @@ class Speaker:
                 sampling,
                 eos_ids=self.tokenizer.eos_ids,
                 vocab_size=self.tokenizer.vocab_size,
+                never_ids=self.tokenizer.never_ids,
                 seed=self.config.training.seed,
                 on_token=on_token,
             )
@@ -201,7 +203,7 @@ def folder_speaker(folder: Path, changes: Mapping[str, Any]) -> Iterator[Speaker
     config = folder_config(folder).with_values(**changes)
     with open_backend(hardware.get("cpu"), config) as backend:
         backend.build(architecture)
-        backend.load(read_weights(sorted(folder.glob("*.safetensors"))))
+        backend.load(Weights(sorted(folder.glob("*.safetensors"))))
         context = architecture["max_position_embeddings"]
         yield Speaker(folder.name, backend, ChatTokenizer.load(folder), config, context)
 

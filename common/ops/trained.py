@@ -11,16 +11,18 @@ from typing import Any
 
 from common import config as configs
 from common import hardware, models
-from common.backends.base import Backend, open_backend, read_weights
+from common.backends.base import Backend, open_backend
 from common.config import Config
 from common.data import build
 from common.data.text import ChatTokenizer
-from common.data.tokens import TokenDataset
+from common.data.tokens import TokenDataset, TokenSplit
 from common.errors import DataError, MachineError, UsageError
 from common.train import checkpoint, metrics, resume
 from common.train.checkpoint import Checkpoint, Tensors
+from common.train.evaluate import from_rows
 from common.train.manifest import ROOT
 from common.train.run import Run
+from common.weights import Weights
 
 Say = Callable[[str], None]
 
@@ -65,6 +67,10 @@ class TrainedRun:
             )
         return dataset
 
+    def held_out(self) -> TokenSplit:
+        """The rows that this run evaluates."""
+        return self.dataset().held_out.spread(self.config.eval.max_rows)
+
     def evaluations(self) -> list[dict[str, Any]]:
         """The records of evaluations.jsonl, oldest first; step 0 is the untrained model."""
         return metrics.read(self.folder / "evaluations.jsonl")
@@ -76,28 +82,27 @@ class TrainedRun:
 
 def of_run(run: Run) -> TrainedRun:
     """A run that is still open, by what it saved last."""
-    found = newest(run.folder, run.console.say)
+    found = result(run.folder, run.config, run.console.say)
     plan = run.plan
-    assert plan.base is not None
     values = run.manifest.values
     return TrainedRun(run.folder, run.config, values, plan.base, plan.tokenizer, found, run.dataset)
 
 
 def read(path: Path, say: Say) -> TrainedRun:
-    """The run in the folder `path`, at its newest verified checkpoint, or at the checkpoint that `path` is.
+    """The run in the folder `path`, at its result (see `result`), or at the checkpoint that `path` is.
 
     Raises UsageError when it is no run, MachineError when its checkpoints or its base are damaged or changed.
     """
     at = path.resolve()
     folder = at.parent.parent if (at / "state.json").is_file() else at
     refuse_other_folders(folder)
-    found = checkpoint.verify(at) if folder != at else newest(folder, say)
     config = configs.load_resolved(folder / "config.resolved.yaml")
+    found = checkpoint.verify(at) if folder != at else result(folder, config, say)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MachineError(f"manifest.json cannot be read ({type(error).__name__})", where=str(folder)) from error
-    base = find_base(config, manifest, say)
+    base = find_base(config, manifest, folder, say)
     tokenizer = ChatTokenizer.load(base.folder)
     if tokenizer.sha256 != manifest["tokenizer_sha256"]:
         raise MachineError("the base's tokenizer or chat template changed since this run", where=str(base.folder))
@@ -121,11 +126,29 @@ def newest(folder: Path, say: Say) -> Checkpoint:
     return found
 
 
-def find_base(config: Config, manifest: Mapping[str, Any], say: Say) -> models.Base:
-    """The base the run started from. Raises MachineError if its weights are others now."""
+def result(folder: Path, config: Config, say: Say) -> Checkpoint:
+    """The checkpoint that stands for the run: the newest that verifies; with keep_best, the best evaluated one."""
+    found = newest(folder, say)
+    if not config.checkpoint.keep_best:
+        return found
+    losses = {
+        record["step"]: from_rows(record["nll"], record["tokens"]).loss
+        for record in metrics.read(folder / "evaluations.jsonl")
+        if 0 < record["step"] <= found.step
+    }
+    for step in sorted(losses, key=lambda step: (losses[step], step)):
+        with contextlib.suppress(MachineError):  # not the best at the time, and pruned; or damaged
+            return checkpoint.verify(checkpoint.folder_of(folder / "checkpoints", step))
+    return found
+
+
+def find_base(config: Config, manifest: Mapping[str, Any], folder: Path, say: Say) -> models.Base:
+    """What the run in `folder` started from. Raises MachineError if its weights are others now."""
     name = config.model.base or ""
-    known = name if name in models.locked() else manifest["base"]["origin"]
-    base = models.resolve(known, say=say)
+    if config.model.init == "random":
+        base = models.random_base(config.model, config.training.seed, folder / "tokenizer")
+    else:
+        base = models.resolve(name if name in models.locked() else manifest["base"]["origin"], say=say)
     if base.identity != manifest["base"]["identity"]:
         raise MachineError(
             "the base model's weights changed since this run",
@@ -146,9 +169,9 @@ def engine(run: TrainedRun, *, trained: bool = True) -> Iterator[Backend]:
         backend.build(run.base.architecture)
         if trained and not config.model.lora:
             # All weights are in the checkpoint; the optimizer's moments, twice as large, stay on the disk.
-            backend.load(read_weights([run.checkpoint.folder / "model.safetensors"]))
+            backend.load(Weights([run.checkpoint.folder / "model.safetensors"]))
         else:
-            backend.load(read_weights(run.base.weight_files()))
+            backend.load(run.base.weights())
         if trained and config.model.lora:
             backend.load_state(Tensors(run.checkpoint.folder))
         yield backend

@@ -33,6 +33,14 @@ class HeldOut:
         """Of `loss`, over rows."""
         return ratio_standard_error(self.nll, self.tokens)
 
+    def bits_per_byte(self, sizes: Sequence[float]) -> tuple[float, float]:
+        """Bits per UTF-8 byte of the text, which `sizes` [R] counts by row, and its standard error over rows.
+
+        Unlike nats per token it can be compared between tokenizers.
+        """
+        weights, bits = np.asarray(sizes, np.float64), self.nll / math.log(2)
+        return float(bits.sum() / weights.sum()), ratio_standard_error(bits, weights)
+
     def improvement_over(self, other: HeldOut) -> tuple[float, float]:
         """How much lower this loss is than `other`'s on the same rows, and its standard error, paired by row."""
         if not np.array_equal(self.tokens, other.tokens):

@@ -20,12 +20,14 @@ def generate(
     *,
     eos_ids: Collection[int],
     vocab_size: int,
+    never_ids: Sequence[int] = (),
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to max_new_tokens tokens; an end token ends a row and is not returned.
 
-    Ids from `vocab_size` up are padding of the embedding and never chosen. `on_token(row, id)` sees each new token.
+    Ids from `vocab_size` up are padding of the embedding and never chosen, nor are `never_ids`. `on_token(row, id)`
+    sees each new token.
     """
     if not prompts:
         return []
@@ -39,6 +41,7 @@ def generate(
     cache: Any = None
     for position in range(sampling.max_new_tokens):
         logits, cache = backend.next_token_logits(ids, lengths, cache)
+        logits[:, list(never_ids)] = -np.inf
         draws = uniforms(seed, position, len(prompts))
         chosen = [choose(logits[row, :vocab_size], sampling, seen[row], draws[row]) for row in range(len(prompts))]
         for row, token in enumerate(chosen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from common import hardware, lint, models
 from common.backends.base import precision_for, refuse_without_engine
 from common.config import Config
 from common.data import build
+from common.data.build_corpus import build_corpus
 from common.data.order import steps_for
 from common.data.text import ChatTokenizer
 from common.data.tokens import TokenDataset
 from common.errors import DataError, UsageError
 from common.hardware import Hardware
+from common.models import Base
 from common.train.schedule import warmup_steps
 
 
@@ -42,8 +44,7 @@ class Plan:
     launch: Launch
     hw: Hardware
     config: Config
-    base: models.Base | None
-    architecture: dict[str, Any]
+    base: Base
     tokenizer: ChatTokenizer
     dataset: TokenDataset
     prompts: list[str]
@@ -52,7 +53,7 @@ class Plan:
     @property
     def training_digest(self) -> str:
         """Fixes the next update, together with `dataset.tokens_sha256`."""
-        return self.config.training_digest({"base": self.base.identity if self.base else "random"})
+        return self.config.training_digest({"base": self.base.identity})
 
 
 def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], None]) -> Plan:
@@ -66,15 +67,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
         say(f"{choice.hardware.name} is another experiment than a board's: it has its own {own}")
     for finding in lint.lint(config, choice.hardware):
         warn(f"{finding.id}: {finding.message}")
-    if config.model.init == "random" or config.model.base is None:
-        raise UsageError(
-            "this version trains from pretrained weights only",
-            where="model_config.init",
-            todo="set model_config.init=pretrained and name a model_config.base",
-        )
-    base = models.resolve(config.model.base, recipe_dir=launch.recipe_dir, say=say)
-    tokenizer = ChatTokenizer.load(base.folder)
-    dataset = build.build(config, launch.recipe_dir, tokenizer, models.home())
+    base, tokenizer, dataset = prepare(config, launch.recipe_dir, say)
     for line in dataset.report.lines():
         say(line)
     refuse_too_long(dataset, base.architecture)
@@ -85,6 +78,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
             todo="raise it, or leave data_config.split_by out",
         )
     prompts = build.Builder(config, launch.recipe_dir).prompts()
+    refuse_long_prompts(prompts, config, tokenizer, base.architecture)
     precision, why = precision_for(choice.hardware)
     if config.training.precision == "auto":
         config = config.with_values(**{"training.precision": precision})
@@ -94,7 +88,19 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     if launch.stop_at is not None and not 1 <= launch.stop_at <= (config.training.max_steps or 0):
         raise UsageError(f"--stop-at {launch.stop_at} is not a step of this run of {config.training.max_steps}")
     reasons = {"hw": choice.reason, "precision": why}
-    return Plan(launch, choice.hardware, config, base, base.architecture, tokenizer, dataset, prompts, reasons)
+    return Plan(launch, choice.hardware, config, base, tokenizer, dataset, prompts, reasons)
+
+
+def prepare(config: Config, recipe_dir: Path, say: Callable[[str], None]) -> tuple[Base, ChatTokenizer, TokenDataset]:
+    """What the config starts from and trains on: a fetched base and rows, or random weights and a corpus."""
+    if config.model.init == "random":
+        folder, dataset = build_corpus(config, recipe_dir, models.home())
+        base = models.random_base(config.model, config.training.seed, folder)
+        return base, ChatTokenizer.load(folder), dataset
+    assert config.model.base is not None, "a pretrained base has a name"
+    base = models.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
+    tokenizer = ChatTokenizer.load(base.folder)
+    return base, tokenizer, build.build(config, recipe_dir, tokenizer, models.home())
 
 
 def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
@@ -119,6 +125,22 @@ def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None
             where="data_config.max_length",
             todo=f"shorten the row (recipe data stats), or set data_config.max_length={context // 32 * 32}",
         )
+
+
+def refuse_long_prompts(
+    prompts: Sequence[str], config: Config, tokenizer: ChatTokenizer, architecture: Mapping[str, Any]
+) -> None:
+    """Raise DataError where a prompt and its longest answer are more than the model has positions for."""
+    context, answer = architecture["max_position_embeddings"], config.eval.max_new_tokens
+    for prompt in prompts:
+        tokens = len(tokenizer.prompt_ids(prompt, config.data.system_prompt))
+        if tokens + answer > context:
+            raise DataError(
+                f"the evaluation prompt {prompt[:40]!r} has {tokens} tokens; with an answer of {answer} that is more "
+                f"than the model's {context} positions",
+                where="eval_config.prompts",
+                todo=f"shorten it, or set eval_config.max_new_tokens to at most {context - tokens}",
+            )
 
 
 def key_of(departure: str) -> str:

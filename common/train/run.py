@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.backends.base import Backend, BackendInfo, StepStats, open_backend, read_weights
+from common.backends.base import Backend, BackendInfo, StepStats, open_backend
+from common.backends.init import logit_variance
 from common.config import Config
-from common.data.tokens import TokenDataset
-from common.errors import RecipeError, Stopped, TrainingError
-from common.models import sha256_file
+from common.data.build_corpus import UNKNOWN_ALLOWED
+from common.data.tokens import TokenDataset, TokenSplit, spread
+from common.errors import RecipeError, Stopped, TrainingError, VerificationError
+from common.models import Base, sha256_file
 from common.train import checkpoint, metrics
 from common.train.checkpoint import Checkpoint
 from common.train.console import LEVELS, Console, Progress, clock
@@ -33,6 +36,9 @@ from common.train.plan import Launch, Plan, make_plan, with_launch
 from common.train.resume import Start, find_start
 from common.train.schedule import learning_rate
 from common.train.trackers import Trackers
+
+MEMORISING_MARGIN = 0.2  # nats per token: two texts of one kind differ by less
+FIRST_LOSS_BAND = 0.1  # nats per token around the loss of untrained weights, besides what the text does to it
 
 
 @contextlib.contextmanager
@@ -60,10 +66,11 @@ class Run:
         self.plan, self.start, self.backend = plan, start, backend
         self.config: Config = plan.config
         self.dataset: TokenDataset = plan.dataset
+        self.held_out: TokenSplit = plan.dataset.held_out.spread(plan.config.eval.max_rows)
         self.folder: Path = start.folder
         self.console, self.manifest = console, manifest
         self.checkpoints = self.folder / "checkpoints"
-        self.progress = Progress(console, self.last_step, self.config.logging.log_every)
+        self.progress = Progress(console, self.config.training.max_steps or 0, self.config.logging.log_every)
         self._restore()
         self.trackers = Trackers(self.config, self.folder, console.say)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
@@ -72,9 +79,8 @@ class Run:
     def _restore(self) -> None:
         """Put model, optimizer and records into the state of the step the run starts from."""
         plan, start = self.plan, self.start
-        self.backend.build(plan.architecture)
-        assert plan.base is not None
-        parameters = self.backend.load(read_weights(plan.base.weight_files()))
+        self.backend.build(plan.base.architecture)
+        parameters = self.backend.load(plan.base.weights())
         check_parameters(parameters, plan)
         info = self.backend.info
         self.manifest.update(backend=dataclasses.asdict(info), base_parameters=parameters)
@@ -85,6 +91,8 @@ class Run:
         for note in (*info.notes, *start.notes, *other_versions(start, info)):
             self.console.say(note)
         self.records: list[dict[str, Any]] = []
+        self.recent_losses: list[float] = []  # of the steps since the last evaluation
+        self.trained_losses: list[tuple[float, int]] = []  # (held-out loss, step) of every evaluation but step 0's
         self.saved_step = 0
         if start.checkpoint:
             self.backend.load_state(checkpoint.Tensors(start.checkpoint.folder))
@@ -93,15 +101,19 @@ class Run:
     def _restore_records(self, found: Checkpoint) -> None:
         """Metrics and evaluations up to the checkpoint's step; a branch takes them over from its parent."""
         origin = found.folder.parent.parent
-        metrics.cut_back(origin / "metrics.jsonl", found.step, self.folder / "metrics.jsonl")
+        kept = metrics.cut_back(origin / "metrics.jsonl", found.step, self.folder / "metrics.jsonl")
         if found.state["tokens_sha256"] == self.dataset.tokens_sha256:  # else they are of other rows
             self.records = metrics.cut_back(origin / "evaluations.jsonl", found.step, self.folder / "evaluations.jsonl")
+        self.trained_losses = [(from_rows(r["nll"], r["tokens"]).loss, r["step"]) for r in self.records if r["step"]]
+        evaluated = max((record["step"] for record in self.records), default=0)
+        self.recent_losses = [record["loss"] for record in kept if "loss" in record and record["step"] > evaluated]
         if found.folder.parent == self.checkpoints:
             self.saved_step = found.step
 
     @property
     def last_step(self) -> int:
-        return self.config.training.max_steps or 0
+        """The run's last step: max_steps, or the one it is ended at for want of progress."""
+        return self.early_stop() or self.config.training.max_steps or 0
 
     # --- what the loop calls --------------------------------------------------------------------------------------
 
@@ -119,6 +131,9 @@ class Run:
         with catch_signals(self.console) as asked:
             for step in range(self.start.step + 1, self.last_step + 1):
                 yield step
+                if step == self.early_stop() and step < (self.config.training.max_steps or 0):
+                    self._say_ended_early(step)
+                    return
                 if asked or step == stop_at:
                     self.save(step)
                     reason = asked[0] if asked else f"--stop-at {step}"
@@ -126,11 +141,21 @@ class Run:
                         f"stopped by {reason} after step {step}, which is saved", where=str(self.folder), todo=go_on
                     )
 
+    def _say_ended_early(self, step: int) -> None:
+        self.manifest.update(ended_early=step)
+        self.console.say(
+            f"ended after step {step} of {self.config.training.max_steps}: the held-out loss did not fall in "
+            f"{self.config.eval.patience} evaluations; it was lowest after step {self.best_step()}"
+        )
+
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.training)
 
     def record(self, step: int, stats: StepStats) -> None:
         """One line of metrics.jsonl, and the live line."""
+        if step == 1:
+            check_first_loss(stats.loss, self.plan.base)
+        self.recent_losses.append(stats.loss)
         rate = self.learning_rate(step)
         record = {
             "step": step,
@@ -151,7 +176,7 @@ class Run:
             return
         self.console.status(f"evaluating after step {step} ...")
         started = time.perf_counter()
-        rows = held_out(self.backend, self.dataset.held_out)
+        rows = held_out(self.backend, self.held_out)
         if not math.isfinite(rows.loss):
             raise TrainingError(
                 f"the held-out loss after step {step} is {rows.loss}: the last updates ruined the model",
@@ -163,6 +188,7 @@ class Run:
             "eval_loss": rows.loss,
             "eval_loss_se": rows.standard_error if len(rows.nll) > 1 else None,  # NaN is no JSON
             "eval_tokens": int(rows.tokens.sum()),
+            **self._bits_per_byte(rows),
         }
         entry = {
             "step": step,
@@ -172,10 +198,12 @@ class Run:
         }
         self.evaluations.write(entry)
         self.records.append(entry)
+        self.trained_losses += [(rows.loss, step)] if step else []
         self.metrics.write(record)
         self.trackers.write(record)
         write_atomic(self.folder / "samples.md", samples_markdown(self.records))
         self.console.say(self._evaluation_line(step, rows, time.perf_counter() - started))
+        self._say_if_memorising(step)
 
     def samples(self) -> list[dict[str, Any]]:
         """The model's answers to the evaluation prompts now, by the config's sampling."""
@@ -186,6 +214,7 @@ class Run:
             self.config.eval,
             eos_ids=tokenizer.eos_ids,
             vocab_size=tokenizer.vocab_size,
+            never_ids=tokenizer.never_ids,
             seed=self.config.training.seed,
         )
         return [
@@ -198,12 +227,40 @@ class Run:
         if step > 0 and (base := self.base_evaluation()):
             gain, error = rows.improvement_over(base)
             line += f"; {gain:+.4f} ± {error:.4f} better than the untrained model, paired by row"
+        if bits := self._bits_per_byte(rows):
+            line += f"; {bits['bits_per_byte']:.4f} bits per byte (unigram {self._unigram_bits():.4f})"
         return f"{line} ({clock(seconds)})"
+
+    def _bits_per_byte(self, rows: HeldOut) -> dict[str, float | None]:
+        """For a corpus: what makes its loss comparable between tokenizers; not where much of its text is unknown."""
+        info = self.dataset.info
+        if "held_out_bytes" not in info or info["unknown"] > UNKNOWN_ALLOWED:
+            return {}
+        bits, error = rows.bits_per_byte(self._of_evaluated("held_out_bytes"))
+        return {"bits_per_byte": bits, "bits_per_byte_se": error if len(rows.nll) > 1 else None}
+
+    def _unigram_bits(self) -> float:
+        """What the frequencies of the training tokens alone score on the same text."""
+        return math.fsum(self._of_evaluated("unigram_nll")) / math.log(2) / sum(self._of_evaluated("held_out_bytes"))
+
+    def _of_evaluated(self, name: str) -> list[float]:
+        """A figure of every evaluated row, out of what is stored with the data set."""
+        values = self.dataset.info[name]
+        return [values[row] for row in spread(len(values), self.config.eval.max_rows)]
+
+    def _say_if_memorising(self, step: int) -> None:
+        recent, self.recent_losses = self.recent_losses, []
+        floor = min((loss for loss, _ in self.trained_losses), default=math.inf)
+        if recent and (mean := math.fsum(recent) / len(recent)) < floor - MEMORISING_MARGIN:
+            self.console.say(
+                f"memorising now: the mean training loss of the last {len(recent)} steps, {mean:.4f}, is more than "
+                f"{MEMORISING_MARGIN} below the lowest held-out loss so far, {floor:.4f} (step {step})"
+            )
 
     def base_evaluation(self) -> HeldOut | None:
         """The untrained model on the held-out rows, as evaluated at step 0."""
         first = next((r for r in self.records if r["step"] == 0), None)
-        if first is None or len(first["nll"]) != len(self.dataset.held_out):  # a branch onto other data
+        if first is None or len(first["nll"]) != len(self.held_out):  # a branch onto other data
             return None
         return from_rows(first["nll"], first["tokens"])
 
@@ -232,8 +289,16 @@ class Run:
 
     def best_step(self) -> int:
         """The trained step with the lowest held-out loss so far; 0 before any was evaluated."""
-        trained = [(from_rows(r["nll"], r["tokens"]).loss, r["step"]) for r in self.records if r["step"] > 0]
-        return min(trained)[1] if trained else 0
+        return min(self.trained_losses, default=(0.0, 0))[1]
+
+    def early_stop(self) -> int | None:
+        """The step that `eval_config.patience` ends the run at: a function of the evaluations alone."""
+        patience, best, since = self.config.eval.patience, math.inf, 0
+        for loss, step in self.trained_losses:
+            best, since = (loss, 0) if loss < best else (best, since + 1)
+            if since == patience:
+                return step
+        return None
 
     def evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
@@ -278,9 +343,31 @@ def other_versions(start: Start, info: BackendInfo) -> list[str]:
 
 
 def check_parameters(found: int, plan: Plan) -> None:
-    expected = plan.base.parameters if plan.base else None
+    expected = plan.base.parameters
     if expected is not None and found != expected:
-        raise AssertionError(f"the built model has {found:,} parameters, models.lock.yaml says {expected:,}")
+        raise AssertionError(f"the built model has {found:,} parameters, {plan.base.name} should have {expected:,}")
+
+
+def check_first_loss(loss: float, base: Base) -> None:
+    """The gate of a model that starts from random weights: before it learns, it knows nothing.
+
+    Its first loss is that of guessing among all ids, ln(vocabulary), and half the variance of its logits more (the mean
+    of ln(sum of exp) over normal logits). A text's few frequent tokens draw logits of their own: an average over about
+    fourteen of them (1 / sum of p^2 of English letters) strays by 0.27 standard deviations, and three times that is
+    allowed. Weights that are not the initial ones, a loss that is a sum, a mask of padding move it out of the band.
+    Raises VerificationError.
+    """
+    if base.initial is None:
+        return
+    vocabulary, variance = base.architecture["vocab_size"], logit_variance(base.initial.initializer, base.architecture)
+    expected, band = math.log(vocabulary) + variance / 2, FIRST_LOSS_BAND + 0.8 * math.sqrt(variance)
+    if not abs(loss - expected) <= band:
+        raise VerificationError(
+            f"the first loss is {loss:.4f}; untrained weights give {expected:.2f} ± {band:.2f}: ln {vocabulary}, the "
+            f"vocabulary, and {variance / 2:.2f} for the spread of the first logits",
+            where="step 1",
+            todo="do not trust this engine: report it with the manifest; recipe data show prints what it was given",
+        )
 
 
 def open_manifest(plan: Plan, start: Start) -> Manifest:
@@ -301,6 +388,8 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         manifest.append("resumed", event)
         return manifest
     write_atomic(start.folder / "config.resolved.yaml", plan.config.to_yaml())
+    if plan.base.initial:  # a tokenizer of this corpus, and the run must outlive the cache
+        shutil.copytree(plan.base.folder, start.folder / "tokenizer")
     base, data = plan.base, plan.dataset
     values: dict[str, Any] = {
         "run": start.folder.name,
@@ -319,9 +408,7 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         "steps": plan.config.training.max_steps,
         "config_digest": plan.config.config_digest(),
         "training_digest": plan.training_digest,
-        "base": {"name": base.name, "identity": base.identity, "origin": base.origin, "licence": base.licence}
-        if base
-        else None,
+        "base": {"name": base.name, "identity": base.identity, "origin": base.origin, "licence": base.licence},
         "data": {"source_key": data.source_key, "tokens_sha256": data.tokens_sha256, "length": data.length},
         "tokenizer_sha256": plan.tokenizer.sha256,
         **code_facts(),
@@ -376,7 +463,7 @@ def samples_markdown(records: list[dict[str, Any]]) -> str:
     """samples.md: under each prompt, what the model answered after each evaluated step."""
     lines = ["# Samples", ""]
     for prompt in [sample["prompt"] for sample in records[-1]["samples"]]:
-        lines += [f"## {prompt}", ""]
+        lines += [f"## {prompt.strip()}", ""]
         for record in records:
             name = "untrained" if record["step"] == 0 else f"step {record['step']}"
             answers = [sample["answer"] for sample in record["samples"] if sample["prompt"] == prompt]

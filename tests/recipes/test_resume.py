@@ -22,7 +22,7 @@ from common.errors import Stopped
 from common.train import checkpoint
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny import write_tiny_base
-from tests.tiny_recipe import run_tiny
+from tests.tiny_recipe import run_tiny, tiny_scratch
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.parent for path in (ROOT / "recipes").glob("*/config.yaml"))
@@ -56,10 +56,10 @@ def recipe(request) -> Path:
 
 @pytest.fixture(scope="module")
 def small(recipe, tmp_path_factory) -> tuple[str, ...]:
-    """What makes the recipe small: a tiny base where it starts from one."""
+    """What makes the recipe small: a tiny base where it starts from one, else a tiny model and corpus."""
     config = configs.load(recipe, hardware.get("cpu"))
     if config.model.init == "random":
-        return SMALL
+        return (*SMALL, *tiny_scratch(tmp_path_factory.mktemp("corpus") / "play.txt"))
     base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny", context=512)
     return (*SMALL, f"model_config.base={base}")
 

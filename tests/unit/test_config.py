@@ -232,14 +232,43 @@ def test_a_pinned_hub_source_is_accepted(recipe):
     [
         ({"num_attention_heads": 3}, "3 heads do not divide hidden_size 64"),
         ({"num_key_value_heads": 3}, "3 key/value heads do not divide num_attention_heads 4"),
+        ({"vocab_size": 97}, "multiple of 32"),
         ({"layers": 3}, "unknown key"),
         ({"max_position_embeddings": 32}, "data_config.max_length: longer than max_position_embeddings 32"),
     ],
 )
 def test_shapes_that_cannot_be_built(recipe, change, message):
-    settings = ["model_config.init=random", "data_config.max_length=64"]
+    settings = ["model_config.init=random", "model_config.lora=null", "data_config.source=null"]
+    settings += ["data_config.corpus=play.txt", "data_config.max_length=64"]
     assert recipe.load(*settings, f"model_config.architecture={json.dumps(SHAPE)}").model.architecture
     assert message in recipe.error(*settings, f"model_config.architecture={json.dumps(SHAPE | change)}")
+
+
+CORPUS = ["data_config.source=null", "data_config.corpus=play.txt", "data_config.max_length=64"]
+SCRATCH = ["model_config.init=random", "model_config.lora=null", f"model_config.architecture={json.dumps(SHAPE)}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (SCRATCH, "data_config.source: init: random trains on a corpus"),
+        (CORPUS, "data_config.corpus: init: random trains on a corpus"),
+        (["data_config.corpus=play.txt"], "exactly one of source (rows) and corpus"),
+        (["data_config.source=null"], "exactly one of source (rows) and corpus"),
+        ([*SCRATCH, *CORPUS, "data_config.max_length=null"], "max_length: a corpus needs it"),
+        ([*SCRATCH, *CORPUS, "data_config.max_length=33"], "multiple of 32"),
+        ([*SCRATCH, *CORPUS, "data_config.split_by=topic"], "split_by: belongs to rows"),
+        ([*SCRATCH, *CORPUS, "data_config.control=shuffled_words"], "control: belongs to rows"),
+        ([*SCRATCH, *CORPUS, "data_config.tokenizer.vocab_size=512"], "vocab_size: belongs to type: bpe"),
+        ([*SCRATCH, *CORPUS, "model_config.lora={rank: 4}"], "lora: adapters need a pretrained base"),
+        (["data_config.tokenizer.type=bpe"], "tokenizer: belongs to a corpus"),
+        (["data_config.num_proc=2"], "num_proc: belongs to a corpus"),
+        (["model_config.initializer=gpt2"], "initializer: belongs to init: random"),
+    ],
+)
+def test_rows_and_a_base_or_a_corpus_and_random_weights(recipe, settings, message):
+    assert recipe.load(*SCRATCH, *CORPUS).data.corpus == "play.txt"
+    assert message in recipe.error(*settings)
 
 
 # --- layers -------------------------------------------------------------------------------------
@@ -477,7 +506,7 @@ def test_digests_depend_on_facts_and_not_on_the_board_or_the_way_a_value_is_writ
         recipe.load().training_digest(FACTS)
 
 
-GOLDEN = "47a5e201995dd0bb27f5e9c64122dc5a3dbc524c1a6462c730fbce697ac3f27e"
+GOLDEN = "e4f00d557d580a5d8c54deebdd23fae0aedadd865ddcdbd4848d3bbe1c205ab5"
 
 
 def test_the_digest_is_the_same_in_every_version():

@@ -20,6 +20,7 @@ checkpoint_config: {every: 50}
 SHAPE = "vocab_size: 96, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2"
 RANDOM = [
     "model_config.init=random",
+    "data_config={source: null, corpus: play.txt, max_length: 64}",
     f"model_config.architecture={{{SHAPE}, num_key_value_heads: 1, max_position_embeddings: 64}}",
 ]
 ROUNDING = "training_config.optimizer.stochastic_rounding=true"
@@ -61,7 +62,7 @@ CASES = {
     "L011": (("n300", [ROUNDING]), ("n150", [ROUNDING])),
     "L012": (("cpu", ["training_config.batch_size=16"]), ("galaxy", [])),
     "L013": (("p100", []), ("n150", [])),
-    "L014": (("n150", [*RANDOM, "model_config.architecture.vocab_size=97"]), ("n150", RANDOM)),
+    "L014": (("n150", [*RANDOM, "model_config.architecture.intermediate_size=100"]), ("n150", RANDOM)),
     "L015": (
         ("cpu", ["eval_config.top_k=5"]),
         ("cpu", ["eval_config.top_k=5", "eval_config.temperature=0.7"]),

@@ -252,11 +252,15 @@ def test_an_end_token_after_the_last_turn_only_does_not_make_the_users_words_sup
         tokenizer.encode_row(row("a", "b", "c", "d"))
 
 
-def test_no_template_is_said(tmp_path):
+def test_no_template_is_said_for_a_row_and_a_prompt_is_plain_text(tmp_path):
     base = write_tiny_base(tmp_path / "b")
     (base / "chat_template.jinja").unlink()
+    tokenizer = ChatTokenizer.load(base)
     with pytest.raises(DataError, match="no chat template"):
-        ChatTokenizer.load(base).prompt_ids("hi")
+        tokenizer.encode_row(Row((Message("user", "a"), Message("assistant", "b")), "row 1"))
+    assert tokenizer.prompt_ids("hi") == tokenizer.encode_text("hi")
+    with pytest.raises(DataError, match="no system prompt"):
+        tokenizer.prompt_ids("hi", "Be brief.")
 
 
 def test_the_template_may_stand_in_the_tokenizer_config(tmp_path):

