@@ -164,6 +164,12 @@ def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | Non
     board = hardware.choose(hw, require_present=False).hardware
     resolved = configs.load(find_recipe(name), board, overrides, steps)
     click.echo(resolved.to_yaml(), nl=False)
+    if shape := resolved.model.architecture:
+        from common.llama import parameters_by_component
+
+        counts = parameters_by_component(shape.model_dump())
+        parts = " + ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+        click.echo(f"# {sum(counts.values()):,} parameters = {parts}")
     for finding in lint.lint(resolved, board):
         click.echo(f"# {finding.id}: {finding.message}", err=True)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from common.config import Config
     from common.data.rows import Problem, Row
     from common.data.text import ChatTokenizer
-    from common.data.tokens import Batch
+    from common.data.tokens import Batch, TokenDataset
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CARDS = ("README.md", "DATASET_CARD.md", "LICENSE", "LICENSE.md")
@@ -60,11 +60,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @json_option
 def build(name: str, hw: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """Build the token files of recipe NAME, or say that they are up to date."""
-    from common.data import build as builder
-    from common.models import home
-
-    recipe = open_recipe(name, hw, overrides)
-    dataset = builder.build(recipe.config, recipe.folder, recipe.tokenizer(), home())
+    _, dataset = open_recipe(name, hw, overrides).tokens()
     if as_json:
         show_json(
             {
@@ -97,6 +93,10 @@ def check(
     """Look for what is wrong with the data of recipe NAME, or of a file of rows."""
     from common.data import checks
 
+    if corpus := corpus_of(name, hw, overrides):
+        refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
+        report_corpus(corpus, strict, as_json)
+        return
     seen = look_at(name, hw, overrides, pairs, base)
     report = checks.check(
         seen.rows,
@@ -128,6 +128,10 @@ def stats(
     from common.data import checks
     from common.data.rows import refuse
 
+    if corpus := corpus_of(name, hw, overrides):
+        refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
+        report_corpus(corpus, False, as_json)
+        return
     seen = look_at(name, hw, overrides, pairs, base)
     refuse(seen.problems, seen.source or name)
     found = checks.stats(seen.rows, seen.tokenizer, seen.config)
@@ -146,12 +150,8 @@ def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: 
     """Decode the batch of one step of recipe NAME, what is supervised in colour or between >> and <<."""
     from rich.console import Console
 
-    from common.data import build as builder
-    from common.models import home
-
     recipe = open_recipe(name, hw, overrides)
-    tokenizer = recipe.tokenizer()
-    dataset = builder.build(recipe.config, recipe.folder, tokenizer, home())
+    tokenizer, dataset = recipe.tokens()
     batch = dataset.train.batch(step, recipe.config.training.seed, recipe.config.effective_batch)
     console = Console(highlight=False, soft_wrap=True)
     supervised, tokens = int(batch.loss_mask.sum()), batch.loss_mask.size
@@ -216,6 +216,13 @@ class Recipe:
 
     folder: Path
     config: Config
+
+    def tokens(self) -> tuple[ChatTokenizer, TokenDataset]:
+        """The recipe's tokenizer and its token files, made when they are not there."""
+        from common.train.plan import prepare
+
+        _, tokenizer, dataset = prepare(self.config, self.folder, lambda line: click.echo(line, err=True))
+        return tokenizer, dataset
 
     def tokenizer(self) -> ChatTokenizer:
         """The tokenizer of the recipe's base model, which is fetched when it is not here."""
@@ -288,6 +295,32 @@ def look_at(name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence
     loaded = builder.Builder(recipe.config, recipe.folder)
     tokenizer = recipe.tokenizer()
     return Seen(loaded.splits(), (), loaded.prompts(), tokenizer, recipe.config, source, cards)
+
+
+def corpus_of(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe called `name` where it trains on a corpus."""
+    if Path(name).is_file():
+        return None
+    recipe = open_recipe(name, hw, overrides)
+    return recipe if recipe.config.data.corpus else None
+
+
+def report_corpus(recipe: Recipe, strict: bool, as_json: bool) -> None:
+    """Print what is to be known of a corpus. Raises DataError for unknown characters when `strict`."""
+    _, dataset = recipe.tokens()
+    info = dataset.info
+    if as_json:
+        keys = ("corpus", "vocab_size", "unknown")
+        show_json({**{key: info[key] for key in keys}, **dataset.report.to_dict()})
+    else:
+        click.echo("\n".join(dataset.report.lines()))
+        click.echo(f"held-out documents: {', '.join(info['corpus']['held_out']['documents'])}")
+    if strict and info["unknown"]:
+        raise DataError(
+            f"{info['unknown']:.3%} of the held-out characters are in no training text",
+            where=str(recipe.config.data.corpus),
+            todo="use data_config.tokenizer.type=bpe, which knows every byte",
+        )
 
 
 def refuse_options(**given: Any) -> None:

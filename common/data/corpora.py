@@ -143,10 +143,15 @@ def locked() -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load(LOCK.read_text(encoding="utf-8"))["corpora"])
 
 
+def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
+    """Where a named corpus is kept, fetched or not."""
+    return home() / "corpora" / f"{name}-{entry['sha256'][:12]}"
+
+
 def fetched(name: str, say: Say) -> Path:
     """The folder with the files of a named corpus, fetched by hash when it is not there."""
     entry = locked()[name]
-    folder = home() / "corpora" / f"{name}-{entry['sha256'][:12]}"
+    folder = folder_of(name, entry)
     if folder.is_dir():
         return folder
     say(f"corpus: downloading {name} ({entry['download_mb']} MB, by sha256)")

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint, models
+from common import hardware, lint, llama, models
 from common.backends.base import precision_for
+from common.config import Config
+from common.data import corpora
 from common.errors import RecipeError
 
 
@@ -27,15 +29,23 @@ def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any]) -> Iterator[
     yield f"device nodes: {', '.join(board.device_nodes) or 'none needed'}"
     yield f"image: {board.image} <not built>"
     yield (
-        f"base {config.model.base}; precision {precision_for(board)[0] if precision == 'auto' else precision}; "
+        f"{start_of(config)}; precision {precision_for(board)[0] if precision == 'auto' else precision}; "
         f"effective batch {config.effective_batch} = {config.training.batch_size} x "
         f"{config.training.gradient_accumulation_steps}; mesh {config.device.mesh_shape}"
     )
     for finding in lint.lint(config, board):
         yield f"{finding.id}: {finding.message}"
-    lacking = list(lacks(board, config.model.base))
+    lacking = list(lacks(board, config))
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)
+
+
+def start_of(config: Config) -> str:
+    """What training starts from."""
+    shape = config.model.architecture
+    if shape is None:
+        return f"base {config.model.base}"
+    return f"random weights of {config.model.preset or 'a Llama'}, {llama.parameters(shape.model_dump()):,} parameters"
 
 
 def command_line(name: str, asked: Mapping[str, Any]) -> str:
@@ -49,7 +59,7 @@ def command_line(name: str, asked: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def lacks(board: hardware.Hardware, base: str | None) -> Iterator[str]:
+def lacks(board: hardware.Hardware, config: Config) -> Iterator[str]:
     """What a real run needs and this machine does not have."""
     if not board.is_cpu:
         try:
@@ -57,6 +67,10 @@ def lacks(board: hardware.Hardware, base: str | None) -> Iterator[str]:
         except RecipeError as error:
             yield error.what
         yield f"an engine for {board.name}: this version trains on cpu only"
-    entry = models.locked().get(base or "")
-    if entry and not models.folder_of(base or "", entry).is_dir():
+    base, corpus = config.model.base or "", config.data.corpus or ""
+    entry = models.locked().get(base)
+    if entry and not models.folder_of(base, entry).is_dir():
         yield f"the base {base}: {entry['download_mb']} MB are downloaded once"
+    entry = corpora.locked().get(corpus)
+    if entry and not corpora.folder_of(corpus, entry).is_dir():
+        yield f"the corpus {corpus}: {entry['download_mb']} MB are downloaded once"

@@ -116,6 +116,73 @@ and this model:
     + BODY
 )
 
+SCRATCH = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {{ recipe }}
+- from-scratch
+- tenstorrent-training-recipes
+---
+
+# {{ recipe }}: {{ base_name }}
+
+A Llama of {{ parameters }} parameters, trained by the recipe `{{ recipe }}` from random weights on {{ data }}, and \
+stored in {{ dtype }}. It continues text; it answers no questions.
+
+## How to use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer({{ prompt | tojson }}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, do_sample=True, temperature=0.8)[0]))
+```
+
+{% if example %}
+It continued that with:
+
+{{ example[1] }}
+
+{% endif %}
+## Numbers
+
+{% if losses %}
+| held-out loss, nats per token | mean ± standard error |
+|---|---|
+{% for name, loss in losses.items() %}
+| {{ name }} | {{ loss }} |
+{% endfor %}
+{% else %}
+This run did not evaluate the exported step, so there is no loss to report.
+{% endif %}
+{% if bits %}
+
+{{ bits }}
+{% endif %}
+
+Evaluated in fp32 on text that was not trained on. {{ proof }}
+
+## Training
+
+- recipe `{{ recipe }}`, seed {{ seed }}, on {{ device }} ({{ precision }})
+- {{ steps }} steps of {{ effective_batch }} rows: {{ tokens }} tokens, {{ time }}
+- {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
+{% if commit %}
+- code at commit {{ commit }}
+{% endif %}
+- digests: training `{{ training_digest }}`, tokens `{{ tokens_sha256 }}`
+
+## Limits
+
+It knows the letters and the sound of one body of text, and nothing about the world. No safety or bias evaluation was \
+made.
+"""
+
 ADAPTER = (
     HEADER
     + """\
@@ -148,7 +215,8 @@ The merged model beside it needs no PEFT.
 
 
 def merged_card(run: TrainedRun, dtype: str, outcome: Outcome) -> str:
-    return render(MERGED, {**facts(run, outcome), "library": "transformers", "dtype": dtype})
+    template = SCRATCH if run.base.initial else MERGED
+    return render(template, {**facts(run, outcome), "library": "transformers", "dtype": dtype})
 
 
 def adapter_card(run: TrainedRun, outcome: Outcome) -> str:
@@ -190,6 +258,8 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         "lora": lora is not None,
         "hub_data": source.removeprefix("hub:") if source.startswith("hub:") else None,
         "data": data_line(run),
+        "parameters": f"{run.base.parameters:,}" if run.base.parameters else None,
+        "bits": bits_line(run),
         "losses": losses(run),
         "proof": proof(outcome),
         "held_out_rows": rows["held_out"],
@@ -226,8 +296,19 @@ def losses(run: TrainedRun) -> dict[str, str]:
     if before:
         base = from_rows(before["nll"], before["tokens"])
         gain, error = tuned.improvement_over(base)
-        table = {"base": with_error(base), **table, "gain, paired by row": f"{gain:.4f} ± {error:.4f}"}
+        before_name = "random weights" if run.base.initial else "base"
+        table = {before_name: with_error(base), **table, "gain, paired by row": f"{gain:.4f} ± {error:.4f}"}
     return table
+
+
+def bits_line(run: TrainedRun) -> str | None:
+    """Bits per byte of the exported step, for a corpus."""
+    records = metrics.read(run.folder / "metrics.jsonl")
+    found = next((r for r in records if r["step"] == run.step and "bits_per_byte" in r), None)
+    if found is None:
+        return None
+    error = "" if found["bits_per_byte_se"] is None else f" ± {found['bits_per_byte_se']:.4f}"
+    return f"Bits per byte, which can be compared between tokenizers: {found['bits_per_byte']:.4f}{error}."
 
 
 def with_error(rows: HeldOut) -> str:

@@ -53,17 +53,23 @@ def open_run(launch: Launch) -> Iterator[Run]:
             plan = keep_decisions(plan, start)
             console.open_log(start.folder / "train.log")
             manifest = open_manifest(plan, start)
-            with recorded_end(manifest, console), open_backend(plan.hw, plan.config) as backend:
-                run = Run(plan, start, backend, console, manifest)
-                with contextlib.closing(run):
-                    yield run
+            with (
+                recorded_end(manifest, console),
+                catch_signals(console) as asked,
+                open_backend(plan.hw, plan.config) as backend,
+                contextlib.closing(Run(plan, start, backend, console, manifest, asked)) as run,
+            ):
+                yield run
 
 
 class Run:
     """The state of one run, ready at the step it starts from."""
 
-    def __init__(self, plan: Plan, start: Start, backend: Backend, console: Console, manifest: Manifest) -> None:
+    def __init__(
+        self, plan: Plan, start: Start, backend: Backend, console: Console, manifest: Manifest, asked: list[str]
+    ) -> None:
         self.plan, self.start, self.backend = plan, start, backend
+        self.asked_to_stop = asked  # names of signals that came
         self.config: Config = plan.config
         self.dataset: TokenDataset = plan.dataset
         self.held_out: TokenSplit = plan.dataset.held_out.spread(plan.config.eval.max_rows)
@@ -119,27 +125,26 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1; saves and raises Stopped at `--stop-at`, SIGTERM or SIGINT."""
-        stop_at, resume = self.plan.launch.stop_at, self.plan.launch.resume
-        how = "" if resume == "auto" else " with --resume auto in place of what was given,"
-        go_on = f"the same command,{how} without --stop-at, goes on from here"
-        if stop_at is not None and stop_at <= self.start.step:
-            raise Stopped(
-                f"--stop-at {stop_at}: this run already stands after step {self.start.step}",
-                where=str(self.folder),
-                todo=go_on,
-            )
-        with catch_signals(self.console) as asked:
-            for step in range(self.start.step + 1, self.last_step + 1):
-                yield step
-                if step == self.early_stop() and step < (self.config.training.max_steps or 0):
-                    self._say_ended_early(step)
-                    return
-                if asked or step == stop_at:
-                    self.save(step)
-                    reason = asked[0] if asked else f"--stop-at {step}"
-                    raise Stopped(
-                        f"stopped by {reason} after step {step}, which is saved", where=str(self.folder), todo=go_on
-                    )
+        stop_at, start = self.plan.launch.stop_at, self.start.step
+        if stop_at is not None and stop_at <= start:
+            raise self._stopped(f"--stop-at {stop_at}: this run already stands after step {start}")
+        if self.asked_to_stop:
+            raise self._stopped(f"stopped by {self.asked_to_stop[0]} before step {start + 1}")
+        for step in range(start + 1, self.last_step + 1):
+            yield step
+            if step == self.early_stop() and step < (self.config.training.max_steps or 0):
+                self._say_ended_early(step)
+                return
+            if self.asked_to_stop or step == stop_at:
+                self.save(step)
+                reason = self.asked_to_stop[0] if self.asked_to_stop else f"--stop-at {step}"
+                raise self._stopped(f"stopped by {reason} after step {step}, which is saved")
+
+    def _stopped(self, what: str) -> Stopped:
+        how = "" if self.plan.launch.resume == "auto" else " with --resume auto in place of what was given,"
+        return Stopped(
+            what, where=str(self.folder), todo=f"the same command,{how} without --stop-at, goes on from here"
+        )
 
     def _say_ended_early(self, step: int) -> None:
         self.manifest.update(ended_early=step)
@@ -313,6 +318,8 @@ class Run:
         """After the loop: what a run killed after its last step still lacks."""
         self.evaluate(self.last_step)
         self.save(self.last_step)
+        if self.asked_to_stop:
+            raise self._stopped(f"stopped by {self.asked_to_stop[0]} after the last step, before the export")
         self.close()
         self.manifest.update(trained=utc_now(), metrics_sha256=sha256_file(self.folder / "metrics.jsonl"))
 
@@ -441,7 +448,7 @@ def recorded_end(manifest: Manifest, console: Console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def catch_signals(console: Console) -> Iterator[list[str]]:
-    """Collect SIGTERM and SIGINT until the step is over; a second one ends the process at once."""
+    """Collect SIGTERM and SIGINT, which end the run where nothing is lost; a second one ends the process at once."""
     asked: list[str] = []
 
     def handler(number: int, _frame: FrameType | None) -> None:
@@ -449,7 +456,7 @@ def catch_signals(console: Console) -> Iterator[list[str]]:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
         with contextlib.suppress(RuntimeError):  # the signal came while this very file was being written
-            console.say(f"{asked[0]}: saving after this step; once more to stop without saving")
+            console.say(f"{asked[0]}: saving as soon as this step is over; once more to stop without saving")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

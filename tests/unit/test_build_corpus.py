@@ -125,13 +125,11 @@ def test_the_recipe_holds_out_the_same_plays_every_time():
     assert [document.where for document in held_out] == [play for play in plays if play[0] not in "hm" or "vi_" in play]
 
 
-def test_the_real_corpus_if_it_was_fetched(monkeypatch):
+def test_the_real_corpus_if_it_was_fetched():
     """sha256 of the text that comes of the pinned package by the documented cleaning."""
     from common.data import corpora
-    from common.models import home
 
-    entry = corpora.locked()["shakespeare"]
-    if not (home() / "corpora" / f"shakespeare-{entry['sha256'][:12]}").is_dir():
+    if not corpora.folder_of("shakespeare", corpora.locked()["shakespeare"]).is_dir():
         pytest.skip("the corpus is not in this machine's cache: make recipe-scratch fetches it")
     split = corpora.split_documents(corpora.read_corpus("shakespeare", Path()), 0.1)
     assert {name: corpora.text_sha256(part) for name, part in split.items()} == {

@@ -7,6 +7,7 @@ import http.server
 import io
 import tarfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def address() -> str:
+def address() -> Iterator[str]:
     """A server on this machine that answers every request with PLAY."""
 
     class Handler(http.server.BaseHTTPRequestHandler):

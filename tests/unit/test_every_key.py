@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -23,13 +24,33 @@ torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from common import config as configs
+from common.data import vocabulary
 from common.errors import RecipeError
 from common.ops import trained
 from common.ops.hf_folder import export_dtype
 from tests.runs import manifest, outcome
 from tests.tiny import write_tiny_base
-from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tests.tiny_recipe import ROOT, make_tiny_recipe, run_tiny, write_play
 
+SCRATCH: dict[str, Any] = {
+    "model_config.init": "random",
+    "model_config.base": None,
+    "model_config.lora": None,
+    "model_config.architecture": {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    },
+    "data_config.source": None,
+    "data_config.split_by": None,
+    "data_config.corpus": "data/play.txt",
+    "data_config.tokenizer": {"type": "bpe"},
+    "data_config.max_length": 32,
+}
 # The changed value, and what must hold for it to matter. OTHER is the folder of another base.
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "training_config.seed": (2, {}),
@@ -53,6 +74,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "model_config.base": ("OTHER", {}),
     "model_config.preset": ("wide", {}),
     "model_config.architecture": ({"vocab_size": 32}, {}),
+    "model_config.initializer": ("gpt2", SCRATCH),
     "model_config.lora": (None, {}),
     "model_config.lora.rank": (2, {}),
     "model_config.lora.alpha": (4.0, {}),
@@ -61,6 +83,10 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "model_config.lora.tie_groups": ([], {}),
     "model_config.gradient_checkpointing": (True, {}),
     "data_config.source": ("data/other.jsonl", {}),
+    "data_config.corpus": ("data/other.txt", SCRATCH),
+    "data_config.tokenizer.type": ("char", SCRATCH),
+    "data_config.tokenizer.vocab_size": (300, SCRATCH),
+    "data_config.num_proc": (1, SCRATCH),
     "data_config.revision": ("0" * 40, {}),
     "data_config.format": ("csv", {}),
     "data_config.map": ({"prompt": "topic", "response": "response"}, {"data_config.split_by": None}),
@@ -72,6 +98,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "data_config.supervise_all": (True, {}),
     "eval_config.every": (1, {}),
     "eval_config.prompts": (["Who are you?"], {}),
+    "eval_config.max_rows": (2, {}),
+    "eval_config.patience": (1, {"eval_config.every": 1, "training_config.learning_rate": 1e-30}),
     "eval_config.max_new_tokens": (5, {}),
     "eval_config.temperature": (1.0, {}),
     "eval_config.top_k": (2, {"eval_config.temperature": 5.0}),
@@ -108,6 +136,11 @@ def recipe(tiny_base, tmp_path_factory) -> Path:
     (folder / "presets").mkdir()
     (folder / "presets" / "wide.yaml").write_text("training_config: {learning_rate: 0.003}\n")
     write_tiny_base(folder.parent / "other", seed=5)
+    write_play(folder / "data" / "play.txt")
+    write_play(folder / "data" / "other.txt", scenes=70)
+    loop = ROOT / "recipes" / "nano-transformer-scratch" / "dataset.py"
+    both = (folder / "dataset.py").read_text() + loop.read_text().partition("import annotations")[2]
+    (folder / "dataset.py").write_text(both)
     config = json.loads((folder / "config.yaml").read_text())
     config["training_config"]["max_steps"] = 3
     config["eval_config"]["max_new_tokens"] = 3
@@ -121,7 +154,7 @@ SEEN: dict[str, dict[str, Any]] = {}  # what runs without the change showed: man
 @pytest.fixture
 def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
     """Run with overrides; return all that can be seen of it but its config, digests, folder and speed."""
-    modes, forwards = [], []
+    modes, forwards, threads = [], [], []
     wandb = types.ModuleType("wandb")
     run = types.SimpleNamespace(log=lambda *values, **more: None, finish=lambda: None)
 
@@ -135,6 +168,13 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setenv("RECIPES_HOME", str(recipe.parent / "home"))
+    encode = vocabulary.encode
+
+    def encoded(folder: Path, kind: str, documents: Any, num_proc: int | None) -> Any:
+        threads.append(num_proc)
+        return encode(folder, kind, documents, num_proc)
+
+    monkeypatch.setattr(vocabulary, "encode", encoded)
     mlp = LlamaMLP.forward
 
     def counted(self: Any, x: Any) -> Any:
@@ -148,6 +188,8 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         forwards.clear()
         modes.clear()
+        threads.clear()
+        shutil.rmtree(recipe.parent / "home" / "tokens", ignore_errors=True)
         try:
             folder = run_tiny(recipe, tmp_path / "out", *overrides, export=False)
         except RecipeError as error:
@@ -159,6 +201,7 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
             "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
             "engine": manifest(folder)["backend"],
             "wandb": list(modes),
+            "encoded by": list(threads),
             "layers run": len(forwards),
             "export": export_dtype(trained.read(folder, lambda text: None)),
         }

@@ -22,6 +22,7 @@ from common.backends.torch_cpu import TorchCPU
 from common.errors import DataError, MachineError, Stopped, TrainingError, UsageError
 from common.train import checkpoint, metrics
 from common.train.resume import try_lock
+from common.train.run import Run
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
 
@@ -192,6 +193,22 @@ def test_a_second_signal_ends_without_saving(go, tmp_path, monkeypatch):
     (folder,) = folders(tmp_path / "out")
     assert outcome(folder)["step"] == 2
     assert "KeyboardInterrupt" in manifest(folder)["exit_reason"]
+
+
+@pytest.mark.parametrize(("call", "message"), [("evaluate", "before step 1"), ("finish", "before the export")])
+def test_a_signal_outside_the_steps_ends_with_75_and_loses_nothing(finished, go, monkeypatch, call, message):
+    original = getattr(Run, call)
+
+    def interrupted(self, *given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *given, **named)
+
+    monkeypatch.setattr(Run, call, interrupted)
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM .*{message}") as stopped:
+        go()
+    assert stopped.value.code == 75
+    monkeypatch.undo()
+    assert outcome(go()) == outcome(finished)
 
 
 def test_signals_are_given_back_after_the_loop(go):

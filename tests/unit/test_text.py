@@ -257,7 +257,7 @@ def test_no_template_is_said_for_a_row_and_a_prompt_is_plain_text(tmp_path):
     (base / "chat_template.jinja").unlink()
     tokenizer = ChatTokenizer.load(base)
     with pytest.raises(DataError, match="no chat template"):
-        tokenizer.encode_row(Row((Message("user", "a"), Message("assistant", "b")), "row 1"))
+        tokenizer.encode_row(Row((Message("user", "a"), Message("assistant", "b")), where="row 1"))
     assert tokenizer.prompt_ids("hi") == tokenizer.encode_text("hi")
     with pytest.raises(DataError, match="no system prompt"):
         tokenizer.prompt_ids("hi", "Be brief.")
