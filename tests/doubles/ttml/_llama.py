@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import ttnn
@@ -20,6 +20,8 @@ RMS_EPSILON = 1e-5  # fixed: there is no config field
 
 
 class RunnerType(enum.Enum):
+    """MemoryEfficient computes blocks again in the backward pass: the same numbers, so here they are the same."""
+
     MemoryEfficient = 0
     Default = 1
 
@@ -80,17 +82,11 @@ class _Config:
             raise NotImplementedError("tensor parallelism is not part of the double")
 
 
-@dataclass(frozen=True)
-class _ConfigB(_Config):
-    embedding_parallel: EmbeddingParallelType = EmbeddingParallelType.FeatureParallel
-
-
-@dataclass(frozen=True)
-class _ConfigC(_Config):
-    embedding_placement: EmbeddingPlacement = EmbeddingPlacement.Replicated
-
-
-LlamaConfig = _ConfigC if _switches.GENERATION == "C" else _ConfigB
+_embedding_field: tuple[str, type, Any] = {
+    "B": ("embedding_parallel", EmbeddingParallelType, field(default=EmbeddingParallelType.FeatureParallel)),
+    "C": ("embedding_placement", EmbeddingPlacement, field(default=EmbeddingPlacement.Replicated)),
+}[_switches.GENERATION]
+LlamaConfig = make_dataclass("LlamaConfig", [_embedding_field], bases=(_Config,), frozen=True)
 
 
 def compute_swiglu_intermediate_size(hidden_size: int) -> int:
@@ -226,8 +222,3 @@ class Llama(AbstractModuleBase):
         embedded = self.tok_emb(create_tensor(padded)).get_value()
         shape = embedded.shape
         return create_tensor(ttnn.slice(embedded, [0, 0, 0, 0], [shape[0], 1, length, shape[3]]))
-
-
-def memory_efficient_runner(block: AbstractModuleBase, *args: Any) -> Tensor:
-    """Recomputes the block in the backward pass: the same numbers with less memory, so here it just runs it."""
-    return block(*args)

@@ -48,7 +48,7 @@ def cross_entropy_loss(prediction: Tensor, target: Tensor, reduce: ReduceType = 
         per_token = per_token.view(*logits.shape[:-1], 1)
         return per_token if reduce is ReduceType.NONE else per_token.mean((1, 2, 3, 4)).view(-1, 1, 1, 1, 1)
 
-    return apply(nll, prediction)
+    return apply(nll, prediction, indices=[target])
 
 
 def mul(a: Tensor, b: Any) -> Tensor:
@@ -99,7 +99,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
         whole = at.shape[-1] % TILE == 0 and table.shape[-1] % TILE == 0
         return rows if whole else fails_in_backward(rows, "embedding_bw: T and H must be multiples of 32")
 
-    return apply(look_up, weight)
+    return apply(look_up, weight, indices=[ids])
 
 
 def rmsnorm(tensor: Tensor, gamma: Tensor, epsilon: float) -> Tensor:

@@ -208,12 +208,13 @@ class Tensor:
     ) -> Tensor:
         """Copy an array to the device; without a mapper, to every device of the mesh.
 
-        Takes int32, uint32, float32 and ml_dtypes' bfloat16. Reads the raw buffer: strides are ignored.
+        Takes int32, uint32, float32 and ml_dtypes' bfloat16, writable. Reads the raw buffer: strides are ignored.
         """
         array = _strict.member("from_numpy", numpy_tensor, np.ndarray)
         _strict.member("layout", layout, ttnn.Layout)
-        if array.dtype not in (np.int32, np.uint32, np.float32, np.dtype(ml_dtypes.bfloat16)) or 0 in array.shape:
-            raise TypeError(f"from_numpy: unsupported array: {array.dtype} {list(array.shape)}")
+        known = array.dtype in (np.int32, np.uint32, np.float32, np.dtype(ml_dtypes.bfloat16))
+        if not known or 0 in array.shape or not array.flags.writeable:
+            raise TypeError(f"from_numpy: incompatible array: {array.dtype} {array.shape}, {array.flags.writeable=}")
         device = AutoContext.get_instance().get_device()
         data = _to_torch(_raw_buffer(array))
         if new_type is not None:
@@ -273,8 +274,8 @@ class Tensor:
         return self.get_value(PreferredPrecision.FULL).dtype
 
     def shape(self) -> list[int]:
-        """The logical shape on each device."""
-        shape: list[int] = self._native.shape
+        """The logical shape on each device; of the HALF view, which is made for it where the tensor is fp32."""
+        shape: list[int] = self.get_value().shape
         return shape
 
     get_shape = shape
@@ -307,13 +308,14 @@ class Tensor:
         return Tensor(self.get_grad(), False)
 
     def set_grad(self, gradient: ttnn.Tensor) -> None:
-        self._gradient = _strict.member("set_grad", gradient, ttnn.Tensor)
+        if _strict.member("set_grad", gradient, ttnn.Tensor).shape != self._native.shape:
+            raise ttnn.fatal(f"Shapes of gradients are not equal. Expected {self._native.shape}, got {gradient.shape}")
+        self._gradient = gradient
 
     def add_grad(self, gradient: ttnn.Tensor) -> None:
-        """Accumulate in bf16."""
-        if gradient.shape != self.shape():
-            raise ttnn.fatal(f"Shapes of gradients are not equal: {gradient.shape} and {self.shape()}")
-        self._gradient = gradient if self._gradient is None else ttnn.add(self._gradient, gradient)
+        """Accumulate in bf16; without effect on what requires no gradient."""
+        if self._requires_grad:
+            self.set_grad(gradient if self._gradient is None else ttnn.add(self._gradient, gradient))
 
     def backward(self, retain_graph: bool) -> None:
         """Accumulate gradients in every leaf that requires them. `retain_graph` has no default."""
@@ -359,19 +361,20 @@ def create_tensor(tensor: ttnn.Tensor, requires_grad: bool = True) -> Tensor:
     return Tensor(tensor, requires_grad)
 
 
-def apply(function: Callable[..., torch.Tensor], *inputs: Tensor) -> Tensor:
+def apply(function: Callable[..., torch.Tensor], *inputs: Tensor, indices: Sequence[Tensor] = ()) -> Tensor:
     """An operation: `function` of the inputs' device data in fp32; its result is stored in bf16.
 
-    The result is labelled as the first input that claims to be sharded.
+    The result is labelled as the first input that claims to be sharded, or of the `indices` that `function` uses.
     """
     context = AutoContext.get_instance()
     nodes = [tensor._in_graph() for tensor in inputs]
     enabled = context._mode is GradMode.ENABLED
     with torch.set_grad_enabled(enabled):
-        node = function(*(node.float() if node.is_floating_point() else node for node in nodes)).to(torch.bfloat16)
-    labels = [tensor._native.tensor_topology() for tensor in inputs]
+        node = function(*(node.float() for node in nodes)).to(torch.bfloat16)
+    labels = [tensor._native.tensor_topology() for tensor in (*inputs, *indices)]
     label = next((label for label in labels if not label.is_replicated()), labels[0])
-    result = Tensor(ttnn.Tensor(node.detach(), ttnn.Layout.TILE, label))
+    needed = any(tensor._requires_grad for tensor in inputs)
+    result = Tensor(ttnn.Tensor(node.detach(), ttnn.Layout.TILE, label), requires_grad=needed)
     result._node, result._graph, result._is_result = node, context._graph, node.requires_grad
     return result
 
@@ -399,15 +402,19 @@ def fails_in_backward(node: torch.Tensor, message: str) -> torch.Tensor:
 
 
 def _raw_buffer(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """As many elements as `array` has, from where its memory begins, whatever its strides say."""
+    """As many bytes as `array` has, from where its memory begins, whatever its strides say."""
+    if array.flags.c_contiguous:
+        return array
     owner = array
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
-    address = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-    return np.resize(owner.ravel(order="K")[address // array.itemsize :], array.shape)
+    start = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    memory = owner.ravel(order="K").view(np.uint8)[start:]
+    return np.resize(memory, array.nbytes).view(array.dtype).reshape(array.shape)
 
 
 def _to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Over the array's own memory, where torch can: putting it on the devices copies it."""
     if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).clone()
-    return torch.tensor(array.astype(np.int64) if array.dtype == np.uint32 else array)
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(np.int64) if array.dtype == np.uint32 else array)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import ttnn
 
-from .autograd import Tensor
+from .autograd import PreferredPrecision, Tensor
 
 _rng = np.random.default_rng()
 
@@ -34,8 +34,6 @@ def constant(value: float) -> Callable[[Sequence[int]], Tensor]:
 
 def zeros_(tensor: Tensor) -> Tensor:
     """Fill with zeros, through the FULL view: a bf16 parameter becomes FLOAT32."""
-    from .autograd import PreferredPrecision
-
     tensor.set_value(constant(0.0)(tensor.shape()).get_value(PreferredPrecision.FULL))
     return tensor
 

@@ -80,7 +80,6 @@ class OptimizerBase:
                     value = ttnn.typecast(tensor.get_value(), self.STORED)
                     if slot != "master_weights":
                         value.data.zero_()
-                    value.update_tensor_topology(ttnn.Tensor(value.data).tensor_topology())
                     state[name] = create_tensor(value, False)
         self._set_steps(0)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 import ttnn
 
@@ -25,10 +27,11 @@ class Sharding:
     def is_fully_replicated(self) -> bool:
         return not any(isinstance(placement, ttnn.PlacementShard) for placement in self._placements)
 
-    def gather(self, tensor: Tensor) -> ttnn.np.ndarray:
+    def gather(self, tensor: Tensor) -> np.ndarray[Any, Any]:
         """One copy, read NATIVE: shards concatenated, replicas dropped."""
         pieces = list(tensor.get_value(PreferredPrecision.NATIVE).data)
-        return ttnn.as_numpy(self._gather(pieces, 0).clone())
+        array: np.ndarray[Any, Any] = ttnn.as_numpy(self._gather(pieces, 0).clone())
+        return array
 
     def _gather(self, pieces: list[torch.Tensor], axis: int) -> torch.Tensor:
         """Put together what lies along `axis` and all later ones."""

@@ -31,9 +31,6 @@ class DataType(enum.Enum):
     INT32 = 7
 
 
-bfloat16, float32, uint32, int32 = DataType.BFLOAT16, DataType.FLOAT32, DataType.UINT32, DataType.INT32
-TILE_LAYOUT, ROW_MAJOR_LAYOUT = Layout.TILE, Layout.ROW_MAJOR
-
 _STORED = {
     DataType.BFLOAT16: torch.bfloat16,
     DataType.FLOAT32: torch.float32,
@@ -64,10 +61,6 @@ class MeshDevice:
 def get_num_devices() -> int:
     """Devices that the machine has, open or not."""
     return _switches.DEVICES
-
-
-def synchronize_device(device: MeshDevice) -> None:
-    """Wait for the device; torch on the CPU has nothing to wait for."""
 
 
 @dataclass(frozen=True)
@@ -182,18 +175,9 @@ def as_numpy(data: torch.Tensor) -> np.ndarray[Any, Any]:
     return values.astype(np.uint32) if data.dtype is torch.int64 else values
 
 
-def to_torch(tensor: Tensor, mesh_composer: CppMeshToTensor | None = None) -> torch.Tensor:
-    return host(tensor, mesh_composer)
-
-
 def typecast(tensor: Tensor, dtype: DataType) -> Tensor:
     """A new tensor: never the same buffer."""
     return Tensor(tensor.data.to(_STORED[dtype], copy=True), tensor.layout, tensor.tensor_topology())
-
-
-def deallocate(tensor: Tensor) -> None:
-    """Free the buffer: reading it afterwards fails."""
-    tensor.data = torch.empty(0)
 
 
 def _pointwise(operation: Callable[[torch.Tensor, Any], torch.Tensor]) -> Callable[[Tensor, Tensor | float], Tensor]:
@@ -210,16 +194,6 @@ def _pointwise(operation: Callable[[torch.Tensor, Any], torch.Tensor]) -> Callab
 
 add = _pointwise(torch.add)
 multiply = _pointwise(torch.mul)
-
-
-def concat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    data = torch.cat([tensor.data for tensor in tensors], dim + 1 if dim >= 0 else dim)
-    return Tensor(data, tensors[0].layout, tensors[0].tensor_topology())
-
-
-def argmax(tensor: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    data = tensor.data.argmax(dim + 1 if dim >= 0 else dim, keepdim=keepdim)
-    return Tensor(data, Layout.ROW_MAJOR, tensor.tensor_topology())
 
 
 def pad(tensor: Tensor, padding: Sequence[tuple[int, int]], value: float) -> Tensor:

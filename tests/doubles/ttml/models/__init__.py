@@ -5,7 +5,6 @@ from ttml._llama import (
     EmbeddingPlacement,
     RunnerType,
     WeightTyingType,
-    memory_efficient_runner,
 )
 
 from . import llama
@@ -16,5 +15,4 @@ __all__ = [
     "RunnerType",
     "WeightTyingType",
     "llama",
-    "memory_efficient_runner",
 ]
