@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import ttnn
 
 from . import _strict
+from ._fabric import Fabric
 from ._parameters import NamedParameters
 from .autograd import AutoContext
-
-_DIMS = re.compile(r"device_topology\s*\{[^}]*dims\s*:\s*\[([\d\s,]+)\]")
-
-
-def descriptor_dims(text: str) -> list[int] | None:
-    """The `dims` of a mesh graph descriptor's device topology; None where they cannot be read."""
-    found = _DIMS.search(text)
-    return [int(number) for number in found[1].split(",") if number.strip()] if found else None
-
-
-class Fabric:
-    """The interconnect, armed before the devices are opened, over the devices that the descriptor describes."""
-
-    def __init__(self) -> None:
-        path = os.environ.get("TT_MESH_GRAPH_DESC_PATH")
-        self.dims = descriptor_dims(Path(path).read_text()) if path and Path(path).is_file() else None
-        self.syncs = 0
 
 
 def enable_fabric(num_devices: int) -> None:

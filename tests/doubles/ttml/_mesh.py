@@ -11,6 +11,7 @@ from pathlib import Path
 import ttnn
 
 from . import _distributed
+from ._fabric import descriptor_dims
 from ._parameters import NamedParameters
 from .autograd import AutoContext
 
@@ -95,7 +96,7 @@ def _validate_mgd(mesh: Mesh) -> None:
         print(f"WARNING: mesh graph descriptor not validated: {path or 'TT_MESH_GRAPH_DESC_PATH not set'}")
         return
     text = Path(path).read_text()
-    dims = _distributed.descriptor_dims(text)
+    dims = descriptor_dims(text)
     if text.count("mesh_descriptors {") > 1 or dims is None:
         print(f"WARNING: mesh graph descriptor not validated: {path} has several meshes or no dims")
         return

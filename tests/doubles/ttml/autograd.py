@@ -18,6 +18,7 @@ import ttnn
 from ttnn import _switches
 
 from . import _strict
+from ._fabric import Fabric
 
 RETAINED_FORWARDS = 8  # so many forward passes without reset_graph() fill the device's memory
 OUT_OF_MEMORY = (
@@ -86,7 +87,7 @@ class AutoContext:
 
     def __init__(self) -> None:
         self._device: ttnn.MeshDevice | None = None
-        self._fabric: Sequence[int] | None = None  # dims of the descriptor that the fabric was armed with
+        self._fabric: Fabric | None = None
         self._parallelism: ParallelismContext | None = None
         self._mode = GradMode.ENABLED
         self._graph = Graph()

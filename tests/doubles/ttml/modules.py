@@ -115,7 +115,7 @@ class LinearLayer(AbstractModuleBase):
         self.bias = Parameter(init.uniform(-bound, bound)((1, 1, 1, out_features))) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ops.linear(x, self.weight.tensor, self.bias and self.bias.tensor)
+        return _ops.linear(x, self.weight.tensor, self.bias.tensor if self.bias else None)
 
 
 class Embedding(AbstractModuleBase):
@@ -160,7 +160,7 @@ class LoraLinear(AbstractModuleBase):
         self.lora_B = Parameter(_bf16(np.zeros((1, 1, self.out_features, config.rank))))
 
     def forward(self, x: Tensor) -> Tensor:
-        base = _ops.linear(x, self.weight.tensor, self.bias and self.bias.tensor)
+        base = _ops.linear(x, self.weight.tensor, self.bias.tensor if self.bias else None)
         if self._mode is RunMode.TRAIN and self.dropout_prob > 0:
             x = _ops.dropout(x, self.dropout_prob)
         return base + _ops.linear(_ops.linear(x, self.lora_A.tensor), self.lora_B.tensor) * self.scaling

@@ -20,14 +20,23 @@ _device_generators = [torch.Generator().manual_seed(1000 + device) for device in
 
 
 @dataclass
-class AdamWConfig:
+class _Config:
     lr: float
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
-    amsgrad: bool = False
-    stochastic_rounding: bool = False
+    amsgrad: bool
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check = _strict.boolean if name in ("amsgrad", "stochastic_rounding") else _strict.number
+            setattr(self, name, check(name, value))
+
+
+@dataclass
+class AdamWConfig(_Config):
+    stochastic_rounding: bool
 
     @classmethod
     def make(
@@ -41,25 +50,16 @@ class AdamWConfig:
         stochastic_rounding: bool = False,
     ) -> AdamWConfig:
         """The keyword is `epsilon`: `eps` is refused."""
-        numbers = [_strict.number("make", value) for value in (lr, beta1, beta2, epsilon, weight_decay)]
-        return cls(*numbers, _strict.boolean("make", amsgrad), _strict.boolean("make", stochastic_rounding))
+        return cls(lr, beta1, beta2, epsilon, weight_decay, amsgrad, stochastic_rounding)
 
 
 @dataclass
-class AdamWFullPrecisionConfig:
-    lr: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    amsgrad: bool = False
-
+class AdamWFullPrecisionConfig(_Config):
     @classmethod
     def make(
         cls, lr: float, beta1: float, beta2: float, epsilon: float, weight_decay: float, amsgrad: bool = False
     ) -> AdamWFullPrecisionConfig:
-        numbers = [_strict.number("make", value) for value in (lr, beta1, beta2, epsilon, weight_decay)]
-        return cls(*numbers, _strict.boolean("make", amsgrad))
+        return cls(lr, beta1, beta2, epsilon, weight_decay, amsgrad)
 
 
 class OptimizerBase:
@@ -68,7 +68,7 @@ class OptimizerBase:
     MAPS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     STORED = ttnn.DataType.BFLOAT16
 
-    def __init__(self, parameters: NamedParameters, config: AdamWConfig | AdamWFullPrecisionConfig) -> None:
+    def __init__(self, parameters: NamedParameters, config: _Config) -> None:
         self._parameters = _strict.member("parameters", parameters, NamedParameters)
         if config.amsgrad:
             raise NotImplementedError("amsgrad is not part of the double")
@@ -204,11 +204,11 @@ class AdamWFullPrecision(OptimizerBase):
 
 def create_optimizer(config: Mapping[str, Any], parameters: NamedParameters) -> OptimizerBase:
     """By `type`; keys have defaults, and one that nobody knows (`eps`, `learning_rate`) is ignored."""
-    numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 1e-2}
-    values = [config.get(key, default) for key, default in numbers.items()]
-    amsgrad = config.get("amsgrad", False)
+    defaults = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 1e-2, "amsgrad": False}
+    values: dict[str, Any] = {key: config.get(key, default) for key, default in defaults.items()}
     if config["type"] == "AdamW":
-        return AdamW(parameters, AdamWConfig.make(*values, amsgrad, config.get("stochastic_rounding", False)))
+        rounding = config.get("stochastic_rounding", False)
+        return AdamW(parameters, AdamWConfig.make(**values, stochastic_rounding=rounding))
     if config["type"] == "AdamWFullPrecision":
-        return AdamWFullPrecision(parameters, AdamWFullPrecisionConfig.make(*values, amsgrad))
+        return AdamWFullPrecision(parameters, AdamWFullPrecisionConfig.make(**values))
     raise RuntimeError(f"Unknown optimizer type: {config['type']}")
