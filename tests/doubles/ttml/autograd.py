@@ -135,11 +135,7 @@ class AutoContext:
 
     def set_seed(self, seed: int) -> None:
         """Seeds the C++ mt19937: dropout and, where the host draws its seed, stochastic rounding. Not the weights."""
-        self._seed = _strict.integer("set_seed", seed)
-        self._generator = random.Random(seed)  # Python's generator is an mt19937, too
-
-    def get_seed(self) -> int:
-        return self._seed
+        self._generator = random.Random(_strict.integer("set_seed", seed))  # Python's generator is an mt19937, too
 
     def get_generator_state(self) -> str:
         return " ".join(map(str, self._generator.getstate()[1]))
@@ -286,6 +282,7 @@ class Tensor:
 
     @property
     def tensor(self) -> Tensor:
+        """Itself: whether a value has this attribute does not tell a Parameter from a tensor."""
         return self
 
     # --- gradient ---
@@ -304,9 +301,6 @@ class Tensor:
         if self._gradient is None:
             raise ttnn.fatal("Tensor is not initialized")
         return self._gradient
-
-    def get_grad_tensor(self) -> Tensor:
-        return Tensor(self.get_grad(), False)
 
     def set_grad(self, gradient: ttnn.Tensor) -> None:
         if _strict.member("set_grad", gradient, ttnn.Tensor).shape != self._native.shape:
