@@ -763,6 +763,23 @@ def test_gammas_at_one_never_move(board: None, options: dict[str, Any], moves: b
     assert (native(model.parameters()["Llama/ln_fc/gamma"]) != 1).any() == moves
 
 
+def test_bf16_second_moments_stop_growing(board: None) -> None:
+    """Once (1 - beta2) g^2 is below half a bf16 step of v, v stands still: at a quarter of g^2 with beta2 = 0.999."""
+    import ttml
+
+    reached = {}
+    for kind in ("AdamW", "AdamWFullPrecision"):
+        parameters = ttml.NamedParameters()
+        parameters["w"] = weight = tensor(np.ones((1, 1, 1, 32)))
+        weight.set_grad(tensor(np.ones((1, 1, 1, 32))).get_value())
+        optimizer = adamw(parameters, type=kind, beta2=0.999)
+        for _ in range(600):
+            optimizer.step()
+        reached[kind] = native(optimizer.get_state_dict()["exp_avg_sq"]["w"]).max()
+    assert reached["AdamW"] == 0.25
+    assert reached["AdamWFullPrecision"] == pytest.approx(1 - 0.999**600, rel=1e-4)
+
+
 def test_unknown_optimizer_keys_are_ignored(board: None) -> None:
     optimizer = adamw(build().parameters(), learning_rate=5.0, eps=1.0, betas=(0, 0))
     assert optimizer.get_lr() == pytest.approx(1e-2)

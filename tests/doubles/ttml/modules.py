@@ -44,9 +44,6 @@ class AbstractModuleBase:
         """The first word of every parameter's name; the class's name unless set."""
         self._name = name
 
-    def get_name(self) -> str:
-        return self._name
-
     def train(self) -> None:
         self._set_mode(RunMode.TRAIN)
 
@@ -65,12 +62,6 @@ class AbstractModuleBase:
     def named_children(self) -> Iterator[tuple[str, AbstractModuleBase]]:
         """In alphabetical order, whatever the order of registration."""
         yield from sorted((k, v) for k, v in vars(self).items() if isinstance(v, AbstractModuleBase))
-
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, AbstractModuleBase]]:
-        """Dotted paths, this module (an empty path) first."""
-        yield prefix, self
-        for name, child in self.named_children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Dotted paths, without the root's name."""

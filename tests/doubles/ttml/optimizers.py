@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class OptimizerBase:
         self._parameters = _strict.member("parameters", parameters, NamedParameters)
         if config.amsgrad:
             raise NotImplementedError("amsgrad is not part of the double")
-        self._config = config
+        self._config = replace(config)
         self._maps = {name: NamedParameters() for name in self.MAPS}
         for name, tensor in parameters.items():
             if tensor.get_requires_grad():
@@ -82,9 +82,6 @@ class OptimizerBase:
                         value.data.zero_()
                     state[name] = create_tensor(value, False)
         self._set_steps(0)
-
-    def get_name(self) -> str:
-        return type(self).__name__
 
     def get_lr(self) -> float:
         return self._config.lr
