@@ -15,8 +15,11 @@ import math
 import os
 import platform
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import ml_dtypes
@@ -53,12 +56,31 @@ def refuse_without_ttml(hw: Hardware, config: Config) -> Build:
 def open_ttml(hw: Hardware, config: Config) -> Iterator[TTML]:
     """The engine on `hw`. Its devices are closed whatever happens: a board left open may need a reset."""
     backend = TTML(hw, config, refuse_without_ttml(hw, config))
+    with unwinding_signals():
+        try:
+            with explained("opening the devices", hw):
+                backend.open()
+            yield backend
+        finally:
+            backend.close()
+
+
+@contextlib.contextmanager
+def unwinding_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP leave through every `finally`; by default they end the process there and then."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()  # elsewhere Python lets nobody set a handler
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
     try:
-        with explained("opening the devices", hw):
-            backend.open()
-        yield backend
+        yield
     finally:
-        backend.close()
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class TTML:
@@ -224,7 +246,8 @@ class TTML:
         if self.check_replicas:
             self.check_replicas = False
             self._compare_replicas()
-        return StepStats(loss_value, norm_value, count_tokens(micro_batches), supervised, time.perf_counter() - started)
+        tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
+        return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
 
     def _backward(self, batch: Batch, supervised: int) -> Any:
         """Add the gradients of the batch; return its nll times its mask, [B, 1, T, 1] on the devices.
@@ -374,12 +397,6 @@ def first_notes(config: Config, devices: int) -> list[str]:
     if config.device.compile == "always":
         notes.append("device_config.compile is of no effect: ttml compiles its kernels by itself")
     return notes
-
-
-def count_tokens(batches: Sequence[Batch]) -> int:
-    """Tokens up to each row's last supervised one, over all batches."""
-    positions = [np.arange(1, batch.loss_mask.shape[1] + 1) * (batch.loss_mask > 0) for batch in batches]
-    return int(sum(p.max(axis=1).sum() for p in positions))
 
 
 def whole_tiles(length: int) -> int:

@@ -5,6 +5,7 @@ What an optimizer keeps besides AdamW's two moments and fp32 masters goes under 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -87,11 +88,11 @@ def _check_names(state: Mapping[str, Array], mine: set[str]) -> None:
 
 
 def _check_taken(io: Tensors, optimizer: Any, slots: Mapping[str, Any], step: int) -> None:
-    """ttml checks nothing it is given, so ask for the step and one tensor again."""
+    """ttml checks nothing that it is given, so ask for the step and the smallest tensor again."""
     after = optimizer.get_state_dict()
-    name = next(iter(slots[ALWAYS[0]].keys()))
-    before, now = (io.read_first(found[ALWAYS[0]][name]) for found in (slots, slots_of(after)))
-    if int(after["steps"]) != step or before.tobytes() != now.tobytes():
+    given, taken = slots[ALWAYS[0]], slots_of(after)[ALWAYS[0]]
+    name = min(given.keys(), key=lambda name: math.prod(given[name].shape()))
+    if int(after["steps"]) != step or io.read_first(given[name]).tobytes() != io.read_first(taken[name]).tobytes():
         raise MachineError(
             "this build of ttml did not take the optimizer's state",
             where=f"set_state_dict, {name}",

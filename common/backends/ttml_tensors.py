@@ -37,7 +37,7 @@ class Tensors:
 
         Not by `assign`: it takes the bf16 view of fp32 values.
         """
-        values = np.ascontiguousarray(array, self.stored(tensor))
+        values = np.require(array, self.stored(tensor), ["C", "W"])
         fresh = self._from_numpy(values, self._layouts.TILE, self._dtype(tensor), None)
         tensor.set_value(fresh.get_value(self._native))  # shares the buffer of `fresh`, which nobody else keeps
 

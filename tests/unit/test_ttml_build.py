@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +269,20 @@ def test_nothing_of_ttml_is_used_that_the_contract_does_not_name(tmp_path, tiny_
                 backend.load_state(state_of(backend))
     assert used, "the spy sees something"
     assert used <= prefixes, used - prefixes
+
+
+def test_a_binding_tells_its_arguments_in_its_docstring_or_not_at_all():
+    to_numpy = SimpleNamespace(__doc__="to_numpy(self, composer: object = None, precision: Precision = ...) -> ndarray")
+    assert ttml_build._accepts(to_numpy, "precision") is True
+    assert ttml_build._accepts(to_numpy, "layout") is False
+    assert ttml_build._accepts(SimpleNamespace(__doc__="Read to the host"), "precision") is None, "not refused for it"
+
+
+def test_the_manifest_says_which_tree_ttml_was_built_from(tmp_path, tiny_base, monkeypatch):
+    with machine(tmp_path) as name:
+        monkeypatch.setenv("TT_METAL_HOME", str(Path(__file__).parent))
+        versions = refuse_without_ttml(get(name), board_config(tiny_base)).versions()
+    assert re.fullmatch(r"\S*[0-9a-f]{7}\S*|unknown", versions["tt-metal"])
 
 
 class Spy:
