@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import re
@@ -63,7 +62,7 @@ NEEDS: tuple[Need, ...] = (
     *_needs("counting devices", "ttnn.get_num_devices", LATE),
     *_needs("the process-wide context", f"{_CONTEXT}get_instance {_CONTEXT}get_device {_CONTEXT}reset_graph"),
     *_needs("dropout and stochastic rounding", f"{_CONTEXT}set_seed"),
-    *_needs("random state", f"{_CONTEXT}get_generator_state", NEW),
+    *_needs("telling a newer build", f"{_CONTEXT}get_generator_state", NEW),
     *_needs("evaluation without a graph", f"{_CONTEXT}set_gradient_mode"),
     *_needs("evaluation without a graph", "ttml.autograd.GradMode.ENABLED ttml.autograd.GradMode.DISABLED"),
     *_needs("tensors in", f"{_TENSOR}from_numpy {_TENSOR}set_value {_TENSOR}get_value"),
@@ -83,10 +82,10 @@ NEEDS: tuple[Need, ...] = (
     *_needs("tied embeddings", "ttml.models.WeightTyingType.Enabled ttml.models.WeightTyingType.Disabled"),
     *_arguments("gradient checkpointing", f"{_LLAMA}LlamaConfig", "runner_type"),
     *_needs("gradient checkpointing", "ttml.models.RunnerType.Default ttml.models.RunnerType.MemoryEfficient"),
-    *_arguments("sharding the embedding", f"{_LLAMA}LlamaConfig", "embedding_placement", NEW),
+    *_arguments("telling a newer build", f"{_LLAMA}LlamaConfig", "embedding_placement", NEW),
     *_needs("LoRA", "ttml.modules.LoraModel"),
     *_arguments("LoRA", "ttml.modules.LoraConfig", "rank alpha target_modules lora_dropout"),
-    *_needs("choosing what is trained", f"ttml.NamedParameters {_TENSOR}get_requires_grad"),
+    *_needs("choosing what is trained", f"ttml.NamedParameters {_TENSOR}get_requires_grad {_TENSOR}set_requires_grad"),
     *_needs("the loss", "ttml.ops.loss.cross_entropy_loss ttml.ops.ReduceType.NONE ttml.ops.unary.mean"),
     *_needs("the gradient", f"{_TENSOR}backward ttml.core.clip_grad_norm"),
     *_needs("the optimizer", f"{_OPTIMIZERS}AdamW {_OPTIMIZERS}AdamWFullPrecision"),

@@ -25,12 +25,14 @@ class Tensors:
         self._types, self._layouts, self._slice = ttnn.DataType, ttnn.Layout, ttnn.slice
 
     def new(self, array: Array, dtype: str, mapper: Any, layout: str = "TILE") -> Any:
-        """A tensor on the devices; `mapper` None puts all of it on each.
+        """A tensor on the devices, without a gradient; `mapper` None puts all of it on each.
 
         The array is copied: from_numpy reads the raw buffer, so it must be contiguous, and newer ones want it writable.
         """
         values = np.array(array, order="C")
-        return self._from_numpy(values, getattr(self._layouts, layout), getattr(self._types, dtype), mapper)
+        tensor = self._from_numpy(values, getattr(self._layouts, layout), getattr(self._types, dtype), mapper)
+        tensor.set_requires_grad(False)  # it is True unless said otherwise, of masks and ids, too
+        return tensor
 
     def put(self, tensor: Any, array: Array) -> None:
         """Replace the tensor's values on every device, rounded to its dtype here, to nearest even.
