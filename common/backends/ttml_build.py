@@ -182,13 +182,7 @@ def probe(hw: Hardware, devices: int) -> Build:
             where=str(getattr(ttml, "__file__", "ttml")),
             todo=f"build tt-metal v0.74 or newer with tt-train; {image_hint(hw)}",
         )
-    count = getattr(ttnn, "get_num_devices", None)
-    if count is not None and (present := int(count())) < devices:
-        raise MachineError(
-            f"the mesh asks for {devices} devices, and ttnn finds {present}",
-            where=f"HW={hw.name}, device_config.mesh_shape",
-            todo="check the cards (tt-smi), give the container every /dev/tenstorrent node, or set a smaller mesh",
-        )
+    _refuse_too_few(ttnn, devices, hw)
     found = {row["name"] for row in rows if row["found"]}
     newer = any(need.generations == NEW and need.name in found for need in NEEDS)
     return Build(NEW if newer else "B", "ttml.close_device_mesh" in found, _commit(), _version("ttnn"))
@@ -210,6 +204,18 @@ def _refuse_unrelated(ttml: Any, hw: Hardware) -> None:
             "the ttml in this environment is another package of that name (PyPI's has nothing to do with tt-train)",
             where=str(getattr(ttml, "__file__", "ttml")),
             todo=f"pip uninstall ttml, and put tt-train's own on the path; {image_hint(hw)}",
+        )
+
+
+def _refuse_too_few(ttnn: Any, devices: int, hw: Hardware) -> None:
+    count = getattr(ttnn, "get_num_devices", None)
+    with explained("counting the devices", hw):
+        present = devices if count is None else int(count())
+    if present < devices:
+        raise MachineError(
+            f"the mesh asks for {devices} devices, and ttnn finds {present}",
+            where=f"HW={hw.name}, device_config.mesh_shape",
+            todo=CHECK_CARDS,
         )
 
 
@@ -235,6 +241,7 @@ def _version(package: str) -> str:
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
+CHECK_CARDS = "check the cards (tt-smi), give the container every /dev/tenstorrent node, or set a smaller mesh"
 # What tt-metal says, what it means, and the cure. Anything else stays as it is.
 FAILURES: tuple[tuple[str, str, str], ...] = (
     (
@@ -256,9 +263,14 @@ FAILURES: tuple[tuple[str, str, str], ...] = (
         ),
     ),
     (
+        r"no chips detected",
+        "tt-metal finds no Tenstorrent device",
+        CHECK_CARDS,
+    ),
+    (
         r"mesh is too big|not enough devices",
         "the mesh asks for more devices than there are",
-        "check the cards (tt-smi), give the container every /dev/tenstorrent node, or set a smaller mesh",
+        CHECK_CARDS,
     ),
     (
         r"\bin use\b|\bbusy\b|CHIP_IN_USE",

@@ -134,8 +134,20 @@ def test_a_device_in_use_and_one_that_is_not_there_are_told_apart(tmp_path, tiny
     with machine(tmp_path, 2) as name:
         os.environ["TTML_DOUBLE_DEVICES"] = "1"
         refusal(lambda: refuse_without_ttml(get(name), two), MachineError, "asks for 2 devices", "finds 1")
-        sys.modules["ttnn"].get_num_devices = lambda: 2  # type: ignore[attr-defined]  # a card lost since
+        ttnn: Any = sys.modules["ttnn"]
+        ttnn.get_num_devices = lambda: 2  # and a card was lost since
         refusal(lambda: open_ttml(get(name), two).__enter__(), MachineError, "more devices than there are", "tt-smi")
+
+
+def test_a_machine_where_tt_metal_finds_no_card_is_told_so(tmp_path, tiny_base):
+    def none() -> int:
+        raise RuntimeError("TT_FATAL: num_chips > 0 info: No chips detected in the cluster")
+
+    with machine(tmp_path) as name:
+        importlib.import_module("ttnn").get_num_devices = none  # type: ignore[attr-defined]
+        refusal(
+            lambda: refuse_without_ttml(get(name), board_config(tiny_base)), MachineError, "no Tenstorrent", "tt-smi"
+        )
 
 
 def test_a_device_without_memory_is_told_in_one_message(tmp_path, tiny_base):
