@@ -122,7 +122,7 @@ class TTML:
             world=self.devices,
             threads=self.config.device.threads or len(os.sched_getaffinity(0)),
             compiled=False,
-            versions=versions | self.facts.versions(),
+            versions=versions | self.facts.versions() | {"ttml linears": ", ".join(hf_map.linears_of(self.entries))},
             reason=f"HW={self.hw.name} trains on ttml",
             notes=tuple(self.notes),
         )
@@ -379,7 +379,7 @@ class TTML:
         self.is_open = False
         self.context.reset_graph()  # a step that failed leaves its graph, and that its tensors
         gc.collect()
-        if self.facts.closes_mesh:
+        if "ttml.close_device_mesh" in self.facts.has:
             self.ttml.close_device_mesh()
         else:
             self.context.close_device()

@@ -104,16 +104,17 @@ NEEDS: tuple[Need, ...] = (
 
 @dataclass(frozen=True)
 class Build:
-    """What this ttml is, found by looking; how it fuses projections shows in the first model's parameters."""
+    """What this ttml is, found by looking. `has`: of what not every build has. Fusing shows in a model's parameters."""
 
     generation: str
-    closes_mesh: bool
+    has: frozenset[str]
     commit: str
     ttnn: str
 
     def versions(self) -> dict[str, str]:
         """For the manifest."""
-        return {"tt-metal": self.commit, "ttnn": self.ttnn, "ttml": f"API generation {self.generation}"}
+        features = f"API generation {self.generation}, with {', '.join(sorted(self.has)) or 'nothing more'}"
+        return {"tt-metal": self.commit, "ttnn": self.ttnn, "ttml": features}
 
 
 def contract(parameters: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -183,9 +184,9 @@ def probe(hw: Hardware, devices: int) -> Build:
             todo=f"build tt-metal v0.74 or newer with tt-train; {image_hint(hw)}",
         )
     _refuse_too_few(ttnn, devices, hw)
-    found = {row["name"] for row in rows if row["found"]}
-    newer = any(need.generations == NEW and need.name in found for need in NEEDS)
-    return Build(NEW if newer else "B", "ttml.close_device_mesh" in found, _commit(), _version("ttnn"))
+    has = frozenset(row["name"] for row in rows if row["found"] and row["name"] not in required)
+    newer = any(need.generations == NEW and need.name in has for need in NEEDS)
+    return Build(NEW if newer else "B", has, _commit(), _version("ttnn"))
 
 
 def _import(name: str, hw: Hardware) -> Any:
