@@ -390,6 +390,8 @@ def first_notes(config: Config, devices: int) -> list[str]:
     options, notes = config.training.optimizer, []
     if options.type == "AdamW" and not options.stochastic_rounding:
         notes.append("bf16 weights, no stochastic rounding: updates below half a bf16 step are lost (norms stay at 1)")
+    if options.stochastic_rounding:
+        notes.append("stochastic rounding: where the devices draw for themselves, a resumed run has other bits")
     if devices > 1:
         notes.append(f"a checkpoint is that of the first of {devices} replicas")
     if devices > 1 and options.stochastic_rounding:

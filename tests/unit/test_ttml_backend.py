@@ -521,6 +521,21 @@ def test_a_run_goes_on_in_a_new_process_bit_for_bit(tmp_path, untied_base, gener
     assert dtypes == {"bfloat16" if kind == "AdamW" else "float32"}
 
 
+def test_stochastic_rounding_goes_on_as_well_where_the_host_seeds_it(tmp_path, tiny_base):
+    """Take away set_seed in train_step. A build of generation B draws on the device: there it is only said."""
+    config = board_config(tiny_base, training__optimizer__stochastic_rounding=True)
+    with board(config, tmp_path, 2, "C") as backend:
+        backend.train_step(batches(1), 1e-3, 1)
+        saved = state_of(backend)
+        backend.train_step(batches(2), 1e-3, 2)
+        after = fingerprint(state_of(backend))
+    with board(config, tmp_path, 2, "C") as backend:
+        backend.load_state(saved)
+        backend.train_step(batches(2), 1e-3, 2)
+        assert fingerprint(state_of(backend)) == after
+        assert any("other bits" in note for note in backend.info.notes)
+
+
 @builds
 @full_and_lora
 @pytest.mark.parametrize("base", ["tied", "untied"], indirect=True)
