@@ -17,8 +17,6 @@ from common.backends.init import uniform
 from common.config_sections import Lora
 from common.errors import UsageError
 
-PREFIX = "base_model.model."  # PEFT's, in adapter_model.safetensors
-
 
 class Frozen(nn.Module):
     """A linear layer that is not trained. `weight16` is its bf16 copy: what autocast would make again at every use."""

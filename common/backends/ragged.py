@@ -96,7 +96,7 @@ def lay_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[in
     effect.
     """
     width = batch.loss_mask.shape[1]
-    lengths = np.minimum(width, -(-row_lengths(batch) // ROW_TO) * ROW_TO)
+    lengths = np.minimum(width, -(-batch.lengths() // ROW_TO) * ROW_TO)
     inside = np.arange(width) < lengths[:, None]
     ends = np.cumsum(lengths)
     bounds = [(int(end - n), int(end)) for end, n in zip(ends, lengths, strict=True) if n]
@@ -106,12 +106,6 @@ def lay_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[in
     arrays = (np.pad(array, (0, fill)) for array in (ids, positions, labels, supervised))
     tokens, places, targets, mask = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
     return tokens[None], places[None], targets, mask.bool(), bounds
-
-
-def row_lengths(batch: Batch) -> np.ndarray[Any, Any]:
-    """Tokens of each row up to its last supervised one, int64 [B]."""
-    supervised = batch.loss_mask > 0
-    return np.where(supervised.any(axis=1), supervised.shape[1] - supervised[:, ::-1].argmax(axis=1), 0)
 
 
 AttentionInterface.register(NAME, attend)

@@ -35,7 +35,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from common.backends import ragged
 from common.backends.base import Array, BackendInfo, StepStats
 from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
-from common.backends.lora import PREFIX, add_lora, lora_layers
+from common.backends.hf_map import PREFIX
+from common.backends.lora import add_lora, lora_layers
 from common.config import Config
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, UsageError
@@ -198,7 +199,7 @@ class TorchCPU:
         self.steps_done = step
         if step % TRIM_EVERY == 0:
             give_back_memory()
-        tokens = int(sum(ragged.row_lengths(batch).sum() for batch in micro_batches))
+        tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
         return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
 
     def _nll_sum(self, batch: Batch) -> Tensor:

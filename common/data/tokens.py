@@ -66,6 +66,12 @@ class Batch:
     loss_mask: npt.NDArray[np.float32]
     rows: npt.NDArray[np.int64]
 
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row up to its last supervised one, [B]."""
+        supervised = self.loss_mask > 0
+        last = supervised.shape[1] - supervised[:, ::-1].argmax(axis=1)
+        return np.where(supervised.any(axis=1), last, 0)
+
     def split(self, parts: int) -> list[Batch]:
         """Cut into `parts` equal batches along the rows, in order. Raises ValueError if B is no multiple of
         it.

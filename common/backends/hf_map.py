@@ -1,0 +1,317 @@
+"""Names and layouts, both ways, between Hugging Face's Llama and ttml's. numpy only.
+
+A ttml parameter is [1, 1, rows, columns] under a path such as `Llama/blocks/0/attention/qkv_linear/weight`; matrices
+are [out, in] on both sides. Four things differ:
+
+- Several Hugging Face matrices may lie in one ttml tensor, the rows of one after those of the other: K then V; newer
+  builds Q, K, V and gate, up. A LoRA adapter on such a tensor has one A for all of them, and B has their rows.
+- Rows of Q and K: Hugging Face rotates row j of a head together with row j + d/2, ttml with its neighbour. So a head's
+  rows 0, 1, 2, ... are 0, d/2, 1, 1 + d/2, ... of Hugging Face's (RoFormer, Su et al., 2021, pairs neighbours too).
+- The vocabulary is padded with zero rows to a multiple of 32.
+- Tied embeddings are one tensor, called `fc/weight` (some builds: `tok_emb/weight`).
+
+Moments and fp32 masters of an optimizer have the layout of their parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from common.config_sections import Lora
+from common.errors import MachineError, UsageError
+
+Array = np.ndarray[Any, Any]
+PREFIX = "base_model.model."  # PEFT's, in adapter_model.safetensors
+
+# ttml's linear layers by their path in a block, and the Hugging Face projections whose rows they hold, in order.
+LINEARS: dict[str, tuple[str, ...]] = {
+    "attention/q_linear": ("q_proj",),
+    "attention/kv_linear": ("k_proj", "v_proj"),
+    "attention/qkv_linear": ("q_proj", "k_proj", "v_proj"),
+    "attention/out_linear": ("o_proj",),
+    "mlp/w1": ("gate_proj",),
+    "mlp/w3": ("up_proj",),
+    "mlp/w_gate_up": ("gate_proj", "up_proj"),
+    "mlp/w2": ("down_proj",),
+}
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shape of a Llama: what names and layouts hang on."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool
+
+    @classmethod
+    def of(cls, architecture: Mapping[str, Any]) -> Llama:
+        """From the keys of a Hugging Face config.json."""
+        heads = int(architecture["num_attention_heads"])
+        return cls(
+            vocab=int(architecture["vocab_size"]),
+            hidden=int(architecture["hidden_size"]),
+            intermediate=int(architecture["intermediate_size"]),
+            layers=int(architecture["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(architecture.get("num_key_value_heads") or heads),
+            tied=bool(architecture.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def projection(self, name: str) -> tuple[tuple[int, int], int]:
+        """[out, in] of a projection, and how many heads' rows are paired for RoPE (0: none)."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": ((queries, self.hidden), self.heads),
+            "k_proj": ((keys, self.hidden), self.kv_heads),
+            "v_proj": ((keys, self.hidden), 0),
+            "o_proj": ((self.hidden, queries), 0),
+            "gate_proj": ((self.intermediate, self.hidden), 0),
+            "up_proj": ((self.intermediate, self.hidden), 0),
+            "down_proj": ((self.hidden, self.intermediate), 0),
+        }[name]
+
+    def names(self) -> set[str]:
+        """Every tensor of model.safetensors; tied embeddings once."""
+        found = {EMBEDDING, "model.norm.weight"} | (set() if self.tied else {HEAD})
+        for layer in range(self.layers):
+            found |= {f"model.layers.{layer}.{norm}.weight" for norm in NORMS.values()}
+            found |= {f"{module_of(layer, p)}.weight" for group in LINEARS.values() for p in group}
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face tensor inside a ttml tensor. `heads` > 0: rows paired for RoPE, in that many heads."""
+
+    name: str
+    shape: tuple[int, ...]
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ttml tensor, [1, 1, rows, columns], and the Hugging Face tensors in it.
+
+    `shared`: each part is the whole matrix (the A of an adapter on a fused layer); else their rows follow one another,
+    and rows that no part fills are padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    shared: bool = False
+
+    def to_hf(self, array: Array) -> Iterator[tuple[str, Array]]:
+        """The parts of a ttml array, by name: views of it, or copies where rows change places."""
+        matrix = array.reshape(self.shape[2:])
+        row = 0
+        for part in self.parts:
+            rows = len(matrix) if self.shared else _matrix_shape(part.shape)[0]
+            block = matrix[row : row + rows]
+            row += 0 if self.shared else rows
+            yield part.name, (to_halves(block, part.heads) if part.heads else block).reshape(part.shape)
+
+    def from_hf(self, tensors: Mapping[str, Array], dtype: Any, prefix: str = "") -> Array:
+        """The ttml array, C-contiguous and of `dtype`, from `tensors[prefix + name]`, read one at a time.
+
+        Raises MachineError for a part of another shape, and where parts that share one matrix differ.
+        """
+        out = np.zeros(self.shape, dtype)
+        matrix = out[0, 0]
+        row = 0
+        for part in self.parts:
+            source = tensors[prefix + part.name]
+            if tuple(source.shape) != part.shape:
+                raise misfit([f"{prefix}{part.name} is {tuple(source.shape)}, expected {part.shape}"])
+            if self.shared:
+                self._take_shared(matrix, source, part)
+                continue
+            rows, columns = _matrix_shape(part.shape)
+            target, block = matrix[row : row + rows], source.reshape(rows, columns)
+            if part.heads:  # as `to_pairs`, written in place: a second copy of a large matrix is what must not be
+                target.reshape(part.heads, -1, 2, columns)[:] = block.reshape(part.heads, 2, -1, columns).swapaxes(1, 2)
+            else:
+                target[:] = block
+            row += rows
+        return out
+
+    def _take_shared(self, matrix: Array, source: Array, part: Part) -> None:
+        if part is self.parts[0]:
+            matrix[:] = source
+        elif not np.array_equal(matrix, source.astype(matrix.dtype)):
+            raise MachineError(
+                f"the adapter was trained with another tying of A: {part.name} is not {self.parts[0].name}, and this "
+                f"build of ttml has one A for both",
+                where="model_config.lora.tie_groups",
+                todo="train on with HW=cpu and the adapter's own tie_groups, or train a new adapter here",
+            )
+
+    def under_optimizer(self) -> Entry:
+        """The same tensor's moments: named as PyTorch names parameters, a shared one once."""
+        parts = tuple(replace(part, name=_parameter_name(part.name)) for part in self.parts)
+        return replace(self, parts=parts[:1] if self.shared else parts)
+
+
+def to_pairs(rows: Array, heads: int) -> Array:
+    """Hugging Face's row order to ttml's: within each head, row j next to row j + d/2. `rows` [heads x d, columns]."""
+    columns = rows.shape[1]
+    return rows.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(-1, columns)
+
+
+def to_halves(rows: Array, heads: int) -> Array:
+    """The inverse of `to_pairs`."""
+    columns = rows.shape[1]
+    return rows.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(-1, columns)
+
+
+def map_parameters(shapes: Mapping[str, Sequence[int]], llama: Llama) -> dict[str, Entry]:
+    """An entry for each ttml parameter of a model, by its name; adapters included.
+
+    Raises MachineError where the build has a parameter this map does not know, one of another shape, or where a
+    Hugging Face tensor is in none or in two.
+    """
+    tied = sum(tail_of(name) in ("tok_emb/weight", "fc/weight") for name in shapes) == 1
+    entries = {name: Entry(name, tuple(shape), *_parts(name, shape, llama, tied)) for name, shape in shapes.items()}
+    odd = [
+        f"{entry.name} is {entry.shape}, expected {wanted}"
+        for entry in entries.values()
+        if entry.shape != (wanted := _expected_shape(entry))
+    ]
+    held = [part.name for entry in entries.values() for part in entry.parts if not part.name.startswith(PREFIX)]
+    odd += [f"{name} has no place in it" for name in sorted(llama.names() - set(held))]
+    odd += [f"{name} is in it {held.count(name)} times" for name in sorted(set(held)) if held.count(name) > 1]
+    odd += [f"it has an output head of its own for {name}" for name in sorted(set(held) - llama.names())]
+    if odd:
+        raise MachineError(
+            f"ttml built another model than the architecture asks for: {'; '.join(odd[:5])}",
+            where="the parameters of ttml.models.llama.Llama",
+            todo="use the pinned image; if it is the pinned image, report this: its layout is not one we know",
+        )
+    return entries
+
+
+def _parts(name: str, shape: Sequence[int], llama: Llama, tied: bool) -> tuple[tuple[Part, ...], bool]:
+    """The Hugging Face tensors in the ttml parameter `name`, and whether they share one matrix."""
+    tail = tail_of(name)
+    if tail in ("tok_emb/weight", "fc/weight"):
+        hf = EMBEDDING if tied or tail == "tok_emb/weight" else HEAD
+        return (Part(hf, (llama.vocab, llama.hidden)),), False
+    if tail == "ln_fc/gamma":
+        return (Part("model.norm.weight", (llama.hidden,)),), False
+    if match := re.fullmatch(r"blocks/(\d+)/(attention_norm|mlp_norm)/gamma", tail):
+        return (Part(f"model.layers.{match[1]}.{NORMS[match[2]]}.weight", (llama.hidden,)),), False
+    match = re.fullmatch(r"blocks/(\d+)/(\w+/\w+)/(weight|lora_A|lora_B)", tail)
+    if match is None or match[2] not in LINEARS:
+        raise MachineError(
+            f"ttml has a parameter we do not know: {name} {tuple(shape)}",
+            where="the parameters of ttml.models.llama.Llama",
+            todo="use the pinned image; if it is the pinned image, report this",
+        )
+    kind, parts = match[3], []
+    for projection in LINEARS[match[2]]:
+        (rows, columns), heads = llama.projection(projection)
+        module = module_of(int(match[1]), projection)
+        if kind == "weight":
+            parts.append(Part(f"{module}.weight", (rows, columns), heads))
+        elif kind == "lora_A":
+            parts.append(Part(f"{PREFIX}{module}.lora_A.weight", (int(shape[2]), columns)))
+        else:
+            parts.append(Part(f"{PREFIX}{module}.lora_B.weight", (rows, int(shape[3])), heads))
+    return tuple(parts), kind == "lora_A"
+
+
+def _expected_shape(entry: Entry) -> tuple[int, ...]:
+    matrices = [_matrix_shape(part.shape) for part in entry.parts]
+    rows = matrices[0][0] if entry.shared else sum(rows for rows, _ in matrices)
+    if entry.parts[0].name in (EMBEDDING, HEAD):
+        rows = -(-rows // 32) * 32
+    return (1, 1, rows, matrices[0][1])
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A vector is one row."""
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+
+
+def tail_of(name: str) -> str:
+    """A ttml name without its root, which is the class name of the outermost module."""
+    return name.partition("/")[2]
+
+
+def module_of(layer: int, projection: str) -> str:
+    """Hugging Face's path of a projection."""
+    block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    return f"model.layers.{layer}.{block}.{projection}"
+
+
+def _parameter_name(name: str) -> str:
+    """The name PyTorch gives a parameter of that file name: PEFT's prefix and suffix are the files' alone."""
+    return name.removeprefix(PREFIX).removesuffix(".weight") if name.startswith(PREFIX) else name
+
+
+def check_names(given: Iterable[str], llama: Llama) -> None:
+    """Every tensor of the base mapped, or an error that names the odd ones. A tied head may be there: it is ignored."""
+    given, expected = set(given), llama.names()
+    odd = [f"{name} is missing" for name in sorted(expected - given)]
+    odd += [f"{name} is unknown" for name in sorted(given - expected - ({HEAD} if llama.tied else set()))]
+    if odd:
+        raise misfit(odd)
+
+
+def misfit(odd: Sequence[str]) -> MachineError:
+    return MachineError(
+        f"the weights do not fit the architecture: {'; '.join(odd[:5])}",
+        where="model_config.base",
+        todo="config.json and the safetensors files must belong together",
+    )
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def linears_of(entries: Mapping[str, Entry]) -> list[str]:
+    """The linear layers of a block in this build, such as `attention/qkv_linear`."""
+    paths = {tail_of(name).removeprefix("blocks/0/").removesuffix("/weight") for name in entries}
+    return sorted(paths & set(LINEARS))
+
+
+def lora_linears(linears: Iterable[str], lora: Lora) -> list[str]:
+    """The layers of this build that get an adapter.
+
+    Raises UsageError where `lora` ties A otherwise than the build does, or targets a fused layer in part.
+    """
+    fused = {linear: LINEARS[linear] for linear in linears if set(LINEARS[linear]) & set(lora.target_modules)}
+    wanted = {frozenset(group) for group in lora.tie_groups if set(group) <= set(lora.target_modules)}
+    has = {frozenset(group) for group in fused.values() if len(group) > 1}
+    untargeted = sorted({p for group in fused.values() for p in group} - set(lora.target_modules))
+    if untargeted or {group for group in wanted if len(group) > 1} != has:
+        ties = [list(group) for group in fused.values() if len(group) > 1]
+        raise UsageError(
+            f"this build of ttml has one adapter for each of {ties or 'its projections'}: A is tied there and nowhere "
+            f"else, but tie_groups is {lora.tie_groups} and target_modules {list(lora.target_modules)}",
+            where="model_config.lora.tie_groups",
+            todo=f"set model_config.lora.tie_groups={ties}" + (f", and target {untargeted} too" if untargeted else ""),
+        )
+    return sorted(fused)
+
+
+def tie_key(linear: str, lora: Lora) -> str:
+    """The name of a layer's A in `common.backends.init`, under its module: every engine draws the same values."""
+    projections = LINEARS[linear]
+    return next(("+".join(group) for group in lora.tie_groups if set(group) == set(projections)), projections[0])

@@ -1,0 +1,297 @@
+"""The ttml that is installed here: everything the backend relies on, looked up instead of read off a version.
+
+There is no version to ask: tt-train is built from tt-metal's tree, and names move between builds. NEEDS is the one list
+of what we use; `contract` looks for each line of it, and a build that lacks one is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from common.backends.hf_map import tail_of
+from common.backends.ttml_mesh import HOME, ROOT, image_hint
+from common.errors import MachineError, RecipeError
+from common.hardware import Hardware
+
+ALL, LATE, NEW = "B, C", "late B, C", "C"  # API generations: B is about v0.74 to v0.79, C is newer
+
+
+@dataclass(frozen=True)
+class Need:
+    """A name the backend uses: `a.b.c`, or `a.b.c(argument)`, or the path of a parameter of the Llama."""
+
+    name: str
+    needed_for: str
+    generations: str = ALL
+
+    @property
+    def kind(self) -> str:
+        if not self.name.startswith(("ttml.", "ttnn.")):
+            return "parameter"
+        return "argument" if self.name.endswith(")") else "attribute"
+
+    @property
+    def required(self) -> bool:
+        """In every build we support. What only newer ones have is used where it is there."""
+        return self.generations == ALL and self.kind != "parameter"
+
+
+def _needs(purpose: str, names: str, generations: str = ALL) -> list[Need]:
+    return [Need(name, purpose, generations) for name in names.split()]
+
+
+def _arguments(purpose: str, function: str, names: str, generations: str = ALL) -> list[Need]:
+    return [Need(f"{function}({name})", purpose, generations) for name in names.split()]
+
+
+_CONTEXT, _TENSOR, _LLAMA = "ttml.autograd.AutoContext.", "ttml.autograd.Tensor.", "ttml.models.llama."
+_OPTIMIZERS = "ttml.optimizers."
+NEEDS: tuple[Need, ...] = (
+    *_needs("opening the mesh", "ttml.Mesh ttml.open_device_mesh"),
+    *_needs("closing it", f"{_CONTEXT}close_device"),
+    *_needs("closing it, and forgetting it", "ttml.close_device_mesh", LATE),
+    *_needs("counting devices", "ttnn.get_num_devices", LATE),
+    *_needs("the process-wide context", f"{_CONTEXT}get_instance {_CONTEXT}get_device {_CONTEXT}reset_graph"),
+    *_needs("dropout and stochastic rounding", f"{_CONTEXT}set_seed"),
+    *_needs("telling a newer build", f"{_CONTEXT}get_generator_state", NEW),
+    *_needs("evaluation without a graph", f"{_CONTEXT}set_gradient_mode"),
+    *_needs("evaluation without a graph", "ttml.autograd.GradMode.ENABLED ttml.autograd.GradMode.DISABLED"),
+    *_needs("tensors in", f"{_TENSOR}from_numpy {_TENSOR}set_value {_TENSOR}get_value"),
+    *_needs("tensors in", "ttnn.Layout.TILE ttnn.Layout.ROW_MAJOR"),
+    *_needs("tensors in and out", "ttnn.DataType.BFLOAT16 ttnn.DataType.FLOAT32 ttnn.DataType.UINT32"),
+    *_needs("tensors out", f"{_TENSOR}to_numpy {_TENSOR}shape"),
+    *_arguments("reading weights as they are", f"{_TENSOR}to_numpy", "composer precision"),
+    *_needs("reading weights as they are", "ttml.autograd.PreferredPrecision.NATIVE"),
+    *_needs("reading from several devices", "ttml.core.distributed.concat_mesh_to_tensor_composer"),
+    *_needs("generation", "ttnn.slice ttml.autograd.create_tensor"),
+    *_needs("data parallel", "ttml.Mesh.axis_mapper ttml.sync_gradients"),
+    *_needs("the model", f"{_LLAMA}Llama {_LLAMA}LlamaConfig {_LLAMA}LlamaRopeScalingConfig"),
+    *_arguments("the model's shape", f"{_LLAMA}LlamaConfig", "hidden_size intermediate_size num_hidden_layers"),
+    *_arguments("the model's shape", f"{_LLAMA}LlamaConfig", "num_attention_heads num_key_value_heads vocab_size"),
+    *_arguments("positions", f"{_LLAMA}LlamaConfig", "max_position_embeddings rope_theta rope_scaling"),
+    *_arguments("tied embeddings", f"{_LLAMA}LlamaConfig", "weight_tying"),
+    *_needs("tied embeddings", "ttml.models.WeightTyingType.Enabled ttml.models.WeightTyingType.Disabled"),
+    *_arguments("gradient checkpointing", f"{_LLAMA}LlamaConfig", "runner_type"),
+    *_needs("gradient checkpointing", "ttml.models.RunnerType.Default ttml.models.RunnerType.MemoryEfficient"),
+    *_arguments("telling a newer build", f"{_LLAMA}LlamaConfig", "embedding_placement", NEW),
+    *_needs("LoRA", "ttml.modules.LoraModel"),
+    *_arguments("LoRA", "ttml.modules.LoraConfig", "rank alpha target_modules lora_dropout"),
+    *_needs("choosing what is trained", f"ttml.NamedParameters {_TENSOR}get_requires_grad {_TENSOR}set_requires_grad"),
+    *_needs("the loss", "ttml.ops.loss.cross_entropy_loss ttml.ops.ReduceType.NONE ttml.ops.unary.mean"),
+    *_needs("the gradient", f"{_TENSOR}backward ttml.core.clip_grad_norm"),
+    *_needs("the optimizer", f"{_OPTIMIZERS}AdamW {_OPTIMIZERS}AdamWFullPrecision"),
+    *_arguments("the optimizer", f"{_OPTIMIZERS}AdamWConfig.make", "lr beta1 beta2 epsilon weight_decay"),
+    *_arguments("the optimizer", f"{_OPTIMIZERS}AdamWFullPrecisionConfig.make", "lr beta1 beta2 epsilon weight_decay"),
+    *_arguments("stochastic rounding", f"{_OPTIMIZERS}AdamWConfig.make", "stochastic_rounding"),
+    *_needs("the update", f"{_OPTIMIZERS}AdamW.zero_grad {_OPTIMIZERS}AdamW.step {_OPTIMIZERS}AdamW.set_lr"),
+    *_needs("checkpoints", f"{_OPTIMIZERS}AdamW.get_state_dict {_OPTIMIZERS}AdamW.set_state_dict"),
+    *_needs("the map of weights", "fc/weight ln_fc/gamma blocks/0/attention_norm/gamma blocks/0/mlp_norm/gamma"),
+    *_needs("the map of weights", "blocks/0/attention/out_linear/weight blocks/0/mlp/w2/weight"),
+    *_needs("the map of weights", "blocks/0/attention/q_linear/weight blocks/0/attention/kv_linear/weight", "B"),
+    *_needs("the map of weights", "blocks/0/mlp/w1/weight blocks/0/mlp/w3/weight", "B"),
+    *_needs("the map of weights", "blocks/0/attention/qkv_linear/weight blocks/0/mlp/w_gate_up/weight", NEW),
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What this ttml is, found by looking. `has`: of what not every build has. Fusing shows in a model's parameters."""
+
+    generation: str
+    has: frozenset[str]
+    commit: str
+    ttnn: str
+
+    def versions(self) -> dict[str, str]:
+        """For the manifest."""
+        features = f"API generation {self.generation}, with {', '.join(sorted(self.has)) or 'nothing more'}"
+        return {"tt-metal": self.commit, "ttnn": self.ttnn, "ttml": features}
+
+
+def contract(parameters: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Each line of NEEDS against the installed ttml and ttnn: rows {name, kind, found, needed_for, generations}.
+
+    `found` is None where it cannot be told: an argument of a binding without a signature, or a parameter while
+    `parameters` (the names of a small Llama's) is not given, because that needs an open device.
+    """
+    tails = None if parameters is None else {tail_of(name) for name in parameters}
+    rows = []
+    for need in NEEDS:
+        found = (None if tails is None else need.name in tails) if need.kind == "parameter" else _find(need.name)
+        row = {"name": need.name, "kind": need.kind, "found": found}
+        rows.append(row | {"needed_for": need.needed_for, "generations": need.generations})
+    return rows
+
+
+def _find(name: str) -> bool | None:
+    path, _, argument = name.rstrip(")").partition("(")
+    try:
+        value = _resolve(path)
+    except (ImportError, AttributeError):
+        return False
+    return _accepts(value, argument) if argument else True
+
+
+def _resolve(path: str) -> Any:
+    module, *names = path.split(".")
+    value: Any = importlib.import_module(module)
+    for name in names:
+        module = f"{module}.{name}"
+        if not hasattr(value, name) and inspect.ismodule(value):
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(module)
+        value = getattr(value, name)
+    return value
+
+
+def _accepts(function: Any, argument: str) -> bool | None:
+    """Whether `function` has that argument; a nanobind function tells it in its docstring alone, or not at all."""
+    try:
+        return argument in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        text = str(getattr(function, "__doc__", None) or "")
+        return bool(re.search(rf"\b{argument}:", text)) if "(" in text else None
+
+
+# --- importing ------------------------------------------------------------------------------------------------------
+
+
+def probe(hw: Hardware, devices: int) -> Build:
+    """Import ttml and ttnn and say what they are. Raises MachineError where they are not what the backend needs.
+
+    Importing them touches the driver, so this is done where a run has a board to train on, and nowhere else.
+    """
+    with explained("importing ttml", hw):
+        ttnn = _import("ttnn", hw)
+        ttml = _import("ttml", hw)
+    _refuse_unrelated(ttml, hw)
+    rows = contract()
+    required = {need.name for need in NEEDS if need.required}
+    if missing := [row["name"] for row in rows if row["found"] is False and row["name"] in required]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise MachineError(
+            f"this build of ttml is older than the recipes need: it has no {', '.join(missing[:5])}{more}",
+            where=str(getattr(ttml, "__file__", "ttml")),
+            todo=f"build tt-metal v0.74 or newer with tt-train; {image_hint(hw)}",
+        )
+    _refuse_too_few(ttnn, devices, hw)
+    has = frozenset(row["name"] for row in rows if row["found"] and row["name"] not in required)
+    newer = any(need.generations == NEW and need.name in has for need in NEEDS)
+    return Build(NEW if newer else "B", has, _commit(), _version("ttnn"))
+
+
+def _import(name: str, hw: Hardware) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        lacking = error.name or name
+        what = f"{name} is not in this environment" if lacking == name else f"{name} is here without its {lacking}"
+        cure = "ttml is on no package index: it is built with tt-metal (build_metal.sh --build-tt-train)"
+        raise MachineError(what, where=f"HW={hw.name}", todo=f"{cure}; {image_hint(hw)}") from error
+
+
+def _refuse_unrelated(ttml: Any, hw: Hardware) -> None:
+    if not hasattr(ttml, "autograd"):
+        raise MachineError(
+            "the ttml in this environment is another package of that name (PyPI's has nothing to do with tt-train)",
+            where=str(getattr(ttml, "__file__", "ttml")),
+            todo=f"pip uninstall ttml, and put tt-train's own on the path; {image_hint(hw)}",
+        )
+
+
+def _refuse_too_few(ttnn: Any, devices: int, hw: Hardware) -> None:
+    count = getattr(ttnn, "get_num_devices", None)
+    with explained("counting the devices", hw):
+        present = devices if count is None else int(count())
+    if present < devices:
+        raise MachineError(
+            f"the mesh asks for {devices} devices, and ttnn finds {present}",
+            where=f"HW={hw.name}, device_config.mesh_shape",
+            todo=CHECK_CARDS,
+        )
+
+
+def _commit() -> str:
+    """The commit of tt-metal's tree; package metadata freezes at installation and is not to be trusted."""
+    root = os.environ.get(HOME) or os.environ.get(ROOT)
+    if not root:
+        return "unknown"
+    command = ["git", "-C", root, "describe", "--tags", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+CHECK_CARDS = "check the cards (tt-smi), give the container every /dev/tenstorrent node, or set a smaller mesh"
+# What tt-metal says, what it means, and the cure. Anything else stays as it is.
+FAILURES: tuple[tuple[str, str, str], ...] = (
+    (
+        r"bad_cast",
+        "ttml and ttnn were built apart, so that one does not know the other's types",
+        "build both in one go (build_metal.sh --build-tt-train); {image}",
+    ),
+    (
+        rf"{ROOT}|{HOME}|root directory is not set",
+        "tt-metal does not know its own folder",
+        f"export {ROOT} and {HOME} with the folder of tt-metal; {{image}}",
+    ),
+    (
+        r"out of memory|not enough space to allocate",
+        "the device has no memory left",
+        (
+            "the same training in less memory: halve training_config.batch_size and double "
+            "gradient_accumulation_steps; then set model_config.gradient_checkpointing=true"
+        ),
+    ),
+    (
+        r"no chips detected",
+        "tt-metal finds no Tenstorrent device",
+        CHECK_CARDS,
+    ),
+    (
+        r"mesh is too big|not enough devices",
+        "the mesh asks for more devices than there are",
+        CHECK_CARDS,
+    ),
+    (
+        r"\bin use\b|\bbusy\b|CHIP_IN_USE",
+        "another process holds the device",
+        "end it, or wait for it (fuser /dev/tenstorrent/*); where there is none, reset the board: tt-smi -r",
+    ),
+)
+
+
+@contextlib.contextmanager
+def explained(doing: str, hw: Hardware, kind: type[RecipeError] = MachineError) -> Iterator[None]:
+    """Turn what tt-metal raises within into one message with its cure, where we know it."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        for pattern, what, todo in FAILURES:
+            if re.search(pattern, str(error), re.IGNORECASE):
+                said = " ".join(str(error).split())[:200]
+                cure = todo.format(image=image_hint(hw))
+                raise kind(f"{what}: {said}", where=f"{doing}, HW={hw.name}", todo=cure) from error
+        raise
