@@ -51,7 +51,7 @@ export: setup ## write a run's Hugging Face folder and check it: RUN=runs/...
 test: setup ## the tests, with one tiny run from data to export; under five minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests
 
-test-all: setup ## the slow tests too; with Python 3.10 or 3.12 here and a network, against the real ttnn (650 MB, once)
+test-all: setup ## the slow tests too; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
 	$(PYTEST) tests
 
 lint: setup ## formatting, lint and types
