@@ -41,7 +41,8 @@ from common.config import Config
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, UsageError
 
-TRIM_EVERY = 16  # steps: no two batches have the same number of tokens, and the kept heap would fragment and grow
+TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
+FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits
 COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto` wants that many steps to earn it back
 
 
@@ -95,6 +96,7 @@ class TorchCPU:
         self.mixed = training.precision == "bf16-mixed"
         self.compiled, self.compile_reason = decide_compile(config)
         self.steps_done = 0
+        self.lengths: set[int] = set()  # tokens of the batches laid end to end so far
         self.model: LlamaForCausalLM
         self.padded_forward: Callable[..., Any]  # what a compiled run trains through: one shape for every step
         self.optimizer: torch.optim.AdamW
@@ -197,7 +199,7 @@ class TorchCPU:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self._update(learning_rate)
         self.steps_done = step
-        if step % TRIM_EVERY == 0:
+        if step % TRIM_EVERY == 0 and len(self.lengths) > FEW_LENGTHS:
             give_back_memory()
         tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
         return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
@@ -214,6 +216,7 @@ class TorchCPU:
         if self.compiled and self.model.training:
             return self._supervised_padded(batch)
         ids, positions, labels, supervised, bounds = ragged.lay_out(batch)
+        self.lengths.add(ids.shape[1])
         self.model.set_attn_implementation(ragged.NAME)
         hidden = self.model.model(input_ids=ids, position_ids=positions, use_cache=False, bounds=bounds)
         return hidden.last_hidden_state[0][supervised], labels[supervised]
