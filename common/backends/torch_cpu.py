@@ -346,7 +346,9 @@ class TorchCPU:
         if set(mine) != set(state):
             odd = sorted(set(mine) ^ set(state))
             raise MachineError(
-                f"the checkpoint does not fit this model: {len(odd)} tensor names differ, such as {odd[0]}"
+                f"the checkpoint does not fit this model: {len(odd)} tensor names differ, such as {odd[0]}",
+                where="the checkpoint that is resumed",
+                todo="resume with the model_config it was trained with, or start anew with --resume never",
             )
         for name, tensor in self._model_state().items():
             take(tensor, state[f"model/{name}"], name)

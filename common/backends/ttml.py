@@ -362,7 +362,8 @@ class TTML:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> Iterator[tuple[str, Array]]:
-        return ttml_state.save(self.io, self.trained, self.weights, self.optimizer, self.steps_done)
+        with explained("reading the state", self.hw):
+            yield from ttml_state.save(self.io, self.trained, self.weights, self.optimizer, self.steps_done)
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         with explained("loading the checkpoint", self.hw):
@@ -396,6 +397,8 @@ def first_notes(config: Config, devices: int) -> list[str]:
         notes.append(f"a checkpoint is that of the first of {devices} replicas")
     if devices > 1 and options.stochastic_rounding:
         notes.append("replicas: not checkable, each device may round with random numbers of its own")
+    if config.device.threads is not None:
+        notes.append("device_config.threads is of no effect: it counts the threads of the CPU twin")
     if config.device.compile == "always":
         notes.append("device_config.compile is of no effect: ttml compiles its kernels by itself")
     return notes

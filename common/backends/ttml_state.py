@@ -58,7 +58,7 @@ def restore(
     step = int(state["optimizer/step"][0])
     live["steps"] = type(live["steps"])(step)
     optimizer.set_state_dict(live)
-    _check_taken(io, optimizer, slots, step)
+    _check_taken(io, optimizer, slots, min(trained, key=lambda name: math.prod(trained[name].shape)), step)
     return step, notes + sorted(converted)
 
 
@@ -84,14 +84,17 @@ def _sources(slots: Mapping[str, Any], state: Mapping[str, Array]) -> tuple[dict
 
 def _check_names(state: Mapping[str, Array], mine: set[str]) -> None:
     if odd := sorted(mine ^ set(state)):
-        raise MachineError(f"the checkpoint does not fit this model: {len(odd)} tensor names differ, such as {odd[0]}")
+        raise MachineError(
+            f"the checkpoint does not fit this model: {len(odd)} tensor names differ, such as {odd[0]}",
+            where="the checkpoint that is resumed",
+            todo="resume with the model_config it was trained with, or start anew with --resume never",
+        )
 
 
-def _check_taken(io: Tensors, optimizer: Any, slots: Mapping[str, Any], step: int) -> None:
-    """ttml checks nothing that it is given, so ask for the step and the smallest tensor again."""
+def _check_taken(io: Tensors, optimizer: Any, slots: Mapping[str, Any], name: str, step: int) -> None:
+    """ttml checks nothing that it is given, so ask for the step and the tensor `name` again."""
     after = optimizer.get_state_dict()
     given, taken = slots[ALWAYS[0]], slots_of(after)[ALWAYS[0]]
-    name = min(given.keys(), key=lambda name: math.prod(given[name].shape()))
     if int(after["steps"]) != step or io.read_first(given[name]).tobytes() != io.read_first(taken[name]).tobytes():
         raise MachineError(
             "this build of ttml did not take the optimizer's state",

@@ -54,7 +54,8 @@ class Tensors:
     def read_first(self, tensor: Any) -> Array:
         """The first device's copy. Not by Sharding.gather: after a step on several devices, replicas pass as shards."""
         array = self.read(tensor)
-        return array if self.devices == 1 else array[: tensor.shape()[0]].copy()  # a view would keep all of them
+        # Its rows by count: asking an fp32 tensor for its shape makes, and keeps, a bf16 copy of it on the device.
+        return array if self.devices == 1 else array[: len(array) // self.devices].copy()  # a view would keep them all
 
     def cut(self, tensor: Any, start: int, end: int) -> Any:
         """Positions start..end of [B, 1, T, V], without a gradient; both in whole tiles."""

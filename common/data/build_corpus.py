@@ -37,6 +37,7 @@ def build_corpus(config: Config, recipe_dir: Path, home: Path) -> tuple[Path, To
     Raises DataError for a corpus that cannot fill one window or one effective batch, or a tokenizer that does not fit
     the model's vocabulary.
     """
+    vocabulary.use_threads(config.data.num_proc)
     builder = Builder(config, recipe_dir)
     documents = builder.documents()
     folder = tokenizer_folder(config, documents["train"], home)
@@ -91,10 +92,7 @@ def make(config: Config, documents: Documents, tokenizer: Path, folder: Path, ke
     """Encode both splits and store them."""
     kind, length = config.data.tokenizer.type, config.data.max_length
     assert length is not None
-    ids = {
-        name: vocabulary.encode(tokenizer, kind, part, config.data.num_proc)[: None if part else 0]
-        for name, part in documents.items()
-    }
+    ids = {name: vocabulary.encode(tokenizer, kind, part) for name, part in documents.items()}
     if len(ids["train"]) <= length:
         raise DataError(
             f"the corpus is shorter than one context: {len(ids['train'])} training tokens, {length + 1} are needed",

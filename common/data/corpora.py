@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 import re
 import sys
 import tarfile
@@ -53,10 +54,19 @@ def read_corpus(name: str, recipe_dir: Path, say: Say = say_aside) -> list[Docum
         cleaner = clean_play if name == "shakespeare" else clean
     else:
         files, cleaner = text_files(name, recipe_dir), clean
-    documents = [Document(file.name, cleaner(text_of(file))) for file in files]
-    if not any(document.text.strip() for document in documents):
+    root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+    documents = [Document(file.relative_to(root).as_posix(), cleaner(text_of(file))) for file in files]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
         raise DataError("the corpus is empty", where=name, todo="give a text file, or a folder with *.txt files")
-    return [document for document in documents if document.text.strip()]
+    expected = locked().get(name, {}).get("text_sha256")
+    if expected and text_sha256(documents) != expected:
+        raise MachineError(
+            f"the corpus {name} is not what was fetched: a file of it changed",
+            where=str(folder_of(name, locked()[name])),
+            todo="delete the folder: the next run fetches it again",
+        )
+    return documents
 
 
 def text_files(name: str, recipe_dir: Path) -> list[Path]:
@@ -140,7 +150,10 @@ def locked() -> dict[str, dict[str, Any]]:
     """The entries of corpora.yaml by name."""
     import yaml
 
-    return dict(yaml.safe_load(LOCK.read_text(encoding="utf-8"))["corpora"])
+    lock = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+    if lock.get("format") != 1:
+        raise MachineError(f"corpora.yaml has format {lock.get('format')}", where=str(LOCK), todo="it should have 1")
+    return dict(lock["corpora"])
 
 
 def folder_of(name: str, entry: Mapping[str, Any]) -> Path:

@@ -50,6 +50,16 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
     return folder
 
 
+def use_threads(num_proc: int | None) -> None:
+    """Let the tokenizers library work with `num_proc` threads (None: one a core).
+
+    It reads the variable once, at its first parallel call in a process: so call this before any.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if num_proc is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(num_proc)
+
+
 def refuse_misfit(found: int, asked: int, kind: str) -> None:
     """Raise DataError where a tokenizer has more ids than the model, or BPE fewer than were asked for."""
     if found > asked:
@@ -78,7 +88,7 @@ def characters(documents: Sequence[Document]) -> list[str]:
     """The distinct characters of the documents, by code point; U+FFFD stands for the unknown and is none."""
     seen = np.zeros(CODE_POINTS, bool)
     for document in documents:
-        seen |= np.bincount(code_points(document.text), minlength=CODE_POINTS) > 0
+        seen[code_points(document.text)] = True
     seen[ord(UNKNOWN)] = False
     return [chr(code) for code in np.flatnonzero(seen)]
 
@@ -94,13 +104,13 @@ def char_tokenizer(documents: Sequence[Document]) -> Tokenizer:
     return tokenizer
 
 
-def char_ids(tokenizer: Tokenizer, text: str) -> Ids:
-    """Ids of a text by the character tokenizer, uint32 [characters]: a table look-up."""
+def char_table(tokenizer: Tokenizer) -> Ids:
+    """The id of every code point by the character tokenizer, uint32 [CODE_POINTS]."""
     vocab = tokenizer.get_vocab()
     table = np.full(CODE_POINTS, vocab[UNKNOWN], np.uint32)
     for character, number in vocab.items():
         table[ord(character)] = number
-    return table[code_points(text)]
+    return table
 
 
 # --- byte-level BPE -------------------------------------------------------------------------------------------------
@@ -119,11 +129,8 @@ def bpe_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def bpe_ids(tokenizer: Tokenizer, text: str, num_proc: int | None) -> Ids:
-    """Ids of a text by BPE, uint32 [tokens], encoded by `num_proc` threads of the library (None: all cores)."""
-    if num_proc is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(num_proc)  # read by the library at its first parallel call
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+def bpe_ids(tokenizer: Tokenizer, text: str) -> Ids:
+    """Ids of a text by BPE, uint32 [tokens], encoded by the library's threads."""
     parts = tokenizer.encode_batch_fast(list(chunks(text)), add_special_tokens=False)
     return np.concatenate([np.array(part.ids, np.uint32) for part in parts] or [np.zeros(0, np.uint32)])
 
@@ -146,15 +153,16 @@ def chunks(text: str) -> Iterator[str]:
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-def encode(folder: Path, kind: str, documents: Sequence[Document], num_proc: int | None = None) -> Ids:
+def encode(folder: Path, kind: str, documents: Sequence[Document]) -> Ids:
     """Ids of all documents one after the other, uint32 [tokens], by the tokenizer in `folder`."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    parts = [
-        char_ids(tokenizer, document.text) if kind == "char" else bpe_ids(tokenizer, document.text, num_proc)
-        for document in documents
-    ]
+    if kind == "char":
+        table = char_table(tokenizer)
+        parts = [table[code_points(document.text)] for document in documents]
+    else:
+        parts = [bpe_ids(tokenizer, document.text) for document in documents]
     return np.concatenate(parts or [np.zeros(0, np.uint32)])
 
 

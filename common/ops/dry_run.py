@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,7 +67,8 @@ def lacks(board: hardware.Hardware, config: Config) -> Iterator[str]:
             hardware.choose(board.name)
         except RecipeError as error:
             yield error.what
-        yield f"an engine for {board.name}: this version trains on cpu only"
+        if importlib.util.find_spec("ttml") is None:
+            yield "ttml, which is built with tt-metal (build_metal.sh --build-tt-train); no package index has it"
     base, corpus = config.model.base or "", config.data.corpus or ""
     entry = models.locked().get(base)
     if entry and not models.folder_of(base, entry).is_dir():

@@ -116,8 +116,10 @@ def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Out
         del model
         gc.collect()
         outcome.losses[name] = found.loss
-        # The adapter is the run's, bit for bit, over the base as the run held it: no rounding is its excuse.
-        outcome.allowed[name] = ALLOWED[dtype] if name == "merged" else ALLOWED["fp32"]
+        # The adapter is the run's, bit for bit, over the base as the run held it: no rounding is its excuse, unless
+        # the run's own loss was computed in bf16, as a board computes it.
+        exact = dtype == "fp32" or name == "adapter"
+        outcome.allowed[name] = ALLOWED["fp32" if exact and run.evaluated_in == "fp32" else "bf16"]
         if not np.array_equal(found.tokens, chosen.tokens):
             outcome.status, outcome.reason = (
                 "failed",

@@ -180,7 +180,7 @@ def generation_config(run: TrainedRun) -> dict[str, Any]:
         "pad_token_id": pad[0] if len(pad) == 1 else next(iter(tokenizer.eos_ids), None),
         "do_sample": False,
         "max_new_tokens": ANSWER_TOKENS,
-        **({"suppress_tokens": [*tokenizer.never_ids, *padding]} if padding else {}),
+        **({"suppress_tokens": [*tokenizer.never_ids, *padding]} if padding or run.base.initial else {}),
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.data import corpora
 from common.errors import DataError
 from common.ops.export_check import Outcome
 from common.ops.hf_folder import base_for_peft
@@ -52,7 +53,7 @@ BODY = """\
 This run did not evaluate the exported step, so there is no loss to report.
 {% endif %}
 
-Evaluated in fp32 on {{ held_out_rows }} rows that were not trained on. {{ proof }}
+Evaluated in {{ evaluated_in }} on {{ held_out_rows }} rows that were not trained on. {{ proof }}
 
 ## Training
 
@@ -128,8 +129,8 @@ tags:
 
 # {{ recipe }}: {{ base_name }}
 
-A Llama of {{ parameters }} parameters, trained by the recipe `{{ recipe }}` from random weights on {{ data }}, and \
-stored in {{ dtype }}. It continues text; it answers no questions.
+A Llama of {{ parameters }} parameters, trained by the recipe `{{ recipe }}` from random weights, and stored in \
+{{ dtype }}. It continues text; it answers no questions.
 
 ## How to use
 
@@ -165,7 +166,7 @@ This run did not evaluate the exported step, so there is no loss to report.
 {{ bits }}
 {% endif %}
 
-Evaluated in fp32 on text that was not trained on. {{ proof }}
+Evaluated in {{ evaluated_in }} on text that was not trained on. {{ proof }}
 
 ## Training
 
@@ -176,6 +177,11 @@ Evaluated in fp32 on text that was not trained on. {{ proof }}
 - code at commit {{ commit }}
 {% endif %}
 - digests: training `{{ training_digest }}`, tokens `{{ tokens_sha256 }}`
+
+## Data and licences
+
+- weights: random at the start; no base, and no base's licence
+- data: {{ data }}
 
 ## Limits
 
@@ -260,6 +266,7 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         "data": data_line(run),
         "parameters": f"{run.base.parameters:,}" if run.base.parameters else None,
         "bits": bits_line(run),
+        "evaluated_in": run.evaluated_in,
         "losses": losses(run),
         "proof": proof(outcome),
         "held_out_rows": rows["held_out"],
@@ -364,7 +371,8 @@ def hub_id(run: TrainedRun) -> str | None:
 def data_line(run: TrainedRun) -> str:
     data = run.config.data
     if data.corpus:
-        return f"the corpus `{Path(data.corpus).name}`, its tokenizer made from its training part"
+        about = corpora.locked().get(data.corpus, {}).get("title", "a text of your own, whose licence you know")
+        return f"the corpus `{Path(data.corpus).name}`: {about}; its tokenizer was made from its training part"
     assert data.source is not None, "rows have a source"
     if data.source.startswith("hub:"):
         return f"{data.source.removeprefix('hub:')} at revision `{data.revision}`; its licence is stated there"

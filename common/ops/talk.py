@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import hardware
-from common.backends.base import Backend, open_backend
+from common.backends.base import Backend, open_backend, refuse_without_engine
 from common.config import Config
 from common.config_sections import Evaluation
 from common.data.text import ChatTokenizer
@@ -201,6 +201,7 @@ def folder_speaker(folder: Path, changes: Mapping[str, Any]) -> Iterator[Speaker
     """The Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise."""
     architecture = architecture_of(folder)
     config = folder_config(folder).with_values(**changes)
+    refuse_without_engine(hardware.get("cpu"), config)
     with open_backend(hardware.get("cpu"), config) as backend:
         backend.build(architecture)
         backend.load(Weights(sorted(folder.glob("*.safetensors"))))

@@ -11,9 +11,10 @@ from typing import Any
 
 from common import config as configs
 from common import hardware, models
-from common.backends.base import Backend, open_backend
+from common.backends.base import Backend, open_backend, refuse_without_engine
 from common.config import Config
 from common.data import build
+from common.data.build_corpus import build_corpus
 from common.data.text import ChatTokenizer
 from common.data.tokens import TokenDataset, TokenSplit
 from common.errors import DataError, MachineError, UsageError
@@ -57,7 +58,7 @@ class TrainedRun:
         try:
             dataset = TokenDataset.open(folder)
         except DataError:
-            dataset = build.build(self.config, self.recipe_dir, self.tokenizer, models.home())
+            dataset = self._build_again()
         if dataset.tokens_sha256 != facts["tokens_sha256"]:
             raise DataError(
                 f"the data changed since this run: its tokens had sha256 {facts['tokens_sha256'][:12]}..., "
@@ -67,9 +68,19 @@ class TrainedRun:
             )
         return dataset
 
+    def _build_again(self) -> TokenDataset:
+        if self.config.data.corpus:
+            return build_corpus(self.config, self.recipe_dir, models.home())[1]
+        return build.build(self.config, self.recipe_dir, self.tokenizer, models.home())
+
     def held_out(self) -> TokenSplit:
         """The rows that this run evaluates."""
         return self.dataset().held_out.spread(self.config.eval.max_rows)
+
+    @property
+    def evaluated_in(self) -> str:
+        """What the run's held-out losses were computed in: fp32 on a CPU, bf16 on a board."""
+        return "bf16" if self.manifest.get("backend", {}).get("backend") == "ttml" else "fp32"
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The records of evaluations.jsonl, oldest first; step 0 is the untrained model."""
@@ -165,6 +176,7 @@ def engine(run: TrainedRun, *, trained: bool = True) -> Iterator[Backend]:
     if not trained:
         quiet["model.lora"] = None
     config = run.config.with_values(**quiet)
+    refuse_without_engine(hardware.get("cpu"), config)
     with open_backend(hardware.get("cpu"), config) as backend:
         backend.build(run.base.architecture)
         if trained and not config.model.lora:

@@ -22,7 +22,7 @@ from common.config import Config
 from common.errors import MachineError
 from common.models import sha256_file
 from common.train.files import disk_errors, sync, write_atomic, write_json
-from common.weights import SafetensorsWriter
+from common.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
 Array = np.ndarray[Any, Any]
@@ -157,29 +157,25 @@ class Tensors(Mapping[str, Array]):
     """The tensors of a checkpoint by the names `Backend.state` gave them, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
-        from safetensors import safe_open
-
         adapter = folder / "adapter_model.safetensors"
-        files = {"model": adapter if adapter.is_file() else folder / "model.safetensors"}
-        files["optimizer"] = folder / "optimizer.safetensors"
-        self.open = {group: safe_open(file, framework="numpy") for group, file in files.items()}
-        self.names = [f"{group}/{name}" for group, file in self.open.items() for name in file.keys()]  # noqa: SIM118
+        self.groups = {
+            "model": Weights([adapter if adapter.is_file() else folder / "model.safetensors"]),
+            "optimizer": Weights([folder / "optimizer.safetensors"]),
+        }
 
     def __getitem__(self, name: str) -> Array:
         group, _, rest = name.partition("/")
-        if name not in self.names:
-            raise KeyError(name)
-        return np.asarray(self.open[group].get_tensor(rest))
+        return self.groups[group][rest]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        group, _, rest = str(name).partition("/")
+        return rest in self.groups.get(group, ())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return (f"{group}/{name}" for group, weights in self.groups.items() for name in weights)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return sum(map(len, self.groups.values()))
 
 
 def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_back(path: Path, step: int, target: Path | None = None) -> list[dict[str, Any]]:
+def cut_back(
+    path: Path,
+    step: int,
+    target: Path | None = None,
+    keep: Callable[[dict[str, Any]], bool] = lambda record: True,  # noqa: ARG005
+) -> list[dict[str, Any]]:
     """Write the records up to `step`, which a checkpoint holds the state of, to `target` (or back); return them."""
-    records = [record for record in read(path) if record["step"] <= step]
+    records = [record for record in read(path) if record["step"] <= step and keep(record)]
     write_atomic(target or path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return records

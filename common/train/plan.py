@@ -62,7 +62,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     say(f"{launch.recipe_dir.name} on {choice.reason}")
     config = configs.load(launch.recipe_dir, choice.hardware, launch.overrides, launch.steps)
     refuse_without_engine(choice.hardware, config)
-    if departures := config.departures():
+    if choice.hardware.is_cpu and (departures := config.departures()):
         own = ", ".join(map(key_of, departures))
         say(f"{choice.hardware.name} is another experiment than a board's: it has its own {own}")
     for finding in lint.lint(config, choice.hardware):
@@ -148,7 +148,8 @@ def refuse_long_prompts(
 
 
 def key_of(departure: str) -> str:
-    return departure.split(":", 1)[0].rpartition(".")[2]
+    """`training_config.scheduler.type: cosine (...)` -> `scheduler.type`."""
+    return departure.split(":", 1)[0].partition(".")[2]
 
 
 def with_launch(plan: Plan, **values: Any) -> Plan:

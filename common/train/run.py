@@ -17,7 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.backends.base import Backend, BackendInfo, StepStats, open_backend
+import numpy as np
+
+from common.backends.base import Array, Backend, BackendInfo, StepStats, open_backend
 from common.backends.init import logit_variance
 from common.config import Config
 from common.data.build_corpus import UNKNOWN_ALLOWED
@@ -120,7 +122,15 @@ class Run:
         origin = found.folder.parent.parent
         kept = metrics.cut_back(origin / "metrics.jsonl", found.step, self.folder / "metrics.jsonl")
         if found.state["tokens_sha256"] == self.dataset.tokens_sha256:  # else they are of other rows
-            self.records = metrics.cut_back(origin / "evaluations.jsonl", found.step, self.folder / "evaluations.jsonl")
+            rows = len(self.held_out)
+            self.records = metrics.cut_back(
+                origin / "evaluations.jsonl",
+                found.step,
+                self.folder / "evaluations.jsonl",
+                keep=lambda record: len(record["nll"]) == rows,
+            )
+            if not self.records:
+                self.console.say(f"earlier evaluations are of other rows than the {rows} of now: left out")
         self.trained_losses = [(from_rows(r["nll"], r["tokens"]).loss, r["step"]) for r in self.records if r["step"]]
         evaluated = max((record["step"] for record in self.records), default=0)
         self.recent_losses = [record["loss"] for record in kept if "loss" in record and record["step"] > evaluated]
@@ -139,17 +149,18 @@ class Run:
         stop_at, start = self.plan.launch.stop_at, self.start.step
         if stop_at is not None and stop_at <= start:
             raise self._stopped(f"--stop-at {stop_at}: this run already stands after step {start}")
+        if self.asked_to_stop and start == 0:
+            raise KeyboardInterrupt  # nothing was trained, and nothing is there to go on from
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} before step {start + 1}")
         for step in range(start + 1, self.last_step + 1):
             yield step
-            if step == self.early_stop() and step < (self.config.training.max_steps or 0):
-                self._say_ended_early(step)
-                return
             if self.asked_to_stop or step == stop_at:
                 self.save(step)
                 reason = self.asked_to_stop[0] if self.asked_to_stop else f"--stop-at {step}"
                 raise self._stopped(f"stopped by {reason} after step {step}, which is saved")
+            if step == self.last_step:
+                return
 
     def _stopped(self, what: str) -> Stopped:
         how = "" if self.plan.launch.resume == "auto" else " with --resume auto in place of what was given,"
@@ -157,7 +168,10 @@ class Run:
             what, where=str(self.folder), todo=f"the same command,{how} without --stop-at, goes on from here"
         )
 
-    def _say_ended_early(self, step: int) -> None:
+    def _say_if_ended_early(self) -> None:
+        step = self.last_step
+        if step == self.config.training.max_steps:
+            return
         self.manifest.update(ended_early=step)
         self.console.say(
             f"ended after step {step} of {self.config.training.max_steps}: the held-out loss did not fall in "
@@ -169,8 +183,10 @@ class Run:
 
     def record(self, step: int, stats: StepStats) -> None:
         """One line of metrics.jsonl, and the live line."""
-        if step == 1:
-            check_first_loss(stats.loss, self.plan.base)
+        if step == 1 and self.plan.base.initial:
+            gate = check_first_loss(stats.loss, self.plan.base, self.dataset.train.arrays.ids)
+            self.console.say(gate)
+            self.manifest.update(first_loss=gate)
         if step == self.start.step + 1:  # after its first step an engine may know more: that its devices agree
             self.say_notes()
         self.recent_losses.append(stats.loss)
@@ -313,11 +329,14 @@ class Run:
         return min(self.trained_losses, default=(0.0, 0))[1]
 
     def early_stop(self) -> int | None:
-        """The step that `eval_config.patience` ends the run at: a function of the evaluations alone."""
+        """The step that `eval_config.patience` ends the run at, by its evaluations; none before the step of the start.
+
+        A resume may have set another patience; what was trained is not untrained.
+        """
         patience, best, since = self.config.eval.patience, math.inf, 0
         for loss, step in self.trained_losses:
             best, since = (loss, 0) if loss < best else (best, since + 1)
-            if since == patience:
+            if patience is not None and since >= patience and step >= self.start.step:
                 return step
         return None
 
@@ -332,6 +351,7 @@ class Run:
 
     def finish(self) -> None:
         """After the loop: what a run killed after its last step still lacks."""
+        self._say_if_ended_early()
         self.evaluate(self.last_step)
         self.save(self.last_step)
         if self.asked_to_stop:
@@ -373,26 +393,27 @@ def check_parameters(found: int, plan: Plan) -> None:
         raise AssertionError(f"the built model has {found:,} parameters, {plan.base.name} should have {expected:,}")
 
 
-def check_first_loss(loss: float, base: Base) -> None:
+def check_first_loss(loss: float, base: Base, ids: Array) -> str:
     """The gate of a model that starts from random weights: before it learns, it knows nothing.
 
     Its first loss is that of guessing among all ids, ln(vocabulary), and half the variance of its logits more (the mean
-    of ln(sum of exp) over normal logits). A text's few frequent tokens draw logits of their own: an average over about
-    fourteen of them (1 / sum of p^2 of English letters) strays by 0.27 standard deviations, and three times that is
-    allowed. Weights that are not the initial ones, a loss that is a sum, a mask of padding move it out of the band.
-    Raises VerificationError.
+    of ln(sum of exp) over normal logits). A text's frequent tokens, of `ids`, draw logits of their own: their mean
+    strays by sqrt(variance x sum of p^2), of which three are allowed. Weights that are not the initial ones, a loss
+    that is a sum, a mask of padding move it out of the band. Returns what was found; raises VerificationError.
     """
-    if base.initial is None:
-        return
+    assert base.initial is not None, "a pretrained model knows something"
     vocabulary, variance = base.architecture["vocab_size"], logit_variance(base.initial.initializer, base.architecture)
-    expected, band = math.log(vocabulary) + variance / 2, FIRST_LOSS_BAND + 0.8 * math.sqrt(variance)
+    shares = np.bincount(ids, minlength=vocabulary) / len(ids)
+    expected = math.log(vocabulary) + variance / 2
+    band = FIRST_LOSS_BAND + 3 * math.sqrt(variance * float((shares**2).sum()))
+    found = f"the first loss is {loss:.4f}; untrained weights give {expected:.2f} ± {band:.2f} (ln {vocabulary})"
     if not abs(loss - expected) <= band:
         raise VerificationError(
-            f"the first loss is {loss:.4f}; untrained weights give {expected:.2f} ± {band:.2f}: ln {vocabulary}, the "
-            f"vocabulary, and {variance / 2:.2f} for the spread of the first logits",
+            found,
             where="step 1",
             todo="do not trust this engine: report it with the manifest; recipe data show prints what it was given",
         )
+    return found
 
 
 def open_manifest(plan: Plan, start: Start) -> Manifest:
@@ -409,6 +430,7 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
     }
     if start.manifest is not None:
         manifest = Manifest(path, start.manifest)
+        keep_config(plan, start)
         manifest.update(exit_reason="running", end=None)
         manifest.append("resumed", event)
         return manifest
@@ -441,6 +463,14 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
     manifest = Manifest(path, values)
     manifest.update()
     return manifest
+
+
+def keep_config(plan: Plan, start: Start) -> None:
+    """On resume, config.resolved.yaml says what runs from here; the one until now is kept beside it if it differs."""
+    path, text = start.folder / "config.resolved.yaml", plan.config.to_yaml()
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        path.rename(path.with_name(f"config.until-step-{start.step}.{int(time.time())}.yaml"))
+        write_atomic(path, text)
 
 
 @contextlib.contextmanager

@@ -179,7 +179,7 @@ def test_no_ttml_at_all_says_where_it_is(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True, check=False)
     said = ended(Ended(done.returncode, done.stdout + done.stderr), 4)
     assert "is not in this environment" in said
-    assert "make image HW=n150" in said
+    assert "build_metal.sh --build-tt-train" in said
 
 
 def test_a_descriptor_of_another_mesh_is_refused(run, tmp_path, monkeypatch):

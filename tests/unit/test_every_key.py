@@ -168,13 +168,14 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setenv("RECIPES_HOME", str(recipe.parent / "home"))
-    encode = vocabulary.encode
+    use_threads = vocabulary.use_threads
 
-    def encoded(folder: Path, kind: str, documents: Any, num_proc: int | None) -> Any:
+    def used(num_proc: int | None) -> None:
         threads.append(num_proc)
-        return encode(folder, kind, documents, num_proc)
+        use_threads(num_proc)
 
-    monkeypatch.setattr(vocabulary, "encode", encoded)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    monkeypatch.setattr(vocabulary, "use_threads", used)
     mlp = LlamaMLP.forward
 
     def counted(self: Any, x: Any) -> Any:

@@ -195,8 +195,7 @@ def test_a_second_signal_ends_without_saving(go, tmp_path, monkeypatch):
     assert "KeyboardInterrupt" in manifest(folder)["exit_reason"]
 
 
-@pytest.mark.parametrize(("call", "message"), [("evaluate", "before step 1"), ("finish", "before the export")])
-def test_a_signal_outside_the_steps_ends_with_75_and_loses_nothing(finished, go, monkeypatch, call, message):
+def signal_at(monkeypatch, call: str) -> None:
     original = getattr(Run, call)
 
     def interrupted(self, *given, **named):
@@ -204,9 +203,29 @@ def test_a_signal_outside_the_steps_ends_with_75_and_loses_nothing(finished, go,
         return original(self, *given, **named)
 
     monkeypatch.setattr(Run, call, interrupted)
-    with pytest.raises(Stopped, match=f"stopped by SIGTERM .*{message}") as stopped:
+
+
+def test_a_signal_after_the_steps_ends_with_75_and_loses_nothing(finished, go, monkeypatch, tmp_path):
+    signal_at(monkeypatch, "finish")
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM .*before the export") as stopped:
         go()
     assert stopped.value.code == 75
+    monkeypatch.undo()
+    assert outcome(go()) == outcome(finished)
+    assert len(folders(tmp_path / "out")) == 1, "it went on in its folder"
+
+
+def test_a_signal_before_the_first_step_has_nothing_to_save_and_does_not_say_so(go, monkeypatch):
+    signal_at(monkeypatch, "evaluate")
+    with pytest.raises(KeyboardInterrupt):
+        go()
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_ends_with_75(finished, go, monkeypatch):
+    stop(go, 2)
+    signal_at(monkeypatch, "evaluate")
+    with pytest.raises(Stopped, match="stopped by SIGTERM before step 3"):
+        go()
     monkeypatch.undo()
     assert outcome(go()) == outcome(finished)
 

@@ -18,8 +18,9 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common import config as configs
 from common import hardware, llama
 from common.backends.torch_cpu import TorchCPU
-from common.errors import VerificationError
+from common.errors import Stopped, VerificationError
 from common.ops import moved, trained
+from common.ops.export import check_export, export_folder
 from common.train import metrics
 from common.train.evaluate import held_out
 from common.train.run import Run
@@ -182,6 +183,28 @@ def test_a_run_that_was_ended_early_and_killed_ends_at_the_same_step(go, monkeyp
     assert manifest(folder)["resumed"][0]["step"] == 16
 
 
+def test_another_patience_on_resume_untrains_nothing(go, monkeypatch):
+    """Step 20 was trained; a patience that would have ended the run at 16 ends it there and then."""
+    losses = [4.6, 3.0, 2.0, 2.5, 2.4, 2.3]
+    say_losses(monkeypatch, losses)
+    with pytest.raises(Stopped):
+        go("eval_config.patience=null", steps=40, stop_at=20)
+    folder = go("eval_config.patience=2", steps=40, resume="auto")
+    assert outcome(folder)["step"] == 20
+    assert manifest(folder)["ended_early"] == 20
+    assert not list((folder / "checkpoints").glob("*.replaced-*"))
+
+
+def test_evaluations_of_other_rows_are_not_compared_on_resume(go, small, tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        go("eval_config.max_rows=4", steps=16, stop_at=8)
+    folder = go("eval_config.max_rows=6", steps=16, resume="auto")
+    assert "earlier evaluations are of other rows than the 6 of now: left out" in log(folder)
+    assert {len(r["nll"]) for r in metrics.read(folder / "evaluations.jsonl")} == {6}
+    assert [r["step"] for r in metrics.read(folder / "evaluations.jsonl")] == [12, 16]
+    export_folder(folder, print)
+
+
 def test_memorising_is_said_by_its_margin_and_not_before(go, monkeypatch):
     say_losses(monkeypatch, [9.0, 9.0, 9.0])
     folder = go()
@@ -253,8 +276,13 @@ def test_the_sampler_never_chooses_padding_or_the_unknown_sign(go):
 
 def test_a_run_outlives_the_cache(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "empty"))
-    assert (finished / "tokenizer" / "tokenizer.json").is_file()
-    assert trained.read(finished, print).tokenizer.encode_text("FOX")
+    run = trained.read(finished, print)
+    assert run.tokenizer.encode_text("FOX")
+    assert run.dataset().tokens_sha256 == run.manifest["data"]["tokens_sha256"], "built again from the corpus"
+    copy = shutil.copytree(finished, tmp_path / finished.name)
+    shutil.rmtree(copy / "export")
+    export_folder(copy, print)
+    assert manifest(copy)["export"]["status"] == "verified"
 
 
 def test_initial_weights_hang_on_seed_and_name_alone():
@@ -274,8 +302,6 @@ def test_initial_weights_hang_on_seed_and_name_alone():
     assert (gpt2[llama.FINAL_NORM] == 1).all()
 
 
-def test_a_copy_of_the_run_elsewhere_still_exports(finished, tmp_path):
-    from common.ops.export import check_export
-
+def test_a_copy_of_the_run_elsewhere_still_checks(finished, tmp_path):
     copy = shutil.copytree(finished, tmp_path / finished.name)
     check_export(copy, print)

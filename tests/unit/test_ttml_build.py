@@ -48,7 +48,7 @@ def test_a_machine_without_ttml_is_told_of_the_image(tiny_base, monkeypatch):
     monkeypatch.setitem(sys.modules, "ttml", None)
     monkeypatch.setitem(sys.modules, "ttnn", None)
     error = refusal(
-        lambda: refuse_without_ttml(get("n150"), board_config(tiny_base)), MachineError, "ttnn", "make image HW=n150"
+        lambda: refuse_without_ttml(get("n150"), board_config(tiny_base)), MachineError, "ttnn", "pinned image for n150"
     )
     assert error.code == 4
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from common.data.corpora import Document
 from common.data.text import ChatTokenizer
 from common.data.vocabulary import UNKNOWN
 from common.errors import DataError
-from tests.tiny_recipe import write_play
+from tests.tiny_recipe import ROOT, write_play
 
 TEXT = "FOX.\nAy, caf\u00e9 \u2014 \U0001f98a!\n\n\nOWL.\n\tNo.\n"
 
@@ -51,7 +51,7 @@ def test_characters_have_ids_by_code_point_and_the_unknown_one_the_last(char):
 @given(st.text(alphabet=st.sampled_from([*set(TEXT), "q", "\r", "\u0301", UNKNOWN, "\x00"]), max_size=40))
 def test_the_look_up_and_the_library_make_the_same_ids(char, text):
     tokenizer = Tokenizer.from_file(str(char / "tokenizer.json"))
-    assert vocabulary.char_ids(tokenizer, text).tolist() == tokenizer.encode(text).ids
+    assert vocabulary.char_table(tokenizer)[vocabulary.code_points(text)].tolist() == tokenizer.encode(text).ids
 
 
 def test_text_comes_back_as_it_was(char, bpe, play):
@@ -118,9 +118,23 @@ def test_transformers_load_the_folder_and_make_the_same_ids(char, bpe, play):
         assert theirs.decode(known) == ChatTokenizer.load(folder).decode(known)
 
 
-def test_num_proc_reaches_the_library(bpe, play, monkeypatch):
-    monkeypatch.setenv("RAYON_NUM_THREADS", "")
-    tokenizer = Tokenizer.from_file(str(bpe / "tokenizer.json"))
-    alone = vocabulary.bpe_ids(tokenizer, play, 1)
-    assert os.environ["RAYON_NUM_THREADS"] == "1"
-    assert np.array_equal(alone, vocabulary.bpe_ids(tokenizer, play, None))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_num_proc_is_the_number_of_threads_that_work(play, tmp_path, threads):
+    """In a process of its own: the library makes its threads once."""
+    program = """
+import os, sys
+from pathlib import Path
+from common.data import vocabulary
+from common.data.corpora import Document
+
+vocabulary.CHUNK = 100
+documents = [Document("a", sys.stdin.read())]
+before = len(os.listdir("/proc/self/task"))
+vocabulary.use_threads(int(sys.argv[1]))
+folder = vocabulary.train("bpe", 320, documents, Path(sys.argv[2]))
+vocabulary.encode(folder, "bpe", documents)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    command = [sys.executable, "-c", program, str(threads), str(tmp_path / "t")]
+    done = subprocess.run(command, input=play, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.strip() == str(threads), done.stderr
