@@ -64,7 +64,7 @@ def bring_up(
     hw: Hardware,
     begun: Callable[[Line], None] = lambda _line: None,
     ended: Callable[[Result], None] = lambda _result: None,
-    lines: Sequence[Line] = LINES,
+    lines: Sequence[Line] | None = None,
 ) -> tuple[Build, list[Result]]:
     """Go through the checklist on `hw`. Raises MachineError where there is no ttml that the backend can use."""
     prepare_environment(hw, (1, 1))
@@ -72,7 +72,7 @@ def bring_up(
         prepare_environment(hw, hw.mesh_shape)
     build = probe(hw, 1)
     results = []
-    for result in go_through(lines, one.Bench(hw, build), begun):
+    for result in go_through(LINES if lines is None else lines, one.Bench(hw, build), begun):
         ended(result)
         results.append(result)
     return build, results

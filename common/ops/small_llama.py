@@ -143,7 +143,8 @@ def nll(weights: Mapping[str, Array], architecture: Mapping[str, Any], batch: Ba
     top = found.max(axis=-1, keepdims=True)
     log_sum = top[..., 0] + np.log(np.exp(found - top).sum(axis=-1))
     chosen: Array = np.take_along_axis(found, batch.labels[..., None].astype(np.int64), axis=-1)[..., 0]
-    return log_sum - chosen
+    per_token: Array = log_sum - chosen
+    return per_token
 
 
 def loss(weights: Mapping[str, Array], architecture: Mapping[str, Any], batch: Batch) -> float:
@@ -181,4 +182,5 @@ def _norm(x: Array, gain: Array) -> Array:
 
 def _softmax(x: Array) -> Array:
     powers: Array = np.exp(x - x.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    shares: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return shares
