@@ -48,8 +48,6 @@ LINES = (
     Line("repeat", "the same step has the same bits", one.repeats, ("reads",)),
     Line("checkpoint", "a restored state goes on bit for bit", one.checkpoint, ("repeat",)),
     Line("non-finite", "a step that is not finite is refused", one.not_finite, ("repeat",)),
-    Line("interrupt", "an interrupted step leaves the device usable", one.interrupt, ("repeat",)),
-    Line("killed", "a killed process leaves it usable", one.cannot(KILLED), ("interrupt",)),
     Line("lora", "adapters where they were asked for, and nothing else trained", one.lora, ("reads",)),
     Line("seeds", "dropout hangs on seed and step alone", one.seeds, ("lora", "repeat")),
     Line("mesh", "all devices open as one mesh", several.mesh, ("reopen",)),
@@ -57,6 +55,9 @@ LINES = (
     Line("sync", "several devices have one device's gradients", several.sync, ("rows", "reads")),
     Line("replicas", "they hold the same bits after 3 steps", several.replicas, ("sync",)),
     Line("curve", "and train as one device does", several.curve, ("replicas",)),
+    # Last: where it fails, the device may be left open, and no other line could open it.
+    Line("interrupt", "an interrupted step leaves the device usable", one.interrupt, ("repeat",)),
+    Line("killed", "a killed process leaves it usable", one.cannot(KILLED), ("interrupt",)),
 )
 
 
