@@ -33,6 +33,7 @@ class Lock:
     python: str
     universal: bool = False  # one file for every supported Python, with markers
     folder: Path = REQUIREMENTS
+    platform: str = "x86_64-manylinux_2_28"
 
     @property
     def path(self) -> Path:
@@ -47,6 +48,11 @@ LOCKS = (
     Lock("tools.txt", ("tools.in",), "3.10", universal=True),
     Lock("launcher.txt", ("build.in", "launcher.in"), "3.10", universal=True),
     *(Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python) for python in ("3.10", "3.11", "3.12")),
+    # The wheels of ttnn that `make test-all` looks into: they want a newer glibc, and there is none for 3.11.
+    *(
+        Lock(f"ttnn-{python}.txt", ("ttnn.in",), python, platform="x86_64-manylinux_2_34")
+        for python in ("3.10", "3.12")
+    ),
     # After the cpu locks: the bench's peer is constrained to their versions.
     Lock("requirements-trl.txt", ("requirements-trl.in",), "3.11", folder=Path("bench")),
 )
@@ -94,7 +100,7 @@ def compile_lock(lock: Lock, old: str, cpu_index: bool) -> str:
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes"]
     # Wheels only: nothing is built on a user's machine, and no compiler is needed.
     command += ["--only-binary", ":all:", "--no-python-downloads", "--python-version", lock.python]
-    command += ["--universal"] if lock.universal else ["--python-platform", "x86_64-manylinux_2_28"]
+    command += ["--universal"] if lock.universal else ["--python-platform", lock.platform]
     if lock.has_torch and cpu_index:
         command += ["--torch-backend", "cpu"]
     if os.environ.get("UPGRADE"):

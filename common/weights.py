@@ -1,7 +1,9 @@
-"""Weights by their Hugging Face names, one tensor at a time: from safetensors files, or made from a seed."""
+"""Weights by name, one tensor at a time: from safetensors files, from a seed, or into a safetensors file."""
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from common import llama
 from common.errors import MachineError
 
 Array = np.ndarray[Any, Any]
+HEADER_ROOM = 1 << 20  # bytes: some six thousand tensors
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "uint32": "U32"}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -79,3 +83,38 @@ class InitialWeights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor: one is in memory at a time, and none need be known beforehand.
+
+    The format: header length (u64, little-endian), a JSON header, the data (huggingface/safetensors, README,
+    "Format"). The data is written behind room for the header, which is filled at the end and padded with spaces.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, str] | None = None, room: int = HEADER_ROOM) -> None:
+        self.room = room + -room % 8
+        self.header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self.end = 0
+        self.file = path.open("wb")
+        self.file.seek(8 + self.room)
+
+    def add(self, name: str, array: Array) -> None:
+        """Append a tensor; its dtype is one of CODES."""
+        start, self.end = self.end, self.end + array.nbytes
+        entry = {"dtype": CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, self.end]}
+        self.header[name] = entry
+        self.file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        with self.file:
+            if failed:
+                return
+            text = json.dumps(self.header, separators=(",", ":")).encode()
+            if len(text) > self.room:
+                raise AssertionError(f"a header of {len(text)} bytes does not fit the {self.room} kept for it")
+            self.file.seek(0)
+            self.file.write(struct.pack("<Q", self.room) + text.ljust(self.room))

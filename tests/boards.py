@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.backends.base import read_weights
 from common.config import Config
 from common.hardware import get
 from common.models import resolve
@@ -67,5 +66,5 @@ def board(config: Config, tmp_path: Path, devices: int = 1, generation: str = "B
         with open_ttml(get(name), config) as backend:
             base = resolve(str(config.model.base))
             backend.build(base.architecture)
-            backend.load(read_weights(base.weight_files()))
+            backend.load(base.weights())
             yield backend

@@ -96,26 +96,44 @@ class Backend(Protocol):
 
 def open_backend(hw: Hardware, config: Config) -> AbstractContextManager[Backend]:
     """The engine for `hw`, opened; closed on leaving the context, whatever happened."""
-    refuse_without_engine(hw)
-    from common.backends.torch_cpu import open_cpu
+    if hw.is_cpu:
+        from common.backends.torch_cpu import open_cpu
 
-    return open_cpu(config)
+        return open_cpu(config)
+    from common.backends.ttml import open_ttml
+
+    return open_ttml(hw, config)
 
 
-def refuse_without_engine(hw: Hardware) -> None:
-    """Raise MachineError where this version cannot train on `hw`; asked before data or weights are fetched."""
-    if hw.arch != "cpu" or hw.mesh_shape != (1, 1):
+def refuse_without_engine(hw: Hardware, config: Config) -> None:
+    """Raise where this machine cannot train `config` on `hw`; asked before data or weights are fetched.
+
+    MachineError for what the machine lacks, UsageError for a key that the engine cannot honour.
+    """
+    if not hw.is_cpu:
+        from common.backends.ttml import refuse_without_ttml
+
+        refuse_without_ttml(hw, config)
+    elif hw.mesh_shape != (1, 1):
         raise MachineError(
             f"this version has no engine for {hw.name} yet",
             where=f"HW={hw.name}",
             todo="train the CPU twin with HW=cpu; the recipe, data and files are the same",
         )
-    if importlib.util.find_spec("torch") is None:
+    elif importlib.util.find_spec("torch") is None:
         raise MachineError(
             "the CPU twin needs torch, which is not in this environment",
             where=sys.executable,
             todo="make setup PYTHON=python3.11; or, with PyTorch's index in reach, make lock and make setup",
         )
+
+
+def refuse_model(hw: Hardware, architecture: Mapping[str, Any]) -> None:
+    """Raise MachineError where the engine for `hw` cannot compute a Llama of `architecture`."""
+    if not hw.is_cpu:
+        from common.backends.ttml_limits import refuse_architecture
+
+        refuse_architecture(architecture)
 
 
 def precision_for(hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:

@@ -219,9 +219,11 @@ class Recipe:
 
     def tokens(self) -> tuple[ChatTokenizer, TokenDataset]:
         """The recipe's tokenizer and its token files, made when they are not there."""
+        from common import hardware
         from common.train.plan import prepare
 
-        _, tokenizer, dataset = prepare(self.config, self.folder, lambda line: click.echo(line, err=True))
+        board = hardware.get(self.config.hw)
+        _, tokenizer, dataset = prepare(self.config, board, self.folder, lambda line: click.echo(line, err=True))
         return tokenizer, dataset
 
     def tokenizer(self) -> ChatTokenizer:

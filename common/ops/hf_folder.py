@@ -6,9 +6,7 @@ Nothing here needs torch or transformers: weights are read, merged and written o
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from common.errors import MachineError
 from common.ops.trained import TrainedRun
 from common.train.checkpoint import Tensors
 from common.train.files import write_json
-from common.weights import Shapes, Weights
+from common.weights import SafetensorsWriter, Shapes, Weights
 
 Array = np.ndarray[Any, Any]
 
@@ -38,6 +36,7 @@ TOKENIZER_FILES = (
 STALE = ("quantization_config", "torch_dtype", "transformers_version", "_name_or_path", "_model_name_or_path")
 # What newer transformers note in tokenizer_config.json and older ones do not know.
 LOCAL = ("backend", "is_local", "local_files_only", "name_or_path")
+ENTRY = 128  # bytes that a tensor takes in a safetensors header, beside its name; at most
 ANSWER_TOKENS = 256  # longest answer unless the caller says otherwise; without it transformers stop at 20
 
 
@@ -105,27 +104,16 @@ def stored(array: Array, precision: str) -> Array:
 
 
 def write_safetensors(path: Path, shapes: Shapes, tensors: Iterable[tuple[str, Array]], dtype: str) -> None:
-    """Write tensors in the order of `shapes`, one in memory at a time; `dtype` is fp32 or bf16.
-
-    The format: header length (u64, little-endian), JSON header padded with spaces to 8 bytes, the data
-    (huggingface/safetensors, README, "Format").
-    """
+    """Write tensors in the order of `shapes`, one in memory at a time; `dtype` is fp32 or bf16."""
     import ml_dtypes
 
-    kind, code = (np.dtype(np.float32), "F32") if dtype == "fp32" else (np.dtype(ml_dtypes.bfloat16), "BF16")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * kind.itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    kind = np.dtype(np.float32) if dtype == "fp32" else np.dtype(ml_dtypes.bfloat16)
+    room = sum(len(name) + ENTRY for name in shapes) + ENTRY
+    with SafetensorsWriter(path, {"format": "pt"}, room) as file:
         for (name, array), expected in zip(tensors, shapes, strict=True):
             if name != expected or array.shape != shapes[name]:
                 raise MachineError(f"{name} {array.shape} does not fit the base's {expected} {shapes[expected]}")
-            file.write(np.ascontiguousarray(array.astype(kind)).reshape(-1).view(np.uint8).data)
+            file.add(name, array.astype(kind))
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from common.config import Config
 from common.errors import MachineError
 from common.models import sha256_file
 from common.train.files import disk_errors, sync, write_atomic, write_json
+from common.weights import SafetensorsWriter
 
 FORMAT = 1
 Array = np.ndarray[Any, Any]
@@ -74,15 +75,16 @@ def save(
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Array]], config: Config) -> None:
-    from safetensors.numpy import save_file
-
-    groups: dict[str, dict[str, Array]] = {"model": {}, "optimizer": {}}
-    for name, array in tensors:
-        group, _, rest = name.partition("/")
-        groups[group][rest] = array
+    """Write `Backend.state`'s tensors as they come, one in memory at a time."""
     model_file = "adapter_model.safetensors" if config.model.lora else "model.safetensors"
-    save_file(groups["model"], folder / model_file, metadata={"format": "pt"})
-    save_file(groups["optimizer"], folder / "optimizer.safetensors")
+    with (
+        SafetensorsWriter(folder / model_file, {"format": "pt"}) as model,
+        SafetensorsWriter(folder / "optimizer.safetensors") as optimizer,
+    ):
+        files = {"model": model, "optimizer": optimizer}
+        for name, array in tensors:
+            group, _, rest = name.partition("/")
+            files[group].add(rest, array)
     if config.model.lora:
         write_json(folder / "adapter_config.json", adapter_config(config))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint, models
-from common.backends.base import precision_for, refuse_without_engine
+from common import hardware, lint, llama, models
+from common.backends.base import precision_for, refuse_model, refuse_without_engine
 from common.config import Config
 from common.data import build
 from common.data.build_corpus import build_corpus
@@ -60,14 +60,14 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     """Resolve `launch`, saying each decision as it falls; nothing of an engine is imported."""
     choice = hardware.choose(launch.hw)
     say(f"{launch.recipe_dir.name} on {choice.reason}")
-    refuse_without_engine(choice.hardware)
     config = configs.load(launch.recipe_dir, choice.hardware, launch.overrides, launch.steps)
+    refuse_without_engine(choice.hardware, config)
     if departures := config.departures():
         own = ", ".join(map(key_of, departures))
         say(f"{choice.hardware.name} is another experiment than a board's: it has its own {own}")
     for finding in lint.lint(config, choice.hardware):
         warn(f"{finding.id}: {finding.message}")
-    base, tokenizer, dataset = prepare(config, launch.recipe_dir, say)
+    base, tokenizer, dataset = prepare(config, choice.hardware, launch.recipe_dir, say)
     for line in dataset.report.lines():
         say(line)
     refuse_too_long(dataset, base.architecture)
@@ -91,14 +91,18 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     return Plan(launch, choice.hardware, config, base, tokenizer, dataset, prompts, reasons)
 
 
-def prepare(config: Config, recipe_dir: Path, say: Callable[[str], None]) -> tuple[Base, ChatTokenizer, TokenDataset]:
+def prepare(
+    config: Config, hw: Hardware, recipe_dir: Path, say: Callable[[str], None]
+) -> tuple[Base, ChatTokenizer, TokenDataset]:
     """What the config starts from and trains on: a fetched base and rows, or random weights and a corpus."""
-    if config.model.init == "random":
+    if config.model.architecture is not None:
+        refuse_model(hw, llama.hf_config(config.model.architecture.model_dump()))
         folder, dataset = build_corpus(config, recipe_dir, models.home())
         base = models.random_base(config.model, config.training.seed, folder)
         return base, ChatTokenizer.load(folder), dataset
     assert config.model.base is not None, "a pretrained base has a name"
     base = models.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
+    refuse_model(hw, base.architecture)
     tokenizer = ChatTokenizer.load(base.folder)
     return base, tokenizer, build.build(config, recipe_dir, tokenizer, models.home())
 

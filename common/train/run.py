@@ -89,20 +89,31 @@ class Run:
         parameters = self.backend.load(plan.base.weights())
         check_parameters(parameters, plan)
         info = self.backend.info
-        self.manifest.update(backend=dataclasses.asdict(info), base_parameters=parameters)
+        self.manifest.update(base_parameters=parameters)
         self.console.say(
             f"{plan.base.name}: {parameters:,} parameters; {info.backend} on {info.device}, {info.threads} threads, "
             f"{info.precision} ({plan.reasons['precision']}); {info.reason}"
         )
-        for note in (*info.notes, *start.notes, *other_versions(start, info)):
+        for note in (*start.notes, *other_versions(start, info)):
             self.console.say(note)
+        self.notes_said = 0
+        self.say_notes()
         self.records: list[dict[str, Any]] = []
         self.recent_losses: list[float] = []  # of the steps since the last evaluation
         self.trained_losses: list[tuple[float, int]] = []  # (held-out loss, step) of every evaluation but step 0's
         self.saved_step = 0
         if start.checkpoint:
             self.backend.load_state(checkpoint.Tensors(start.checkpoint.folder))
+            self.say_notes()
             self._restore_records(start.checkpoint)
+
+    def say_notes(self) -> None:
+        """Say what the engine has had to note since the last time, and put all of it into the manifest."""
+        info = self.backend.info
+        for note in info.notes[self.notes_said :]:
+            self.console.say(note)
+        self.notes_said = len(info.notes)
+        self.manifest.update(backend=dataclasses.asdict(info))
 
     def _restore_records(self, found: Checkpoint) -> None:
         """Metrics and evaluations up to the checkpoint's step; a branch takes them over from its parent."""
@@ -160,6 +171,8 @@ class Run:
         """One line of metrics.jsonl, and the live line."""
         if step == 1:
             check_first_loss(stats.loss, self.plan.base)
+        if step == self.start.step + 1:  # after its first step an engine may know more: that its devices agree
+            self.say_notes()
         self.recent_losses.append(stats.loss)
         rate = self.learning_rate(step)
         record = {
@@ -276,15 +289,18 @@ class Run:
         self.console.status(f"saving step {step} ...")
         self.metrics.sync()
         self.evaluations.sync()
+        info = self.backend.info
         facts = {
             "training_digest": self.plan.training_digest,
             "config_digest": self.config.config_digest(),
             "tokens_sha256": self.dataset.tokens_sha256,
             "rng": {"rule": "seeded by (seed, step) at every step; no state is carried"},
-            "compiled": self.backend.info.compiled,
-            "threads": self.backend.info.threads,
-            "device": self.backend.info.device,
-            "versions": dict(self.backend.info.versions),
+            "backend": info.backend,
+            "replica": f"the first of {info.world}" if info.world > 1 else None,
+            "compiled": info.compiled,
+            "threads": info.threads,
+            "device": info.device,
+            "versions": dict(info.versions),
         }
         checkpoint.save(self.checkpoints, step, self.backend.state(), self.config, facts)
         self.saved_step = step
@@ -342,10 +358,12 @@ def other_versions(start: Start, info: BackendInfo) -> list[str]:
     """What the checkpoint was made with that this process does not have: its bits then end there."""
     if start.checkpoint is None:
         return []
-    now = {**info.versions, "device": info.device, "compiled": info.compiled}
     state = start.checkpoint.state
-    then = {**state["versions"], "device": state.get("device", info.device), "compiled": state["compiled"]}
-    lines = [f"changed: {name}: {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name)]
+    then_facts = {"backend": state.get("backend", info.backend), "device": state.get("device", info.device)}
+    then = {**then_facts, "compiled": state["compiled"], **state["versions"]}
+    now = {"backend": info.backend, "device": info.device, "compiled": info.compiled, **info.versions}
+    both = [name for name in then if name in now]
+    lines = [f"changed: {name}: {then[name]} -> {now[name]}" for name in both if then[name] != now[name]]
     return [*lines, "not bit-exact from here"] if lines else []
 
 

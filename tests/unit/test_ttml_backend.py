@@ -20,7 +20,6 @@ import pytest
 
 pytest.importorskip("torch", reason="the doubles of ttml are torch")
 
-from common.backends.base import read_weights
 from common.backends.init import uniform
 from common.backends.ttml import open_ttml
 from common.data.tokens import Batch
@@ -279,7 +278,7 @@ def test_stochastic_rounding_reaches_the_optimizer_and_norms_move(tmp_path, tiny
 @pytest.mark.parametrize("base", ["tied", "untied"], indirect=True)
 def test_embeddings_are_tied_where_the_base_ties_them(tmp_path, base):
     """Take away weight_tying in build: the Python Llama's default is untied, the C++ one's tied."""
-    weights = read_weights(resolve(str(base)).weight_files())
+    weights = resolve(str(base)).weights()
     with board(board_config(base), tmp_path) as backend:
         assert backend.load(weights) == sum(array.size for array in weights.values())
         backend.train_step([make_batch()], 1e-2, 1)
@@ -293,7 +292,7 @@ def test_shapes_stay_those_of_one_replica(tmp_path, tiny_base, devices):
     """Return read() from read_first: after a step with two devices the library calls replicas shards of a tensor twice
     as large.
     """
-    expected = {f"model/{n}": a.shape for n, a in read_weights(resolve(str(tiny_base)).weight_files()).items()}
+    expected = {f"model/{n}": a.shape for n, a in resolve(str(tiny_base)).weights().items()}
     with board(board_config(tiny_base), tmp_path, devices) as backend:
         for step in (1, 2):
             backend.train_step(batches(step), 1e-2, step)
@@ -329,7 +328,7 @@ def test_an_adapter_that_matches_nothing_is_an_error(tmp_path, tiny_base):
             lora_config = backend.ttml.modules.LoraConfig
             backend.ttml.modules.LoraConfig = lambda **k: lora_config(**{**k, "target_modules": ["q_proj"]})
             with pytest.raises(MachineError, match="adapters on 0 layers, 12 were asked for"):
-                backend.load(read_weights(base.weight_files()))
+                backend.load(base.weights())
 
 
 @generations
@@ -623,7 +622,7 @@ def test_a_state_of_another_model_is_refused(tmp_path, tiny_base):
     ids=["missing", "unknown", "misshapen"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, tiny_base, change, message):
-    weights = read_weights(resolve(str(tiny_base)).weight_files())
+    weights = resolve(str(tiny_base)).weights()
     change(weights)
     with board(board_config(tiny_base), tmp_path) as backend, pytest.raises(MachineError, match=message):
         backend.load(weights)

@@ -16,7 +16,6 @@ import pytest
 pytest.importorskip("torch", reason="the doubles of ttml are torch")
 
 from common.backends import ttml_build
-from common.backends.base import read_weights
 from common.backends.ttml import open_ttml, refuse_without_ttml
 from common.backends.ttml_limits import refuse_architecture, refuse_config, rope_of, rope_scaling
 from common.backends.ttml_mesh import check_descriptor, read_descriptor
@@ -169,9 +168,7 @@ def test_an_adapter_that_ttml_would_tie_otherwise_is_refused(tmp_path, tiny_base
     with machine(tmp_path) as name, open_ttml(get(name), config) as backend:
         base = resolve(str(tiny_base))
         backend.build(base.architecture)
-        error = refusal(
-            lambda: backend.load(read_weights(base.weight_files())), UsageError, "tie_groups=[['k_proj', 'v_proj']]"
-        )
+        error = refusal(lambda: backend.load(base.weights()), UsageError, "tie_groups=[['k_proj', 'v_proj']]")
         assert error.code == 2
 
 
@@ -276,7 +273,7 @@ def test_nothing_of_ttml_is_used_that_the_contract_does_not_name(tmp_path, tiny_
             with open_ttml(get(name), config) as backend:
                 base = resolve(str(tiny_base))
                 backend.build(base.architecture)
-                backend.load(read_weights(base.weight_files()))
+                backend.load(base.weights())
                 backend.train_step([make_batch()], 1e-3, 1)
                 backend.eval_nll(make_batch())
                 backend.load_state(state_of(backend))

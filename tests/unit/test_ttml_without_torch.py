@@ -62,7 +62,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.backends.base import read_weights
 from common.backends.ttml import open_ttml
 from common.hardware import get
 from common.models import resolve
@@ -80,7 +79,7 @@ losses = []
 for start in (0, 2):
     with open_ttml(get("n150"), config) as backend:
         backend.build(base.architecture)
-        backend.load(read_weights(base.weight_files()))
+        backend.load(base.weights())
         if start:
             backend.load_state(checkpoint.Tensors(checkpoint.verify(saved).folder))
         for step in (start + 1, start + 2):

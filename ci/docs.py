@@ -1,0 +1,153 @@
+"""make docs: writes the tables of README.md and recipes/README.md from every recipe's results.yaml and configs.
+
+Only what stands between the two markers of a file is written. tests/unit/test_docs.py fails when one is stale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from common import config, hardware
+from common.errors import RecipeError, UsageError
+from common.ops.results import FOLDER, HeldOut, Measured, Numbers, Results, load
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- made by `make docs`: do not edit -->", "<!-- end of what `make docs` made -->"
+Recipes = dict[Path, Results]
+
+LEGEND = """\
+*measured*: a run of this repository on that board. *published*: figures of somebody else's program on that board, for
+the same kind of training; not a run of this repository. *double only*: the test suite runs the recipe's path for that
+board against stand-ins for `ttml` and `ttnn` on a CPU, which says nothing about a card. *never run*: none of these."""
+
+
+def recipes(root: Path) -> Recipes:
+    """Every recipe folder with its results. Raises UsageError or VerificationError as `results.load` does."""
+    return {path.parent: load(path.parent) for path in sorted((root / "recipes").glob("*/config.yaml"))}
+
+
+def evidence(found: Recipes) -> str:
+    """Board by recipe, the class of evidence in each cell."""
+    header = ["board", *(f"[`{folder.name}`](recipes/{folder.name})" for folder in found)]
+    rows = [
+        [f"`{board.name}`: {board.title}", *(results.evidence(board.name) for results in found.values())]
+        for board in hardware.table().values()
+    ]
+    return f"{_table([header, *rows])}\n\n{LEGEND}"
+
+
+def gallery(found: Recipes) -> str:
+    """One row a recipe; below, what stands behind each of its figures."""
+    rows, notes = [["recipe", "what it does", "model", "figures"]], list[str]()
+    for folder, results in found.items():
+        figures = []
+        for entry in results.numbers:
+            notes.append(_behind(entry, folder.name))
+            figures.append(f"{_shown(entry)} [{len(notes)}]")
+        name = f"[`{folder.name}`]({folder.name})"
+        cell = "<br>".join(figures) or "none yet"
+        rows.append([name, _first_line(folder / "config.yaml"), "; ".join(_models(folder)), cell])
+    return "\n\n".join([_table(rows), *(f"[{number}] {note}" for number, note in enumerate(notes, 1))])
+
+
+PAGES: dict[str, Callable[[Recipes], str]] = {"README.md": evidence, "recipes/README.md": gallery}
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Each page with its text as it should be. Raises UsageError where the markers are not there."""
+    found = recipes(root)
+    return {root / name: _between(root / name, body(found)) for name, body in PAGES.items()}
+
+
+def _between(path: Path, body: str) -> str:
+    text = path.read_text(encoding="utf-8")
+    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", text)
+    if parts[1::2] != [BEGIN, END]:
+        raise UsageError("the page needs both markers once, in order", where=str(path), todo=f"{BEGIN} ... {END}")
+    return f"{parts[0]}{BEGIN}\n\n{body}\n\n{END}{parts[4]}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _first_line(path: Path) -> str:
+    """What the recipe does: the comment that its config begins with."""
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    if not line.startswith("# "):
+        raise UsageError("its first line should be a comment that says what the recipe does", where=f"{path}:1")
+    return line.removeprefix("# ")
+
+
+def _models(folder: Path) -> Iterable[str]:
+    """What is trained on which boards; a board that the recipe's batch or mesh does not fit is left out."""
+    boards: dict[str, list[str]] = {}
+    for board in hardware.table().values():
+        try:
+            model = config.load(folder, board).model
+        except UsageError as error:
+            mistake = error
+            continue
+        boards.setdefault(model.base or model.preset or "a shape of its own", []).append(f"`{board.name}`")
+    if not boards:
+        raise mistake
+    groups = sorted(boards.items(), key=lambda group: len(group[1]))
+    everywhere = sum(map(len, boards.values())) == len(hardware.table())
+    for name, where in groups:
+        rest = everywhere and name == groups[-1][0]
+        others = "every board" if len(groups) == 1 else "every other board"
+        yield f"`{name}` on {others if rest else ', '.join(where)}"
+
+
+def _shown(entry: Numbers) -> str:
+    figures = [_held_out(entry.held_out)] if entry.held_out else []
+    if entry.loss_at:
+        figures.append("loss " + ", ".join(f"{loss} at {step}" for step, loss in sorted(entry.loss_at.items())))
+    if entry.tokens_per_second:
+        figures.append(f"{entry.tokens_per_second:,.0f} tokens/s")
+    kind = "on" if isinstance(entry, Measured) else "elsewhere, on"
+    return f"**{entry.evidence}** {kind} `{entry.board}`: {'; '.join(figures)}"
+
+
+def _behind(entry: Numbers, recipe: str) -> str:
+    parts = [entry.what]
+    if isinstance(entry, Measured):
+        parts += [f"`--steps {entry.steps}`"] if entry.steps else []
+        parts += [f"`--set {override}`" for override in entry.overrides]
+        origin = f"measured {entry.date} at commit {entry.commit[:7]}"
+    else:
+        origin = f"published, not a run of this repository: {entry.stack}, in {entry.source}"
+    if entry.corpus:
+        parts.append(f"{entry.corpus.characters:,} characters, sha256 {entry.corpus.sha256[:12]}...")
+    parts += [f"[{file.path}]({recipe}/{FOLDER}/{file.path})" for file in entry.files]
+    return f"{'; '.join([*parts, entry.machine, origin])}."
+
+
+def _held_out(found: HeldOut) -> str:
+    before = f"{found.untrained.loss} → " if found.untrained else ""
+    text = f"held-out loss {before}{_with_error(found.loss, found.standard_error)} at {found.step}"
+    if found.gain:
+        text += f", gain {_with_error(found.gain.loss, found.gain.standard_error)}"
+    return text + (f", {found.bits_per_byte} bits per byte" if found.bits_per_byte else "")
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value} ± {error}" if error else str(value)
+
+
+def main() -> None:
+    try:
+        for path, text in pages(ROOT).items():
+            stale = path.read_text(encoding="utf-8") != text
+            path.write_text(text, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)}: {'written' if stale else 'unchanged'}")
+    except RecipeError as error:
+        print(f"error: {error}")
+        raise SystemExit(error.code) from None
+
+
+if __name__ == "__main__":
+    main()
