@@ -49,6 +49,7 @@ LINES = (
     Line("checkpoint", "a restored state goes on bit for bit", one.checkpoint, ("repeat",)),
     Line("non-finite", "a step that is not finite is refused", one.not_finite, ("repeat",)),
     Line("lora", "adapters where they were asked for, and nothing else trained", one.lora, ("reads",)),
+    Line("lora-merged", "adapters compute what their merged weights do", one.lora_merged, ("lora", "forward")),
     Line("seeds", "dropout hangs on seed and step alone", one.seeds, ("lora", "repeat")),
     Line("mesh", "all devices open as one mesh", several.mesh, ("reopen",)),
     Line("rows", "a batch is shared out by rows", several.rows, ("mesh",)),

@@ -433,6 +433,25 @@ def lora(bench: Bench) -> str:
     return evidence
 
 
+def lora_merged(bench: Bench) -> str:
+    """After a large step the adapters are W + alpha / rank B A of the base: order of rows, scale, one A for a group."""
+    batch, rank, alpha = batch_of(4), 8, 16.0
+    lengths = np.full(4, WIDTH)
+    merged, base = rounded(weights_for()), rounded(weights_for())
+    with bench.model(model__lora=_lora(bench, rank=rank, alpha=alpha)) as backend:
+        backend.train_step([batch], 0.2, 1)
+        found = backend.next_token_logits(batch.input_ids, lengths)[0].astype(np.float64)
+        trained = {n.removeprefix(f"model/{hf_map.PREFIX}"): a for n, a in _snapshot(backend).items()}
+    for name in [name for name in trained if name.endswith(".lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        merged[f"{module}.weight"] += alpha / rank * trained[f"{module}.lora_B.weight"] @ trained[name]
+    expected, untuned = (small_llama.logits(w, ARCHITECTURE, batch.input_ids)[:, -1] for w in (merged, base))
+    off, moved = _off(found, expected), _off(untuned, expected)
+    return hold(
+        off < LOGITS_OFF < moved, f"logits {off:.2%} off numpy's with merged weights (without them {moved:.0%})"
+    )
+
+
 def seeds(bench: Bench) -> str:
     """Dropout draws from the step's number: the same one draws again what it drew, another one something else."""
     with bench.model(model__lora=_lora(bench, rank=8, dropout=0.5)) as backend:
@@ -448,7 +467,7 @@ def seeds(bench: Bench) -> str:
 
 def _lora(bench: Bench, **values: Any) -> dict[str, Any]:
     ties = [list(hf_map.LINEARS[linear]) for linear in bench.linears if len(hf_map.LINEARS[linear]) > 1]
-    return {"alpha": 16.0, "tie_groups": ties, **values}
+    return {"tie_groups": ties, **values}
 
 
 # --- what no small model can tell -----------------------------------------------------------------------------------

@@ -282,6 +282,14 @@ def a_norm_not_frozen(patch: Patch) -> None:
     around(patch, TTML, "_add_lora", thawed)
 
 
+def adapters_at_half_scale(patch: Patch) -> None:
+    def half(real: Any, self: Any, *args: Any) -> None:
+        real(self, *args)
+        self.scaling /= 2
+
+    around(patch, double("ttml.modules").LoraLinear, "__init__", half)
+
+
 def seed_ignored(patch: Patch) -> None:
     patch.setattr(double("ttml").autograd.AutoContext, "set_seed", lambda self, seed: None)
 
@@ -348,6 +356,7 @@ DEFECTS: dict[str, Defect] = {
     "non-finite": anything_is_trained_on,
     "interrupt": left_open_on_an_interrupt,
     "lora": a_norm_not_frozen,
+    "lora-merged": adapters_at_half_scale,
     "seeds": seed_ignored,
     "mesh": no_descriptor,
     "rows": every_row_on_every_device,
