@@ -36,7 +36,7 @@ def rows(bench: Bench) -> str:
 
 def sync(bench: Bench) -> str:
     """The backend itself compares the replicas after its first step, and refuses to go on where they differ."""
-    batches = batch_of(rows_for(bench.devices)).split(2)
+    batches = batch_of(2 * rows_for(bench.devices)).split(2)
     one, expected = first_step(bench, batches)
     several, found = first_step(bench, batches, whole=True)
     off, apart = difference(found, expected), abs(one.loss - several.loss)

@@ -6,6 +6,7 @@ So far it looks at ttml: every name that the backend relies on, and what the ins
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -104,9 +105,23 @@ def examine_ttml(hw: Hardware, device: bool) -> Ttml:
         model, parameters = _small_model(hw, found) if device else (Finding("ttml.model", None, NO_DEVICE), None)
     for row in contract(parameters):
         required = row["generations"] == ALL
-        found.names.append({**row, "required": required, "status": STATUS[row["found"]]})
+        more = {"required": required, "status": STATUS[row["found"]], "signature": signature_of(row["name"])}
+        found.names.append({**row, **more})
     found.findings += [_names(hw, found), model]
     return found
+
+
+def signature_of(name: str) -> str | None:
+    """How the build declares the function or class of a name; a binding says it in its docstring, or not at all."""
+    value: Any = sys.modules.get(name.partition(".")[0])
+    for part in name.partition("(")[0].split(".")[1:]:
+        value = getattr(value, part, None)
+    if not callable(value):
+        return None
+    try:
+        return str(inspect.signature(value))
+    except (TypeError, ValueError):
+        return str(getattr(value, "__doc__", None) or "").partition("\n")[0] or None
 
 
 def _small_model(hw: Hardware, found: Ttml) -> tuple[Finding, list[str] | None]:
@@ -133,7 +148,7 @@ def _names(hw: Hardware, found: Ttml) -> Finding:
     required = [row for row in found.names if row["required"]]
     untold = sum(row["status"] == STATUS[None] for row in required)
     if found.missing:
-        evidence = f"of {len(required)} names that every build has, {len(found.missing)} are missing: "
+        evidence = f"missing, of {len(required)} names that every build has: "
         cure = f"build tt-metal v0.74 or newer with tt-train; {image_hint(hw)}"
         return Finding("ttml.names", False, evidence + ", ".join(found.missing), cure)
     return Finding("ttml.names", True, f"{len(required) - untold} names present, {untold} cannot be told, none missing")
@@ -145,7 +160,9 @@ def table(found: Ttml) -> Iterator[str]:
     width = max(len(row["name"]) for row in found.names)
     yield f"{'':14}  {'name':{width}}  generations  needed for"
     for row in found.names:
-        yield f"{row['status']:14}  {row['name']:{width}}  {row['generations']:11}  {row['needed_for']}"
+        # What other builds have instead is no lack of this one.
+        status = row["status"] if row["required"] or row["found"] else "not here"
+        yield f"{status:14}  {row['name']:{width}}  {row['generations']:11}  {row['needed_for']}"
     for finding in found.findings:
         verdict = {True: "ok", False: "WRONG", None: STATUS[None]}[finding.ok]
         yield f"{verdict}: {finding.id}: {finding.evidence}"

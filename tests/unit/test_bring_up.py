@@ -84,6 +84,12 @@ def test_every_line_holds_on_the_doubles(tmp_path, generation, devices):
     assert ("stale" in results["reads"].evidence) == (generation == "B"), "how this build reads by default is said"
 
 
+@pytest.mark.parametrize("devices", [4, 8])
+def test_larger_meshes_have_rows_for_every_device(tmp_path, devices):
+    results = brought_up(tmp_path, devices, ids=set().union(*map(with_needs, MESH)))
+    assert {result.verdict for result in results.values()} == {"pass"}
+
+
 @pytest.mark.parametrize("shape", [{}, {"tied": True}, {"rope": True}], ids=str)
 def test_numpy_computes_what_the_cpu_twin_computes(tmp_path, shape):
     """The judge of a board is judged once, where there is torch."""
