@@ -130,7 +130,7 @@ def weights(bench: Bench) -> str:
 
 def causality(bench: Bench) -> str:
     ids = np.tile(batch_of(1).input_ids, (2, 1))
-    ids[1, -1] = (ids[1, -1] + 1) % VOCAB
+    ids[1, -1] = (ids[1, -1] + 1) % small_llama.TOKENS
     with bench.model() as backend:
         logits = backend.model(backend.io.new(ids[:, None, None, :], "UINT32", None, "ROW_MAJOR"), None)
         first, second = backend.io.read(logits).astype(np.float64)
@@ -178,10 +178,18 @@ def _forward(bench: Bench, architecture: Mapping[str, Any]) -> str:
 
 
 def loss(bench: Bench) -> str:
-    batch, stored = batch_of(), rounded(weights_for())
-    with bench.model() as backend:
+    return _loss(bench, ARCHITECTURE)
+
+
+def padded_vocabulary(bench: Bench) -> str:
+    return f"{_forward(bench, small_llama.PADDED_VOCABULARY)}; {_loss(bench, small_llama.PADDED_VOCABULARY)}"
+
+
+def _loss(bench: Bench, architecture: Mapping[str, Any]) -> str:
+    batch, stored = batch_of(), rounded(weights_for(architecture))
+    with bench.model(architecture=architecture) as backend:
         sums, tokens = backend.eval_nll(batch)
-    expected = (small_llama.nll(stored, ARCHITECTURE, batch) * batch.loss_mask).sum(axis=1)
+    expected = (small_llama.nll(stored, architecture, batch) * batch.loss_mask).sum(axis=1)
     off = float(np.abs((sums - expected).sum() / tokens.sum()))
     same = bool((tokens == batch.loss_mask.sum(axis=1)).all())
     return hold(same and off < NATS, f"{sums.sum() / tokens.sum():.4f} nats, {off:.4f} off numpy's")
