@@ -213,7 +213,7 @@ def reads(bench: Bench) -> str:
 
 def gradient(bench: Bench) -> str:
     """The slope of numpy's loss along the gradient of each kind of weight is that gradient's norm."""
-    batch, stored, reach = batch_of(), rounded(weights_for()), 1e-3
+    batch, stored, reach = batch_of(4), rounded(weights_for()), 1e-3
     with bench.model(**ODD_ADAMW) as backend:
         stats = backend.train_step([batch], 1e-2, 1)
         found = gradients(backend)
