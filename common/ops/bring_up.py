@@ -17,12 +17,13 @@ from common.errors import MachineError, VerificationError
 from common.hardware import Hardware
 from common.ops import bring_up_lines as one
 from common.ops import bring_up_mesh as several
+from common.ops.bring_up_bench import Bench
 from common.ops.checklist import Line, Result, go_through
 
 FORMAT = 1  # of the JSON
 BASE_LOSS = "needs a pretrained base: compare a run's held-out loss before training on this board and with HW=cpu"
 KILLED = "ends this process: kill -9 a run, and see whether the next one opens the board without tt-smi -r"
-LINES = (
+LINES: tuple[Line, ...] = (
     Line("build", "ttml and ttnn have what the backend needs", one.build),
     Line("open", "one device opens, and closes", one.opens, ("build",)),
     Line("reopen", "it opens again", one.opens_again, ("open",)),
@@ -75,7 +76,7 @@ def bring_up(
         prepare_environment(hw, hw.mesh_shape)
     build = probe(hw, 1)
     results = []
-    for result in go_through(LINES if lines is None else lines, one.Bench(hw, build), begun):
+    for result in go_through(LINES if lines is None else lines, Bench(hw, build), begun):
         ended(result)
         results.append(result)
     return build, results

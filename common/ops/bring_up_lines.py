@@ -6,8 +6,6 @@ are of bf16: one rounding is up to 2^-9 of a value, and a forward pass of this m
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,57 +15,34 @@ import numpy as np
 
 from common import llama
 from common.backends import hf_map
-from common.backends.base import StepStats
-from common.backends.ttml import TTML, open_ttml
-from common.backends.ttml_build import Build
-from common.config import Config
+from common.backends.ttml import open_ttml
 from common.data.tokens import Batch
 from common.errors import DataError, TrainingError
-from common.hardware import Hardware
 from common.ops import small_llama
+from common.ops.bring_up_bench import (
+    BETA1,
+    BETA2,
+    DECAY,
+    NATS,
+    ODD_ADAMW,
+    SAME_GRADIENT,
+    Bench,
+    bits_of,
+    difference,
+    distance,
+    fingerprint,
+    first_step,
+    gradients,
+    norm_of,
+    snapshot_of,
+)
 from common.ops.checklist import Outcome, hold
-from common.ops.small_llama import ARCHITECTURE, WIDTH, batch_of, config_for, rounded, weights_for
+from common.ops.small_llama import ARCHITECTURE, WIDTH, batch_of, rounded, weights_for
 
 Array = np.ndarray[Any, Any]
 VOCAB = int(ARCHITECTURE["vocab_size"])
-LOGITS_OFF, GRADIENT_OFF, SAME_GRADIENT, NATS = 0.05, 0.05, 0.03, 0.02
+LOGITS_OFF, GRADIENT_OFF = 0.05, 0.05
 BF16_STEP = 2**-7  # of a value, at most: bf16 has 8 significant bits
-BETA1, BETA2, DECAY = 0.5, 0.6, 0.5  # far from every default, so that each of them shows
-ODD_ADAMW: dict[str, Any] = {
-    "training__optimizer__beta1": BETA1,
-    "training__optimizer__beta2": BETA2,
-    "training__optimizer__weight_decay": DECAY,
-}
-
-
-class Bench:
-    """The board that is brought up, and the small model on one of its devices or on its whole mesh."""
-
-    def __init__(self, hw: Hardware, build: Build) -> None:
-        self.hw, self.build = hw, build
-        self.linears: list[str] = []  # of a block; known once a model was built
-
-    @property
-    def devices(self) -> int:
-        return math.prod(self.hw.mesh_shape)
-
-    def config(self, *, whole: bool = False, **values: Any) -> Config:
-        return config_for(self.hw, self.hw.mesh_shape if whole else (1, 1), **values)
-
-    @contextlib.contextmanager
-    def model(
-        self,
-        *,
-        whole: bool = False,
-        architecture: Mapping[str, Any] = ARCHITECTURE,
-        weights: Mapping[str, Array] | None = None,
-        **values: Any,
-    ) -> Iterator[TTML]:
-        """The backend with the small model's weights loaded; `whole`: on all devices. Values of the config by key."""
-        with open_ttml(self.hw, self.config(whole=whole, **values)) as backend:
-            backend.build(architecture)
-            backend.load(weights or weights_for(architecture))
-            yield backend
 
 
 # --- the device, and the model as ttml has it -----------------------------------------------------------------------
@@ -122,7 +97,7 @@ def weights(bench: Bench) -> str:
     given = weights_for()
     with bench.model() as backend:
         found = {n.removeprefix("model/"): a for n, a in backend.state() if n.startswith("model/")}
-    other = [n for n, a in given.items() if _bits(found[n]) != _bits(a.astype(ml_dtypes.bfloat16))]
+    other = [n for n, a in given.items() if bits_of(found[n]) != bits_of(a.astype(ml_dtypes.bfloat16))]
     count = sum(array.size for array in given.values())
     hold(count == llama.parameters(ARCHITECTURE), f"{count} values, the architecture has another number")
     return hold(not other, f"{count} values in {len(given)} tensors; with other bits: {', '.join(other[:5]) or 'none'}")
@@ -169,10 +144,10 @@ def _forward(bench: Bench, architecture: Mapping[str, Any]) -> str:
         for name, array in stored.items()
     }
     plain = {**architecture, "rope_scaling": None}
-    wrong = {"q and k rows in another order": _off(reference(turned, architecture), expected)}
+    wrong = {"q and k rows in another order": distance(reference(turned, architecture), expected)}
     if architecture.get("rope_scaling"):
-        wrong["no scaling"] = _off(reference(stored, plain), expected)
-    off = _off(found, expected)
+        wrong["no scaling"] = distance(reference(stored, plain), expected)
+    off = distance(found, expected)
     mistakes = ", ".join(f"{what} {size:.0%}" for what, size in wrong.items())
     return hold(off < LOGITS_OFF, f"logits {off:.2%} off numpy's ({mistakes})")
 
@@ -274,10 +249,10 @@ def _update(bench: Bench, kind: str, slot: str) -> str:
     rate = 0.05
     offs, squares = [], []
     with bench.model(training__optimizer__type=kind, **ODD_ADAMW) as backend:
-        before = _snapshot(backend)
+        before = snapshot_of(backend)
         for step in (1, 2):
             backend.train_step([batch_of(seed=step)], rate, step)
-            now = _snapshot(backend)
+            now = snapshot_of(backend)
             for name in weights_for():
                 m, v = now[f"optimizer/exp_avg/{name}"], now[f"optimizer/exp_avg_sq/{name}"]
                 expected, moved = adamw(before[f"{slot}/{name}"], m, v, rate, step)
@@ -423,7 +398,7 @@ def lora(bench: Bench) -> str:
     with bench.model() as backend:
         base = backend.next_token_logits(ids, lengths)[0]
     with bench.model(model__lora=_lora(bench, rank=rank)) as backend:
-        start = _off(backend.next_token_logits(ids, lengths)[0], base)
+        start = distance(backend.next_token_logits(ids, lengths)[0], base)
         hold(start < BF16_STEP, f"before training an adapter changes the logits by {start:.2%}")
         adapters = sum(name.endswith("/lora_A") for name in backend.trained)
         count = sum(math.prod(entry.shape) for entry in backend.trained.values())
@@ -432,9 +407,9 @@ def lora(bench: Bench) -> str:
         evidence = f"{adapters} adapters of {layers * len(bench.linears)}, {count} trained values of {wanted}"
         hold((adapters, count) == (layers * len(bench.linears), wanted), evidence)
         frozen = [name for name in backend.weights if name not in backend.trained]
-        before = {name: _bits(backend.io.read(backend.weights[name])) for name in frozen}
+        before = {name: bits_of(backend.io.read(backend.weights[name])) for name in frozen}
         backend.train_step([batch_of()], 1e-2, 1)
-        moved = [name for name in frozen if _bits(backend.io.read(backend.weights[name])) != before[name]]
+        moved = [name for name in frozen if bits_of(backend.io.read(backend.weights[name])) != before[name]]
         hold(not moved, f"frozen and yet trained: {', '.join(moved[:5])}")
         still = [n for n, a in backend.state() if n.startswith("model/") and ".lora_B" in n and not np.any(a)]
         hold(not still, f"never moved: {', '.join(still[:5])}")
@@ -449,12 +424,12 @@ def lora_merged(bench: Bench) -> str:
     with bench.model(model__lora=_lora(bench, rank=rank, alpha=alpha)) as backend:
         backend.train_step([batch], 0.2, 1)
         found = backend.next_token_logits(batch.input_ids, lengths)[0].astype(np.float64)
-        trained = {n.removeprefix(f"model/{hf_map.PREFIX}"): a for n, a in _snapshot(backend).items()}
+        trained = {n.removeprefix(f"model/{hf_map.PREFIX}"): a for n, a in snapshot_of(backend).items()}
     for name in [name for name in trained if name.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight")
         merged[f"{module}.weight"] += alpha / rank * trained[f"{module}.lora_B.weight"] @ trained[name]
     expected, untuned = (small_llama.logits(w, ARCHITECTURE, batch.input_ids)[:, -1] for w in (merged, base))
-    off, moved = _off(found, expected), _off(untuned, expected)
+    off, moved = distance(found, expected), distance(untuned, expected)
     return hold(
         off < LOGITS_OFF < moved, f"logits {off:.2%} off numpy's with merged weights (without them {moved:.0%})"
     )
@@ -488,55 +463,9 @@ def cannot(reason: str) -> Callable[[Bench], str]:
     return check
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
-
-
-def first_step(
-    bench: Bench, batches: Sequence[Batch], *, whole: bool = False, **values: Any
-) -> tuple[StepStats, dict[str, Array]]:
-    """The first step's figures and its (clipped) gradients by name, from a model opened for it."""
-    with bench.model(whole=whole, **{**ODD_ADAMW, **values}) as backend:
-        return backend.train_step(batches, 1e-2, 1), gradients(backend)
-
-
-def gradients(backend: TTML) -> dict[str, Array]:
-    """After the first step: AdamW's first moment is (1 - beta1) x gradient, as it was after clipping."""
-    prefix = "optimizer/exp_avg/"
-    return {n.removeprefix(prefix): a / (1 - BETA1) for n, a in _snapshot(backend).items() if n.startswith(prefix)}
-
-
-def norm_of(tensors: Mapping[str, Array]) -> float:
-    return math.sqrt(sum(float((array**2).sum()) for array in tensors.values()))
-
-
-def difference(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
-    """Norm of the difference over the norm, of all tensors together."""
-    return norm_of({name: found[name] - expected[name] for name in expected}) / norm_of(expected)
-
-
-def fingerprint(state: Mapping[str, Array]) -> str:
-    """One hash over names and bits."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode() + _bits(state[name]))
-    return digest.hexdigest()
-
-
-def _snapshot(backend: TTML) -> dict[str, Array]:
-    return {name: array.astype(np.float64) for name, array in backend.state()}
-
-
 def _by_kind(names: Mapping[str, Array]) -> dict[str, list[str]]:
     """q_proj, embed_tokens, ...: of all layers together."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(name.split(".")[-2], []).append(name)
     return kinds
-
-
-def _off(found: Array, expected: Array) -> float:
-    return difference({"": found}, {"": expected})
-
-
-def _bits(array: Array) -> bytes:
-    return np.ascontiguousarray(array).tobytes()

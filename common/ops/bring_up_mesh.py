@@ -6,7 +6,7 @@ import numpy as np
 
 from common.backends.ttml import TTML, open_ttml
 from common.data.tokens import Batch
-from common.ops.bring_up_lines import NATS, SAME_GRADIENT, Bench, difference, first_step
+from common.ops.bring_up_bench import NATS, SAME_GRADIENT, Bench, difference, first_step
 from common.ops.checklist import Outcome, hold
 from common.ops.small_llama import batch_of, rows_for
 
