@@ -24,6 +24,7 @@ import numpy as np
 
 from common.config_sections import Lora
 from common.errors import MachineError, UsageError
+from common.llama import EMBEDDING, HEAD
 
 Array = np.ndarray[Any, Any]
 PREFIX = "base_model.model."  # PEFT's, in adapter_model.safetensors
@@ -40,7 +41,6 @@ LINEARS: dict[str, tuple[str, ...]] = {
     "mlp/w2": ("down_proj",),
 }
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)

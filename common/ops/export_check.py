@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.backends.hf_map import PREFIX
 from common.data.tokens import TokenSplit, spread
 from common.errors import DataError
+from common.llama import HEAD
 from common.ops import trained
-from common.ops.hf_folder import HEAD, PEFT, merged_shapes
+from common.ops.hf_folder import merged_shapes
 from common.ops.trained import TrainedRun
 from common.train.evaluate import HeldOut, from_rows, held_out
 from common.weights import Shapes, Weights
@@ -230,8 +232,8 @@ def adapter_shapes(run: TrainedRun) -> Shapes:
     for name, shape in merged_shapes(run).items():
         layer = name.removesuffix(".weight")
         if layer.rpartition(".")[2] in lora.target_modules and name != HEAD:
-            shapes[f"{PEFT}{layer}.lora_A.weight"] = (lora.rank, shape[1])
-            shapes[f"{PEFT}{layer}.lora_B.weight"] = (shape[0], lora.rank)
+            shapes[f"{PREFIX}{layer}.lora_A.weight"] = (lora.rank, shape[1])
+            shapes[f"{PREFIX}{layer}.lora_B.weight"] = (shape[0], lora.rank)
     return shapes
 
 

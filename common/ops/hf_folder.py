@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from common import models
+from common.backends.hf_map import PREFIX
 from common.errors import MachineError
+from common.llama import HEAD
 from common.ops.trained import TrainedRun
 from common.train.checkpoint import Tensors
 from common.train.files import write_json
@@ -22,8 +24,6 @@ from common.weights import SafetensorsWriter, Shapes, Weights
 
 Array = np.ndarray[Any, Any]
 
-PEFT = "base_model.model."  # what PEFT puts before the name of an adapted layer
-HEAD = "lm_head.weight"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -88,7 +88,7 @@ def adapters_of(run: TrainedRun) -> dict[str, tuple[Array, Array]]:
     end = ".lora_A.weight"
     layers = [name.removesuffix(end) for name in tensors if name.startswith("model/") and name.endswith(end)]
     return {
-        layer.removeprefix(f"model/{PEFT}"): (
+        layer.removeprefix(f"model/{PREFIX}"): (
             tensors[f"{layer}.lora_A.weight"],
             tensors[f"{layer}.lora_B.weight"],
         )

@@ -189,4 +189,6 @@ def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int
     """
     for step in [step for step in steps_saved(checkpoints) if step <= newest][keep_last:]:
         if step not in keep:
-            shutil.rmtree(folder_of(checkpoints, step))
+            leaving = checkpoints / f".pruned-step-{step:08d}"  # so that no name stands for half a checkpoint
+            folder_of(checkpoints, step).rename(leaving)
+            shutil.rmtree(leaving)

@@ -150,6 +150,21 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_no_bit(unbroken, go, tmp_pa
     assert manifest(folder)["resumed"][0]["step"] == 4
 
 
+def test_one_batch_of_8_equals_4_times_2_accumulated(go):
+    """The loss is that of the whole effective batch, whatever it is split into: equal to fp32 rounding."""
+    whole = go("training_config.batch_size=8", "training_config.gradient_accumulation_steps=1", resume="never")
+    parts = go("training_config.batch_size=2", "training_config.gradient_accumulation_steps=4", resume="never")
+    one, four = outcome(whole), outcome(parts)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        found = [[r[key] for r in run["metrics"] if key in r] for run in (one, four)]
+        assert found[0]
+        assert found[0] == pytest.approx(found[1], rel=1e-4), key
+    assert [r["supervised_tokens"] for r in one["metrics"] if "loss" in r] == [
+        r["supervised_tokens"] for r in four["metrics"] if "loss" in r
+    ]
+    assert manifest(whole)["training_digest"] == manifest(parts)["training_digest"], "the split is no other training"
+
+
 def reopen(folder: Path) -> None:
     """As if the run had been killed after its last checkpoint."""
     path = folder / "manifest.json"

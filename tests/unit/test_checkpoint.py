@@ -255,3 +255,19 @@ def test_prune_never_takes_the_one_just_saved_for_a_damaged_newer_one(tmp_path):
     save(tmp_path, 1, 2, 3)  # 3 was damaged and passed over; the run saved 2 again
     checkpoint.prune(tmp_path, 1, [], newest=2)
     assert checkpoint.steps_saved(tmp_path) == [3, 2]
+
+
+def test_a_prune_that_is_cut_off_leaves_no_half_of_a_checkpoint_under_its_name(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+
+    def cut_off(folder: Path) -> None:
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, 1, [], newest=2)
+    assert checkpoint.steps_saved(tmp_path) == [2]
+    monkeypatch.undo()
+    save(tmp_path, 3)
+    assert not list(tmp_path.glob(".*")), "the next save sweeps up"
