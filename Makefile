@@ -16,7 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor verify test test-all lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,12 @@ generate: setup ## talk to a trained model: RUN=runs/..., PROMPT="a question", B
 export: setup ## write a run's Hugging Face folder and check it: RUN=runs/...
 	@: "$${RUN:?which run? make export RUN=runs/...}"
 	@ci/forward.sh export "$$RUN"
+
+doctor: setup ## what ttml on this board's machine has, and what it lacks: HW=
+	@ci/forward.sh doctor --ttml
+
+verify: setup ## the checklist before a board is trusted with training: HW=
+	@ci/forward.sh verify --bring-up
 
 test: setup ## the tests, with one tiny run from data to export; under five minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests

@@ -50,6 +50,9 @@ generate)
 export)
     switch --check CHECK
     ;;
+doctor | verify)
+    value --hw HW
+    ;;
 *)
     echo "ci/forward.sh: unknown verb $verb" >&2
     exit 2

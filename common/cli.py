@@ -211,6 +211,34 @@ def generate(target: Path, prompts: tuple[str, ...], base: bool, seed: int, **sa
     talk(target, prompts, base=base, seed=seed, sampling={k: v for k, v in sampling.items() if v is not None})
 
 
+@recipe.command()
+@click.option("--ttml", is_flag=True, help="Every name of ttml and ttnn that training relies on.")
+@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
+@click.option("--device/--no-device", default=True, help="Open one device to see a model's parameters.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
+    """Look for what is wrong with this machine; change nothing."""
+    if not ttml:
+        raise UsageError("this version's doctor looks at ttml alone", todo="recipe doctor --ttml")
+    from common.ops.doctor import choose_board, report
+
+    report(*choose_board(hw, require_present=device), device=device, as_json=as_json, say=click.echo)
+
+
+@recipe.command()
+@click.option("--bring-up", is_flag=True, help="The checklist for a board or a build that has not trained yet.")
+@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def verify(bring_up: bool, hw: str | None, as_json: bool) -> None:
+    """Prove that a board computes what it should. Exit code 6 where it does not."""
+    if not bring_up:
+        raise UsageError("this version verifies a board alone", todo="recipe verify --bring-up [--hw BOARD]")
+    from common.ops.bring_up import report
+    from common.ops.doctor import choose_board
+
+    report(*choose_board(hw, require_present=True), as_json, click.echo)
+
+
 def load_script(path: Path) -> Any:
     """Import a recipe's script by its path: recipe folders are no packages."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)

@@ -202,6 +202,8 @@ def test_variables_become_flags(house: Path) -> None:
         (["generate", "RUN=r", "PROMPT=why?", "BASE=1"], "generate r --prompt why? --base"),
         (["export", "RUN=r"], "export r"),
         (["data", "HW=n150"], "data build tinyllama-finetune --hw n150"),
+        (["doctor", "HW=n150"], "doctor --ttml --hw n150"),
+        (["verify", "HW=n150"], "verify --bring-up --hw n150"),
     ):
         assert recipe_arguments(house, *arguments) == command.split()
 
