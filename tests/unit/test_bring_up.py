@@ -37,7 +37,7 @@ from tests.boards import machine
 from tests.doubles import environment
 from tests.engines import config_for, engine
 from tests.tiny import write_tiny_base
-from tests.unit.test_ttml_without_torch import PROGRAM, ROOT
+from tests.unit.test_ttml_without_torch import GUARD, ROOT
 
 Patch = pytest.MonkeyPatch
 Defect = Callable[[Patch], None]
@@ -418,7 +418,7 @@ def test_a_device_in_use_fails_the_first_line_that_opens_it(tmp_path):
 
 def test_the_list_needs_no_torch(tmp_path):
     """In a process where nobody but the doubles may import it."""
-    guard = PROGRAM.partition("\nimport json\n")[0]
+    guard = GUARD
     program = f"""{guard}
 import gc
 gc.collect = lambda: 0
