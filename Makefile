@@ -69,7 +69,8 @@ lint: setup ## formatting, lint and types
 docs: setup ## write the tables of the READMEs from each recipe's results.yaml
 	.venv/bin/python -m ci.docs
 
-bench: setup ## throughput beside a peer's trainer, on this machine (minutes; the peer gets its own environment)
+bench: setup ## throughput beside a peer's trainer and a bare loop (minutes; the peer gets its own environment)
+	.venv/bin/python bench/scratch.py
 	.venv/bin/python bench/throughput.py
 
 lock: ## make requirements/*.txt again from *.in, with hashes: UPGRADE=1 takes newer versions

@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 import click
 
 from common.errors import MachineError, RecipeError, Stopped, UsageError
+from common.recipes import ROOT, find_recipe, options_of_config
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "recipes"
 Function = Callable[..., Any]
 
 
@@ -88,28 +87,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     click.echo(message, err=True)
     sys.exit(code)
-
-
-def options_of_config(function: Function) -> Function:
-    """--hw and --set, as every verb that resolves a config takes them."""
-    function = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key; repeatable.")(
-        function
-    )
-    return click.option("--hw", envvar="HW", metavar="BOARD", help="Board, or cpu; unset: the one found here.")(
-        function
-    )
-
-
-def find_recipe(name: str) -> Path:
-    """The folder of a recipe, by its name under recipes/ or by path."""
-    for folder in (RECIPES / name, Path(name)):
-        if (folder / "config.yaml").is_file():
-            return folder.resolve()
-    known = sorted(path.parent.name for path in RECIPES.glob("*/config.yaml"))
-    raise UsageError(
-        f"no recipe called {name!r}",
-        todo=f"choose from {', '.join(known)}, or give a folder with a config.yaml",
-    )
 
 
 @recipe.command()

@@ -31,11 +31,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows, target = hidden[start : start + chunk], labels[start : start + chunk, None]
             logits = (rows @ work.t()).float()
-            log_z = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (log_z - logits.gather(1, target)).sum()
+            logits -= logits.amax(dim=1, keepdim=True)
+            picked = logits.gather(1, target)
+            weights = logits.exp_()  # in place, and once: both the loss and the softmax come of them
+            totals = weights.sum(dim=1, keepdim=True)
+            total += (totals.log() - picked).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad = logits.sub_(log_z).exp_()  # softmax, in place
+            grad = weights.div_(totals)
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from common.errors import DataError, UsageError
+from common.recipes import find_recipe, options_of_config
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from common.data.text import ChatTokenizer
     from common.data.tokens import Batch, TokenDataset
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CARDS = ("README.md", "DATASET_CARD.md", "LICENSE", "LICENSE.md")
 LICENCE_LINE = re.compile(r"\W*(?:data )?licen[cs]e\b", re.IGNORECASE)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,13 +30,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.group()
 def data() -> None:
     """Build, check, count, look at and convert data sets."""
-
-
-def setting_options(command: F) -> F:
-    """--hw and --set, as `recipe run` has them."""
-    hw = click.option("--hw", metavar="NAME", envvar="HW", help="Hardware of hardware.yaml; default: what is here.")
-    override = click.option("--set", "overrides", metavar="A.B=C", multiple=True, help="Override a config key.")
-    return hw(override(command))
 
 
 def map_option(command: F) -> F:
@@ -56,7 +48,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 @data.command()
 @click.argument("name")
-@setting_options
+@options_of_config
 @json_option
 def build(name: str, hw: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """Build the token files of recipe NAME, or say that they are up to date."""
@@ -76,7 +68,7 @@ def build(name: str, hw: str | None, overrides: Sequence[str], as_json: bool) ->
 
 @data.command()
 @click.argument("name")
-@setting_options
+@options_of_config
 @map_option
 @click.option("--base", help="Tokenizer for a file: a base of models.lock.yaml or a folder.")
 @click.option("--strict", is_flag=True, help="Fail on warnings too.")
@@ -117,7 +109,7 @@ def check(
 
 @data.command()
 @click.argument("name")
-@setting_options
+@options_of_config
 @map_option
 @click.option("--base", help="Tokenizer for a file: a base of models.lock.yaml or a folder.")
 @json_option
@@ -143,7 +135,7 @@ def stats(
 
 @data.command()
 @click.argument("name")
-@setting_options
+@options_of_config
 @click.option("--step", type=click.IntRange(min=1), default=1, show_default=True, help="Optimizer step, from 1.")
 @click.option("--rows", "limit", type=click.IntRange(min=1), default=4, show_default=True, help="Rows to print.")
 def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: int) -> None:
@@ -250,20 +242,9 @@ def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe:
     """The recipe called `name`, or in the folder `name`. No board needs to be here to look at its data."""
     from common import config, hardware
 
-    folder = recipe_folder(name)
+    folder = find_recipe(name)
     choice = hardware.choose(hw, require_present=False)
     return Recipe(folder, config.load(folder, choice.hardware, overrides))
-
-
-def recipe_folder(name: str) -> Path:
-    """The folder of a recipe by name or path. Raises UsageError naming the nearest one."""
-    for folder in (RECIPES / name, Path(name)):
-        if (folder / "config.yaml").is_file():
-            return folder.resolve()
-    known = sorted(path.parent.name for path in RECIPES.glob("*/config.yaml"))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"no recipe and no file called {name!r}", todo=f"{hint}known: {', '.join(known)}")
 
 
 def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:

@@ -21,6 +21,7 @@ from common.errors import (
     UsageError,
     VerificationError,
 )
+from common.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "peft", "safetensors", "ttnn", "ttml", "numpy", "pydantic")
@@ -214,7 +215,7 @@ def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command,
 def test_a_recipe_may_be_a_folder_elsewhere(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text("{}")
-    assert cli.find_recipe(str(tmp_path / "mine")) == tmp_path / "mine"
+    assert find_recipe(str(tmp_path / "mine")) == tmp_path / "mine"
 
 
 def test_a_script_may_hold_a_dataclass(tmp_path):

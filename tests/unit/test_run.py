@@ -487,17 +487,6 @@ def test_nothing_held_out_is_refused(go):
         go("data_config.held_out_share=0")
 
 
-def test_random_weights_are_refused_by_this_version(go, recipe):
-    path = recipe / "config.yaml"
-    config = json.loads(path.read_text())
-    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
-    config["model_config"] |= {"init": "random", "architecture": shape}
-    path.write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="pretrained weights only"):
-        go()
-
-
 def test_rows_longer_than_the_model_are_refused(go, tiny_base, tmp_path):
     short = shutil.copytree(tiny_base, tmp_path / "short")
     config = json.loads((short / "config.json").read_text())

@@ -622,7 +622,7 @@ def test_a_state_of_another_model_is_refused(tmp_path, tiny_base):
     ids=["missing", "unknown", "misshapen"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, tiny_base, change, message):
-    weights = resolve(str(tiny_base)).weights()
+    weights = dict(resolve(str(tiny_base)).weights())
     change(weights)
     with board(board_config(tiny_base), tmp_path) as backend, pytest.raises(MachineError, match=message):
         backend.load(weights)

@@ -59,7 +59,7 @@ def test_a_machine_without_ttml_is_told_of_the_image(tiny_base, monkeypatch):
         ({"impostor": True}, ("another package of that name", "pip uninstall ttml")),
         ({"bad_cast": True}, ("built apart", "build_metal.sh", "image")),
         ({"needs_runtime_root": True}, ("its own folder", "export TT_METAL_RUNTIME_ROOT")),
-        ({"without": ["open_device_mesh"]}, ("older", "ttml.open_device_mesh", "image HW=n150")),
+        ({"without": ["open_device_mesh"]}, ("older", "ttml.open_device_mesh", "pinned image for n150")),
         ({"without": ["sync_gradients", "core.clip_grad_norm"]}, ("ttml.sync_gradients", "ttml.core.clip_grad_norm")),
     ],
     ids=["another ttml", "bad_cast", "no root", "older", "older still"],
