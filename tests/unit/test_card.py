@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch", reason="the CPU engine is torch")
+
 from common.ops import trained
 from common.ops.card import TrainingText, card_of_folder, repeated_share, responses
 from common.train import metrics

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+pytest.importorskip("torch", reason="the CPU engine is torch")
+
 from common.data.text import ChatTokenizer
 from common.errors import MachineError, Stopped, UsageError, VerificationError
 from common.ops import export_check, hf_folder

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch", reason="the CPU engine is torch")
+
 from common.data.text import ChatTokenizer
 from common.errors import DataError, UsageError
 from common.ops.talk import Stream, talk

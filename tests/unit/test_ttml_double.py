@@ -1,3 +1,4 @@
+# ruff: noqa: E402  what needs torch is imported after the skip
 """The doubles of ttml and ttnn are wrong where the real ones are wrong.
 
 Each test of a trap uses the API as one would who does not know the trap, and falls in. That our backend does not is
@@ -18,7 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="the doubles compute with torch")
 
 from tests.doubles import doubles, environment
 from tests.tiny import random_llama
