@@ -21,7 +21,7 @@ $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  HW=cpu STEPS=20 SET="training_config.seed=1 eval_config.every=10" RESUME=never DRY=1 CONTAINER=1 STOP_AT=10 OUT=folder'
+	@echo '  HW=cpu STEPS=20 SET="training_config.seed=1 eval_config.every=10" RESUME=never DRY=1 STOP_AT=10 OUT=folder'
 	@echo '  Exact exit codes and every option: .venv/bin/recipe --help'
 
 setup: ## make .venv (every other target does it first): PYTHON=python3.12, LAUNCHER=1 for a board's host

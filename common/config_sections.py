@@ -221,7 +221,7 @@ class Data(Section):
     source: str | None = Field(default=None, min_length=1)
     """Rows: a path relative to the recipe's folder, an absolute path, or hub:owner/name."""
     corpus: str | None = Field(default=None, min_length=1)
-    """Plain text in place of rows: a name in corpora.yaml, a text file, or a folder of *.txt files."""
+    """Plain text in place of rows: a name in corpora.yaml, or a file or folder of *.txt, relative to the recipe."""
     tokenizer: Tokenizer = Tokenizer()
     """The tokenizer that is made from the corpus."""
     num_proc: int | None = Field(default=None, gt=0)

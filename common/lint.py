@@ -155,7 +155,7 @@ def effective_batch_changed(config: Config, hw: Hardware) -> str | None:
     return None
 
 
-@_rule("L013", "model_config.base")
+@_rule("L013", "training_config")
 def board_changes_the_training(config: Config, hw: Hardware) -> str | None:
     # The cpu overlay may change base, preset, batch and learning rate: the run says so in its first line.
     departures = config.departures()

@@ -40,6 +40,7 @@ def build_corpus(config: Config, recipe_dir: Path, home: Path) -> tuple[Path, To
     vocabulary.use_threads(config.data.num_proc)
     builder = Builder(config, recipe_dir)
     documents = builder.documents()
+    refuse_too_short(sum(len(part.text.encode()) for part in documents["train"]), "bytes", config)
     folder = tokenizer_folder(config, documents["train"], home)
     tokenizer = ChatTokenizer.load(folder)
     key = source_key(config, builder, documents, tokenizer)
@@ -93,12 +94,7 @@ def make(config: Config, documents: Documents, tokenizer: Path, folder: Path, ke
     kind, length = config.data.tokenizer.type, config.data.max_length
     assert length is not None
     ids = {name: vocabulary.encode(tokenizer, kind, part) for name, part in documents.items()}
-    if len(ids["train"]) <= length:
-        raise DataError(
-            f"the corpus is shorter than one context: {len(ids['train'])} training tokens, {length + 1} are needed",
-            where=str(config.data.corpus),
-            todo="use a larger corpus, or a smaller data_config.max_length",
-        )
+    refuse_too_short(len(ids["train"]), "tokens", config)
     unknown = vocabulary.unknown_id(tokenizer)
     splits = {name: windows(part, length, unknown) for name, part in ids.items()}
     sizes = vocabulary.bytes_of_ids(tokenizer, kind)
@@ -113,6 +109,17 @@ def make(config: Config, documents: Documents, tokenizer: Path, folder: Path, ke
         "unigram_nll": unigram_nll(ids["train"], splits["held_out"], len(sizes)),
     }
     return tokens.write_arrays(folder, splits, source_key=key, info=info, length=length)
+
+
+def refuse_too_short(size: int, unit: str, config: Config) -> None:
+    """Raise DataError where the training text has no more tokens (or bytes: a token is one at least) than a context."""
+    needed = (config.data.max_length or 0) + 1
+    if size < needed:
+        raise DataError(
+            f"the corpus is shorter than one context: {size} {unit} to train on, {needed} tokens are needed",
+            where=str(config.data.corpus),
+            todo="use a larger corpus, or a smaller data_config.max_length",
+        )
 
 
 def windows(ids: Ids, length: int, unknown: int | None) -> Arrays:

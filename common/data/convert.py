@@ -358,5 +358,6 @@ def decoded(path: Path) -> str:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(encoding_fault(error, line, offset), where=f"{path}:{number}") from error
+                fault = encoding_fault(error, line, offset)
+                raise DataError(fault, where=f"{path}:{number}", todo="save the file as UTF-8") from error
         raise

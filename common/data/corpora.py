@@ -77,7 +77,7 @@ def text_files(name: str, recipe_dir: Path) -> list[Path]:
     if path.is_dir():
         return sorted(path.rglob("*.txt"))
     raise UsageError(
-        f"no corpus called {name!r}, and no such file or folder",
+        f"no corpus called {name!r}, and no file or folder {path}",
         where="data_config.corpus",
         todo=f"name one of {', '.join(locked())}, a text file, or a folder with *.txt files",
     )

@@ -72,7 +72,7 @@ def refuse_misfit(found: int, asked: int, kind: str) -> None:
         raise DataError(
             f"the corpus cannot fill a BPE vocabulary of {asked}: it gives {found} ids",
             where="data_config.tokenizer.vocab_size",
-            todo=f"ask for at most {found}, or use a larger corpus",
+            todo=f"set data_config.tokenizer.vocab_size={found} or less, or tokenizer.type=char; or use more text",
         )
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from common import config as configs
 from common import hardware, lint, llama, models
-from common.backends.base import precision_for
+from common.backends.base import precision_for, refuse_without_engine
+from common.backends.ttml_limits import mesh_of
+from common.backends.ttml_mesh import find_descriptor
 from common.config import Config
 from common.data import corpora
 from common.errors import RecipeError
@@ -28,7 +30,6 @@ def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any]) -> Iterator[
     yield f"{config.recipe} on {choice.reason}"
     yield f"would run: {command_line(name, {**asked, 'hw': board.name})}"
     yield f"device nodes: {', '.join(board.device_nodes) or 'none needed'}"
-    yield f"image: {board.image} <not built>"
     yield (
         f"{start_of(config)}; precision {precision_for(board)[0] if precision == 'auto' else precision}; "
         f"effective batch {config.effective_batch} = {config.training.batch_size} x "
@@ -69,6 +70,17 @@ def lacks(board: hardware.Hardware, config: Config) -> Iterator[str]:
             yield error.what
         if importlib.util.find_spec("ttml") is None:
             yield "ttml, which is built with tt-metal (build_metal.sh --build-tt-train); no package index has it"
+        mesh = mesh_of(board, config)
+        if mesh != (1, 1):
+            try:
+                find_descriptor(board, mesh)
+            except RecipeError as error:
+                yield error.what
+    else:
+        try:
+            refuse_without_engine(board, config)
+        except RecipeError as error:
+            yield error.what
     base, corpus = config.model.base or "", config.data.corpus or ""
     entry = models.locked().get(base)
     if entry and not models.folder_of(base, entry).is_dir():

@@ -79,6 +79,9 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
         )
     prompts = build.Builder(config, launch.recipe_dir).prompts()
     refuse_long_prompts(prompts, config, tokenizer, base.architecture)
+    for prompt in prompts:
+        if set(tokenizer.prompt_ids(prompt, config.data.system_prompt)) & set(tokenizer.never_ids):
+            warn(f"the evaluation prompt {prompt[:40]!r} has characters that no training text has")
     precision, why = precision_for(choice.hardware)
     if config.training.precision == "auto":
         config = config.with_values(**{"training.precision": precision})

@@ -163,10 +163,10 @@ class Run:
                 return
 
     def _stopped(self, what: str) -> Stopped:
-        how = "" if self.plan.launch.resume == "auto" else " with --resume auto in place of what was given,"
-        return Stopped(
-            what, where=str(self.folder), todo=f"the same command,{how} without --stop-at, goes on from here"
-        )
+        launch = self.plan.launch
+        how = "" if launch.resume == "auto" else ", with --resume auto in place of what was given,"
+        how += "" if launch.stop_at is None else ", without --stop-at,"
+        return Stopped(what, where=str(self.folder), todo=f"the same command{how} goes on from here")
 
     def _say_if_ended_early(self) -> None:
         step = self.last_step
@@ -406,7 +406,7 @@ def check_first_loss(loss: float, base: Base, ids: Array) -> str:
     shares = np.bincount(ids, minlength=vocabulary) / len(ids)
     expected = math.log(vocabulary) + variance / 2
     band = FIRST_LOSS_BAND + 3 * math.sqrt(variance * float((shares**2).sum()))
-    found = f"the first loss is {loss:.4f}; untrained weights give {expected:.2f} ± {band:.2f} (ln {vocabulary})"
+    found = f"the first loss is {loss:.4f}; untrained weights give {expected:.2f} ± {band:.2f}"
     if not abs(loss - expected) <= band:
         raise VerificationError(
             found,

@@ -2,7 +2,7 @@
 
     make recipe-scratch HW=n150                                  tt-train's character model, 9.8 M parameters
     make recipe-scratch HW=cpu                                   a small one, in minutes
-    make recipe-scratch SET="model_config.preset=llama_22m"      another size; presets/ has seven
+    make recipe-scratch SET="model_config.preset=llama_22m"      another size; presets/ has eight
 
 Every number is in config.yaml; the corpus is read in dataset.py; what the calls below do is in common/train/run.py.
 """

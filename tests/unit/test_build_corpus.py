@@ -95,7 +95,7 @@ def test_bytes_and_the_unigram_model_are_counted_by_row(build):
     ("text", "overrides", "message"),
     [
         ("", (), "the corpus is empty"),
-        ("Too short.\n", (), "shorter than one context: 11 training tokens, 65 are needed"),
+        ("Too short.\n", (), "shorter than one context: 11 bytes to train on, 65 tokens are needed"),
         ("fine\0", (), "binary data"),
         ("abc\n" * 120, (), "do not fill one effective batch of 8"),
         (

@@ -267,6 +267,12 @@ def test_the_export_is_loaded_by_transformers_with_the_same_tokens_and_loss(fini
     assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
 
 
+def test_a_prompt_of_characters_that_no_text_has_is_said(go):
+    folder = go("eval_config.prompts=[FOX., Zebra@]", steps=1)
+    assert "the evaluation prompt 'Zebra@' has characters that no training text has" in log(folder)
+    assert "prompt 'FOX.'" not in log(folder)
+
+
 def test_the_sampler_never_chooses_padding_or_the_unknown_sign(go):
     folder = go("eval_config.temperature=100", "eval_config.top_k=0", "eval_config.max_new_tokens=32", steps=1)
     answers = [s["answer"] for r in metrics.read(folder / "evaluations.jsonl") for s in r["samples"]]
