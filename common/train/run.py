@@ -518,7 +518,7 @@ def samples_markdown(records: list[dict[str, Any]]) -> str:
     """samples.md: under each prompt, what the model answered after each evaluated step."""
     lines = ["# Samples", ""]
     for prompt in [sample["prompt"] for sample in records[-1]["samples"]]:
-        lines += [f"## {prompt.strip()}", ""]
+        lines += [f"## {' '.join(prompt.split())}", ""]
         for record in records:
             name = "untrained" if record["step"] == 0 else f"step {record['step']}"
             answers = [sample["answer"] for sample in record["samples"] if sample["prompt"] == prompt]
