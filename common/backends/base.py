@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from common.errors import MachineError
+from common.errors import DataError, MachineError, TrainingError
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -92,6 +92,27 @@ class Backend(Protocol):
         """Within it, the model answers as the base does: adapters off. Only for LoRA runs."""
 
     def close(self) -> None: ...
+
+
+def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:
+    """What the loss of a step is divided by. Raises DataError where it is nothing."""
+    supervised = int(sum(batch.loss_mask.sum(dtype=np.int64) for batch in micro_batches))
+    if not supervised:
+        raise DataError(
+            f"step {step} has no supervised token",
+            where="data_config.max_length",
+            todo="raise it: the responses of this batch were cut away",
+        )
+    return supervised
+
+
+def not_finite(loss: float, norm: float, learning_rate: float, step: int) -> TrainingError:
+    """The error of a step whose update was refused."""
+    return TrainingError(
+        f"step {step} is not finite: loss {loss}, gradient norm {norm}; the update was refused",
+        where=f"step {step}, learning rate {learning_rate:.3g}",
+        todo="resume with a lower learning rate, or look at the batch: recipe data show --step",
+    )
 
 
 def open_backend(hw: Hardware, config: Config) -> AbstractContextManager[Backend]:

@@ -33,13 +33,13 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.backends import ragged
-from common.backends.base import Array, BackendInfo, StepStats
+from common.backends.base import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
-from common.backends.hf_map import PREFIX
+from common.backends.hf_map import PREFIX, misfit
 from common.backends.lora import add_lora, lora_layers
 from common.config import Config
 from common.data.tokens import Batch
-from common.errors import DataError, MachineError, TrainingError, UsageError
+from common.errors import MachineError, UsageError
 
 TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
 FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits
@@ -171,13 +171,7 @@ class TorchCPU:
         started = time.perf_counter()
         torch.manual_seed(self.config.training.seed * 1_000_003 + step)  # dropout hangs on the step, not on history
         self.model.train()
-        supervised = int(sum(batch.loss_mask.sum(dtype=np.int64) for batch in micro_batches))
-        if not supervised:
-            raise DataError(
-                f"step {step} has no supervised token",
-                where="data_config.max_length",
-                todo="raise it: the responses of this batch were cut away",
-            )
+        supervised = supervised_tokens(micro_batches, step)
         total = torch.zeros((), dtype=torch.float32)
         for batch in micro_batches:
             if not batch.loss_mask.any():
@@ -190,11 +184,7 @@ class TorchCPU:
         loss_value, norm_value = float(total), float(norm)
         if not (np.isfinite(loss_value) and np.isfinite(norm_value)):
             self._clear_gradients()
-            raise TrainingError(
-                f"step {step} is not finite: loss {loss_value}, gradient norm {norm_value}; the update was refused",
-                where=f"step {step}, learning rate {learning_rate:.3g}",
-                todo="resume with a lower learning rate, or look at the batch: recipe data show --step",
-            )
+            raise not_finite(loss_value, norm_value, learning_rate, step)
         if (limit := self.config.training.max_grad_norm) > 0:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self._update(learning_rate)
@@ -431,11 +421,7 @@ def check_names(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         if name in given and given[name].shape != tensor.shape
     ]
     if odd:
-        raise MachineError(
-            f"the weights do not fit the architecture: {'; '.join(odd[:5])}",
-            where="model_config.base",
-            todo="config.json and the safetensors files must belong together",
-        )
+        raise misfit(odd)
 
 
 def take(target: Tensor, array: Array, name: str) -> None:

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from common.backends import hf_map, ttml_state
-from common.backends.base import Array, BackendInfo, StepStats
+from common.backends.base import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.backends.hf_map import Entry, Llama
 from common.backends.init import uniform
 from common.backends.ttml_build import Build, explained, probe
@@ -219,13 +219,7 @@ class TTML:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
         started = time.perf_counter()
-        supervised = int(sum(batch.loss_mask.sum(dtype=np.int64) for batch in micro_batches))
-        if not supervised:
-            raise DataError(
-                f"step {step} has no supervised token",
-                where="data_config.max_length",
-                todo="raise it: the responses of this batch were cut away",
-            )
+        supervised = supervised_tokens(micro_batches, step)
         # Dropout and stochastic rounding hang on the step, not on history: a resumed run needs no random state.
         self.context.set_seed((self.config.training.seed * 1_000_003 + step) % 2**32)
         self.model.train()
@@ -284,11 +278,7 @@ class TTML:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         self.optimizer.zero_grad()
-        raise TrainingError(
-            f"step {step} is not finite: loss {loss}, gradient norm {norm}; the update was refused",
-            where=f"step {step}, learning rate {learning_rate:.3g}",
-            todo="resume with a lower learning rate, or look at the batch: recipe data show --step",
-        )
+        raise not_finite(loss, norm, learning_rate, step)
 
     def _compare_replicas(self) -> None:
         """Once, over one block: gradients that were not synchronised, for whatever reason, show in nothing else."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data import tokens, vocabulary
+from common.data import build, tokens, vocabulary
 from common.data.build import Builder, BuildReport, file_sha256, refuse_too_small, reopen
 from common.data.corpora import Document, text_sha256
 from common.data.text import ChatTokenizer
@@ -177,14 +178,4 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
     if info["unknown"]:
         refused = "; bits per byte is not given" if info["unknown"] > UNKNOWN_ALLOWED else ""
         notes.append(f"warning: {info['unknown']:.3%} of the held-out characters are in no training text{refused}")
-    return BuildReport(
-        action=action,
-        reason=reason,
-        folder=str(dataset.folder),
-        length=dataset.length,
-        rows={name: len(split) for name, split in dataset.splits.items()},
-        tokens={name: split.tokens for name, split in dataset.splits.items()},
-        supervised_share=1.0,
-        cut=[],
-        notes=notes,
-    )
+    return replace(build.report_of(dataset, action, reason), notes=notes)

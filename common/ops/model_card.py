@@ -40,7 +40,7 @@ tags:
 
 """
 
-BODY = """\
+NUMBERS = """\
 ## Numbers
 
 {% if losses %}
@@ -52,6 +52,11 @@ BODY = """\
 {% else %}
 This run did not evaluate the exported step, so there is no loss to report.
 {% endif %}
+"""
+
+BODY = (
+    NUMBERS
+    + """\
 
 Evaluated in {{ evaluated_in }} on {{ held_out_rows }} rows that were not trained on. {{ proof }}
 
@@ -78,6 +83,7 @@ It learned from {{ train_rows }} rows: it sounds like them, and knows little tha
 things that are wrong in a confident voice; check what matters. It was measured by the held-out loss above and by \
 nothing else: no safety or bias evaluation was made. What is said of the base's limits holds here, too.
 """
+)
 
 MERGED = (
     HEADER
@@ -117,7 +123,8 @@ and this model:
     + BODY
 )
 
-SCRATCH = """\
+SCRATCH = (
+    """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -150,17 +157,9 @@ It continued that with:
 {{ example[1] }}
 
 {% endif %}
-## Numbers
-
-{% if losses %}
-| held-out loss, nats per token | mean ± standard error |
-|---|---|
-{% for name, loss in losses.items() %}
-| {{ name }} | {{ loss }} |
-{% endfor %}
-{% else %}
-This run did not evaluate the exported step, so there is no loss to report.
-{% endif %}
+"""
+    + NUMBERS
+    + """\
 {% if bits %}
 
 {{ bits }}
@@ -188,6 +187,7 @@ Evaluated in {{ evaluated_in }} on text that was not trained on. {{ proof }}
 It knows the letters and the sound of one body of text, and nothing about the world. No safety or bias evaluation was \
 made.
 """
+)
 
 ADAPTER = (
     HEADER

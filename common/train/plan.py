@@ -78,10 +78,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
             todo="raise it, or leave data_config.split_by out",
         )
     prompts = build.Builder(config, launch.recipe_dir).prompts()
-    refuse_long_prompts(prompts, config, tokenizer, base.architecture)
-    for prompt in prompts:
-        if set(tokenizer.prompt_ids(prompt, config.data.system_prompt)) & set(tokenizer.never_ids):
-            warn(f"the evaluation prompt {prompt[:40]!r} has characters that no training text has")
+    check_prompts(prompts, config, tokenizer, base.architecture, warn)
     precision, why = precision_for(choice.hardware)
     if config.training.precision == "auto":
         config = config.with_values(**{"training.precision": precision})
@@ -134,20 +131,29 @@ def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None
         )
 
 
-def refuse_long_prompts(
-    prompts: Sequence[str], config: Config, tokenizer: ChatTokenizer, architecture: Mapping[str, Any]
+def check_prompts(
+    prompts: Sequence[str],
+    config: Config,
+    tokenizer: ChatTokenizer,
+    architecture: Mapping[str, Any],
+    warn: Callable[[str], None],
 ) -> None:
-    """Raise DataError where a prompt and its longest answer are more than the model has positions for."""
+    """Warn of a prompt with characters that no training text has.
+
+    Raises DataError where a prompt and its longest answer are more than the model has positions for.
+    """
     context, answer = architecture["max_position_embeddings"], config.eval.max_new_tokens
     for prompt in prompts:
-        tokens = len(tokenizer.prompt_ids(prompt, config.data.system_prompt))
-        if tokens + answer > context:
+        ids = tokenizer.prompt_ids(prompt, config.data.system_prompt)
+        if len(ids) + answer > context:
             raise DataError(
-                f"the evaluation prompt {prompt[:40]!r} has {tokens} tokens; with an answer of {answer} that is more "
+                f"the evaluation prompt {prompt[:40]!r} has {len(ids)} tokens; with an answer of {answer} that is more "
                 f"than the model's {context} positions",
                 where="eval_config.prompts",
-                todo=f"shorten it, or set eval_config.max_new_tokens to at most {context - tokens}",
+                todo=f"shorten it, or set eval_config.max_new_tokens to at most {context - len(ids)}",
             )
+        if set(ids) & set(tokenizer.never_ids):
+            warn(f"the evaluation prompt {prompt[:40]!r} has characters that no training text has")
 
 
 def key_of(departure: str) -> str:
