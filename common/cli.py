@@ -103,9 +103,26 @@ def _fail(message: str, code: int) -> None:
 @click.option("--container/--no-container", default=None, help="In the pinned image, or on this machine's Python.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and what it lacks here; run nothing.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
-def run(name: str, container: bool | None, dry_run: bool, **asked: Any) -> None:
+@click.option(
+    "--world", type=click.IntRange(min=1), help="Devices, or CPU processes of all hosts: the mesh [1, WORLD]."
+)
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, help="Hosts that share the CPU processes.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the hosts meet; HOST is one of them.")
+@click.option("--rdzv-timeout", type=click.IntRange(min=1), default=300, help="Seconds to wait for the other hosts.")
+def run(
+    name: str,
+    container: bool | None,
+    dry_run: bool,
+    world: int | None,
+    nnodes: int,
+    rdzv_endpoint: str | None,
+    rdzv_timeout: int,
+    **asked: Any,
+) -> int:
     """Train a recipe: data if stale, train, evaluate, export."""
     recipe_dir = find_recipe(name)
+    if world is not None:
+        asked["overrides"] += (f"device_config.mesh_shape=[1,{world}]",)
     if container:
         raise MachineError(
             "this version has no images yet",
@@ -117,11 +134,13 @@ def run(name: str, container: bool | None, dry_run: bool, **asked: Any) -> None:
 
         for line in describe(recipe_dir, name, asked):
             click.echo(line)
-        return
+        return 0
+    from common.ops import torchrun
     from common.train.plan import Launch
 
     launch = Launch(recipe_dir=recipe_dir, command=tuple(sys.argv), **asked)
-    load_script(recipe_dir / "train.py").train(launch)
+    hosts = torchrun.Hosts(nnodes, rdzv_endpoint, rdzv_timeout)
+    return torchrun.train(launch, hosts, lambda: load_script(recipe_dir / "train.py").train(launch), click.echo)
 
 
 @recipe.group()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -141,7 +142,7 @@ class Config(Section):
                 zip(_BATCH, (self.training.batch_size, self.training.gradient_accumulation_steps), strict=True)
             )
         overlay = self._origin.overlay
-        from_overlay = [key for key in keys if overlay and self.where(key).startswith(f"{overlay}:")]
+        from_overlay = [key for key in keys if overlay and self.where(key).startswith(f"{overlay}/")]
         return [f"{key}: {_text(keys[key])} ({self.where(key)})" for key in from_overlay]
 
     def with_values(self, **values: Any) -> Config:
@@ -220,14 +221,14 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
     last = [] if steps is None else [Layer(nest(_STOP[0], steps), {_STOP[0]: f"--steps {steps}"})]
 
     recipe = _stack(_stack(Layer(), [base]), preset)
-    merged = _stack(_stack(_stack(recipe, overlay), sets), last)
+    groups = [*([layer] for layer in overlay), sets, last]
+    merged = functools.reduce(_stack, groups, recipe)
     merged.problems += [
         Problem(locate(merged.where, (name,)), name, "unknown key") for name in ("recipe", "hw") if name in merged.tree
     ]
     merged.tree.update(recipe=recipe_dir.name, hw=hw.name)
     config = _validate(merged, f"the configuration of {recipe_dir.name}")
-    place = shown(recipe_dir / "hw" / f"{hw.name}.yaml") if overlay else None
-    config._origin = _Origin(merged.where, place, _batch_of(recipe))
+    config._origin = _Origin(merged.where, shown(recipe_dir / "hw") if overlay else None, _batch_of(recipe))
     chosen = any(layer.get(key) is not None for layer in [*overlay, *sets] for key in _BATCH)
     return _fit(config, hw, keep_batch=chosen)
 
@@ -285,7 +286,10 @@ def _stack(below: Layer, group: Sequence[Layer]) -> Layer:
 
 
 def _overlay(folder: Path, hw: Hardware) -> list[Layer]:
-    """hw/<board>.yaml if there is one. A file named after no board would never be read: refused."""
+    """hw/<board>.yaml if there is one, over hw/cpu.yaml for cpu-x2.
+
+    A file named after no board would never be read: refused.
+    """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in files:
         if path.suffix != ".yaml" or path.stem not in hardware.table():
@@ -293,7 +297,8 @@ def _overlay(folder: Path, hw: Hardware) -> list[Layer]:
             raise UsageError(
                 "this overlay is named after no board and would never be read", where=shown(path), todo=known
             )
-    return [read_file(path) for path in files if path.stem == hw.name]
+    names = ("cpu", hw.name) if hw.is_cpu else (hw.name,)  # however many processes: one experiment on a CPU
+    return [read_file(path) for name in dict.fromkeys(names) for path in files if path.stem == name]
 
 
 def _preset(folder: Path, layers: Sequence[Layer]) -> list[Layer]:
@@ -323,7 +328,7 @@ def _fit(config: Config, hw: Hardware, *, keep_batch: bool) -> Config:
     device, places = config.device, config.where
     mesh = device.mesh_shape or ((1, 1) if device.enable_ddp is False else hw.mesh_shape)
     devices = math.prod(mesh)
-    if devices > hw.chips:
+    if devices > hw.chips and not hw.is_cpu:  # a CPU takes any number of processes
         text = f"the mesh {list(mesh)} has {devices} devices, {hw.name} has {hw.chips}"
         raise UsageError(text, where=places("device_config.mesh_shape"), todo=f"use {list(hw.mesh_shape)} or less")
     if device.enable_ddp not in (None, devices > 1):

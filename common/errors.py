@@ -50,6 +50,10 @@ class TrainingError(RecipeError):
     code = 5
 
 
+class RankLost(TrainingError):
+    """A process of a data-parallel run died or stopped answering; the parameters are those of the last whole step."""
+
+
 class VerificationError(RecipeError):
     """A check ran and did not hold."""
 

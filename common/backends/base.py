@@ -135,12 +135,6 @@ def refuse_without_engine(hw: Hardware, config: Config) -> None:
         from common.backends.ttml import refuse_without_ttml
 
         refuse_without_ttml(hw, config)
-    elif hw.mesh_shape != (1, 1):
-        raise MachineError(
-            f"this version has no engine for {hw.name} yet",
-            where=f"HW={hw.name}",
-            todo="train the CPU twin with HW=cpu; the recipe, data and files are the same",
-        )
     elif importlib.util.find_spec("torch") is None:
         raise MachineError(
             "the CPU twin needs torch, which is not in this environment",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import gc
 import importlib.metadata
@@ -37,9 +38,10 @@ from common.backends.base import Array, BackendInfo, StepStats, not_finite, supe
 from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
 from common.backends.hf_map import PREFIX, misfit
 from common.backends.lora import add_lora, lora_layers
+from common.backends.ranks import Ranks, losing_ranks, ranks_of
 from common.config import Config
 from common.data.tokens import Batch
-from common.errors import MachineError, UsageError
+from common.errors import MachineError, RankLost, RecipeError, UsageError
 
 TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
 FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits
@@ -50,12 +52,14 @@ COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto`
 def open_cpu(config: Config) -> Iterator[TorchCPU]:
     """The CPU engine for `config`; its precision must be resolved (not `auto`)."""
     keep_large_buffers()
-    threads = config.device.threads or len(os.sched_getaffinity(0))
+    ranks = ranks_of(config)
+    threads = config.device.threads or max(1, len(os.sched_getaffinity(0)) // ranks.on_this_host)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     transformers.utils.logging.set_verbosity_error()
-    backend = TorchCPU(config, threads)
+    ranks.tell("open", config.dump())
+    backend = TorchCPU(config, threads, ranks)
     try:
         yield backend
     finally:
@@ -83,7 +87,7 @@ def give_back_memory() -> None:
 class TorchCPU:
     """Implements `common.backends.base.Backend`."""
 
-    def __init__(self, config: Config, threads: int) -> None:
+    def __init__(self, config: Config, threads: int, ranks: Ranks) -> None:
         training = config.training
         if training.optimizer.stochastic_rounding:
             raise UsageError(
@@ -91,7 +95,8 @@ class TorchCPU:
                 where="training_config.optimizer.stochastic_rounding",
                 todo="leave it false on cpu, or use AdamWFullPrecision, which needs none",
             )
-        self.config, self.threads = config, threads
+        self.config, self.threads, self.ranks = config, threads, ranks
+        self.synchronise = True  # `recipe verify --ddp` turns it off, to see that it would be noticed
         self.stored = torch.bfloat16 if training.precision == "bf16" else torch.float32
         self.mixed = training.precision == "bf16-mixed"
         self.compiled, self.compile_reason = decide_compile(config)
@@ -99,6 +104,7 @@ class TorchCPU:
         self.lengths: set[int] = set()  # tokens of the batches laid end to end so far
         self.model: LlamaForCausalLM
         self.padded_forward: Callable[..., Any]  # what a compiled run trains through: one shape for every step
+        self.objective: nn.Module
         self.optimizer: torch.optim.AdamW
         self.head16: Tensor | None = None  # a frozen head's bf16 copy, as lora.Frozen keeps one
         self.trained: dict[str, nn.Parameter] = {}
@@ -112,7 +118,7 @@ class TorchCPU:
             backend="torch-cpu",
             device=cpu_name(),
             precision=self.config.training.precision,
-            world=1,
+            world=self.ranks.world,
             threads=self.threads,
             compiled=self.compiled,
             versions={"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
@@ -122,12 +128,14 @@ class TorchCPU:
     # --- building -----------------------------------------------------------------------------------------------
 
     def build(self, architecture: Mapping[str, Any]) -> None:
+        self.ranks.tell("build", dict(architecture))
         with torch.device("meta"):
             self.model = LlamaForCausalLM(LlamaConfig.from_dict(dict(architecture)))
 
     def load(self, weights: Mapping[str, Array]) -> int:
         model, config = self.model, self.config.model
-        tensors = {name: to_torch(array).to(self.stored) for name, array in weights.items()}
+        self.ranks.tell("load")
+        tensors = {name: to_torch(array).to(self.stored) for name, array in self.ranks.shared(weights).items()}
         if model.config.tie_word_embeddings:
             tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
         check_names(tensors, dict(model.state_dict()))
@@ -147,6 +155,8 @@ class TorchCPU:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_optimizer()
         self.padded_forward = torch.compile(model.model.forward, dynamic=False) if self.compiled else model.model
+        self.objective = self.ranks.parallel(Objective(model, lambda batch: self._nll_sum(batch)))
+        self._settle_buckets()
         return parameters
 
     def _make_optimizer(self) -> None:
@@ -169,19 +179,13 @@ class TorchCPU:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
         started = time.perf_counter()
+        self.ranks.tell("train_step", learning_rate, step, batches=micro_batches)
         torch.manual_seed(self.config.training.seed * 1_000_003 + step)  # dropout hangs on the step, not on history
         self.model.train()
         supervised = supervised_tokens(micro_batches, step)
-        total = torch.zeros((), dtype=torch.float32)
-        for batch in micro_batches:
-            if not batch.loss_mask.any():
-                continue
-            with self._autocast():
-                loss = self._nll_sum(batch) / supervised
-            loss.backward()
-            total += loss.detach()
+        total = self._backward([self.ranks.rows_of(batch) for batch in micro_batches], supervised)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
-        loss_value, norm_value = float(total), float(norm)
+        loss_value, norm_value = sum(self.ranks.gather(float(total))), float(norm)
         if not (np.isfinite(loss_value) and np.isfinite(norm_value)):
             self._clear_gradients()
             raise not_finite(loss_value, norm_value, learning_rate, step)
@@ -193,6 +197,40 @@ class TorchCPU:
             give_back_memory()
         tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
         return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
+
+    def _backward(self, batches: Sequence[Batch], supervised: int) -> Tensor:
+        """Add up the gradients of this rank's rows, then all ranks'; return the sum of its nll / `supervised`."""
+        total = torch.zeros((), dtype=torch.float32)
+        for index, batch in enumerate(batches):
+            sums_up = self.synchronise and self.ranks.world > 1 and index == len(batches) - 1
+            if not (sums_up or batch.loss_mask.any()):
+                continue
+            with losing_ranks(), self.ranks.summing(self.objective, sums_up):
+                with self._autocast():
+                    loss = self._loss(batch) / supervised
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The sum of nll of `batch`. A rank without a supervised token has to take part in the summing all the same."""
+        if batch.loss_mask.any():
+            return cast(Tensor, self.objective(batch))
+        mask = np.zeros_like(batch.loss_mask)
+        mask[0, 0] = 1
+        return cast(Tensor, self.objective(dataclasses.replace(batch, loss_mask=mask)) * 0)
+
+    def _settle_buckets(self) -> None:
+        """Let DDP choose its buckets now.
+
+        It chooses them anew after its first backward, by the order in which gradients came, and with them the order of
+        a sum over three ranks or more: a resumed run would end in other bits.
+        """
+        if self.ranks.world > 1:
+            ids, mask = np.zeros((1, 32), np.uint32), np.zeros((1, 32), np.float32)
+            self.model.eval()  # never compiled for this one batch
+            self._backward([Batch(ids, ids, mask, np.zeros(1, np.int64))], 1)
+            self._clear_gradients()
 
     def _nll_sum(self, batch: Batch) -> Tensor:
         hidden, labels = self._supervised(batch)
@@ -243,14 +281,17 @@ class TorchCPU:
 
     @torch.no_grad()
     def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
+        self.ranks.tell("eval_nll", batches=[batch])
         self.model.eval()
+        mine = self.ranks.rows_of(batch)
         sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64)
-        if batch.loss_mask.any():
+        if mine.loss_mask.any():
             with self._in_fp32():
-                hidden, labels = self._supervised(batch)
+                hidden, labels = self._supervised(mine)
                 nll = nll_rows(hidden.float(), self.model.lm_head.weight.float(), labels).double()
-            sums.index_add_(0, torch.from_numpy(np.nonzero(batch.loss_mask > 0)[0]), nll)
-        return sums.numpy(), batch.loss_mask.sum(axis=1, dtype=np.float64)
+            first = self.ranks.rank * len(sums) // self.ranks.world
+            sums.index_add_(0, torch.from_numpy(first + np.nonzero(mine.loss_mask > 0)[0]), nll)
+        return self.ranks.fill(sums.numpy()), batch.loss_mask.sum(axis=1, dtype=np.float64)
 
     @contextlib.contextmanager
     def _in_fp32(self) -> Iterator[None]:
@@ -297,14 +338,16 @@ class TorchCPU:
 
     @contextlib.contextmanager
     def untuned(self) -> Iterator[None]:
-        layers = [layer for _, layer in lora_layers(self.model)]
-        for layer in layers:
-            layer.enabled = False
+        self.enable_adapters(False)
         try:
             yield
         finally:
-            for layer in layers:
-                layer.enabled = True
+            self.enable_adapters(True)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.ranks.tell("enable_adapters", enabled)
+        for _, layer in lora_layers(self.model):
+            layer.enabled = enabled
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -332,6 +375,8 @@ class TorchCPU:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Array]) -> None:
+        self.ranks.tell("load_state")
+        state = self.ranks.shared(state)
         mine = dict(self.state_shapes())
         if set(mine) != set(state):
             odd = sorted(set(mine) ^ set(state))
@@ -379,11 +424,50 @@ class TorchCPU:
 
     def close(self) -> None:
         """Free model and optimizer; the backend cannot be used again. Closing twice is harmless."""
-        for name in ("model", "padded_forward", "optimizer"):
+        with contextlib.suppress(RankLost):  # then nobody is left to be told
+            self.ranks.tell("close")
+        for name in ("model", "padded_forward", "objective", "optimizer"):
             self.__dict__.pop(name, None)
         self.trained, self.updated, self.masters, self.head16 = {}, {}, {}, None
         gc.collect()  # a module and its hooks refer to each other
         give_back_memory()
+
+
+class Objective(nn.Module):
+    """What is differentiated, as the module that data parallel wraps: a batch's sum of nll in nats."""
+
+    def __init__(self, model: nn.Module, nll_sum: Callable[[Batch], Tensor]) -> None:
+        super().__init__()
+        self.model, self.nll_sum = model, nll_sum
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.nll_sum(batch)
+
+
+def follow(ranks: Ranks) -> int:
+    """What every rank but the first does: the same as rank 0's engine, on rows of its own, until rank 0 has ended.
+
+    Returns the exit code that rank 0 ended with.
+    """
+    with contextlib.ExitStack() as opened:
+        for call, arguments, batches in ranks.heard():
+            if call == "end":
+                return int(arguments[0])
+            if call == "open":
+                backend = opened.enter_context(open_cpu(Config.model_validate(arguments[0])))
+                continue
+            with contextlib.suppress(RecipeError):  # rank 0 has the same one, and says so
+                if call in ("load", "load_state"):
+                    getattr(backend, call)({})
+                elif call == "train_step":
+                    backend.train_step(batches, *arguments)
+                elif call == "eval_nll":
+                    backend.eval_nll(*batches)
+                elif call in ("build", "enable_adapters", "close"):
+                    getattr(backend, call)(*arguments)
+                else:
+                    raise AssertionError(f"rank 0 asks for {call}, which is no call")
+    raise AssertionError("rank 0 has no end")
 
 
 def decide_compile(config: Config) -> tuple[bool, str]:

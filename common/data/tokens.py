@@ -76,13 +76,14 @@ class Batch:
         """Cut into `parts` equal batches along the rows, in order. Raises ValueError if B is no multiple of
         it.
         """
-        size, rest = divmod(len(self.rows), parts)
-        if rest:
+        if len(self.rows) % parts:
             raise ValueError(f"a batch of {len(self.rows)} rows cannot be cut into {parts} equal parts")
-        return [
-            Batch(self.input_ids[at], self.labels[at], self.loss_mask[at], self.rows[at])
-            for at in (slice(part * size, (part + 1) * size) for part in range(parts))
-        ]
+        return [self.cut(part, parts) for part in range(parts)]
+
+    def cut(self, part: int, parts: int) -> Batch:
+        """Part `part` (from 0) of `parts` parts along the rows; where B is no multiple, some have a row more."""
+        at = slice(part * len(self.rows) // parts, (part + 1) * len(self.rows) // parts)
+        return Batch(self.input_ids[at], self.labels[at], self.loss_mask[at], self.rows[at])
 
 
 class TokenSplit:

@@ -172,7 +172,8 @@ def find_base(config: Config, manifest: Mapping[str, Any], folder: Path, say: Sa
 @contextlib.contextmanager
 def engine(run: TrainedRun, *, trained: bool = True) -> Iterator[Backend]:
     """The CPU engine with the run's model, or, unless `trained`, with its base; for evaluation and generation."""
-    quiet = {"device.compile": "never", "training.optimizer.stochastic_rounding": False}
+    quiet: dict[str, Any] = {"device.compile": "never", "training.optimizer.stochastic_rounding": False}
+    quiet |= {"device.mesh_shape": (1, 1), "device.enable_ddp": False}
     if not trained:
         quiet["model.lora"] = None
     config = run.config.with_values(**quiet)

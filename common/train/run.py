@@ -24,7 +24,7 @@ from common.backends.init import logit_variance
 from common.config import Config
 from common.data.build_corpus import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
-from common.errors import RecipeError, Stopped, TrainingError, VerificationError
+from common.errors import RankLost, RecipeError, Stopped, TrainingError, VerificationError
 from common.models import Base, sha256_file
 from common.train import checkpoint, metrics
 from common.train.checkpoint import Checkpoint
@@ -60,6 +60,7 @@ def open_run(launch: Launch) -> Iterator[Run]:
                 catch_signals(console) as asked,
                 open_backend(plan.hw, plan.config) as backend,
                 contextlib.closing(Run(plan, start, backend, console, manifest, asked)) as run,
+                saved_if_a_rank_dies(run),
             ):
                 yield run
 
@@ -100,6 +101,7 @@ class Run:
             self.console.say(note)
         self.notes_said = 0
         self.say_notes()
+        self.trained_step = start.step  # the last one whose update is done
         self.records: list[dict[str, Any]] = []
         self.recent_losses: list[float] = []  # of the steps since the last evaluation
         self.trained_losses: list[tuple[float, int]] = []  # (held-out loss, step) of every evaluation but step 0's
@@ -189,6 +191,7 @@ class Run:
             self.manifest.update(first_loss=gate)
         if step == self.start.step + 1:  # after its first step an engine may know more: that its devices agree
             self.say_notes()
+        self.trained_step = step
         self.recent_losses.append(stats.loss)
         rate = self.learning_rate(step)
         record = {
@@ -315,6 +318,7 @@ class Run:
             "replica": f"the first of {info.world}" if info.world > 1 else None,
             "compiled": info.compiled,
             "threads": info.threads,
+            "world": info.world,
             "device": info.device,
             "versions": dict(info.versions),
         }
@@ -369,7 +373,8 @@ def keep_decisions(plan: Plan, start: Start) -> Plan:
     if start.checkpoint is None:
         return plan
     plan = with_launch(plan, **{"device.compile": "always" if start.checkpoint.state["compiled"] else "never"})
-    if plan.config.device.threads is None:
+    same_world = start.checkpoint.state.get("world", 1) == math.prod(plan.config.device.mesh_shape or (1, 1))
+    if plan.config.device.threads is None and same_world:
         plan = with_launch(plan, **{"device.threads": start.checkpoint.state["threads"]})
     return plan
 
@@ -492,6 +497,22 @@ def recorded_end(manifest: Manifest, console: Console) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
             manifest.update(exit_reason=reason, end=utc_now())
+
+
+@contextlib.contextmanager
+def saved_if_a_rank_dies(run: Run) -> Iterator[None]:
+    """Where another process of the run is lost, nothing of what was trained is: no update is done without all."""
+    try:
+        yield
+    except RankLost as lost:
+        step = run.trained_step
+        if step:
+            run.save(step)
+        raise RankLost(
+            lost.what,
+            where=f"{run.folder}, after step {step}{', which is saved' if step else ': nothing to save yet'}",
+            todo="the same command goes on from there",
+        ) from lost
 
 
 @contextlib.contextmanager

@@ -150,10 +150,6 @@ def test_a_board_that_is_there_and_no_ttml(run, tmp_path, monkeypatch):
     run("--set", "training_config.precision=bf16", hw="n150").refused(4, "is not in this environment", "tt-metal")
 
 
-def test_hardware_that_this_version_has_no_engine_for(run):
-    run(hw="cpu-x2").refused(4, "no engine for cpu-x2")
-
-
 def test_missing_base_weights(run, tiny_base, tmp_path):
     bare = shutil.copytree(tiny_base, tmp_path / "bare")
     (bare / "model.safetensors").unlink()

@@ -190,11 +190,14 @@ def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
     monkeypatch.setattr(cli, "load_script", lambda path: script)
-    arguments = "--hw cpu --set a.b=1 --set c.d=2 --steps 7 --stop-at 3 --resume never --accept-changes".split()
+    settings = ("training_config.seed=1", "eval_config.every=1")
+    arguments = [*"--hw cpu --steps 7 --stop-at 3 --resume never --accept-changes".split()]
+    arguments += [word for setting in settings for word in ("--set", setting)]
     assert command("run", "tinyllama-finetune", *arguments, "--out", str(tmp_path))[0] == 0
     (launch,) = launches
     assert launch.recipe_dir == ROOT / "recipes" / "tinyllama-finetune"
-    assert (launch.hw, launch.overrides, launch.steps, launch.stop_at) == ("cpu", ("a.b=1", "c.d=2"), 7, 3)
+    assert (launch.hw, launch.steps, launch.stop_at) == ("cpu", 7, 3)
+    assert launch.overrides == settings
     assert (launch.resume, launch.accept_changes, launch.out) == ("never", True, tmp_path)
     assert launch.command[:3] == ("recipe", "run", "tinyllama-finetune")
 

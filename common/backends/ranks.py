@@ -1,0 +1,237 @@
+"""The processes of one data-parallel run on CPUs: rank 0 leads, the others repeat its calls on rows of their own.
+
+As on a board, one process drives: recipe, data, files and decisions are rank 0's alone. Whatever it asks of its engine
+it tells the other ranks first, with the whole batch; each takes its rows, and PyTorch's DistributedDataParallel sums
+the gradients in buckets while the backward pass goes on. torchrun starts the processes (common/ops/torchrun.py), gloo
+carries what they say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.backends.base import Array
+from common.config import Config
+from common.data.tokens import Batch
+from common.errors import MachineError, RankLost, UsageError
+
+SLOWEST_RANK = datetime.timedelta(minutes=10)  # that the others wait for in a step; a dead one is known at once
+IDLE = datetime.timedelta(days=365)  # a rank waits for the next call for as long as rank 0 evaluates, saves or exports
+Call = tuple[str, list[Any], list[Batch]]  # name, arguments, batches
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run; alone, every method is free of cost."""
+
+    rank: int = 0
+    world: int = 1
+    on_this_host: int = 1
+    calls_group: Any = None
+
+    # --- what an engine computes with -----------------------------------------------------------------------------
+
+    def rows_of(self, batch: Batch) -> Batch:
+        """This rank's rows of `batch`, in order; all ranks' together are the batch."""
+        return batch if self.world == 1 else batch.cut(self.rank, self.world)
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients summed over the ranks during `backward`. Not averaged: a loss is already divided
+        by the tokens of all ranks.
+        """
+        if self.world == 1:
+            return module
+        wrapped = DistributedDataParallel(
+            module, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+        wrapped.register_comm_hook(None, lambda _, bucket: sum_gradients(bucket.buffer()))
+        return wrapped
+
+    @contextlib.contextmanager
+    def summing(self, module: nn.Module, sums_up: bool) -> Iterator[None]:
+        """A forward and backward within sum up the gradients of all ranks, or only add to this rank's own."""
+        with contextlib.ExitStack() as stack:
+            if isinstance(module, DistributedDataParallel) and not sums_up:
+                stack.enter_context(module.no_sync())
+            yield
+
+    def gather(self, value: float) -> list[float]:
+        """`value` of every rank, in their order."""
+        if self.world == 1:
+            return [value]
+        values = np.zeros(self.world)
+        values[self.rank] = value
+        return [float(each) for each in self.fill(values)]
+
+    def fill(self, values: Array) -> Array:
+        """float64 [N] of which each rank has some and zeros for the rest; every rank gets them all."""
+        if self.world > 1:
+            with losing_ranks():
+                dist.all_reduce(torch.from_numpy(values))
+        return values
+
+    # --- what rank 0 tells ----------------------------------------------------------------------------------------
+
+    def tell(self, call: str, *arguments: Any, batches: Sequence[Batch] = ()) -> None:
+        """From rank 0: let the other ranks do the same. `arguments` are JSON."""
+        if self.world == 1 or self.rank:
+            return
+        with losing_ranks():
+            self._send_text(json.dumps([call, arguments, [batch.loss_mask.shape for batch in batches]]))
+            for batch in batches:
+                for array in (batch.input_ids, batch.labels, batch.loss_mask, batch.rows):
+                    self._share(array)
+
+    def heard(self) -> Iterator[Call]:
+        """On another rank: rank 0's calls, as they come."""
+        while True:
+            call, arguments, shapes = json.loads(self._send_text(""))
+            batches = []
+            for rows, width in shapes:
+                shape, (u32, f32, i64) = (rows, width), (np.uint32, np.float32, np.int64)
+                arrays = [np.empty(shape, u32), np.empty(shape, u32), np.empty(shape, f32), np.empty(rows, i64)]
+                batches.append(Batch(*map(self._share, arrays)))
+            yield call, arguments, batches
+
+    def shared(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Rank 0's tensors on every rank; read one at a time, by all ranks in one order."""
+        return tensors if self.world == 1 else _Shared(self, tensors)
+
+    def same(self, facts: Mapping[str, Any]) -> str:
+        """Raise UsageError on every rank if the `facts` (JSON) of one are not rank 0's; return rank 0's host."""
+        mine = json.dumps([socket.gethostname(), facts], sort_keys=True).encode()
+        sizes = [int(size) for size in self.gather(len(mine))]
+        texts = torch.zeros(self.world, max(sizes), dtype=torch.uint8)
+        texts[self.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        dist.all_reduce(texts)
+        (first, expected), *others = (
+            json.loads(bytes(line[:size].tolist())) for line, size in zip(texts, sizes, strict=True)
+        )
+        for rank, (host, found) in enumerate(others, 1):
+            odd = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+            if odd:
+                shown = "; ".join(f"{key}: {expected.get(key)} and {found.get(key)}" for key in odd[:3])
+                raise UsageError(
+                    f"rank {rank} was not started as rank 0 was: {shown}",
+                    where=f"rank 0 on {first}, rank {rank} on {host}",
+                    todo="give every host the same command, files and package versions",
+                )
+        return str(first)
+
+    def _send_text(self, text: str) -> str:
+        size = torch.tensor([len(text.encode())])
+        dist.broadcast(size, 0, group=self.calls_group)
+        raw = np.frombuffer(text.encode(), np.uint8).copy() if self.rank == 0 else np.empty(int(size), np.uint8)
+        return self._share(raw).tobytes().decode()
+
+    def _share(self, array: Array) -> Array:
+        """Rank 0's bytes, in an array that has its shape and type on every rank."""
+        array = np.ascontiguousarray(array)
+        if array.size:
+            dist.broadcast(torch.from_numpy(array.reshape(-1).view(np.uint8)), 0, group=self.calls_group)
+        return array
+
+
+class _Shared(Mapping[str, Array]):
+    """Tensors that rank 0 reads and every rank gets."""
+
+    def __init__(self, ranks: Ranks, tensors: Mapping[str, Array]) -> None:
+        self.ranks, self.tensors = ranks, tensors
+        with losing_ranks():
+            self.names: list[str] = json.loads(ranks._send_text(json.dumps(list(tensors))))
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self.names:
+            raise KeyError(name)
+        with losing_ranks():
+            if self.ranks.rank == 0:
+                array = np.array(self.tensors[name])  # a copy: what is read from a file cannot be written to
+                self.ranks._send_text(json.dumps([array.dtype.name, array.shape]))
+            else:
+                kind, shape = json.loads(self.ranks._send_text(""))
+                array = np.empty(shape, ml_dtypes.bfloat16 if kind == "bfloat16" else np.dtype(kind))
+            return self.ranks._share(array)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+_joined: list[Ranks] = []  # this process's place among several; empty while it is alone
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Meet the other processes that torchrun started with this one. Raises MachineError when they do not come."""
+    try:
+        dist.init_process_group("gloo", timeout=SLOWEST_RANK)
+        calls_group = dist.new_group(timeout=IDLE)
+    except (RuntimeError, ValueError) as error:
+        raise MachineError(
+            f"the processes of this run cannot reach each other: {reason_of(error)}",
+            where="gloo, PyTorch's network layer for CPUs",
+            todo="on several hosts, set GLOO_SOCKET_IFNAME to the interface that leads to the others",
+        ) from error
+    on_this_host = int(os.environ["LOCAL_WORLD_SIZE"])
+    _joined[:] = [Ranks(dist.get_rank(), dist.get_world_size(), on_this_host, calls_group)]
+    try:
+        yield _joined[0]
+    finally:
+        _joined.clear()
+        dist.destroy_process_group()
+
+
+def ranks_of(config: Config) -> Ranks:
+    """The processes that train a config's mesh of [1, N]; this one alone for [1, 1]. Raises MachineError."""
+    found, wanted = _joined[0] if _joined else Ranks(), math.prod(config.device.mesh_shape or (1, 1))
+    if wanted == 1:
+        return Ranks()
+    if found.world != wanted:
+        raise MachineError(
+            f"the mesh {list(config.device.mesh_shape or ())} needs {wanted} processes, this is one of {found.world}",
+            where="device_config.mesh_shape",
+            todo="`recipe run` starts them; under a torchrun of your own, start as many",
+        )
+    return found
+
+
+def sum_gradients(bucket: Tensor) -> torch.futures.Future[Tensor]:
+    """What DDP does as soon as a bucket of gradients is full: the sum over ranks, while the backward pass goes on."""
+    work = dist.all_reduce(bucket, async_op=True)
+    assert work is not None, "this rank is in the group"
+    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def losing_ranks() -> Iterator[None]:
+    """Turn gloo's errors, raised when another process is gone, into RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise RankLost(f"another process of this run is gone: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """gloo's reason, without its source file and advice."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[[^\]]*\.(cc|h|cpp):\d+\]\s*", "", line).partition(". This is typically")[0]

@@ -1,0 +1,219 @@
+"""Start the processes of a data-parallel run on CPUs with torchrun's agent, and end with the code that they end with.
+
+The agent runs in this process: it starts `python -m common.ops.rank ...` for each rank of this host and watches them.
+A rank that ends by itself, whatever the outcome, leaves its exit code in a file and ends with 0; anything else is a
+rank that died. Ctrl-C and SIGTERM are passed on to the host's first rank, which saves and stops as it does alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import logging
+import math
+import os
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from common import config as configs
+from common import hardware
+from common.errors import MachineError, RankLost, UsageError
+from common.train.plan import Launch
+
+FOLDER = "RECIPES_RANKS"  # environment: where a rank leaves its pid and its exit code
+SHUTDOWN_SECONDS = 40  # that rank 0 has for saving after another rank died; the whole end takes less than a minute
+STARTED_BY_TORCHRUN = "LOCAL_RANK"  # environment, as torchrun sets it
+SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Those that share a run's processes, and how they meet."""
+
+    number: int = 1
+    endpoint: str | None = None
+    seconds_to_meet: int = 300
+
+    def processes_of_each(self, world: int) -> int:
+        """Of `world` processes. Raises UsageError."""
+        if world % self.number:
+            raise UsageError(
+                f"{world} processes cannot be shared out to {self.number} hosts",
+                where="--nnodes",
+                todo=f"set --world to a multiple of {self.number}: it counts the processes of all hosts",
+            )
+        if (self.number > 1) != (self.endpoint is not None):
+            raise UsageError(
+                "several hosts need an address to meet at, and one host needs none",
+                where="--nnodes and --rdzv-endpoint",
+                todo="on every host: --nnodes 2 --rdzv-endpoint HOST:PORT, HOST being one of them",
+            )
+        return world // self.number
+
+
+def train(launch: Launch, hosts: Hosts, lead: Callable[[], None], say: Callable[[str], None]) -> int:
+    """Call `lead`, here or in rank 0 of the processes that the launch asks for; return the exit code."""
+    board = hardware.choose(launch.hw, require_present=False).hardware  # a real run asks again
+    config = configs.load(launch.recipe_dir, board, launch.overrides, launch.steps)
+    world = math.prod(config.device.mesh_shape or (1, 1)) if board.is_cpu else 1
+    here = hosts.processes_of_each(world)
+    if is_rank():
+        from common.ops.rank import take_part
+
+        return take_part(config, launch.recipe_dir, lead)
+    if world == 1:
+        lead()
+        return 0
+    say(f"{world} processes share every batch, {here} of them on this host")
+    return run(arguments_of(launch), here, hosts)
+
+
+def arguments_of(launch: Launch) -> list[str]:
+    """The `recipe` command of a launch, as its ranks get it."""
+    options = {name: getattr(launch, name) for name in ("hw", "steps", "stop_at", "resume", "out")}
+    words = [str(launch.recipe_dir)]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+    words += ["--accept-changes"] if launch.accept_changes else []
+    return ["run", *words, *(part for override in launch.overrides for part in ("--set", override))]
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process."""
+    return STARTED_BY_TORCHRUN in os.environ
+
+
+def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
+    """Run `recipe` with `arguments` in the `here` ranks of this host; return the exit code that rank 0 ended with.
+
+    Raises RankLost when one died, MachineError when the hosts do not meet.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what went wrong is said here, once; read as torch loads
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="recipe-ranks-") as name, passing_on_signals(Path(name)):
+        os.environ[FOLDER] = name
+        meeting = meeting_of(hosts)
+        config = LaunchConfig(
+            min_nodes=hosts.number,
+            max_nodes=hosts.number,
+            nproc_per_node=here,
+            run_id="recipe",
+            rdzv_backend="c10d",
+            rdzv_endpoint=hosts.endpoint or "127.0.0.1:0",
+            rdzv_configs={"is_host": meeting.is_here, "join_timeout": hosts.seconds_to_meet},
+            max_restarts=0,
+            local_addr=meeting.address,
+            logs_specs=DefaultLogsSpecs(log_dir=name),
+            signals_to_handle="SIGQUIT",
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "common.ops.rank", *arguments)
+        except ChildFailedError as error:
+            raise dead_rank(error, here * hosts.number) from None
+        except (RendezvousError, OSError) as error:
+            raise nobody_came(hosts, str(error)) from error
+        return int((Path(name) / "0.code").read_text(encoding="ascii"))
+
+
+def nobody_came(hosts: Hosts, why: str) -> MachineError:
+    return MachineError(
+        f"{hosts.number} hosts did not meet within {hosts.seconds_to_meet} s: {why or 'one of them did not come'}",
+        where=f"--rdzv-endpoint {hosts.endpoint}",
+        todo="start the same command on every host; HOST is the address of one of them, PORT free and not blocked",
+    )
+
+
+def dead_rank(error: Any, world: int) -> RankLost:
+    """What to say of the rank that died first."""
+    first = min(error.failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].timestamp))
+    rank, failure = first  # SIGTERM is what the agent sends to the others
+    code = failure.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    todo = "the same command goes on from the newest checkpoint, or starts anew where none was saved"
+    return RankLost(f"rank {rank} of {world} (process {failure.pid}) {how}", todo=todo)
+
+
+@contextlib.contextmanager
+def passing_on_signals(folder: Path) -> Iterator[None]:
+    """SIGINT and SIGTERM go to this host's first rank; the agent then waits for all of them."""
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError, ValueError):  # not started yet, or over
+            os.kill(int((folder / "0.pid").read_text(encoding="ascii")), number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the hosts meet, seen from this one: its own address there, and whether it is the place itself."""
+
+    address: str = "127.0.0.1"
+    is_here: bool = True
+
+
+def meeting_of(hosts: Hosts) -> Meeting:
+    """Look the meeting place up, wait until it answers, and tell gloo the interface that leads there.
+
+    Left alone, gloo takes the address of the host's name, which on many systems is a loopback address.
+    """
+    if hosts.endpoint is None:
+        return Meeting()
+    name, _, port = hosts.endpoint.rpartition(":")
+    if not name or not port.isdecimal():
+        raise UsageError(f"{hosts.endpoint!r} is no HOST:PORT", where="--rdzv-endpoint", todo="such as 192.0.2.1:29500")
+    try:
+        place = socket.gethostbyname(name)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((place, int(port)))  # sends nothing: it asks the routing table
+            mine = str(probe.getsockname()[0])
+    except OSError as error:
+        raise nobody_came(hosts, f"there is no way to {name} ({error.strerror})") from error
+    interface = next((found for found, address in addresses() if address == mine), None)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if place != mine:
+        wait_for(place, int(port), hosts)
+    return Meeting(mine, place == mine)
+
+
+def wait_for(place: str, port: int, hosts: Hosts) -> None:
+    deadline = time.monotonic() + hosts.seconds_to_meet
+    while True:
+        try:
+            socket.create_connection((place, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise nobody_came(hosts, f"nobody answers ({error.strerror or error})") from error
+            time.sleep(0.5)
+
+
+def addresses() -> Iterator[tuple[str, str]]:
+    """Interfaces of this host with their IPv4 addresses."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                yield name, str(ipaddress.ip_address(answer[20:24]))

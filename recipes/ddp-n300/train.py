@@ -1,0 +1,38 @@
+"""Train one model on several devices at once, every one on its share of each batch.
+
+    make recipe-ddp HW=n300                        two chips of one card
+    make recipe-ddp HW=cpu-x2                      two processes on a CPU
+    make recipe-ddp HW=cpu-x2 WORLD=4              four
+    make verify RUN= DDP=1                         one device against several, number by number
+
+Nothing below knows how many devices there are: data parallel is `device_config.mesh_shape`, [1, N], and any recipe takes
+it. `batch_size` is the rows of all devices together, and the loss is divided by their tokens together, so the number of
+devices changes no gradient. common/backends says how: ranks.py for processes on CPUs, ttml.py for chips.
+"""
+
+from __future__ import annotations
+
+from common.ops.export import export_run
+from common.ops.moved import report_unmoved
+from common.train.plan import Launch
+from common.train.run import open_run
+
+
+def train(launch: Launch) -> None:
+    with open_run(launch) as run:
+        config, rows = run.config, run.dataset.train
+        run.evaluate(step=0)
+
+        for step in run.steps():
+            batch = rows.batch(step, config.training.seed, config.effective_batch)  # the same for 1, 2 or 32 devices
+            micro_batches = batch.split(config.training.gradient_accumulation_steps)
+            stats = run.backend.train_step(micro_batches, run.learning_rate(step), step)
+            run.record(step, stats)
+            if run.evaluation_due(step):
+                run.evaluate(step)
+            if run.checkpoint_due(step):
+                run.save(step)
+
+        run.finish()
+        report_unmoved(run)
+        export_run(run)
