@@ -223,16 +223,27 @@ def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
 
 @recipe.command()
 @click.option("--bring-up", is_flag=True, help="The checklist for a board or a build that has not trained yet.")
-@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
+@click.option("--ddp", is_flag=True, help="One device against several: the same losses, the same parameters?")
+@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here, or cpu-x2 for --ddp.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def verify(bring_up: bool, hw: str | None, as_json: bool) -> None:
+@click.option("--recipe", "name", default="ddp-n300", show_default=True, help="What --ddp trains.")
+@click.option("--world", type=click.IntRange(min=2), help="Devices that --ddp compares with one; unset: all.")
+@click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="That --ddp compares.")
+@click.option("--weak", is_flag=True, help="For --ddp: measure with a batch for each device.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="For --ddp: override one key; repeatable.")
+def verify(bring_up: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any) -> int:
     """Prove that a board computes what it should. Exit code 6 where it does not."""
-    if not bring_up:
-        raise UsageError("this version verifies a board alone", todo="recipe verify --bring-up [--hw BOARD]")
+    if ddp == bring_up:
+        raise UsageError("verify what?", todo="recipe verify --bring-up, or recipe verify --ddp [--hw BOARD]")
+    if ddp:
+        from common.ops.verify_ddp import run
+
+        return run(hw, as_json=as_json, say=click.echo, **asked)
     from common.ops.bring_up import report
     from common.ops.doctor import choose_board
 
     report(*choose_board(hw, require_present=True), as_json, click.echo)
+    return 0
 
 
 def load_script(path: Path) -> Any:

@@ -113,16 +113,21 @@ class Ranks:
         """Rank 0's tensors on every rank; read one at a time, by all ranks in one order."""
         return tensors if self.world == 1 else _Shared(self, tensors)
 
-    def same(self, facts: Mapping[str, Any]) -> str:
-        """Raise UsageError on every rank if the `facts` (JSON) of one are not rank 0's; return rank 0's host."""
-        mine = json.dumps([socket.gethostname(), facts], sort_keys=True).encode()
+    def collect(self, text: str) -> list[str]:
+        """`text` of every rank, in their order."""
+        mine = text.encode()
         sizes = [int(size) for size in self.gather(len(mine))]
         texts = torch.zeros(self.world, max(sizes), dtype=torch.uint8)
         texts[self.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-        dist.all_reduce(texts)
-        (first, expected), *others = (
-            json.loads(bytes(line[:size].tolist())) for line, size in zip(texts, sizes, strict=True)
-        )
+        if self.world > 1:
+            with losing_ranks():
+                dist.all_reduce(texts)
+        return [bytes(line[:size].tolist()).decode() for line, size in zip(texts, sizes, strict=True)]
+
+    def same(self, facts: Mapping[str, Any]) -> str:
+        """Raise UsageError on every rank if the `facts` (JSON) of one are not rank 0's; return rank 0's host."""
+        texts = self.collect(json.dumps([socket.gethostname(), facts]))
+        (first, expected), *others = map(json.loads, texts)
         for rank, (host, found) in enumerate(others, 1):
             odd = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
             if odd:

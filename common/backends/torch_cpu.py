@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -96,7 +97,7 @@ class TorchCPU:
                 todo="leave it false on cpu, or use AdamWFullPrecision, which needs none",
             )
         self.config, self.threads, self.ranks = config, threads, ranks
-        self.synchronise = True  # `recipe verify --ddp` turns it off, to see that it would be noticed
+        self.synchronised = True
         self.stored = torch.bfloat16 if training.precision == "bf16" else torch.float32
         self.mixed = training.precision == "bf16-mixed"
         self.compiled, self.compile_reason = decide_compile(config)
@@ -202,7 +203,7 @@ class TorchCPU:
         """Add up the gradients of this rank's rows, then all ranks'; return the sum of its nll / `supervised`."""
         total = torch.zeros((), dtype=torch.float32)
         for index, batch in enumerate(batches):
-            sums_up = self.synchronise and self.ranks.world > 1 and index == len(batches) - 1
+            sums_up = self.synchronised and self.ranks.world > 1 and index == len(batches) - 1
             if not (sums_up or batch.loss_mask.any()):
                 continue
             with losing_ranks(), self.ranks.summing(self.objective, sums_up):
@@ -231,6 +232,17 @@ class TorchCPU:
             self.model.eval()  # never compiled for this one batch
             self._backward([Batch(ids, ids, mask, np.zeros(1, np.int64))], 1)
             self._clear_gradients()
+
+    def synchronise(self, on: bool) -> None:
+        self.ranks.tell("synchronise", on)
+        self.synchronised = on
+
+    def replicas(self) -> list[str]:
+        self.ranks.tell("replicas")
+        digest = hashlib.sha256()
+        for tensor in self.trained.values():
+            digest.update(to_numpy(tensor).tobytes())
+        return self.ranks.collect(digest.hexdigest())
 
     def _nll_sum(self, batch: Batch) -> Tensor:
         hidden, labels = self._supervised(batch)
@@ -463,7 +475,7 @@ def follow(ranks: Ranks) -> int:
                     backend.train_step(batches, *arguments)
                 elif call == "eval_nll":
                     backend.eval_nll(*batches)
-                elif call in ("build", "enable_adapters", "close"):
+                elif call in ("build", "enable_adapters", "synchronise", "replicas", "close"):
                     getattr(backend, call)(*arguments)
                 else:
                     raise AssertionError(f"rank 0 asks for {call}, which is no call")

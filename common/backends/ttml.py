@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import importlib
 import importlib.metadata
 import math
@@ -35,7 +36,7 @@ from common.backends.ttml_mesh import prepare_environment
 from common.backends.ttml_tensors import Tensors
 from common.config import Config
 from common.data.tokens import Batch
-from common.errors import DataError, MachineError, TrainingError
+from common.errors import DataError, MachineError, TrainingError, VerificationError
 from common.hardware import Hardware
 
 NO_LIMIT = 1e20  # a gradient norm that is never reached: clipping there only measures
@@ -95,6 +96,7 @@ class TTML:
         self.is_open = False
         self.steps_done = 0
         self.notes = first_notes(config, self.devices)
+        self.synchronised = True
         self.check_replicas = self.devices > 1 and not config.training.optimizer.stochastic_rounding
         self.io: Tensors
         self.llama: Llama
@@ -227,7 +229,7 @@ class TTML:
             self.optimizer.set_lr(float(learning_rate))
             self.optimizer.zero_grad()
             losses = [self._backward(batch, supervised) for batch in micro_batches if batch.loss_mask.any()]
-            if self.devices > 1:
+            if self.devices > 1 and self.synchronised:
                 self.ttml.sync_gradients(self.parameters, axis_names=("dp",))
             limit = self.config.training.max_grad_norm or NO_LIMIT
             norm = self.ttml.core.clip_grad_norm(self.parameters, limit, 2.0, False)
@@ -280,12 +282,22 @@ class TTML:
         self.optimizer.zero_grad()
         raise not_finite(loss, norm, learning_rate, step)
 
+    def synchronise(self, on: bool) -> None:
+        self.synchronised, self.check_replicas = on, False  # who turns it off looks at the replicas himself
+
+    def replicas(self) -> list[str]:
+        digests = [hashlib.sha256() for _ in range(self.devices)]
+        for name in self.trained:
+            for digest, copy in zip(digests, self.io.read(self.weights[name]).reshape(self.devices, -1), strict=True):
+                digest.update(copy.tobytes())
+        return [digest.hexdigest() for digest in digests]
+
     def _compare_replicas(self) -> None:
         """Once, over one block: gradients that were not synchronised, for whatever reason, show in nothing else."""
         for name in (name for name in self.trained if hf_map.tail_of(name).startswith("blocks/0/")):
             copies = self.io.read(self.weights[name]).reshape(self.devices, -1)
             if (copies != copies[:1]).any():
-                raise MachineError(
+                raise VerificationError(
                     f"the devices hold different weights after step {self.steps_done} (seen in {name}): gradients are "
                     "not synchronised",
                     where=f"HW={self.hw.name}, mesh {list(self.mesh_shape)}",

@@ -27,9 +27,11 @@ from typing import Any
 
 from common import config as configs
 from common import hardware
+from common.config import Config
 from common.errors import MachineError, RankLost, UsageError
 from common.train.plan import Launch
 
+Say = Callable[[str], None]
 FOLDER = "RECIPES_RANKS"  # environment: where a rank leaves its pid and its exit code
 SHUTDOWN_SECONDS = 40  # that rank 0 has for saving after another rank died; the whole end takes less than a minute
 STARTED_BY_TORCHRUN = "LOCAL_RANK"  # environment, as torchrun sets it
@@ -61,36 +63,38 @@ class Hosts:
         return world // self.number
 
 
-def train(launch: Launch, hosts: Hosts, lead: Callable[[], None], say: Callable[[str], None]) -> int:
-    """Call `lead`, here or in rank 0 of the processes that the launch asks for; return the exit code."""
-    board = hardware.choose(launch.hw, require_present=False).hardware  # a real run asks again
-    config = configs.load(launch.recipe_dir, board, launch.overrides, launch.steps)
-    world = math.prod(config.device.mesh_shape or (1, 1)) if board.is_cpu else 1
+def in_processes(
+    recipe_dir: Path, config: Config, arguments: Sequence[str], hosts: Hosts, lead: Callable[[], None], say: Say
+) -> int:
+    """Call `lead` here, or in rank 0 of as many processes as the mesh of a CPU's config has; return the exit code.
+
+    Each of the processes runs `recipe` with `arguments`, and comes here again as a rank.
+    """
+    on_cpu = hardware.get(config.hw).is_cpu
+    world = math.prod(config.device.mesh_shape or (1, 1)) if on_cpu else 1
     here = hosts.processes_of_each(world)
-    if is_rank():
+    if STARTED_BY_TORCHRUN in os.environ:
         from common.ops.rank import take_part
 
-        return take_part(config, launch.recipe_dir, lead)
+        return take_part(config, recipe_dir, lead)
     if world == 1:
         lead()
         return 0
-    say(f"{world} processes share every batch, {here} of them on this host")
-    return run(arguments_of(launch), here, hosts)
+    say(f"{world} processes share every batch{'' if hosts.number == 1 else f', {here} of them on this host'}")
+    return run(arguments, here, hosts)
 
 
-def arguments_of(launch: Launch) -> list[str]:
-    """The `recipe` command of a launch, as its ranks get it."""
+def train(launch: Launch, hosts: Hosts, lead: Callable[[], None], say: Say) -> int:
+    """Call `lead`, which trains, in the processes that the launch asks for."""
+    board = hardware.choose(launch.hw, require_present=False).hardware  # a real run asks again
+    config = configs.load(launch.recipe_dir, board, launch.overrides, launch.steps)
     options = {name: getattr(launch, name) for name in ("hw", "steps", "stop_at", "resume", "out")}
-    words = [str(launch.recipe_dir)]
+    words = ["run", str(launch.recipe_dir)]
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
     words += ["--accept-changes"] if launch.accept_changes else []
-    return ["run", *words, *(part for override in launch.overrides for part in ("--set", override))]
-
-
-def is_rank() -> bool:
-    """Whether torchrun started this process."""
-    return STARTED_BY_TORCHRUN in os.environ
+    words += [part for override in launch.overrides for part in ("--set", override)]
+    return in_processes(launch.recipe_dir, config, words, hosts, lead, say)
 
 
 def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:

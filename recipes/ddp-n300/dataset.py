@@ -1,4 +1,4 @@
-"""The recipe's data: a corpus of plain text, whole plays of it held out. How many devices train on it is not known here.
+"""The recipe's data: a corpus of plain text, whole plays of it held out. It knows nothing of devices.
 
 To fork: name your text file or folder with data_config.corpus; nothing here needs to change.
 """

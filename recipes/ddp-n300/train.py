@@ -3,11 +3,11 @@
     make recipe-ddp HW=n300                        two chips of one card
     make recipe-ddp HW=cpu-x2                      two processes on a CPU
     make recipe-ddp HW=cpu-x2 WORLD=4              four
-    make verify RUN= DDP=1                         one device against several, number by number
+    recipe verify --ddp                            one device against several, step by step
 
-Nothing below knows how many devices there are: data parallel is `device_config.mesh_shape`, [1, N], and any recipe takes
-it. `batch_size` is the rows of all devices together, and the loss is divided by their tokens together, so the number of
-devices changes no gradient. common/backends says how: ranks.py for processes on CPUs, ttml.py for chips.
+Nothing below knows how many devices there are: data parallel is `device_config.mesh_shape`, [1, N], and any recipe
+takes it. `batch_size` is the rows of all devices together, and the loss is divided by the tokens of them all, so the
+number of devices changes no gradient. How: common/backends/ranks.py for processes on a CPU, ttml.py for chips.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ pytest.importorskip("torch", reason="the doubles of ttml are torch")
 from common.backends.init import uniform
 from common.backends.ttml import open_ttml
 from common.data.tokens import Batch
-from common.errors import DataError, MachineError, TrainingError
+from common.errors import DataError, MachineError, TrainingError, VerificationError
 from common.hardware import get
 from common.models import resolve
 from common.train import checkpoint
@@ -254,7 +254,7 @@ def test_replicas_that_drift_are_found_after_the_first_step(tmp_path, tiny_base)
     """Take away _compare_replicas: nothing else shows that gradients are not synchronised."""
     with board(board_config(tiny_base), tmp_path, 2) as backend:
         backend.ttml.sync_gradients = lambda *_, **__: None
-        with pytest.raises(MachineError, match="different weights after step 1") as caught:
+        with pytest.raises(VerificationError, match="different weights after step 1") as caught:
             backend.train_step(batches(1), 1e-2, 1)
     assert caught.value.code == 4
 
