@@ -38,6 +38,7 @@ run)
     switch --container CONTAINER --no-container
     switch --dry-run DRY
     value --out OUT
+    value --world WORLD
     ;;
 data)
     value --hw HW
@@ -50,7 +51,14 @@ generate)
 export)
     switch --check CHECK
     ;;
-doctor | verify)
+doctor)
+    value --hw HW
+    ;;
+verify)
+    switch --ddp DDP --bring-up
+    [ -n "${DDP:-}" ] || command+=(--bring-up)
+    switch --weak WEAK
+    value --world WORLD
     value --hw HW
     ;;
 *)
