@@ -116,7 +116,8 @@ def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
     share = f" ({training.batch_size // devices} rows on each of {devices} devices)" if devices > 1 else ""
     say(
         f"effective batch {effective} = batch_size {training.batch_size}{share} x "
-        f"{training.gradient_accumulation_steps} accumulated; {steps} steps = {steps * effective / rows:.2f} epochs of {rows} rows"
+        f"{training.gradient_accumulation_steps} accumulated; "
+        f"{steps} steps = {steps * effective / rows:.2f} epochs of {rows} rows"
     )
     config = config.with_values(**{"training.max_steps": steps}) if training.max_steps is None else config
     if warmup_steps(config.training) < training.scheduler.warmup_steps:

@@ -14,11 +14,14 @@ pytest.importorskip("torch", reason="the double computes with torch")
 
 from common import cli
 from common.backends.ttml import TTML
+from common.data.tokens import Batch
 from tests.boards import machine
+from tests.engines import make_batch
 from tests.tiny_recipe import tiny_scratch
 from tests.unit.test_hardware import MACHINES, fake_machine
 
 pytestmark = pytest.mark.e2e
+LINES = ("losses", "gradients", "replicas", "held-out", "control")
 Verify = Callable[..., tuple[int, str]]
 
 
@@ -55,16 +58,17 @@ def test_two_chips_train_as_one(verify):
 def test_json_has_every_line_and_figure(verify):
     code, said = verify("--json", "--weak")
     assert code == 0, said
-    assert verdicts(said) == dict.fromkeys(("losses", "replicas", "held-out", "control"), "pass")
+    assert verdicts(said) == dict.fromkeys(LINES, "pass")
     speed = json.loads(said)["speed"]
     assert speed["efficiency"] == pytest.approx(speed["all"] / speed["one"] / 2)
     assert 0 <= speed["all_reduce_share"] < 1
 
 
 def test_a_backend_that_does_not_sum_its_gradients_is_caught(verify, monkeypatch):
-    monkeypatch.setattr(
-        TTML, "synchronise", lambda self, on: vars(self).update(synchronised=False, check_replicas=False)
-    )
+    def off(self: Any, _on: bool) -> None:
+        self.synchronised, self.check_replicas = False, False
+
+    monkeypatch.setattr(TTML, "synchronise", off)
     code, said = verify()
     assert code == 6, said
     assert "FAIL: the parameters of the 2 devices differ after step 1" in said
@@ -75,14 +79,27 @@ def test_a_check_that_sees_nothing_fails_the_control(verify, monkeypatch):
     monkeypatch.setattr(TTML, "replicas", lambda self: ["the same"] * self.devices)
     code, said = verify("--json")
     assert code == 6
-    assert verdicts(said) == {"losses": "pass", "replicas": "pass", "held-out": "pass", "control": "fail"}
+    assert verdicts(said) == {**dict.fromkeys(LINES, "pass"), "control": "fail"}
 
 
-def test_a_loss_that_is_not_one_device_s_is_caught(verify, monkeypatch):
+def test_a_gradient_of_another_size_is_caught_though_adamw_forgives_it(verify, monkeypatch):
     backward = TTML._backward
     monkeypatch.setattr(
         TTML, "_backward", lambda self, batch, supervised: backward(self, batch, supervised // self.devices)
     )
+    code, said = verify("--json")
+    assert code == 6
+    assert verdicts(said) == {**dict.fromkeys(LINES, "pass"), "gradients": "fail"}
+
+
+def test_rows_that_one_device_does_not_have_are_caught(verify, monkeypatch):
+    step_of = TTML.train_step
+
+    def other_rows(self: Any, batches: list[Batch], rate: float, step: int) -> Any:
+        other = make_batch(seed=9, width=64, lengths=(60,) * 8, vocab=40)
+        return step_of(self, [other] if self.devices > 1 else batches, rate, step)
+
+    monkeypatch.setattr(TTML, "train_step", other_rows)
     code, said = verify("--json")
     assert code == 6
     assert verdicts(said)["losses"] == "fail"
