@@ -132,7 +132,8 @@ READABLE = """
 OUTSIDE = """
 () => [...document.querySelectorAll("main *")].filter(element => {
   const box = element.getBoundingClientRect();
-  return box.width && box.right > innerWidth + 1 && !element.closest(".scroll, .drawing svg");
+  if (!box.width || element.closest(".scroll, .drawing svg")) return false;
+  return box.right > innerWidth + 1 || element.matches(".tiles > div") && element.scrollWidth > element.clientWidth;
 }).map(element => element.outerHTML.slice(0, 80))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -14,7 +15,7 @@ from common.ops.compare import groups, verdict
 from common.ops.run_record import read
 from tests.run_folders import held, write_checkpoint, write_lines, write_run
 
-OTHER_TOKENIZER = {"tokenizer_sha256": "d" * 64}
+OTHER_TOKENIZER: dict[str, Any] = {"tokenizer_sha256": "d" * 64}
 
 
 def command(*words: object, typed: str | None = None) -> Result:
