@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import RecipeError
-from common.ops import trained
+from common.ops import run_record, trained
 from common.ops.run_record import RunRecord
 from common.train import checkpoint
 from common.train.resume import try_lock
@@ -26,14 +26,14 @@ class Folder:
 
 
 def locked(records: Sequence[RunRecord], stack: contextlib.ExitStack, say: Say) -> Iterator[RunRecord]:
-    """The runs that no process has; each is held until `stack` closes, so that none of them starts meanwhile."""
+    """The runs that no process has, read again once they are held: until `stack` closes none of them starts."""
     for record in records:
         lock = try_lock(record.folder)
         if lock is None:
             say(f"{record.name} is running: not touched")
             continue
         stack.enter_context(lock)
-        yield record
+        yield run_record.read(record.folder)
 
 
 def removable(record: RunRecord, keep: int, exports: bool, named: bool, say: Say) -> list[Folder]:
@@ -43,11 +43,12 @@ def removable(record: RunRecord, keep: int, exports: bool, named: bool, say: Say
     """
     folder = record.folder / "checkpoints"
     steps = checkpoint.steps_saved(folder)
+    done = record.manifest.get("exit_reason") == "done"
     kept = set(steps[:keep])
-    if steps and (keep or (record.state != "done" and not named)):
+    if steps and (keep or (not done and not named)):
         kept.add(standing_step(record, steps[0]))
         if not keep:
-            say(f"{record.name} is {record.state}: a checkpoint to go on from stays; name the run to delete that, too")
+            say(f"{record.name} is not done: it keeps a checkpoint to go on from; name the run to delete that, too")
     going = [checkpoint.folder_of(folder, step) for step in steps if step not in kept]
     going += [record.folder / "export"] if exports else []
     going += [left for place in (folder, record.folder) for left in place.glob(f"{checkpoint.PRUNED}*")]

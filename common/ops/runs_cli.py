@@ -51,7 +51,7 @@ def list_runs(out: Path, as_json: bool) -> None:
 
     records = list(runs_in(out))
     if as_json:
-        click.echo(json.dumps([summary(record) for record in records], indent=1, ensure_ascii=False))
+        print_json([summary(record) for record in records])
     elif records:
         print_table(records)
     else:
@@ -100,8 +100,7 @@ def compare(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None
     records = [run_record.read(folder) for folder in folders]
     verdicts = [verdict(records[0], other) for other in records[1:]]
     if as_json:
-        answer = {"runs": [summary(record) for record in records], "verdicts": [as_dict(found) for found in verdicts]}
-        click.echo(json.dumps(answer, indent=1, ensure_ascii=False))
+        print_json({"runs": [*map(summary, records)], "verdicts": [*map(as_dict, verdicts)]})
     else:
         print_table(records)
         print_config(config_table(records))
@@ -174,10 +173,16 @@ def as_dict(found: Verdict) -> dict[str, Any]:
         "unlike": list(found.unlike),
         "measure": found.measure or None,
         "gap": found.gap if found.measure else None,
-        "standard_error": found.error if found.error >= 0 else None,
+        "standard_error": found.error if found.measure else None,
         "exceeds_noise": found.exceeds_noise,
         "notes": list(found.notes),
     }
+
+
+def print_json(value: Any) -> None:
+    """JSON for machines, which knows no NaN: null in its place."""
+    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    click.echo(json.dumps(strict, indent=1, ensure_ascii=False))
 
 
 def print_table(records: list[RunRecord]) -> None:

@@ -84,6 +84,7 @@ def test_a_run_s_page_holds_all_its_parts(tmp_path):
     assert "held-out loss 3.1" in page.text
     assert "better than untrained" in page.text
     assert "640 (82,560 tokens)" in page.text
+    assert "128 tokens a row, 100% of it filled" in page.text
     assert page.count("svg") == 7  # the loss twice, wide and narrow
     assert (folder / "report.html").stat().st_size < 300_000
 

@@ -41,6 +41,14 @@ def test_the_list_has_every_run_with_its_state_and_uncut_figures(tmp_path):
     assert [(entry["run"], entry["step"]) for entry in found] == [("b", 40), (name, 40)]
 
 
+def test_json_has_no_nan(tmp_path):
+    folder = write_run(tmp_path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "loss": NaN}\n')
+    (found,) = json.loads(command("runs", "list", "--out", tmp_path, "--json").output, parse_constant=pytest.fail)
+    assert (found["step"], found["training_loss"]) == (41, None)
+
+
 def test_show_draws_the_curve(tmp_path):
     output = command("runs", "show", write_run(tmp_path)).output
     assert "held-out loss          3.6" in output
@@ -182,7 +190,8 @@ def test_prune_leaves_a_running_run_alone_even_by_name(tmp_path):
 def test_what_an_unfinished_run_goes_on_from_stays_unless_it_is_named(tmp_path):
     done = write_run(tmp_path, "done", checkpoints=(40,))
     stopped = write_run(tmp_path, "stopped", checkpoints=(10, 20), exit_reason="stopped: by SIGTERM")
-    command("runs", "prune", "--out", tmp_path, "--keep", "0", "--yes")
+    output = command("runs", "prune", "--out", tmp_path, "--keep", "0", "--yes").output
+    assert "stopped is not done: it keeps a checkpoint" in output
     assert (kept(done), kept(stopped)) == ([], [20])
     command("runs", "prune", stopped, "--keep", "0", "--yes")
     assert kept(stopped) == []

@@ -219,7 +219,9 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("supervised", f"{share:.1%} of the tokens"))
     if facts.get("rows_cut"):
         found.append(("cut to the length", f"{facts['rows_cut']} rows"))
-    found.append(("length", f"{facts.get('length', 'unknown')} tokens a row"))
+    length, rows = facts.get("length"), record.fact("data", "rows", "train")
+    filled = f", {(facts['tokens']['train'] - rows) / (rows * length):.0%} of it filled on average" if rows else ""
+    found.append(("length", f"{length or 'unknown'} tokens a row{filled}"))
     for split, corpus in (facts.get("corpus") or {}).items():
         found.append(
             (f"{split.replace('_', ' ')} text", f"{corpus['characters']:,} characters, sha256 {corpus['sha256']}")
