@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.config import Config
 from common.errors import RecipeError
 from common.ops import run_record, trained
 from common.ops.run_record import RunRecord
@@ -41,12 +42,15 @@ def removable(record: RunRecord, keep: int, exports: bool, named: bool, say: Say
 
     With `keep` 0 a run that is not done keeps the checkpoint that it can go on from, unless it was `named`.
     """
+    if record.config is None:
+        say(f"{record.name}: its config cannot be read, so which checkpoint stands for it is not known: not touched")
+        return []
     folder = record.folder / "checkpoints"
     steps = checkpoint.steps_saved(folder)
     done = record.manifest.get("exit_reason") == "done"
     kept = set(steps[:keep])
     if steps and (keep or (not done and not named)):
-        kept.add(standing_step(record, steps[0]))
+        kept.add(standing_step(record.folder, record.config, steps[0]))
         if not keep:
             say(f"{record.name} is not done: it keeps a checkpoint to go on from; name the run to delete that, too")
     going = [checkpoint.folder_of(folder, step) for step in steps if step not in kept]
@@ -55,12 +59,10 @@ def removable(record: RunRecord, keep: int, exports: bool, named: bool, say: Say
     return [Folder(path, size_of(path)) for path in going if path.is_dir() and not path.is_symlink()]
 
 
-def standing_step(record: RunRecord, newest: int) -> int:
-    """The step of the checkpoint that stands for the run: the newest that verifies; with keep_best, the best one."""
-    if record.config is None:
-        return newest
+def standing_step(folder: Path, config: Config, newest: int) -> int:
+    """The step of the checkpoint that stands for a run: the newest that verifies; with keep_best, the best one."""
     try:
-        return trained.result(record.folder, record.config, ignore).step
+        return trained.result(folder, config, ignore).step
     except RecipeError:  # none verifies
         return newest
 

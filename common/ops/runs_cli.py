@@ -125,9 +125,10 @@ def prune(folders: tuple[Path, ...], out: Path, keep: int, exports: bool, yes: b
     """
     from common.ops import run_record
     from common.ops.prune import locked, removable, remove, shown_size
+    from common.train.files import disk_errors
 
     records = [run_record.read(folder) for folder in folders] or list(run_record.runs_in(out))
-    with contextlib.ExitStack() as held:
+    with disk_errors("delete checkpoints", out), contextlib.ExitStack() as held:
         going = [
             folder
             for record in locked(records, held, click.echo)

@@ -204,6 +204,13 @@ def test_a_damaged_newest_checkpoint_does_not_cost_the_one_that_verifies(tmp_pat
     assert kept(folder) == [20, 30]
 
 
+def test_a_run_whose_config_cannot_be_read_is_not_touched(tmp_path):
+    folder = write_run(tmp_path, checkpoints=(10, 20))
+    (folder / "config.resolved.yaml").write_text("format: 9\n")
+    assert "not touched" in command("runs", "prune", folder, "--keep", "0", "--yes").output
+    assert kept(folder) == [10, 20]
+
+
 def test_with_keep_best_the_best_one_stays(tmp_path):
     folder = write_run(tmp_path, checkpoints=(10, 20, 40), overrides=("checkpoint_config.keep_best=true",))
     entries = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
