@@ -107,7 +107,7 @@ def panels(record: RunRecord) -> list[Panel]:
     loss, seconds, speed = curve(record.steps, "loss"), curve(record.steps, "seconds"), rate(record.steps)
     window = max(1, len(loss) // 20)
     held_out = with_band(record.evaluations, "eval_loss")
-    training = [Line(loss, None, "training loss, each step")]
+    training = [Line(loss, 0 if window == 1 else None, "training loss, each step")]
     if window > 1:
         training.append(Line(running_mean(loss, window), 0, f"mean of the last {window} steps"))
     found = [
