@@ -303,6 +303,20 @@ def test_only_numbers_are_points():
     assert curve(records, "loss").unknown == [3, 4, 5, 6]
 
 
+def test_the_first_steps_set_no_scale_where_runs_lie_over_each_other():
+    """Without it the axis would end at 100; a spike later on does set it."""
+
+    def highest(skip: float, spike: float) -> float:
+        values = np.array([100.0, 3.0, 2.5, 2.4, spike, 2.2, 2.1, 2.05, 2.02, 2.01, 2.0])
+        panel = plots.Panel("Loss", [plots.Line(Curve(np.arange(11.0), values), 0)], skip=skip)
+        text = str(plots.svg(panel, 400, 240, "x"))
+        return max(float(tick) for tick in re.findall(r"text-anchor: end[^>]*>([\d.]+)</text>", text))
+
+    assert highest(0, 2.3) >= 80
+    assert highest(0.1, 2.3) <= 3.1
+    assert highest(0.1, 50.0) >= 40
+
+
 def test_a_plot_has_the_page_s_colours_and_whole_tick_labels():
     """Small numbers on the axis keep their digits, and no colour of matplotlib's own is left."""
     panel = plots.Panel("Learning rate", [plots.Line(Curve(np.arange(1.0, 9), np.linspace(1e-3, 2e-3, 8)), 0)])

@@ -26,6 +26,7 @@ OURS = '<meta name="generator" content="recipe report">'  # in every page; a pag
 TEMPLATES = Path(__file__).with_name("templates")
 WIDE, NARROW, SMALL = (1180, 340), (400, 300), (400, 240)  # CSS pixels: the main plot on a desk and a phone; the others
 NAMED = 8  # runs of a group that have a colour and a name; the older ones are faint
+SKIP = 0.1  # share of the steps that sets no scale where runs are laid over each other
 GROUPS = 12  # groups of runs that are drawn
 FILES = ("metrics.jsonl", "evaluations.jsonl", "manifest.json", "config.resolved.yaml", "train.log", "samples.md")
 
@@ -175,8 +176,8 @@ def overlay(group: Sequence[RunRecord], name: str) -> dict[str, Any]:
         held_out.append(Line(evaluations.curve, colour, label, band, dots=colour is not None))
     banded = f", with ± {facts.BAND} standard errors" if len(group) <= 3 else ""
     panels = [
-        Panel("Training loss", training, "nats per token, running mean", columns=columns),
-        Panel("Held-out loss", held_out, f"nats per token{banded}", columns=columns),
+        Panel("Training loss", training, "nats per token, running mean", columns=columns, skip=SKIP),
+        Panel("Held-out loss", held_out, f"nats per token{banded}", columns=columns, skip=SKIP),
     ]
     first = group[0]
     return {

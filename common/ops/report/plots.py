@@ -66,6 +66,7 @@ class Panel:
     unit: str = ""
     notes: Sequence[str] = field(default=())
     columns: int | None = None  # how finely a line is drawn; None: a point or two for each pixel
+    skip: float = 0.0  # share of the steps, from the first, that may leave the plot at its top
 
     @property
     def keyed(self) -> list[Line]:
@@ -97,10 +98,27 @@ def svg(panel: Panel, width: int, height: int, name: str) -> Markup:
         axes.margins(x=0.02)
         for line in panel.lines:
             draw(axes, line, panel.columns or width)
+        if panel.skip:
+            zoom(axes, panel)
         make_room(figure, axes, width, height)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return inlined(buffer.getvalue(), width, height, panel.summary())
+
+
+def zoom(axes: Any, panel: Panel) -> None:
+    """Scale the plot by what comes after the first steps, whose fall would make all that follows one line."""
+    last = max(line.curve.steps[-1] for line in panel.lines if len(line.curve))
+    later = []
+    for line in panel.lines:
+        at = line.curve.steps >= panel.skip * last
+        band = 0.0 if line.band is None else np.nan_to_num(line.band[at])
+        later += [line.curve.values[at] - band, line.curve.values[at] + band]
+    values = np.concatenate(later)
+    values = values[~np.isnan(values)]
+    if len(values) and values.max() > values.min():
+        margin = 0.05 * (values.max() - values.min())
+        axes.set_ylim(values.min() - margin, values.max() + margin)
 
 
 def make_room(figure: Figure, axes: Any, width: int, height: int) -> None:
