@@ -27,6 +27,8 @@ class Verbs(click.Group):
         "data": ("common.data.cli:data", "Build, check, look at and convert data sets."),
         "report": ("common.ops.runs_cli:report", "Write the page of a run, or one over all runs."),
         "runs": ("common.ops.runs_cli:runs", "List, show, compare and prune runs."),
+        "image": ("common.ops.images_cli:image", "Build and verify the images that containers start from."),
+        "lock": ("common.ops.images_cli:lock", "Renew docker/images.lock.json as far as the network allows."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
