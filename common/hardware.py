@@ -170,12 +170,13 @@ def _nodes(root: Path) -> tuple[Node, ...]:
     # udev also makes by-id/ links: only numeric names are nodes.
     numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     return tuple(
-        Node(number, _attribute(root, number, "tt_card_type"), _attribute(root, number, "tt_serial"))
+        Node(number, attribute(root, number, "tt_card_type"), attribute(root, number, "tt_serial"))
         for number in numbers
     )
 
 
-def _attribute(root: Path, number: int, name: str) -> str | None:
+def attribute(root: Path, number: int, name: str) -> str | None:
+    """What the driver says of node `number` in sysfs; None: it does not say."""
     try:
         return (root / f"sys/class/tenstorrent/tenstorrent!{number}" / name).read_text("ascii").strip() or None
     except (OSError, UnicodeDecodeError):

@@ -1,0 +1,107 @@
+"""What a run stands on besides its Python: kernel, driver, cards, memory for DMA; read here, or said by the launcher.
+
+Everything is read below `RECIPES_SYSFS_ROOT`, like the boards themselves; no device is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.hardware import attribute, system_root
+
+LAUNCH = "RECIPES_LAUNCH"  # JSON that the launcher hands into its container: run, image, git_commit, git_dirty, host
+HUGEPAGES = Path("/dev/hugepages-1G")  # tt-umd looks for 1 GiB pages there and nowhere else
+
+
+def launched() -> dict[str, Any]:
+    """What the launcher said about this container; nothing outside of one."""
+    values: dict[str, Any] = json.loads(os.environ.get(LAUNCH) or "{}")
+    return values
+
+
+@dataclass(frozen=True)
+class Card:
+    """One device node and what the driver says about it; None: it does not say."""
+
+    node: str
+    pci: str | None
+    firmware: str | None
+    dma: str | None  # the type of its IOMMU group: DMA and DMA-FQ translate, identity does not; "none": it has no group
+    holders: tuple[int, ...]  # processes that have it open
+
+    @property
+    def key(self) -> str:
+        """What its lease is called: the PCI address, as nodes are numbered anew by a reset."""
+        return self.pci or f"node-{Path(self.node).name}"
+
+    @property
+    def translated(self) -> bool | None:
+        """Whether an IOMMU translates its DMA: then it takes ordinary memory, else 1 GiB huge pages."""
+        return None if self.dma is None else self.dma.startswith("DMA")
+
+
+def cards(nodes: Sequence[str], root: Path | None = None) -> tuple[Card, ...]:
+    """The cards of these /dev/tenstorrent/<N> nodes."""
+    root = root or system_root()
+    return tuple(_card(root, node) for node in nodes)
+
+
+def _card(root: Path, node: str) -> Card:
+    number = int(Path(node).name)
+    device = root / f"sys/class/tenstorrent/tenstorrent!{number}/device"  # a link to the PCI device
+    dma = _read(device / "iommu_group/type") or "none" if device.exists() else None
+    pids = _read(root / f"proc/driver/tenstorrent/{number}/pids") or ""
+    holders = tuple(int(word) for word in pids.split() if word.isdecimal())
+    pci = device.resolve().name if device.exists() else None
+    return Card(node, pci, attribute(root, number, "tt_fw_bundle_ver"), dma, holders)
+
+
+@dataclass(frozen=True)
+class HugePages:
+    """Pages of 1 GiB that the kernel has set aside, and whether they are mounted where tt-umd looks."""
+
+    count: int
+    mounted: bool
+
+
+def hugepages(root: Path | None = None) -> HugePages:
+    root = root or system_root()
+    count = _read(root / "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages") or "0"
+    mounts = (_read(root / "proc/mounts") or "").splitlines()
+    mounted = any(line.split()[1:3] == [str(HUGEPAGES), "hugetlbfs"] and "pagesize=1024M" in line for line in mounts)
+    return HugePages(int(count), mounted)
+
+
+def driver(root: Path | None = None) -> str | None:
+    """The version of the kernel's tenstorrent module; None where it is not loaded."""
+    return _read((root or system_root()) / "sys/module/tenstorrent/version")
+
+
+def facts(nodes: Sequence[str]) -> dict[str, Any]:
+    """The machine under a run, for its manifest; what the launcher said where there is one."""
+    if said := launched().get("host"):
+        return dict(said)
+    found: dict[str, Any] = {"kernel": platform.release()}
+    if nodes:
+        mine = cards(nodes)
+        found |= {
+            "driver": driver(),
+            "nodes": list(nodes),
+            "pci": [card.pci for card in mine],
+            "firmware": [card.firmware for card in mine],
+            "iommu": [card.dma for card in mine],
+        }
+    return found
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text("ascii").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
