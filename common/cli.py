@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import click
 
-from common.errors import MachineError, RecipeError, Stopped, UsageError
+from common.errors import RecipeError, Stopped, UsageError
 from common.recipes import ROOT, find_recipe, options_of_config
 
 Function = Callable[..., Any]
@@ -125,29 +125,32 @@ def run(
     rdzv_timeout: int,
     **asked: Any,
 ) -> int:
-    """Train a recipe: data if stale, train, evaluate, export, report."""
+    """Train a recipe: data if stale, train, evaluate, export, report. A board's runs go into its image by themselves."""
     recipe_dir = find_recipe(name)
     if world is not None:
         asked["overrides"] += (f"device_config.mesh_shape=[1,{world}]",)
-    if container:
-        raise MachineError(
-            "this version has no images yet",
-            where="--container",
-            todo="run without it: on this machine's Python",
-        )
     if dry_run:
         from common.ops.dry_run import describe
 
-        for line in describe(recipe_dir, name, asked):
+        for line in describe(recipe_dir, name, asked, container):
             click.echo(line)
         return 0
+    from common.ops import launcher
+
+    if launcher.wanted(container, asked["hw"]):
+        if nnodes > 1:
+            raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
+        return launcher.launch(recipe_dir, asked, click.echo)
+    from common.host import launched
     from common.ops import torchrun
     from common.ops.report.pages import write_at_end
     from common.train.plan import Launch
 
-    launch = Launch(recipe_dir=recipe_dir, command=tuple(sys.argv), at_end=write_at_end, **asked)
+    command = tuple(launched().get("command") or sys.argv)
+    launch = Launch(recipe_dir=recipe_dir, command=command, at_end=write_at_end, **asked)
     hosts = torchrun.Hosts(nnodes, rdzv_endpoint, rdzv_timeout)
-    return torchrun.train(launch, hosts, lambda: load_script(recipe_dir / "train.py").train(launch), click.echo)
+    with launcher.native_lease(recipe_dir.name, asked["hw"]):
+        return torchrun.train(launch, hosts, lambda: load_script(recipe_dir / "train.py").train(launch), click.echo)
 
 
 @recipe.group()

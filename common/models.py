@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import llama
-from common.backends import init
 from common.errors import MachineError, UsageError
 from common.fetch import move_into_place, pip_download
-from common.weights import InitialWeights, Weights
+from common.recipes import home as home
 
 if TYPE_CHECKING:
     from common.config_sections import Model
+    from common.weights import InitialWeights, Weights
 
 LOCK = Path(__file__).with_name("models.lock.yaml")
 Say = Callable[[str], None]
@@ -65,12 +64,9 @@ class Base:
 
     def weights(self) -> Weights | InitialWeights:
         """Name -> array, read or made one at a time. Raises MachineError for a damaged file."""
+        from common.weights import Weights
+
         return self.initial or Weights(sorted(self.folder.glob("*.safetensors")))
-
-
-def home() -> Path:
-    """Where bases, corpora, token files and compile caches live: `RECIPES_HOME`, else ~/.cache/recipes."""
-    return Path(os.environ.get("RECIPES_HOME") or Path.home() / ".cache" / "recipes").expanduser().absolute()
 
 
 def locked() -> dict[str, dict[str, Any]]:
@@ -107,6 +103,9 @@ def resolve(base: str, *, recipe_dir: Path | None = None, say: Say = print) -> B
 
 def random_base(model: Model, seed: int, tokenizer: Path) -> Base:
     """The untrained model of a config with `init: random`, with the tokenizer in the folder `tokenizer`."""
+    from common.backends import init
+    from common.weights import InitialWeights
+
     assert model.architecture is not None, "init: random has an architecture"
     architecture = llama.hf_config(model.architecture.model_dump())
     return Base(

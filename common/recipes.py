@@ -1,8 +1,9 @@
-"""Where recipes are, and the options of every verb that takes one."""
+"""Where recipes are, where they keep what is fetched and made, and the options of every verb that takes one."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,11 @@ from common.errors import UsageError
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def home() -> Path:
+    """Where bases, corpora, token files and compiled kernels live: `RECIPES_HOME`, else ~/.cache/recipes."""
+    return Path(os.environ.get("RECIPES_HOME") or Path.home() / ".cache" / "recipes").expanduser().absolute()
 
 
 def options_of_config(function: F) -> F:

@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from common.errors import DataError, MachineError, TrainingError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from common.config import Config
     from common.data.tokens import Batch
     from common.hardware import Hardware
 
-Array = np.ndarray[Any, Any]
+Array: TypeAlias = "np.ndarray[Any, Any]"  # in words: a board's host asks this module without numpy
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Backend(Protocol):
 
 def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:
     """What the loss of a step is divided by. Raises DataError where it is nothing."""
-    supervised = int(sum(batch.loss_mask.sum(dtype=np.int64) for batch in micro_batches))
+    supervised = int(sum(batch.loss_mask.sum(dtype="int64") for batch in micro_batches))
     if not supervised:
         raise DataError(
             f"step {step} has no supervised token",

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.data import order
 from common.errors import DataError, UsageError
 
 ROLES = ("system", "user", "assistant")
@@ -351,7 +350,9 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     if control == "none":
         return list(rows)
     if control == "permuted_responses":
-        cycle = order.permutation(len(answers), 0, 0).tolist()
+        from common.data.order import permutation
+
+        cycle = permutation(len(answers), 0, 0).tolist()
         moved = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         answers = [answers[moved[at]] for at in range(len(answers))]
     elif control == "shuffled_words":
@@ -372,5 +373,7 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
 
 def shuffled(text: str, key: int) -> str:
     """The words of `text` in an order drawn from `key`."""
+    from common.data.order import permutation
+
     words = text.split()
-    return " ".join(words[at] for at in order.permutation(len(words), key, 1).tolist())
+    return " ".join(words[at] for at in permutation(len(words), key, 1).tolist())

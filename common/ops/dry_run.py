@@ -11,25 +11,33 @@ from typing import Any
 from common import config as configs
 from common import hardware, lint, llama, models
 from common.backends.base import precision_for, refuse_without_engine
-from common.backends.ttml_limits import mesh_of
 from common.backends.ttml_mesh import find_descriptor
 from common.config import Config
 from common.data import corpora
-from common.errors import RecipeError
+from common.errors import MachineError, RecipeError
+from common.ops import launcher
+from common.ops.container import Run, command_line, run_words, spec_of
+from common.ops.engine import connect
+from common.ops.images import Image, image_for
+from common.train.manifest import run_name
 
 
-def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any]) -> Iterator[str]:
+def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any], container: bool | None) -> Iterator[str]:
     """The lines of a dry run of recipe `name` with the options `asked`, by their names in `Launch`.
 
     Raises UsageError for a config that a real run would refuse as well.
     """
     choice = hardware.choose(asked["hw"], require_present=False)
-    board = choice.hardware
+    board, nodes = choice.hardware, choice.nodes or choice.hardware.device_nodes
     config = configs.load(recipe_dir, board, asked["overrides"], asked["steps"])
     precision = config.training.precision
     yield f"{config.recipe} on {choice.reason}"
-    yield f"would run: {command_line(name, {**asked, 'hw': board.name})}"
-    yield f"device nodes: {', '.join(board.device_nodes) or 'none needed'}"
+    yield f"would run: {shlex.join(['recipe', *run_words(name, {**asked, 'hw': board.name})])}"
+    image, contained = image_of(board), launcher.wanted(container, board.name)
+    if contained:
+        run = Run(run_name(config.recipe, board.name), recipe_dir, config, board, nodes, asked, image)
+        yield f"in the container: {command_line(spec_of(run))}"
+    yield f"device nodes: {', '.join(nodes) or 'none needed'}"
     yield (
         f"{start_of(config)}; precision {precision_for(board)[0] if precision == 'auto' else precision}; "
         f"effective batch {config.effective_batch} = {config.training.batch_size} x "
@@ -37,7 +45,7 @@ def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any]) -> Iterator[
     )
     for finding in lint.lint(config, board):
         yield f"{finding.id}: {finding.message}"
-    lacking = list(lacks(board, config))
+    lacking = list(lacks_contained(board) if contained else lacks(board, config)) + list(lacks_downloads(config))
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)
 
@@ -50,20 +58,28 @@ def start_of(config: Config) -> str:
     return f"random weights of {config.model.preset or 'a Llama'}, {llama.parameters(shape.model_dump()):,} parameters"
 
 
-def command_line(name: str, asked: Mapping[str, Any]) -> str:
-    """The `recipe run` command of these options, as it can be typed."""
-    words = ["recipe", "run", name]
-    for option in ("hw", "steps", "stop_at", "resume", "out"):
-        if asked.get(option) is not None:
-            words += [f"--{option.replace('_', '-')}", str(asked[option])]
-    words += ["--accept-changes"] if asked.get("accept_changes") else []
-    words += [part for override in asked["overrides"] for part in ("--set", override)]
-    return shlex.join(words)
+def image_of(board: hardware.Hardware) -> Image | None:
+    """The board's image, if there is one."""
+    try:
+        return image_for(board)
+    except MachineError:
+        return None
+
+
+def lacks_contained(board: hardware.Hardware) -> Iterator[str]:
+    """What a run in a container needs and this machine does not have."""
+    for needed in (lambda: hardware.choose(board.name), lambda: image_for(board), connect):
+        try:
+            needed()
+        except MachineError as error:
+            yield error.what
 
 
 def lacks(board: hardware.Hardware, config: Config) -> Iterator[str]:
-    """What a real run needs and this machine does not have."""
+    """What a run on this machine's own Python needs and this machine does not have."""
     if not board.is_cpu:
+        from common.backends.ttml_limits import mesh_of
+
         try:
             hardware.choose(board.name)
         except RecipeError as error:
@@ -81,6 +97,10 @@ def lacks(board: hardware.Hardware, config: Config) -> Iterator[str]:
             refuse_without_engine(board, config)
         except RecipeError as error:
             yield error.what
+
+
+def lacks_downloads(config: Config) -> Iterator[str]:
+    """What a run would fetch first."""
     base, corpus = config.model.base or "", config.data.corpus or ""
     entry = models.locked().get(base)
     if entry and not models.folder_of(base, entry).is_dir():

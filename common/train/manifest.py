@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import host
 from common.train.files import write_json
 
 FORMAT = 1
@@ -35,16 +37,28 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def code_facts() -> dict[str, Any]:
-    """The repository's commit, whether it differs from it, the lock file's hash, and the image."""
-    status = _git("status", "--porcelain")
-    lock = ROOT / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
+def run_name(recipe: str, hw: str) -> str:
+    """A run's folder: <utc>-<recipe>-<hw>-<id>."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{recipe}-{hw}-{secrets.token_hex(2)}"
+
+
+def code_facts(nodes: Sequence[str] = ()) -> dict[str, Any]:
+    """The repository's commit, whether it differs from it, the lock file's hash, the image, and the machine.
+
+    An image has no git, and sees little of the machine: there, what the launcher said is what holds.
+    """
+    lock, said = ROOT / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt", host.launched()
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
+        **({name: said[name] for name in ("git_commit", "git_dirty")} if said else _commit()),
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
-        "image": os.environ.get("RECIPES_IMAGE_DIGEST"),
+        "image": said.get("image"),
+        "host": host.facts(nodes),
     }
+
+
+def _commit() -> dict[str, Any]:
+    status = _git("status", "--porcelain")
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
 
 
 def _git(*arguments: str) -> str | None:

@@ -53,6 +53,7 @@ class Plan:
     dataset: TokenDataset
     prompts: list[str]
     reasons: dict[str, str] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
 
     @property
     def training_digest(self) -> str:
@@ -92,7 +93,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     if launch.stop_at is not None and not 1 <= launch.stop_at <= (config.training.max_steps or 0):
         raise UsageError(f"--stop-at {launch.stop_at} is not a step of this run of {config.training.max_steps}")
     reasons = {"hw": choice.reason, "precision": why}
-    return Plan(launch, choice.hardware, config, base, tokenizer, dataset, prompts, reasons)
+    return Plan(launch, choice.hardware, config, base, tokenizer, dataset, prompts, reasons, choice.nodes)
 
 
 def prepare(

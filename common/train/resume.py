@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import IO, Any
 
 from common import config as configs
 from common.errors import DataError, MachineError, UsageError
+from common.host import launched
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
 from common.train.files import disk_errors
-from common.train.manifest import FORMAT
+from common.train.manifest import FORMAT, run_name
 from common.train.plan import Plan
 
 INEXACT = (
@@ -169,13 +168,11 @@ def config_changes(plan: Plan, folder: Path) -> list[str]:
 
 
 def new_run(plan: Plan) -> Start:
-    """Make a new, locked folder for the run: <utc>-<recipe>-<hw>-<id>."""
-    name = (
-        f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{plan.config.recipe}-{plan.hw.name}-{secrets.token_hex(2)}"
-    )
-    folder = plan.launch.out / name
+    """Make a new, locked folder for the run; a launcher has named it, and may have made it for this user."""
+    named = launched().get("run")
+    folder = plan.launch.out / (named or run_name(plan.config.recipe, plan.hw.name))
     with disk_errors("make the run's folder", folder):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=named is not None)
     lock = try_lock(folder)
     assert lock is not None, "the folder is ours alone"
     return Start(folder, lock)

@@ -434,7 +434,7 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         "overrides": list(plan.launch.overrides),
         "config_digest": plan.config.config_digest(),
         "notes": start.notes,
-        **code_facts(),
+        **code_facts(plan.nodes),
     }
     if start.manifest is not None:
         manifest = Manifest(path, start.manifest)
@@ -466,7 +466,7 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         "base": {"name": base.name, "identity": base.identity, "origin": base.origin, "licence": base.licence},
         "data": data_facts(data),
         "tokenizer_sha256": plan.tokenizer.sha256,
-        **code_facts(),
+        **code_facts(plan.nodes),
     }
     manifest = Manifest(path, values)
     manifest.update()
