@@ -16,7 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor verify image image-verify test test-all test-containers lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop verify image image-verify test test-all test-containers lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -58,8 +58,11 @@ export: setup ## write a run's Hugging Face folder and check it: RUN=runs/...
 	@: "$${RUN:?which run? make export RUN=runs/...}"
 	@ci/forward.sh export "$$RUN"
 
-doctor: setup ## what ttml on this board's machine has, and what it lacks: HW=
-	@ci/forward.sh doctor --ttml
+doctor: setup ## what is wrong with this machine for a board: nodes, driver, firmware, memory, engine, locks: HW=
+	@ci/forward.sh doctor
+
+stop: setup ## end a run on this machine, which saves a checkpoint first: HW= or RUN= where several go on
+	@ci/forward.sh stop $${RUN:+"$$RUN"}
 
 verify: setup ## the checklist before a board is trusted with training: HW=; DDP=1: one device against several (WEAK=1)
 	@ci/forward.sh verify

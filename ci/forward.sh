@@ -59,7 +59,7 @@ runs)
 export)
     switch --check CHECK
     ;;
-doctor)
+doctor | stop)
     value --hw HW
     ;;
 verify)

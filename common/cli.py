@@ -218,17 +218,31 @@ def generate(target: Path, prompts: tuple[str, ...], base: bool, seed: int, **sa
 
 
 @recipe.command()
-@click.option("--ttml", is_flag=True, help="Every name of ttml and ttnn that training relies on.")
+@click.argument("run", required=False)
+@click.option("--hw", metavar="BOARD", help="The run on this board.")
+@click.option("--now", is_flag=True, help="Kill it: nothing more is saved, and a board may need a reset.")
+def stop(run: str | None, hw: str | None, now: bool) -> None:
+    """End a run on this machine, after it has saved a checkpoint: RUN is its name, needed where several go on."""
+    from common.ops.stop import stop as end
+
+    end(run, hw, now, click.echo)
+
+
+@recipe.command()
+@click.option("--ttml", is_flag=True, help="Instead: every name of ttml and ttnn that training relies on.")
 @click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
-@click.option("--device/--no-device", default=True, help="Open one device to see a model's parameters.")
+@click.option("--device/--no-device", default=True, help="With --ttml: open one device to see a model's parameters.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
     """Look for what is wrong with this machine; change nothing."""
-    if not ttml:
-        raise UsageError("this version's doctor looks at ttml alone", todo="recipe doctor --ttml")
-    from common.ops.doctor import choose_board, report
+    if ttml:
+        from common.ops.doctor import choose_board
+        from common.ops.doctor import report as report_ttml
 
-    report(*choose_board(hw, require_present=device), device=device, as_json=as_json, say=click.echo)
+        return report_ttml(*choose_board(hw, require_present=device), device=device, as_json=as_json, say=click.echo)
+    from common.ops.doctor_host import report
+
+    return report(hw, as_json, click.echo)
 
 
 @recipe.command()

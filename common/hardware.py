@@ -24,6 +24,7 @@ class Hardware:
     chips: int
     nodes: int
     cards: tuple[str, ...]
+    minimum_firmware: str | None
     dram_gib_per_chip: float | None
     cores_per_chip: int | None
     tflops_per_core: float | None

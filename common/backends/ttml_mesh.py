@@ -89,4 +89,4 @@ def _values(key: str, block: str) -> list[str]:
 
 
 def image_hint(hw: Hardware) -> str:
-    return f"the pinned image for {hw.name} will have it, and is not in this version yet"
+    return f"the pinned image for {hw.name} has it: make image HW={hw.name}, then run without --no-container"

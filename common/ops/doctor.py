@@ -1,13 +1,11 @@
-"""`recipe doctor`: what is wrong with this machine, as findings; nothing is changed or reset.
+"""`recipe doctor --ttml`: every name of ttml that the backend relies on, and what the installed build is.
 
-So far it looks at ttml: every name that the backend relies on, and what the installed build is.
+Nothing is changed or reset. What the machine itself lacks is doctor_host's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,21 +19,12 @@ from common.backends.ttml_build import ALL, contract, probe
 from common.backends.ttml_mesh import image_hint, prepare_environment
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
+from common.ops import findings
+from common.ops.findings import Finding
 from common.ops.small_llama import ARCHITECTURE, config_for
 
-FORMAT = 1  # of the JSON
 STATUS = {True: "present", False: "missing", None: "cannot be told"}
 NO_DEVICE = "not looked at: that needs an open device (without --no-device)"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. `ok` is None where it cannot be told; `cure` says what to do where it is not."""
-
-    id: str
-    ok: bool | None
-    evidence: str
-    cure: str | None = None
 
 
 @dataclass
@@ -69,19 +58,11 @@ def report(hw: Hardware, reason: str, *, device: bool, as_json: bool, say: Calla
         os.environ.setdefault("TT_LOGGER_LEVEL", "FATAL")  # tt-metal logs to standard output
     found = examine_ttml(hw, device)
     if as_json:
-        findings = [dataclasses.asdict(finding) for finding in found.findings]
-        body = {"build": found.build, "findings": findings, "names": found.names}
-        say(json.dumps({"format": FORMAT, "hw": hw.name, "why": reason, **body}, indent=1))
+        say(findings.as_json(found.findings, hw=hw.name, why=reason, build=found.build, names=found.names))
     else:
         for line in (reason, *table(found)):
             say(line)
-    bad = [finding for finding in found.findings if finding.ok is False]
-    if bad:
-        raise MachineError(
-            "; ".join(finding.evidence for finding in bad),
-            where=", ".join(finding.id for finding in bad),
-            todo=bad[0].cure,
-        )
+    findings.end(found.findings)
 
 
 def examine_ttml(hw: Hardware, device: bool) -> Ttml:
@@ -164,5 +145,4 @@ def table(found: Ttml) -> Iterator[str]:
         status = row["status"] if row["required"] or row["found"] else "not here"
         yield f"{status:14}  {row['name']:{width}}  {row['generations']:11}  {row['needed_for']}"
     for finding in found.findings:
-        verdict = {True: "ok", False: "WRONG", None: STATUS[None]}[finding.ok]
-        yield f"{verdict}: {finding.id}: {finding.evidence}"
+        yield from finding.lines()

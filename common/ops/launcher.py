@@ -58,7 +58,7 @@ def launch(recipe_dir: Path, asked: Mapping[str, Any], say: Say) -> int:
     client = connect()
     fetch_pinned(run.config, say)
     keys = [card.key for card in host.cards(run.nodes)]
-    with lease.taken(choice.hardware.name, keys, Owner(os.getpid(), run.id, f"recipes-{run.id}")):
+    with lease.taken(keys, Owner(run.hw.name, os.getpid(), run.id, f"recipes-{run.id}")):
         remove_ended(client)
         refuse_orphan(client, choice.hardware.name, keys)
         fetch(client, run.image, say)
@@ -73,7 +73,8 @@ def native_lease(recipe: str, hw: str | None) -> Iterator[None]:
         yield
         return
     choice = hardware.choose(hw)
-    with lease.taken(choice.hardware.name, [card.key for card in host.cards(choice.nodes)], Owner(os.getpid(), recipe)):
+    keys = [card.key for card in host.cards(choice.nodes)]
+    with lease.taken(keys, Owner(choice.hardware.name, os.getpid(), recipe)):
         yield
 
 

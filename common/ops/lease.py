@@ -21,6 +21,7 @@ from common.train.manifest import utc_now
 class Owner:
     """Who has a board: a process here, its run, since when, and the container it launched."""
 
+    board: str
     pid: int
     run: str
     container: str | None = None
@@ -41,13 +42,13 @@ def path_of(key: str) -> Path:
 
 
 @contextlib.contextmanager
-def taken(board: str, keys: Sequence[str], owner: Owner) -> Iterator[None]:
+def taken(keys: Sequence[str], owner: Owner) -> Iterator[None]:
     """Have the cards `keys` (their PCI addresses) until the block ends. Raises MachineError naming who has one."""
     with contextlib.ExitStack() as files:
         for key in sorted(keys):  # in one order, so that two who want several cards cannot each have some
             file = files.enter_context(_open(path_of(key)))
             if not _lock(file):
-                raise busy(board, f"{_read(file) or 'another process'}")
+                raise busy(owner.board, str(_read(file) or "another process"))
             _write(file, owner)
             files.callback(_clear, file)
         yield

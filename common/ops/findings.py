@@ -1,0 +1,45 @@
+"""What a doctor found: findings with evidence and cure, printed for people or machines, and the exit they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import MachineError
+
+FORMAT = 1  # of the JSON
+VERDICTS = {True: "ok", False: "WRONG", None: "cannot be told"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `ok` is None where it cannot be told; `cure` says what to do where it is not."""
+
+    id: str
+    ok: bool | None
+    evidence: str
+    cure: str | None = None
+
+    def lines(self) -> Iterator[str]:
+        yield f"{VERDICTS[self.ok]}: {self.id}: {self.evidence}"
+        if self.cure and not self.ok:
+            yield f"  to do: {self.cure}"
+
+
+def as_json(findings: Sequence[Finding], **more: Any) -> str:
+    body: Mapping[str, Any] = {**more, "findings": [dataclasses.asdict(finding) for finding in findings]}
+    return json.dumps({"format": FORMAT, **body}, indent=1)
+
+
+def end(findings: Sequence[Finding]) -> None:
+    """Raise MachineError, with all of them in one message, where something is wrong."""
+    bad = [finding for finding in findings if finding.ok is False]
+    if bad:
+        raise MachineError(
+            "; ".join(finding.evidence for finding in bad),
+            where=", ".join(finding.id for finding in bad),
+            todo=bad[0].cure,
+        )
