@@ -1,0 +1,73 @@
+"""Machines with a board, as files below RECIPES_SYSFS_ROOT: what driver, kernel and udev show of a healthy one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from common.hardware import get
+from tests.unit.test_hardware import MACHINES, fake_machine
+
+DRIVER, FIRMWARE = "2.10.0", "19.13.1"
+
+
+def fake_host(root: Path, board: str, *, dma: str | None = "DMA-FQ", hugepages: int = 0, mounted: bool = False) -> Path:
+    """A machine with that board, its driver and firmware; `dma` is the type of every card's IOMMU group (None: none).
+
+    `hugepages` of 1 GiB are set aside, and `mounted` where tt-umd looks. Take files away or write others for a fault.
+    """
+    fake_machine(root, MACHINES[board], serials=[f"{index // 2:04x}" for index in range(len(MACHINES[board]))])
+    for index in range(get(board).nodes):
+        folder = root / f"sys/class/tenstorrent/tenstorrent!{index}"
+        device = root / f"sys/devices/{pci(index)}"
+        (device / "iommu_group").mkdir(parents=True)
+        (folder / "device").symlink_to(device)
+        (folder / "tt_fw_bundle_ver").write_text(f"{FIRMWARE}\n")
+        if dma:
+            (device / "iommu_group/type").write_text(f"{dma}\n")
+        write(root / f"proc/driver/tenstorrent/{index}/pids", "")
+    write(root / "sys/module/tenstorrent/version", f"{DRIVER}\n")
+    write(root / "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", f"{hugepages}\n")
+    line = "nodev /dev/hugepages-1G hugetlbfs rw,relatime,mode=777,pagesize=1024M 0 0\n"
+    write(root / "proc/mounts", line if mounted else "")
+    return root
+
+
+def pci(index: int) -> str:
+    return f"0000:{index + 1:02x}:00.0"
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def real_nodes(root: Path) -> bool:
+    """Make the machine's nodes devices that an engine can give away: each is another /dev/null. Needs root."""
+    with contextlib.suppress(OSError):
+        for node in (root / "dev/tenstorrent").glob("[0-9]*"):
+            node.unlink()
+            os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            node.chmod(0o666)
+        return True
+    return False
+
+
+def descriptor(root: Path, board: str) -> Path:
+    """A mesh graph descriptor of the board's mesh, for boards whose own is tt-metal's."""
+    rows, columns = get(board).mesh_shape
+    path = root / "mesh.textproto"
+    write(path, f"mesh_descriptors {{ device_topology {{ dims: [ {rows}, {columns} ] }} }}\n")
+    return path
+
+
+def remove_node(root: Path, index: int) -> None:
+    (root / f"dev/tenstorrent/{index}").unlink()
+
+
+def remove_card(root: Path, index: int) -> None:
+    remove_node(root, index)
+    shutil.rmtree(root / f"sys/class/tenstorrent/tenstorrent!{index}")
