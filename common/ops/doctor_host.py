@@ -226,8 +226,9 @@ def lock(machine: Machine) -> Iterator[Finding]:
     name = f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt" if installed("torch") else "launcher.txt"
     text = (ROOT / "requirements" / name).read_text("utf-8")
     wanted = {key: (version, bool(only)) for key, version, only in PIN.findall(text)}
-    other = [f"{key} {here}, not {pin}" for key, (pin, _) in wanted.items() if (here := installed(key)) not in (None, pin)]
-    missing = [f"no {key}" for key, (_, only) in wanted.items() if not only and not installed(key)]
+    here = {key: installed(key) for key in wanted}
+    other = [f"{key} {here[key]}, not {pin}" for key, (pin, _) in wanted.items() if here[key] not in (None, pin)]
+    missing = [f"no {key}" for key, (_, only) in wanted.items() if not only and not here[key]]
     agree = f"{len(wanted)} packages are those of requirements/{name}"
     evidence = f"not as requirements/{name} has it: {', '.join([*other, *missing][:8])}" if other or missing else agree
     yield Finding("python.lock", not (other or missing), evidence, "make setup")

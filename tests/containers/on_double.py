@@ -1,0 +1,17 @@
+"""`python -m common` in a container where a double stands for ttml: what a board's image is to its launcher.
+
+    python -m tests.containers.on_double DEVICES WORD...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from common import cli
+from tests.boards import machine
+
+if __name__ == "__main__":
+    devices = int(sys.argv.pop(1))
+    with machine(Path("/tmp"), devices, "C"):
+        cli.main()

@@ -1,0 +1,400 @@
+"""Runs in containers on this machine's Docker engine: numbers, owners, signals, leases, and what can go wrong.
+
+The CPU's image trains the tiny recipe. Boards are device files and the double of ttml in that same image: this shows
+what the launcher does, nothing about a card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+docker = pytest.importorskip("docker", reason="the Docker SDK is not installed")
+
+from common.errors import MachineError
+from common.hardware import get
+from common.ops import launcher, lease
+from common.ops.container import LABEL
+from common.ops.engine import connect
+from common.ops.images import image_for
+from common.recipes import ROOT
+from common.train import metrics
+from tests.hosts import fake_host, pci, real_nodes
+from tests.runs import folders, manifest, outcome
+from tests.tiny_recipe import make_tiny_recipe
+
+SECONDS = 90  # until something must have happened
+
+
+@pytest.fixture(scope="session")
+def engine() -> Any:
+    try:
+        return connect()
+    except MachineError as error:
+        pytest.skip(f"no container can be started here: {error.what}")
+
+
+@pytest.fixture(scope="session")
+def image(engine) -> str:
+    """The CPU's image, as `make image HW=cpu` built it."""
+    try:
+        found = image_for(get("cpu"))
+        engine.images.get(found.reference)
+    except (MachineError, docker.errors.ImageNotFound) as error:
+        pytest.skip(f"there is no image of the CPU twin here, make image HW=cpu: {error}")
+    return found.reference
+
+
+@pytest.fixture(scope="session")
+def board_image(engine, image) -> Iterator[str]:
+    """The same image, in which a double stands for ttml."""
+    entrypoint = json.dumps(["python", "-m", "tests.containers.on_double", "1"])
+    source = engine.containers.create(image)
+    made = source.commit(changes=f"ENTRYPOINT {entrypoint}")
+    source.remove()
+    yield made.id
+    engine.images.remove(made.id, force=True)
+
+
+@dataclass
+class Launched:
+    """A `recipe` command in a process of its own, which prints to a file."""
+
+    process: subprocess.Popen[bytes]
+    screen: Path
+    before: int = field(default=0)
+
+    @property
+    def said(self) -> str:
+        return self.screen.read_text("utf-8")[self.before :]
+
+    def until(self, words: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while words not in self.said:
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        return self.process.wait(SECONDS)
+
+
+@dataclass
+class Bench:
+    """A recipe, a folder of runs and a machine; `start` launches a command there."""
+
+    folder: Path
+    recipe: Path
+    environment: dict[str, str]
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def start(self, image: str, *words: str, **environment: str) -> Launched:
+        screen = self.folder / f"screen-{time.monotonic_ns()}.txt"
+        command = [sys.executable, "-m", "tests.containers.launch", image, *words]
+        with screen.open("wb") as file:
+            values = os.environ | self.environment | environment
+            process = subprocess.Popen(command, cwd=ROOT, env=values, stdout=file, stderr=subprocess.STDOUT)
+        return Launched(process, screen)
+
+    def run(self, image: str, *words: str, **environment: str) -> Launched:
+        return self.start(image, "run", str(self.recipe), "--out", str(self.runs), *words, **environment)
+
+    def done(self, image: str, *words: str, code: int = 0, **environment: str) -> str:
+        started = self.run(image, *words, **environment)
+        assert started.end() == code, started.said
+        return started.said
+
+
+@pytest.fixture
+def bench(tmp_path, tiny_base) -> Iterator[Bench]:
+    for path in (tmp_path, tiny_base / "model.safetensors"):  # private ones, and a root caller's run is another user's
+        path.chmod(0o755)
+    values = {"RECIPES_HOME": str(tmp_path / "home"), "RECIPES_SYSFS_ROOT": str(tmp_path / "machine")}
+    yield Bench(tmp_path, make_tiny_recipe(tmp_path / "tiny", tiny_base), values)
+    for container in launcher.ours(connect()):
+        if str(tmp_path) in json.dumps(container.attrs["Mounts"]):  # of a test that failed
+            container.remove(force=True, v=True)
+
+
+def ours(engine: Any, bench: Bench) -> list[Any]:
+    """This test's containers that are still there."""
+    return [item for item in launcher.ours(engine) if str(bench.folder) in json.dumps(item.attrs["Mounts"])]
+
+
+def owners(folder: Path) -> set[int]:
+    return {path.lstat().st_uid for path in (folder, *folder.rglob("*"))}
+
+
+LONG = ("--steps", "2000", "--set", "checkpoint_config.every=0", "--set", "eval_config.every=0")
+
+
+# --- the same run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_contained_run_is_the_native_one_value_for_value(bench, image):
+    bench.done(image, "--hw", "cpu", "--container", "--resume", "never")
+    bench.done(image, "--hw", "cpu", "--no-container", "--resume", "never")
+    inside, native = folders(bench.runs)
+    assert manifest(inside)["image"] == {
+        "target": "cpu",
+        "reference": image,
+        "source": "local",
+        "pins_sha256": "0" * 64,
+    }
+    assert manifest(native)["image"] is None
+    assert outcome(inside) == outcome(native)
+    assert owners(inside) == {os.getuid()}, "what a run made belongs to its caller"
+    same = ("git_commit", "git_dirty", "host", "config_digest", "training_digest", "tokenizer_sha256")
+    assert {name: manifest(inside)[name] for name in same} == {name: manifest(native)[name] for name in same}
+
+
+def test_a_run_goes_on_in_and_out_of_its_container(bench, image):
+    bench.done(image, "--hw", "cpu", "--no-container", "--resume", "never")
+    bench.done(image, "--hw", "cpu", "--container", "--resume", "auto", "--stop-at", "2", code=75)
+    bench.done(image, "--hw", "cpu", "--no-container", "--stop-at", "4", code=75)
+    assert "resuming" in bench.done(image, "--hw", "cpu", "--container")
+    whole, parts = folders(bench.runs)
+    assert [event["step"] for event in manifest(parts)["resumed"]] == [2, 4]
+    assert outcome(parts) == outcome(whole)
+    assert owners(bench.runs) == {os.getuid()}
+
+
+@pytest.fixture
+def inspected(engine, bench, image) -> Iterator[dict[str, Any]]:
+    started = bench.run(image, "--hw", "cpu", "--container", *LONG)
+    started.until("grad norm")
+    (container,) = ours(engine, bench)
+    yield container.attrs
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end() == 75, started.said
+
+
+def test_a_container_has_no_right_that_it_does_not_need(inspected, engine):
+    host, config = inspected["HostConfig"], inspected["Config"]
+    assert config["User"].split(":")[0] not in ("", "0", "root")
+    assert host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+    assert host["Privileged"] is False
+    assert host["ReadonlyRootfs"] is True
+    assert host["Devices"] in (None, [])
+    assert host["LogConfig"] == {"Type": "local", "Config": {"max-size": "50m", "max-file": "2"}}
+    writable = {mount["Destination"] for mount in inspected["Mounts"] if mount["RW"] and mount["Type"] == "bind"}
+    assert {Path(path).name for path in writable} == {"runs", "home"}
+    status = engine.containers.get(inspected["Id"]).exec_run(["grep", "-E", "CapEff|NoNewPrivs|Uid", "/proc/1/status"])
+    assert b"CapEff:\t0000000000000000" in status.output
+    assert b"NoNewPrivs:\t1" in status.output
+    assert b"Uid:\t0" not in status.output
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_ends_with_75(bench, image, engine, number):
+    started = bench.run(image, "--hw", "cpu", "--container", *LONG)
+    started.until("grad norm")
+    started.process.send_signal(number)
+    assert started.end() == 75, started.said
+    assert ours(engine, bench) == [], "the container is gone"
+    (folder,) = folders(bench.runs)
+    assert manifest(folder)["exit_reason"].startswith("stopped")
+    last = outcome(folder)["step"]
+    assert [record["step"] for record in metrics.read(folder / "metrics.jsonl") if "loss" in record][-1] == last
+    assert owners(folder) == {os.getuid()}
+    assert "went on" not in bench.done(image, "--hw", "cpu", "--container", *LONG, "--stop-at", str(last + 2), code=75)
+    assert outcome(folder)["step"] == last + 2, "the same command went on"
+
+
+def test_a_terminal_has_its_live_line(bench, image):
+    """And Ctrl-C typed on it ends the run as it should."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        words = ["run", str(bench.recipe), "--out", str(bench.runs), "--hw", "cpu", "--container", *LONG]
+        command = [sys.executable, "-m", "tests.containers.launch", image, *words]
+        os.execve(sys.executable, command, os.environ | bench.environment | {"TERM": "xterm"})
+    said, deadline = b"", time.monotonic() + SECONDS
+    while "━".encode() not in said and time.monotonic() < deadline:
+        said += os.read(terminal, 65536)
+    os.write(terminal, b"\x03")
+    while True:
+        try:
+            said += os.read(terminal, 65536)
+        except OSError:  # its end
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75, said.decode()
+    assert "saving as soon as this step is over".encode() in said
+
+
+def test_a_reader_that_goes_away_lets_the_run_save(bench, image, engine):
+    command = [sys.executable, "-m", "tests.containers.launch", image, "run", str(bench.recipe), "--hw", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--container", "--out", str(bench.runs), *LONG],
+        cwd=ROOT,
+        env=os.environ | bench.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(SECONDS) == 75
+    assert ours(engine, bench) == []
+
+
+# --- boards -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def board(bench) -> Bench:
+    """A machine with one n150 whose node an engine can give away."""
+    if not real_nodes(fake_host(bench.folder / "machine", "n150")):
+        pytest.skip("only root can make device nodes")
+    return bench
+
+
+SMALL = ("--set", "training_config.precision=bf16", "--set", "model_config.lora=null")
+
+
+def test_a_board_runs_in_its_image_by_itself(board, board_image, engine):
+    said = board.done(board_image, "--hw", "n150", *SMALL)
+    (folder,) = folders(board.runs)
+    assert manifest(folder)["backend"]["backend"] == "ttml"
+    facts = manifest(folder)["host"]
+    assert facts["driver"] == "2.10.0"
+    assert facts["pci"] == [pci(0)]
+    assert facts["firmware"] == ["19.13.1"]
+    assert "in a container, on n150" in said
+    assert lease.path_of(pci(0)).name == "recipes-0000:01:00.0.lock"
+
+
+@pytest.fixture
+def occupied(board, board_image) -> Iterator[Launched]:
+    started = board.run(board_image, "--hw", "n150", *LONG, *SMALL)
+    started.until("grad norm")
+    yield started
+    if started.process.poll() is None:
+        started.process.kill()
+        started.process.wait()
+
+
+def test_a_second_run_on_a_board_is_told_who_has_it(board, board_image, engine, occupied):
+    (container,) = ours(engine, board)
+    assert container.attrs["HostConfig"]["Devices"] == [
+        {
+            "PathOnHost": str(board.folder / "machine/dev/tenstorrent/0"),
+            "PathInContainer": "/dev/tenstorrent/0",
+            "CgroupPermissions": "rw",
+        }
+    ]
+    for how in ((), ("--no-container",)):
+        said = board.done(board_image, "--hw", "n150", *SMALL, *how, code=4)
+        assert f"n150 is in use by process {occupied.process.pid} with the run " in said
+        assert f"in the container {container.name}, since 2" in said
+        assert "recipe stop --hw n150" in said
+    stopped = board.start(board_image, "stop", "--hw", "n150")
+    assert stopped.end() == 0, stopped.said
+    assert occupied.end() == 75, "the run that was stopped saved and said so"
+    assert board.done(board_image, "--hw", "n150", *SMALL), "the board is free again"
+
+
+def test_a_killed_launcher_leaves_a_container_that_is_found_and_stopped(board, board_image, engine, occupied):
+    occupied.process.kill()
+    occupied.process.wait()
+    (container,) = ours(engine, board)
+    assert container.status == "running"
+    said = board.done(board_image, "--hw", "n150", *SMALL, code=4)
+    assert f"n150 is in use by the container {container.name}, whose launcher is gone" in said
+    assert "recipe stop --hw n150" in said
+    stopped = board.start(board_image, "stop", "--hw", "n150")
+    assert stopped.end() == 0, stopped.said
+    assert ours(engine, board) == []
+    (folder,) = folders(board.runs)
+    assert manifest(folder)["exit_reason"].startswith("stopped")
+    assert owners(folder) == {os.getuid()}, "what was lent is given back though its launcher was killed"
+    assert board.done(board_image, "--hw", "n150", *SMALL, "--resume", "never"), "the board is free again"
+
+
+def test_only_ended_containers_of_dead_launchers_are_cleared_away(bench, board_image, image, engine):
+    words = {"image": image, "entrypoint": ["sleep", "600"], "labels": {LABEL + "run": "x", LABEL + "launcher": "1@0"}}
+    dead = engine.containers.create(**words)
+    alive = engine.containers.run(**words, detach=True)
+    waited = engine.containers.create(**{**words, "labels": {LABEL + "run": "x", LABEL + "launcher": own_name()}})
+    foreign = engine.containers.create(**{**words, "labels": {}})
+    try:
+        launcher.remove_ended(engine)
+        there = {item.id for item in engine.containers.list(all=True)}
+        assert dead.id not in there
+        assert {alive.id, waited.id, foreign.id} <= there
+    finally:
+        for item in (alive, waited, foreign):
+            item.remove(force=True, v=True)
+
+
+def own_name() -> str:
+    return launcher.process(os.getpid())
+
+
+# --- what can go wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_in_the_container_is_one_message(bench, image, engine):
+    bench.runs.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "small", str(bench.runs)], check=False)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        said = bench.done(image, "--hw", "cpu", "--container", code=4)
+        assert "No space left on device" in said
+        assert "Traceback" not in said
+        assert ours(engine, bench) == []
+    finally:
+        subprocess.run(["umount", str(bench.runs)], check=True)
+
+
+def test_a_killed_container_says_so_and_its_run_goes_on(bench, image, engine):
+    saving = ("--hw", "cpu", "--container", "--steps", "2000", "--set", "eval_config.every=0")
+    started = bench.run(image, *saving)
+    started.until("step    4/")
+    (container,) = ours(engine, bench)
+    container.kill("SIGKILL")
+    assert started.end() == 5
+    assert "the run was killed from outside" in started.said
+    again = bench.run(image, *saving)
+    again.until("resuming")
+    again.process.send_signal(signal.SIGTERM)
+    assert again.end() == 75, again.said
+
+
+@pytest.mark.parametrize(
+    ("reference", "texts"),
+    [
+        ("sha256:" + "0" * 64, ("is gone from the Docker engine", "make image")),
+    ],
+)
+def test_an_image_that_is_not_here_is_one_message(bench, engine, reference, texts):
+    said = bench.done(reference, "--hw", "cpu", "--container", code=4)
+    for text in texts:
+        assert text in said
+    assert not list(bench.runs.glob("*")), "nothing was begun"
+
+
+def test_a_node_that_is_no_device_is_one_message(bench, board_image):
+    fake_host(bench.folder / "machine", "n150")
+    said = bench.done(board_image, "--hw", "n150", *SMALL, code=4)
+    assert "a device node of the board cannot be given to a container" in said
+    assert not list(bench.runs.glob("*"))
