@@ -145,31 +145,19 @@ LONG = ("--steps", "2000", "--set", "checkpoint_config.every=0", "--set", "eval_
 # --- the same run ---------------------------------------------------------------------------------------------------
 
 
-def test_a_contained_run_is_the_native_one_value_for_value(bench, image):
-    bench.done(image, "--hw", "cpu", "--container", "--resume", "never")
+def test_a_run_is_the_native_one_value_for_value_and_goes_on_in_and_out_of_its_container(bench, image):
     bench.done(image, "--hw", "cpu", "--no-container", "--resume", "never")
-    inside, native = folders(bench.runs)
-    assert manifest(inside)["image"] == {
-        "target": "cpu",
-        "reference": image,
-        "source": "local",
-        "pins_sha256": "0" * 64,
-    }
-    assert manifest(native)["image"] is None
-    assert outcome(inside) == outcome(native)
-    assert owners(inside) == {os.getuid()}, "what a run made belongs to its caller"
-    same = ("git_commit", "git_dirty", "host", "config_digest", "training_digest", "tokenizer_sha256")
-    assert {name: manifest(inside)[name] for name in same} == {name: manifest(native)[name] for name in same}
-
-
-def test_a_run_goes_on_in_and_out_of_its_container(bench, image):
-    bench.done(image, "--hw", "cpu", "--no-container", "--resume", "never")
-    bench.done(image, "--hw", "cpu", "--container", "--resume", "auto", "--stop-at", "2", code=75)
+    bench.done(image, "--hw", "cpu", "--container", "--stop-at", "2", "--resume", "never", code=75)
+    native, run = folders(bench.runs)
+    first = {"target": "cpu", "reference": image, "source": "local", "pins_sha256": "0" * 64}
+    assert (manifest(run)["image"], manifest(native)["image"]) == (first, None)
+    same = ("git_commit", "git_dirty", "host", "config_digest", "training_digest", "tokenizer_sha256", "recipe_dir")
+    assert {name: manifest(run)[name] for name in same} == {name: manifest(native)[name] for name in same}
+    assert owners(run) == {os.getuid()}, "what a run made belongs to its caller"
     bench.done(image, "--hw", "cpu", "--no-container", "--stop-at", "4", code=75)
     assert "resuming" in bench.done(image, "--hw", "cpu", "--container")
-    whole, parts = folders(bench.runs)
-    assert [event["step"] for event in manifest(parts)["resumed"]] == [2, 4]
-    assert outcome(parts) == outcome(whole)
+    assert [(event["step"], event["image"]) for event in manifest(run)["resumed"]] == [(2, None), (4, first)]
+    assert outcome(run) == outcome(native)
     assert owners(bench.runs) == {os.getuid()}
 
 
@@ -187,7 +175,7 @@ def test_a_container_has_no_right_that_it_does_not_need(inspected, engine):
     host, config = inspected["HostConfig"], inspected["Config"]
     assert config["User"].split(":")[0] not in ("", "0", "root")
     assert host["CapDrop"] == ["ALL"]
-    assert host["SecurityOpt"] == ["no-new-privileges"]
+    assert "no-new-privileges" in host["SecurityOpt"]
     assert host["Privileged"] is False
     assert host["ReadonlyRootfs"] is True
     assert host["Devices"] in (None, [])
@@ -215,8 +203,6 @@ def test_a_signal_saves_and_ends_with_75(bench, image, engine, number):
     last = outcome(folder)["step"]
     assert [record["step"] for record in metrics.read(folder / "metrics.jsonl") if "loss" in record][-1] == last
     assert owners(folder) == {os.getuid()}
-    assert "went on" not in bench.done(image, "--hw", "cpu", "--container", *LONG, "--stop-at", str(last + 2), code=75)
-    assert outcome(folder)["step"] == last + 2, "the same command went on"
 
 
 def test_a_terminal_has_its_live_line(bench, image):
@@ -250,7 +236,8 @@ def test_a_reader_that_goes_away_lets_the_run_save(bench, image, engine):
         stderr=subprocess.DEVNULL,
     )
     assert process.stdout is not None
-    process.stdout.readline()
+    while b"grad norm" not in process.stdout.readline():
+        assert process.poll() is None
     process.stdout.close()
     assert process.wait(SECONDS) == 75
     assert ours(engine, bench) == []
