@@ -20,7 +20,7 @@ from common.backends.ttml_mesh import DESCRIPTOR
 from common.config import Config
 from common.hardware import Hardware, system_root
 from common.ops.images import Image
-from common.recipes import ROOT
+from common.recipes import ROOT, run_words
 from common.recipes import home as cache
 from common.train.manifest import code_facts
 
@@ -165,7 +165,7 @@ def spec_of(run: Run, lent: Sequence[Path] = ()) -> Spec:
         image=run.image.reference if run.image else NOT_BUILT,
         words=tuple(words_of(run)),
         user=user,
-        mounts=tuple(mounts_of(run, kernels)),
+        mounts=tuple(mounts_of(run)),
         scratch=tuple(dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(run) else [])])),
         environment=environment,
         secret={host.LAUNCH: json.dumps(said_of(run)), **handed_over},
@@ -214,7 +214,7 @@ def kernels_name(run: Run) -> str:
     return f"{image}-{run.hw.arch}-{keys[0].replace(':', '-')}"
 
 
-def mounts_of(run: Run, kernels: Path) -> Iterator[Mount]:
+def mounts_of(run: Run) -> Iterator[Mount]:
     """Read-only what is read, writable what a run writes; a folder inside another comes after it."""
     writable = [run.out, cache(), *([Path(os.environ["HF_HOME"])] if os.environ.get("HF_HOME") else [])]
     readable = [ROOT, run.recipe_dir, *named_paths(run)]
@@ -262,16 +262,6 @@ def words_of(run: Run) -> list[str]:
     if resume not in ("auto", "never"):
         resume = Path(resume).expanduser().absolute()
     return run_words(str(run.recipe_dir), {**run.asked, "hw": run.hw.name, "resume": resume, "out": run.out})
-
-
-def run_words(name: str, asked: Mapping[str, Any]) -> list[str]:
-    """`run NAME` with the options `asked`, by their names in Launch, as they can be typed after `recipe`."""
-    words = ["run", name]
-    for option in ("hw", "steps", "stop_at", "resume", "out"):
-        if asked.get(option) is not None:
-            words += [f"--{option.replace('_', '-')}", str(asked[option])]
-    words += ["--accept-changes"] if asked.get("accept_changes") else []
-    return words + [part for override in asked["overrides"] for part in ("--set", override)]
 
 
 def said_of(run: Run) -> dict[str, Any]:

@@ -72,14 +72,14 @@ def attempt(id: str, look: Callable[[], str], untold: bool = False) -> Finding:
         return Finding(id, None if untold else False, error.what, error.todo)
 
 
-# --- the board --------------------------------------------------------------------------------------------------------
+# --- the board ------------------------------------------------------------------------------------------------------
 
 
 def nodes(machine: Machine) -> Iterator[Finding]:
     yield attempt("board.nodes", lambda: hardware.choose(machine.hw.name).reason)
 
 
-def driver(machine: Machine) -> Iterator[Finding]:
+def driver(_machine: Machine) -> Iterator[Finding]:
     version = host.driver()
     if version is None:
         yield Finding("board.driver", False, "the kernel module tenstorrent is not loaded", INSTALLER)
@@ -156,7 +156,7 @@ def descriptor(machine: Machine) -> Iterator[Finding]:
     yield attempt("board.descriptor", look)
 
 
-# --- containers ---------------------------------------------------------------------------------------------------------
+# --- containers -----------------------------------------------------------------------------------------------------
 
 
 def engine(machine: Machine) -> Iterator[Finding]:
@@ -192,10 +192,10 @@ def pins(machine: Machine) -> Iterator[Finding]:
     yield attempt("engine.pins", look, untold=machine.hw.image not in read_lock()["targets"])
 
 
-# --- Python, and room -----------------------------------------------------------------------------------------------------
+# --- Python, and room -----------------------------------------------------------------------------------------------
 
 
-def disk(machine: Machine) -> Iterator[Finding]:
+def disk(_machine: Machine) -> Iterator[Finding]:
     for id, folder in (("disk.runs", ROOT / "runs"), ("disk.home", home())):
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         free = shutil.disk_usage(there).free / 1e9
@@ -216,12 +216,14 @@ def python(machine: Machine) -> Iterator[Finding]:
     ttnn, numpy = installed("ttnn"), installed("numpy")
     if ttnn:
         fits = here in TTNN_PYTHONS and (numpy is None or numbers(numpy) < (2,))
-        evidence = f"ttnn {ttnn} on {name} with numpy {numpy}; its wheels are for 3.10 and 3.12 and ask for numpy below 2"
+        evidence = (
+            f"ttnn {ttnn} on {name} with numpy {numpy}; its wheels are for 3.10 and 3.12 and ask for numpy below 2"
+        )
         cure = "a tt-metal built here for this Python may do all the same: recipe doctor --ttml; the image has its own"
         yield Finding("python.ttnn", True if fits else None, evidence, cure)
 
 
-def lock(machine: Machine) -> Iterator[Finding]:
+def lock(_machine: Machine) -> Iterator[Finding]:
     """Whether the packages here are those of the lock they were installed from."""
     name = f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt" if installed("torch") else "launcher.txt"
     text = (ROOT / "requirements" / name).read_text("utf-8")

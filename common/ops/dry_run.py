@@ -16,9 +16,10 @@ from common.config import Config
 from common.data import corpora
 from common.errors import MachineError, RecipeError
 from common.ops import launcher
-from common.ops.container import Run, command_line, run_words, spec_of
+from common.ops.container import Run, command_line, spec_of
 from common.ops.engine import connect
 from common.ops.images import Image, image_for
+from common.recipes import run_words
 from common.train.manifest import run_name
 
 

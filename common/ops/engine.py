@@ -11,7 +11,7 @@ from common.errors import MachineError
 from common.ops.images import Image
 
 if TYPE_CHECKING:
-    from docker import DockerClient
+    from docker.client import DockerClient
 
 # What an engine says, as a pattern; what that means; what to do.
 SAYINGS = (
@@ -59,7 +59,7 @@ NO_RIGHTS = "let an administrator add you to the group docker, log in anew; that
 def connect() -> DockerClient:
     """The engine that answers on this machine. Raises MachineError: none, no permission, or not one for this."""
     try:
-        import docker
+        from docker.client import DockerClient
     except ImportError as error:
         raise MachineError(
             f"the Python package {error.name} is not in this environment",
@@ -67,7 +67,7 @@ def connect() -> DockerClient:
             todo="make setup, which installs it; LAUNCHER=1 for a host that only launches containers",
         ) from error
     with explained("asking the Docker engine"):
-        client = docker.from_env()
+        client: DockerClient = DockerClient.from_env()
         _refuse_other_users(client.info())
         return client
 

@@ -24,13 +24,13 @@ from common.hardware import Choice
 from common.ops import lease, lending
 from common.ops.container import LABEL, USER, Run, Spec, arguments, process, spec_of, users_environment
 from common.ops.engine import connect, explained, fetch
-from common.ops.images import image_for
+from common.ops.images import Image, image_for
 from common.ops.lease import Owner
 from common.train.files import disk_errors
 from common.train.manifest import run_name
 
 if TYPE_CHECKING:
-    from docker import DockerClient
+    from docker.client import DockerClient
     from docker.models.containers import Container
 
 Say = Callable[[str], None]
@@ -51,7 +51,8 @@ def launch(recipe_dir: Path, asked: Mapping[str, Any], say: Say) -> int:
     """Run the recipe with the options `asked` (by their names in Launch) in its container; return its exit code."""
     choice = hardware.choose(asked["hw"])
     say(f"{recipe_dir.name} in a container, on {choice.reason}")
-    run = described(recipe_dir, choice, asked, image_for(choice.hardware))
+    image = image_for(choice.hardware)
+    run = described(recipe_dir, choice, asked, image)
     refuse_no_memory(run)
     for name, value in users_environment().items():
         say(f"as you have set it: {name}={value}")
@@ -61,7 +62,7 @@ def launch(recipe_dir: Path, asked: Mapping[str, Any], say: Say) -> int:
     with lease.taken(keys, Owner(run.hw.name, os.getpid(), run.id, f"recipes-{run.id}")):
         remove_ended(client)
         refuse_orphan(client, choice.hardware.name, keys)
-        fetch(client, run.image, say)
+        fetch(client, image, say)
         with folders(run) as lent:
             return follow(client, spec_of(run, lent))
 
@@ -72,13 +73,13 @@ def native_lease(recipe: str, hw: str | None) -> Iterator[None]:
     if host.launched():
         yield
         return
-    choice = hardware.choose(hw)
+    choice = hardware.choose(hw, require_present=False)
     keys = [card.key for card in host.cards(choice.nodes)]
     with lease.taken(keys, Owner(choice.hardware.name, os.getpid(), recipe)):
         yield
 
 
-def described(recipe_dir: Path, choice: Choice, asked: Mapping[str, Any], image: Any) -> Run:
+def described(recipe_dir: Path, choice: Choice, asked: Mapping[str, Any], image: Image) -> Run:
     """What is to run. Raises UsageError for a config that the run would refuse as well."""
     config = configs.load(recipe_dir, choice.hardware, asked["overrides"], asked["steps"])
     name = run_name(config.recipe, choice.hardware.name)
@@ -172,7 +173,7 @@ def refuse_orphan(client: DockerClient, board: str, keys: Sequence[str]) -> None
             raise lease.busy(board, f"the container {container.name}, whose launcher is gone")
 
 
-# --- one container, from start to end ---------------------------------------------------------------------------------
+# --- one container, from start to end -------------------------------------------------------------------------------
 
 
 def follow(client: DockerClient, spec: Spec) -> int:
@@ -198,7 +199,7 @@ def follow(client: DockerClient, spec: Spec) -> int:
 def caught(events: queue.SimpleQueue[tuple[str, Any]]) -> Iterator[None]:
     """Put signals into `events` in place of their usual end."""
     numbers = (*FORWARDED, signal.SIGWINCH)
-    before = {number: signal.signal(number, lambda got, frame: events.put(("signal", got))) for number in numbers}
+    before = {number: signal.signal(number, lambda got, _frame: events.put(("signal", got))) for number in numbers}
     try:
         yield
     finally:

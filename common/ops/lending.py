@@ -61,6 +61,6 @@ def give(folder: Path, before: int, after: int) -> None:
     if not folder.is_dir():
         return
     for place, names, files in os.walk(folder):
-        for path in (place, *(os.path.join(place, name) for name in (*names, *files))):
-            if os.lstat(path).st_uid == before:
+        for path in (Path(place), *(Path(place, name) for name in (*names, *files))):
+            if path.lstat().st_uid == before:
                 os.chown(path, after, after, follow_symlinks=False)

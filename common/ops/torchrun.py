@@ -29,6 +29,7 @@ from common import config as configs
 from common import hardware
 from common.config import Config
 from common.errors import MachineError, RankLost, UsageError
+from common.recipes import run_words
 from common.train.plan import Launch
 
 Say = Callable[[str], None]
@@ -88,12 +89,7 @@ def train(launch: Launch, hosts: Hosts, lead: Callable[[], None], say: Say) -> i
     """Call `lead`, which trains, in the processes that the launch asks for."""
     board = hardware.choose(launch.hw, require_present=False).hardware  # a real run asks again
     config = configs.load(launch.recipe_dir, board, launch.overrides, launch.steps)
-    options = {name: getattr(launch, name) for name in ("hw", "steps", "stop_at", "resume", "out")}
-    words = ["run", str(launch.recipe_dir)]
-    for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
-    words += ["--accept-changes"] if launch.accept_changes else []
-    words += [part for override in launch.overrides for part in ("--set", override)]
+    words = run_words(str(launch.recipe_dir), vars(launch))
     return in_processes(launch.recipe_dir, config, words, hosts, lead, say)
 
 

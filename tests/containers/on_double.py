@@ -1,6 +1,6 @@
 """`python -m common` in a container where a double stands for ttml: what a board's image is to its launcher.
 
-    python -m tests.containers.on_double DEVICES WORD...
+python -m tests.containers.on_double DEVICES WORD...
 """
 
 from __future__ import annotations

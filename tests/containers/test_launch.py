@@ -13,19 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import docker.errors
 import pytest
-
-docker = pytest.importorskip("docker", reason="the Docker SDK is not installed")
 
 from common.errors import MachineError
 from common.hardware import get
 from common.ops import launcher, lease
-from common.ops.container import LABEL
+from common.ops.container import LABEL, process
 from common.ops.engine import connect
 from common.ops.images import image_for
 from common.recipes import ROOT
@@ -188,7 +187,7 @@ def test_a_container_has_no_right_that_it_does_not_need(inspected, engine):
     assert b"Uid:\t0" not in status.output
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -223,7 +222,7 @@ def test_a_terminal_has_its_live_line(bench, image):
         except OSError:  # its end
             break
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75, said.decode()
-    assert "saving as soon as this step is over".encode() in said
+    assert b"saving as soon as this step is over" in said
 
 
 def test_a_reader_that_goes_away_lets_the_run_save(bench, image, engine):
@@ -243,7 +242,7 @@ def test_a_reader_that_goes_away_lets_the_run_save(bench, image, engine):
     assert ours(engine, bench) == []
 
 
-# --- boards -------------------------------------------------------------------------------------------------------------
+# --- boards ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -333,10 +332,10 @@ def test_only_ended_containers_of_dead_launchers_are_cleared_away(bench, board_i
 
 
 def own_name() -> str:
-    return launcher.process(os.getpid())
+    return process(os.getpid())
 
 
-# --- what can go wrong --------------------------------------------------------------------------------------------------
+# --- what can go wrong ----------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_in_the_container_is_one_message(bench, image, engine):

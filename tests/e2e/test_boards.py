@@ -58,7 +58,7 @@ def run(tmp_path, monkeypatch, capsys) -> Run:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
 
     def command(name: str, hw: str, *options: str, generation: str = "C", **faults: Any) -> Ended:
-        words = ["recipe", "run", name, "--hw", hw, "--out", str(tmp_path / "runs"), *options]
+        words = ["recipe", "run", name, "--hw", hw, "--no-container", "--out", str(tmp_path / "runs"), *options]
         monkeypatch.setattr(sys, "argv", words)
         root = tmp_path / hw
         if hw in MACHINES and not root.is_dir():
@@ -86,8 +86,8 @@ def ended(done: Ended, code: int = 0) -> str:
 @pytest.mark.parametrize("hw", ["n150", "n300"])
 def test_tinyllama_finetune_trains_resumes_and_exports(run, base, tmp_path, hw):
     small = sets(*QUICK, f"model_config.base={base}", "data_config.max_length=64")
-    ended(run("tinyllama-finetune", hw, "--no-container", "--steps", "4", "--stop-at", "2", *small), 75)
-    screen = ended(run("tinyllama-finetune", hw, "--no-container", "--steps", "4", *small))
+    ended(run("tinyllama-finetune", hw, "--steps", "4", "--stop-at", "2", *small), 75)
+    screen = ended(run("tinyllama-finetune", hw, "--steps", "4", *small))
     (folder,) = folders(tmp_path / "runs")
     values = manifest(folder)
     assert "resuming" in screen
@@ -105,7 +105,7 @@ def test_tinyllama_finetune_trains_resumes_and_exports(run, base, tmp_path, hw):
 @pytest.mark.parametrize("generation", ["B", "C"])
 def test_nano_transformer_scratch_trains_and_exports(run, tmp_path, generation):
     small = sets(*QUICK, *tiny_scratch(tmp_path / "play.txt"))
-    ended(run("nano-transformer-scratch", "n150", "--no-container", "--steps", "4", *small, generation=generation))
+    ended(run("nano-transformer-scratch", "n150", "--steps", "4", *small, generation=generation))
     (folder,) = folders(tmp_path / "runs")
     first = metrics.read(folder / "metrics.jsonl")[1]
     assert first["step"] == 1
@@ -175,7 +175,7 @@ def test_a_ttml_that_cannot_train_is_refused_before_the_data(run, tmp_path, hw, 
 def test_no_ttml_at_all_says_where_it_is(tmp_path):
     """In a process of its own, where nothing stands for ttml."""
     values = os.environ | {"RECIPES_SYSFS_ROOT": str(fake_machine(tmp_path / "n150", MACHINES["n150"]))}
-    command = [sys.executable, "-m", "common", "run", SCRATCH, "--hw", "n150", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "common", "run", SCRATCH, "--hw", "n150", "--no-container", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True, check=False)
     said = ended(Ended(done.returncode, done.stdout + done.stderr), 4)
     assert "is not in this environment" in said

@@ -207,9 +207,9 @@ def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command,
     script = type("Script", (), {"train": staticmethod(launches.append)})
     monkeypatch.setattr(cli, "load_script", lambda path: script)
     monkeypatch.setenv("HW", "n300")
-    command("run", "tinyllama-finetune")
+    command("run", "tinyllama-finetune", "--no-container")
     monkeypatch.setenv("HW", "")
-    command("run", "tinyllama-finetune")
+    command("run", "tinyllama-finetune", "--no-container")
     assert [launch.hw or None for launch in launches] == ["n300", None]
     assert {launch.resume for launch in launches} == {"auto"}
     assert {launch.out for launch in launches} == {ROOT / "runs"}, "whatever the working directory"
@@ -262,10 +262,20 @@ def test_dry_run_trains_nothing(command, monkeypatch):
     assert f"--set {seed}" in printed
 
 
-def test_no_images_yet_is_said(command):
-    code, _, err = command("run", "tinyllama-finetune", "--container")
+def test_a_container_without_an_image_says_how_to_make_one(command, monkeypatch):
+    from common.ops import images
+
+    monkeypatch.setattr(images, "read_local", dict)
+    code, _, err = command("run", "tinyllama-finetune", "--hw", "cpu", "--container")
     assert code == 4
-    assert "no images yet" in err
+    assert "no image for cpu" in err
+    assert "image" in err.partition("to do: ")[2]
+
+
+def test_several_hosts_are_no_matter_for_a_container(command):
+    code, _, err = command("run", "ddp-n300", "--hw", "cpu-x2", "--container", "--nnodes", "2")
+    assert code == 2
+    assert "--no-container" in err
 
 
 def test_python_m_common_is_the_same_command():

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import docker.errors
 import pytest
-
-docker = pytest.importorskip("docker", reason="the Docker SDK is not installed")
-requests = pytest.importorskip("requests", reason="it comes with the Docker SDK")
+import requests
+from docker.client import DockerClient
 
 from common import cli, hardware
 from common.errors import MachineError, TrainingError
@@ -61,7 +61,7 @@ def targets(spec: container.Spec) -> dict[str, bool]:
     return {str(mount.inside or mount.path): mount.writable for mount in spec.mounts}
 
 
-# --- what it is given ---------------------------------------------------------------------------------------------------
+# --- what it is given -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("board", MACHINES)
@@ -157,7 +157,7 @@ def test_threads_are_those_of_a_native_run(monkeypatch):
     assert arguments(spec_on("cpu"))["cpuset_cpus"] == "1,3"
 
 
-# --- the same command inside --------------------------------------------------------------------------------------------
+# --- the same command inside ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -179,7 +179,15 @@ def launched(monkeypatch) -> Callable[..., Any]:
 def test_inside_the_same_command_is_resolved(place, launched, monkeypatch):
     fake_host(place / "machine", "n150")
     words = ["run", "tinyllama-finetune", "--hw", "n150", "--steps", "7", "--stop-at", "3", "--out", "here/runs"]
-    words += ["--set", "a.b=[1, 2]", "--set", "c.d=x y", "--resume", "some/run", "--accept-changes"]
+    words += [
+        "--set",
+        "training_config.seed=1",
+        "--set",
+        "eval_config.prompts=[What is it]",
+        "--resume",
+        "some/run",
+        "--accept-changes",
+    ]
     monkeypatch.chdir(place)
     native = launched(*words, "--no-container")
     asked = {name: getattr(native, name) for name in ASKED}
@@ -226,7 +234,7 @@ def test_a_dry_run_names_the_image_where_it_is_built_and_a_lack_of_an_engine(mon
     assert "  no Docker engine answers here" in lines
 
 
-# --- a root caller's folders --------------------------------------------------------------------------------------------
+# --- a root caller's folders ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -235,40 +243,47 @@ def owned(monkeypatch) -> dict[str, int]:
     owners: dict[str, int] = {}
     real = os.lstat
 
-    def look(path: Any) -> Any:
+    def look(path: Any, **_: Any) -> Any:
         values = list(real(path))
         values[4] = owners.get(str(path), 0)
         return os.stat_result(values)
 
-    monkeypatch.setattr(lending.os, "lstat", look)
-    monkeypatch.setattr(Path, "stat", lambda self, **options: look(self))
-    monkeypatch.setattr(lending.os, "chown", lambda path, uid, gid, **o: owners.__setitem__(str(path), uid))
+    monkeypatch.setattr(Path, "lstat", look)
+    monkeypatch.setattr(Path, "stat", look)
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid, **_: owners.__setitem__(str(path), uid))
     return owners
 
 
 def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
     out = place / "runs"
-    for name, reason, recipe in (("open", "stopped: x", "r"), ("done", "done", "r"), ("other", "running", "else")):
+    for name, reason, recipe in (
+        ("open", "stopped: x", "r"),
+        ("done", "done", "r"),
+        ("else", "running", "e"),
+        ("theirs", "running", "r"),
+    ):
         (out / name / "checkpoints").mkdir(parents=True)
         (out / name / "manifest.json").write_text(json.dumps({"recipe": recipe, "exit_reason": reason}))
-    (out / "theirs").mkdir()
-    (out / "theirs/manifest.json").write_text(json.dumps({"recipe": "r", "exit_reason": "stopped: x"}))
     owned[str(out / "theirs")] = 4711
-    folders = lending.candidates(out, "new", "r")
-    assert [folder.name for folder in folders][0] == "new"
-    assert {folder.name for folder in folders} == {"new", "open", "theirs"}
-    with pytest.raises(KeyError), lending.lent(folders):
-        mine = {path for path, uid in owned.items() if uid == 1000 and "/runs/" in path}
-        assert mine == {str(out / name) for name in ("new", "open", "open/checkpoints", "open/manifest.json")}
-        (out / "open/made inside").touch()
-        owned[str(out / "open/made inside")] = 1000
-        raise KeyError("whatever ended the run")
-    assert {uid for path, uid in owned.items() if "/runs/" in path and "theirs" not in path} == {0}
-    assert owned[str(out / "theirs")] == 4711
+
+    def of(user: int) -> set[str]:
+        return {str(Path(path).relative_to(out)) for path, uid in owned.items() if uid == user and str(out) in path}
+
+    def run() -> None:
+        with lending.lent(lending.candidates(out, "new", "r")):
+            assert of(1000) == {"new", "open", "open/checkpoints", "open/manifest.json"}
+            (out / "open/made inside").touch()
+            owned[str(out / "open/made inside")] = 1000
+            raise KeyError("whatever ended the run")
+
+    with pytest.raises(KeyError):
+        run()
+    assert of(1000) == set()
+    assert of(4711) == {"theirs"}
     assert not (out / "new").exists(), "nothing came into it"
 
 
-# --- what can go wrong --------------------------------------------------------------------------------------------------
+# --- what can go wrong ----------------------------------------------------------------------------------------------
 
 
 def api_error(text: str) -> Exception:
@@ -301,16 +316,22 @@ def test_what_an_engine_says_is_one_message_with_a_cure(said):
 @pytest.mark.parametrize(
     ("reason", "what", "cure"),
     [
-        ("FileNotFoundError(2, 'No such file or directory')", "no Docker engine answers here", "systemctl start docker"),
+        (
+            "FileNotFoundError(2, 'No such file or directory')",
+            "no Docker engine answers here",
+            "systemctl start docker",
+        ),
         ("ConnectionRefusedError(111, 'Connection refused')", "no Docker engine answers here", "--no-container"),
         ("PermissionError(13, 'Permission denied')", "no permission on the Docker engine's socket", "group docker"),
     ],
 )
 def test_no_engine_and_no_permission_are_told_apart(monkeypatch, reason, what, cure):
     def none() -> None:
-        raise docker.errors.DockerException(f"Error while fetching server API version: ('Connection aborted.', {reason})")
+        raise docker.errors.DockerException(
+            f"Error while fetching server API version: ('Connection aborted.', {reason})"
+        )
 
-    monkeypatch.setattr(docker, "from_env", none)
+    monkeypatch.setattr(DockerClient, "from_env", none)
     with pytest.raises(MachineError, match=what) as caught:
         engine.connect()
     assert cure in str(caught.value.todo)
@@ -323,10 +344,12 @@ def test_no_engine_at_a_socket_that_is_not_there(place, monkeypatch):
         engine.connect()
 
 
-@pytest.mark.parametrize(("option", "words"), [("name=rootless", "without root"), ("name=userns", "maps its containers")])
+@pytest.mark.parametrize(
+    ("option", "words"), [("name=rootless", "without root"), ("name=userns", "maps its containers")]
+)
 def test_an_engine_whose_users_are_others_is_refused(monkeypatch, option, words):
     client = type("Client", (), {"info": lambda self: {"SecurityOptions": ["name=seccomp", option]}})
-    monkeypatch.setattr(docker, "from_env", client)
+    monkeypatch.setattr(DockerClient, "from_env", client)
     with pytest.raises(MachineError, match=words):
         engine.connect()
 
@@ -367,7 +390,11 @@ def test_a_published_image_is_fetched_once_by_its_digest():
     [
         (Store(None), IMAGE, "is gone from the Docker engine"),
         (Store(Found("sha256:other")), IMAGE, "is not the locked one"),
-        (Store(None, Found("sha256:34", "registry.example/recipes@sha256:" + "56" * 32)), PUBLISHED, "not the locked one"),
+        (
+            Store(None, Found("sha256:34", "registry.example/recipes@sha256:" + "56" * 32)),
+            PUBLISHED,
+            "not the locked one",
+        ),
     ],
 )
 def test_an_image_of_another_digest_is_refused(store, image, words):
@@ -384,7 +411,7 @@ def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place):
         launcher.launch(RECIPE, {**ASKED, "hw": "n150"}, print)
 
 
-# --- watching one -------------------------------------------------------------------------------------------------------
+# --- watching one ---------------------------------------------------------------------------------------------------
 
 
 class Box:
@@ -420,7 +447,7 @@ class Box:
 
 
 def follow(box: Box) -> int:
-    return launcher.follow(box, spec_on("cpu"))  # type: ignore[arg-type]
+    return launcher.follow(box, spec_on("cpu"))
 
 
 def test_the_exit_code_and_what_was_said_come_through(capfdbinary):

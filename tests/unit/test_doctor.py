@@ -194,11 +194,10 @@ def test_on_a_machine_without_a_board_it_says_so(recipe, monkeypatch, tmp_path):
         assert "there is none" in err
 
 
-@pytest.mark.parametrize(("verb", "option"), [("doctor", "--ttml"), ("verify", "--bring-up")])
-def test_a_verb_without_its_option_says_what_there_is(recipe, verb, option):
-    code, _, err = recipe(verb)
+def test_a_verb_without_its_option_says_what_there_is(recipe):
+    code, _, err = recipe("verify")
     assert code == 2
-    assert f"recipe {verb} {option}" in err
+    assert "recipe verify --bring-up" in err
 
 
 def test_neither_imports_torch():

@@ -14,7 +14,8 @@ import pytest
 
 from common import cli
 from common.errors import MachineError
-from common.ops import doctor_host, lease
+from common.hardware import get
+from common.ops import doctor_host, images, lease
 from common.ops.doctor_host import numbers
 from common.ops.lease import Owner
 from tests.hosts import descriptor, fake_host, pci, remove_card, remove_node, write
@@ -35,7 +36,9 @@ def doctor(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, dict[str, 
     """Run `recipe doctor --json` for a board on the machine below `root`: exit code, findings by id, standard error."""
     monkeypatch.setattr(doctor_host, "connect", Engine)
     monkeypatch.setattr(doctor_host, "ROOM_GB", 0)
-    own = [check for check in doctor_host.ANY if check is not doctor_host.lock]  # what this Python has: a test of its own
+    own = [
+        check for check in doctor_host.ANY if check is not doctor_host.lock
+    ]  # what this Python has: a test of its own
     monkeypatch.setattr(doctor_host, "ANY", own)
     monkeypatch.delenv("RECIPES_LAUNCH", raising=False)
 
@@ -160,7 +163,7 @@ def test_an_engine_that_does_not_answer_is_a_fault_for_a_board_and_none_for_a_cp
 
 def test_no_room_is_a_fault(doctor, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_host, "ROOM_GB", 5)
-    monkeypatch.setattr(doctor_host.shutil, "disk_usage", lambda path: SimpleNamespace(free=4e9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4e9))
     code, found, _ = doctor("cpu", tmp_path)
     assert (code, wrong(found)) == (4, ["disk.runs", "disk.home"])
 
@@ -174,7 +177,7 @@ def test_an_impostor_of_ttml_is_told_by_its_modules_and_not_imported(doctor, tmp
 
 
 def test_packages_that_are_not_the_lock_s_are_named(monkeypatch):
-    machine = doctor_host.Machine(doctor_host.hardware.get("cpu"), (), False)
+    machine = doctor_host.Machine(get("cpu"), (), False)
     real = doctor_host.installed
     versions: dict[str, str | None] = {"click": "0.1", "rich": None}
     monkeypatch.setattr(doctor_host, "installed", lambda name: versions.get(name, real(name)))
@@ -185,7 +188,7 @@ def test_packages_that_are_not_the_lock_s_are_named(monkeypatch):
 
 
 def test_a_pin_of_another_python_lock_is_a_fault(doctor, tmp_path, monkeypatch):
-    lock = doctor_host.read_lock()
+    lock = images.read_lock()
     lock["pins"]["cpu"]["python"]["sha256"] = "0" * 64
     monkeypatch.setattr(doctor_host, "read_lock", lambda: lock)
     assert wrong(doctor("cpu", tmp_path)[1]) == ["engine.pins"]

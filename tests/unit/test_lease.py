@@ -54,7 +54,10 @@ def test_a_second_owner_is_told_who_has_the_board(holder):
     with pytest.raises(MachineError) as refused:
         take("0000:03:00.0", KEYS[0])
     said = str(refused.value)
-    assert "qb2 is in use by process 77 with the run a-run, in the container recipes-a-run, since 2026-11-22T10:00:00Z" in said
+    assert (
+        "qb2 is in use by process 77 with the run a-run, in the container recipes-a-run, since 2026-11-22T10:00:00Z"
+        in said
+    )
     assert "recipe stop --hw qb2" in said
     assert lease.held("0000:03:00.0") is None, "what was taken before the refusal is given back"
     take("0000:03:00.0")
