@@ -153,22 +153,25 @@ def spec_of(run: Run, lent: Sequence[Path] = ()) -> Spec:
         "HOME": str(home()),
         "USER": "recipe",  # a user id without a name has none to look up
         "RECIPES_HOME": str(cache()),
-        "HF_HOME": outside.get("HF_HOME") or str(cache() / "hub"),
+        "HF_HOME": str(Path(outside["HF_HOME"]).absolute() if outside.get("HF_HOME") else cache() / "hub"),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         **(board_environment(run.hw, kernels) if not run.hw.is_cpu else {}),
         **users_environment(),
+        host.LAUNCH: json.dumps(said_of(run)),
     }
+    mounts = tuple(mounts_of(run))
+    scratch = dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(run) else [])])
     handed_over = {name: outside[name] for name in HANDED_OVER if outside.get(name)}
     return Spec(
         name=f"recipes-{run.id}",
         image=run.image.reference if run.image else NOT_BUILT,
         words=tuple(words_of(run)),
         user=user,
-        mounts=tuple(mounts_of(run)),
-        scratch=tuple(dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(run) else [])])),
+        mounts=mounts,
+        scratch=tuple(path for path in scratch if path not in {mount.path for mount in mounts}),
         environment=environment,
-        secret={host.LAUNCH: json.dumps(said_of(run)), **handed_over},
+        secret=handed_over,
         labels=labels_of(run, lent),
         devices=tuple((str(below_root(node)), node) for node in run.nodes),
         cpus=cpus(),
@@ -216,15 +219,19 @@ def kernels_name(run: Run) -> str:
 
 def mounts_of(run: Run) -> Iterator[Mount]:
     """Read-only what is read, writable what a run writes; a folder inside another comes after it."""
-    writable = [run.out, cache(), *([Path(os.environ["HF_HOME"])] if os.environ.get("HF_HOME") else [])]
     readable = [ROOT, run.recipe_dir, *named_paths(run)]
-    mounts = {path: Mount(path) for path in readable} | {path: Mount(path, True) for path in writable}
+    mounts = {path: Mount(path) for path in readable} | {path: Mount(path, True) for path in writable_of(run)}
     for path in sorted(mounts):
         covered = [mounts[parent] for parent in path.parents if parent in mounts]
         if not covered or (mounts[path].writable and not covered[0].writable):
             yield mounts[path]
     if needs_hugepages(run):
         yield Mount(below_root(str(host.HUGEPAGES)), True, host.HUGEPAGES)
+
+
+def writable_of(run: Run) -> list[Path]:
+    """What a run writes to: its runs, the caches, and a Hub cache where the caller has named one."""
+    return [run.out, cache(), *([Path(os.environ["HF_HOME"]).absolute()] if os.environ.get("HF_HOME") else [])]
 
 
 def named_paths(run: Run) -> Iterator[Path]:

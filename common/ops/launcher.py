@@ -22,7 +22,7 @@ from common.data import corpora
 from common.errors import MachineError, TrainingError
 from common.hardware import Choice
 from common.ops import lease, lending
-from common.ops.container import LABEL, USER, Run, Spec, arguments, process, spec_of, users_environment
+from common.ops.container import LABEL, USER, Run, Spec, arguments, process, spec_of, users_environment, writable_of
 from common.ops.engine import connect, explained, fetch
 from common.ops.images import Image, image_for
 from common.ops.lease import Owner
@@ -90,14 +90,14 @@ def described(recipe_dir: Path, choice: Choice, asked: Mapping[str, Any], image:
 def folders(run: Run) -> Iterator[list[Path]]:
     """The folders that a run writes to, writable for its user; gives those that are only lent."""
     with disk_errors("make the folders of a run", run.out):
-        for folder in (run.out, *lending.caches()):
+        for folder in (*writable_of(run), *lending.caches()):
             folder.mkdir(parents=True, exist_ok=True)
-        if os.getuid() != 0:
-            yield []
-            return
-        lent = lending.candidates(run.out, run.id, run.config.recipe)
-        with lending.lent(lent):
-            yield lent
+    if os.getuid() != 0:
+        yield []
+        return
+    lent = lending.candidates(run.out, run.id, run.config.recipe)
+    with lending.lent(lent):
+        yield lent
 
 
 def refuse_no_memory(run: Run) -> None:

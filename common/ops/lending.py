@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.errors import MachineError
 from common.ops.container import USER
 from common.recipes import home
 
@@ -63,4 +64,15 @@ def give(folder: Path, before: int, after: int) -> None:
     for place, names, files in os.walk(folder):
         for path in (Path(place), *(Path(place, name) for name in (*names, *files))):
             if path.lstat().st_uid == before:
-                os.chown(path, after, after, follow_symlinks=False)
+                _chown(path, after)
+
+
+def _chown(path: Path, user: int) -> None:
+    try:
+        os.chown(path, user, user, follow_symlinks=False)
+    except PermissionError as error:
+        raise MachineError(
+            "not even root may hand this over, so a container that is not root could not write to it",
+            where=str(path),
+            todo="a file system that squashes root? name another folder with --out or RECIPES_HOME, or do not be root",
+        ) from error

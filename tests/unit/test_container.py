@@ -147,7 +147,7 @@ def test_secrets_are_handed_over_and_never_printed(monkeypatch):
     assert arguments(spec)["environment"]["HF_TOKEN"] == "hf_secret"
     assert "hf_secret" not in command_line(spec)
     assert "--env HF_TOKEN " in command_line(spec)
-    assert "hf_secret" not in json.dumps(dict(spec.labels)) + spec.secret["RECIPES_LAUNCH"]
+    assert "hf_secret" not in json.dumps(dict(spec.labels)) + spec.environment["RECIPES_LAUNCH"]
 
 
 def test_threads_are_those_of_a_native_run(monkeypatch):
