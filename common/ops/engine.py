@@ -136,9 +136,11 @@ def fetch(client: DockerClient, image: Image, say: Any) -> None:
             client.api.pull(image.reference)
             found = client.images.get(image.reference)
     known = [found.id, *(found.attrs.get("RepoDigests") or ())]
-    if image.reference not in known:
+    pins = found.labels.get("recipes.lock")
+    if image.reference not in known or pins != image.lock_sha256:
+        has = f"it has {', '.join(known)}" if image.reference not in known else f"its label recipes.lock is {pins}"
         raise MachineError(
-            f"the engine's image is not the locked one: it has {', '.join(known)}",
-            where=image.reference,
-            todo="do not work around it: an image of another digest is another image; make image builds one here",
+            f"the engine's image is not the locked one: {has}",
+            where=f"{image.reference}, pins {image.lock_sha256[:12]}...",
+            todo="do not work around it: an image of another digest or of other pins is another image; make image",
         )

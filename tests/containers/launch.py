@@ -1,6 +1,6 @@
 """`recipe`, in a process of its own, with a given image and with what this engine may not do left out.
 
-    python -m tests.containers.launch IMAGE WORD...
+    python -m tests.containers.launch IMAGE PINS WORD...
 
 An engine that runs in a container itself may not lift the limit of locked memory; the fake boards of the tests lock
 none, so they are given the limit that there is.
@@ -16,7 +16,7 @@ from common.ops import container, launcher
 from common.ops.images import Image
 
 if __name__ == "__main__":
-    reference = sys.argv.pop(1)
+    reference, pins = sys.argv.pop(1), sys.argv.pop(1)
     container.MEMLOCK = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-    launcher.image_for = lambda hw: Image(hw.image, reference, "local", "0" * 64)  # type: ignore[attr-defined]
+    launcher.image_for = lambda hw: Image(hw.image, reference, "local", pins)  # type: ignore[attr-defined]
     cli.main()

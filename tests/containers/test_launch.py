@@ -14,19 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import docker.errors
 import pytest
 
 from common.errors import MachineError
-from common.hardware import get
 from common.ops import launcher, lease
 from common.ops.container import LABEL, process
 from common.ops.engine import connect
-from common.ops.images import image_for
+from common.ops.images import Image
 from common.recipes import ROOT
 from common.train import metrics
 from tests.hosts import fake_host, pci, real_nodes
@@ -45,24 +43,18 @@ def engine() -> Any:
 
 
 @pytest.fixture(scope="session")
-def image(engine) -> str:
-    """The CPU's image, as `make image HW=cpu` built it."""
-    try:
-        found = image_for(get("cpu"))
-        engine.images.get(found.reference)
-    except (MachineError, docker.errors.ImageNotFound) as error:
-        pytest.skip(f"there is no image of the CPU twin here, make image HW=cpu: {error}")
-    return found.reference
+def image(engine, cpu_image) -> Image:
+    return cpu_image
 
 
 @pytest.fixture(scope="session")
-def board_image(engine, image) -> Iterator[str]:
+def board_image(engine, image) -> Iterator[Image]:
     """The same image, in which a double stands for ttml."""
     entrypoint = json.dumps(["python", "-m", "tests.containers.on_double", "1"])
-    source = engine.containers.create(image)
+    source = engine.containers.create(image.reference)
     made = source.commit(changes=f"ENTRYPOINT {entrypoint}")
     source.remove()
-    yield made.id
+    yield Image("n150", made.id, "local", image.lock_sha256)
     engine.images.remove(made.id, force=True)
 
 
@@ -72,11 +64,10 @@ class Launched:
 
     process: subprocess.Popen[bytes]
     screen: Path
-    before: int = field(default=0)
 
     @property
     def said(self) -> str:
-        return self.screen.read_text("utf-8")[self.before :]
+        return self.screen.read_text("utf-8")
 
     def until(self, words: str) -> None:
         deadline = time.monotonic() + SECONDS
@@ -101,18 +92,18 @@ class Bench:
     def runs(self) -> Path:
         return self.folder / "runs"
 
-    def start(self, image: str, *words: str, **environment: str) -> Launched:
+    def start(self, image: Image, *words: str, **environment: str) -> Launched:
         screen = self.folder / f"screen-{time.monotonic_ns()}.txt"
-        command = [sys.executable, "-m", "tests.containers.launch", image, *words]
+        command = [sys.executable, "-m", "tests.containers.launch", image.reference, image.lock_sha256, *words]
         with screen.open("wb") as file:
             values = os.environ | self.environment | environment
             process = subprocess.Popen(command, cwd=ROOT, env=values, stdout=file, stderr=subprocess.STDOUT)
         return Launched(process, screen)
 
-    def run(self, image: str, *words: str, **environment: str) -> Launched:
+    def run(self, image: Image, *words: str, **environment: str) -> Launched:
         return self.start(image, "run", str(self.recipe), "--out", str(self.runs), *words, **environment)
 
-    def done(self, image: str, *words: str, code: int = 0, **environment: str) -> str:
+    def done(self, image: Image, *words: str, code: int = 0, **environment: str) -> str:
         started = self.run(image, *words, **environment)
         assert started.end() == code, started.said
         return started.said
@@ -148,7 +139,7 @@ def test_a_run_is_the_native_one_value_for_value_and_goes_on_in_and_out_of_its_c
     bench.done(image, "--hw", "cpu", "--no-container", "--resume", "never")
     bench.done(image, "--hw", "cpu", "--container", "--stop-at", "2", "--resume", "never", code=75)
     native, run = folders(bench.runs)
-    first = {"target": "cpu", "reference": image, "source": "local", "pins_sha256": "0" * 64}
+    first = {"target": "cpu", "reference": image.reference, "source": "local", "pins_sha256": image.lock_sha256}
     assert (manifest(run)["image"], manifest(native)["image"]) == (first, None)
     same = ("git_commit", "git_dirty", "host", "config_digest", "training_digest", "tokenizer_sha256", "recipe_dir")
     assert {name: manifest(run)[name] for name in same} == {name: manifest(native)[name] for name in same}
@@ -210,7 +201,7 @@ def test_a_terminal_has_its_live_line(bench, image):
     if child == 0:
         os.chdir(ROOT)
         words = ["run", str(bench.recipe), "--out", str(bench.runs), "--hw", "cpu", "--container", *LONG]
-        command = [sys.executable, "-m", "tests.containers.launch", image, *words]
+        command = [sys.executable, "-m", "tests.containers.launch", image.reference, image.lock_sha256, *words]
         os.execve(sys.executable, command, os.environ | bench.environment | {"TERM": "xterm"})
     said, deadline = b"", time.monotonic() + SECONDS
     while "━".encode() not in said and time.monotonic() < deadline:
@@ -226,9 +217,9 @@ def test_a_terminal_has_its_live_line(bench, image):
 
 
 def test_a_reader_that_goes_away_lets_the_run_save(bench, image, engine):
-    command = [sys.executable, "-m", "tests.containers.launch", image, "run", str(bench.recipe), "--hw", "cpu"]
+    command = [sys.executable, "-m", "tests.containers.launch", image.reference, image.lock_sha256]
     process = subprocess.Popen(
-        [*command, "--container", "--out", str(bench.runs), *LONG],
+        [*command, "run", str(bench.recipe), "--hw", "cpu", "--container", "--out", str(bench.runs), *LONG],
         cwd=ROOT,
         env=os.environ | bench.environment,
         stdout=subprocess.PIPE,
@@ -316,7 +307,11 @@ def test_a_killed_launcher_leaves_a_container_that_is_found_and_stopped(board, b
 
 
 def test_only_ended_containers_of_dead_launchers_are_cleared_away(bench, board_image, image, engine):
-    words = {"image": image, "entrypoint": ["sleep", "600"], "labels": {LABEL + "run": "x", LABEL + "launcher": "1@0"}}
+    words = {
+        "image": image.reference,
+        "entrypoint": ["sleep", "600"],
+        "labels": {LABEL + "run": "x", LABEL + "launcher": "1@0"},
+    }
     dead = engine.containers.create(**words)
     alive = engine.containers.run(**words, detach=True)
     waited = engine.containers.create(**{**words, "labels": {LABEL + "run": "x", LABEL + "launcher": own_name()}})
@@ -367,15 +362,16 @@ def test_a_killed_container_says_so_and_its_run_goes_on(bench, image, engine):
 
 
 @pytest.mark.parametrize(
-    ("reference", "texts"),
+    ("change", "text"),
     [
-        ("sha256:" + "0" * 64, ("is gone from the Docker engine", "make image")),
+        ({"reference": "sha256:" + "0" * 64}, "is gone from the Docker engine"),
+        ({"lock_sha256": "0" * 64}, "the engine's image is not the locked one: its label recipes.lock is "),
     ],
 )
-def test_an_image_that_is_not_here_is_one_message(bench, engine, reference, texts):
-    said = bench.done(reference, "--hw", "cpu", "--container", code=4)
-    for text in texts:
-        assert text in said
+def test_an_image_that_is_not_the_recorded_one_is_one_message(bench, image, change, text):
+    said = bench.done(replace(image, **change), "--hw", "cpu", "--container", code=4)
+    assert text in said
+    assert "make image" in said
     assert not list(bench.runs.glob("*")), "nothing was begun"
 
 

@@ -355,8 +355,8 @@ def test_an_engine_whose_users_are_others_is_refused(monkeypatch, option, words)
 
 
 class Found:
-    def __init__(self, id: str, *digests: str) -> None:
-        self.id, self.attrs = id, {"RepoDigests": list(digests)}
+    def __init__(self, id: str, *digests: str, pins: str = IMAGE.lock_sha256) -> None:
+        self.id, self.attrs, self.labels = id, {"RepoDigests": list(digests)}, {"recipes.lock": pins}
 
 
 class Store:
@@ -374,7 +374,7 @@ class Store:
         self.here = self.registry
 
 
-PUBLISHED = Image("n150", "registry.example/recipes@sha256:" + "12" * 32, "published", "")
+PUBLISHED = Image("n150", "registry.example/recipes@sha256:" + "12" * 32, "published", IMAGE.lock_sha256)
 
 
 def test_a_published_image_is_fetched_once_by_its_digest():
@@ -389,7 +389,8 @@ def test_a_published_image_is_fetched_once_by_its_digest():
     ("store", "image", "words"),
     [
         (Store(None), IMAGE, "is gone from the Docker engine"),
-        (Store(Found("sha256:other")), IMAGE, "is not the locked one"),
+        (Store(Found("sha256:other")), IMAGE, "is not the locked one: it has sha256:other"),
+        (Store(Found(IMAGE.reference, pins="0" * 64)), IMAGE, "is not the locked one: its label recipes.lock is 000"),
         (
             Store(None, Found("sha256:34", "registry.example/recipes@sha256:" + "56" * 32)),
             PUBLISHED,
