@@ -113,6 +113,31 @@ def test_no_container_runs_as_root(monkeypatch):
         assert arguments(spec_on("cpu"))["user"] == user
 
 
+def test_the_printed_line_is_what_the_engine_is_told(place, monkeypatch):
+    fake_host(place / "machine", "p300c")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    spec = spec_on("p300c", overrides=("training_config.seed=1",))
+    told, words = arguments(spec), shlex.split(command_line(spec))
+
+    def said(flag: str) -> list[str]:
+        return [words[at + 1] for at, word in enumerate(words) if word == flag]
+
+    assert ("--init" in words, "--read-only" in words, "--tty" in words) == (
+        told["init"],
+        told["read_only"],
+        told["tty"],
+    )
+    assert (said("--cap-drop"), said("--security-opt")) == (told["cap_drop"], told["security_opt"])
+    assert (told["cap_drop"], told["read_only"], told["init"]) == (["ALL"], True, True)
+    assert (said("--device"), len(said("--mount"))) == (told["devices"], len(told["mounts"]))
+    assert (said("--user"), said("--ipc")) == ([told["user"]], [told["ipc_mode"]])
+    assert (said("--workdir"), said("--cpuset-cpus")) == ([told["working_dir"]], [told["cpuset_cpus"]])
+    assert dict(line.split("=", 1) for line in said("--env")) == told["environment"]
+    assert dict(line.split("=", 1) for line in said("--label")) == told["labels"]
+    assert words[words.index(spec.image) :] == [told["image"], *told["command"]]
+    assert "privileged" not in command_line(spec) + str(told)
+
+
 def test_what_the_user_has_set_of_tt_metal_wins_and_the_host_s_own_tree_stays_outside(place, monkeypatch):
     fake_host(place / "machine", "n150")
     for name, value in (("TT_METAL_OPERATION_TIMEOUT_SECONDS", "7"), ("TT_METAL_HOME", "/opt/tt"), ("SECRET", "x")):
