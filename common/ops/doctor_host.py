@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import re
@@ -16,10 +15,11 @@ from common import hardware, host
 from common.backends.ttml_mesh import check_descriptor, find_descriptor
 from common.errors import MachineError, RecipeError
 from common.hardware import Choice, Hardware
+from common.models import sha256_file
 from common.ops import findings, launcher, lease
 from common.ops.engine import connect, explained
 from common.ops.findings import Finding
-from common.ops.images import image_for, pins_of, read_lock
+from common.ops.images import image_for, pins_of, read_lock, requirements_of
 from common.recipes import ROOT, home
 
 MINIMUM_DRIVER = "2.0.0"  # tt-umd refuses older ones
@@ -179,17 +179,15 @@ def image(machine: Machine) -> Iterator[Finding]:
 
 
 def pins(machine: Machine) -> Iterator[Finding]:
-    """Whether the image's lock and the Python lock it names are of one time."""
+    """Whether the image's lock and the Python locks it names are of one time."""
 
     def look() -> str:
-        pin = pins_of(read_lock(), machine.hw.image).get("python")
-        if pin is None:
-            return "the image's pins name no Python lock"
-        if hashlib.sha256((ROOT / pin["file"]).read_bytes()).hexdigest() != pin["sha256"]:
-            raise MachineError(f"{pin['file']} is not the file that the image was locked with", todo="recipe lock")
-        return f"the image's pins and {pin['file']} agree"
+        files = requirements_of(pins_of(read_lock(), machine.hw.image))
+        if other := [name for name, sha256 in files.items() if sha256_file(ROOT / name) != sha256]:
+            raise MachineError(f"not what the image was locked with: {', '.join(other)}", todo="recipe lock")
+        return f"the image's pins and {', '.join(files)} agree"
 
-    yield attempt("engine.pins", look, untold=machine.hw.image not in read_lock()["targets"])
+    yield attempt("engine.pins", look)
 
 
 # --- Python, and room -----------------------------------------------------------------------------------------------

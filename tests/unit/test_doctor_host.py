@@ -189,7 +189,7 @@ def test_packages_that_are_not_the_lock_s_are_named(monkeypatch):
 
 def test_a_pin_of_another_python_lock_is_a_fault(doctor, tmp_path, monkeypatch):
     lock = images.read_lock()
-    lock["pins"]["cpu"]["python"]["sha256"] = "0" * 64
+    lock["pins"]["cpu"]["python"] = {"requirements/cpu-3.11.txt": "0" * 64}
     monkeypatch.setattr(doctor_host, "read_lock", lambda: lock)
     assert wrong(doctor("cpu", tmp_path)[1]) == ["engine.pins"]
 
