@@ -125,7 +125,7 @@ def run(
     rdzv_timeout: int,
     **asked: Any,
 ) -> int:
-    """Train a recipe: data if stale, train, evaluate, export, report. A board's runs go into its image by themselves."""
+    """Train a recipe: data if stale, train, evaluate, export, report. A board's runs go into its image by default."""
     recipe_dir = find_recipe(name)
     if world is not None:
         asked["overrides"] += (f"device_config.mesh_shape=[1,{world}]",)
