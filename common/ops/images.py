@@ -1,0 +1,134 @@
+"""Which image a board's containers start from: published ones by repository digest, local builds by image id.
+
+`docker/images.lock.json` holds every pin and the published digests; `docker/images.local.json`, which git ignores,
+what was built on this machine. Neither says anything about the other's machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import MachineError
+from common.hardware import Hardware
+from common.recipes import ROOT
+from common.train.files import write_json
+
+LOCK = ROOT / "docker" / "images.lock.json"
+LOCAL = ROOT / "docker" / "images.local.json"
+FORMAT = 1
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image to run. `reference` is what `docker run` takes: `repository@sha256:...` or a local image id."""
+
+    target: str
+    reference: str
+    source: Literal["local", "published"]
+    lock_sha256: str
+
+
+def image_for(hw: Hardware) -> Image:
+    """The image of a board: the published one, else the one built here from the pins of today.
+
+    Asks no engine and no network. Raises MachineError where there is none, or where the local one was built from
+    other pins.
+    """
+    lock = read_lock()
+    entry = target_of(lock, hw.image)
+    pins = pins_sha256(lock, hw.image)
+    if entry["digest"] is not None:
+        return Image(hw.image, f"{entry['repository']}@{entry['digest']}", "published", pins)
+    todo = f"make image HW={hw.name}" if not unknown_pins(lock, hw.image) else no_image_todo(hw)
+    local = read_local().get(hw.image)
+    if local is None:
+        raise MachineError(f"no image for {hw.name}: none is published, none was built here", where=hw.image, todo=todo)
+    if local["lock_sha256"] != pins:
+        raise MachineError(
+            f"the image of {hw.name} was built here on {local['created']} from other pins than today's",
+            where=str(LOCAL),
+            todo=todo,
+        )
+    return Image(hw.image, local["id"], "local", pins)
+
+
+def no_image_todo(hw: Hardware) -> str:
+    """What to do where the image cannot be built from this lock either."""
+    return (
+        f"its pins are not complete, `recipe image build {hw.name}` says which; until then run without --container, "
+        "on this machine's Python"
+    )
+
+
+# --- the lock -------------------------------------------------------------------------------------------------------
+
+
+def read_lock(path: Path = LOCK) -> Json:
+    """The lock's JSON. Raises MachineError for an unknown format."""
+    return _read(path)
+
+
+def target_of(lock: Json, target: str) -> Json:
+    """The lock's entry of one bake target. Raises MachineError if it has none."""
+    try:
+        entry: Json = lock["targets"][target]
+    except KeyError as error:
+        known = ", ".join(lock["targets"])
+        raise MachineError(
+            f"the image {target!r} is not in the lock", where=str(LOCK), todo=f"targets it has: {known}"
+        ) from error
+    return entry
+
+
+def pins_of(lock: Json, target: str) -> Json:
+    """The pins that fix a target's content, by name."""
+    pins: Json = lock["pins"][target_of(lock, target)["pins"]]
+    return pins
+
+
+def pins_sha256(lock: Json, target: str) -> str:
+    """One hash over all pins of a target: its image's label, and what a run's manifest says."""
+    text = json.dumps(pins_of(lock, target), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def unknown_pins(lock: Json, target: str) -> list[str]:
+    """`pin.key: reason` of every null among a target's pins."""
+    return [f"{where}: {owner['reason']}" for where, owner in _nulls(pins_of(lock, target))]
+
+
+def _nulls(value: Json, path: str = "") -> Iterator[tuple[str, Json]]:
+    for key, inner in value.items():
+        if inner is None:
+            yield f"{path}{key}", value
+        elif isinstance(inner, dict):
+            yield from _nulls(inner, f"{path}{key}.")
+
+
+# --- what was built here --------------------------------------------------------------------------------------------
+
+
+def read_local(path: Path = LOCAL) -> Json:
+    """Images built on this machine by target: {id, lock_sha256, base, commit, created}."""
+    images: Json = _read(path)["images"] if path.exists() else {}
+    return images
+
+
+def record_local(target: str, built: Json, path: Path = LOCAL) -> None:
+    """Remember the image that was just built for a target."""
+    write_json(path, {"format": FORMAT, "images": {**read_local(path), target: built}})
+
+
+def _read(path: Path) -> Json:
+    content: Json = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format") != FORMAT:
+        raise MachineError(
+            f"format {content.get('format')!r}; this version reads {FORMAT}", where=str(path), todo="update the checkout"
+        )
+    return content
