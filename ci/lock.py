@@ -44,6 +44,7 @@ class Lock:
         return bool({"cpu.in", "requirements-trl.in"} & set(self.inputs))
 
 
+BOARD_IMAGES = ("board", "ttml-build")
 LOCKS = (
     Lock("tools.txt", ("tools.in",), "3.10", universal=True),
     Lock("browser.txt", ("browser.in",), "3.10", universal=True),
@@ -54,6 +55,8 @@ LOCKS = (
         Lock(f"ttnn-{python}.txt", ("ttnn.in",), python, platform="x86_64-manylinux_2_34")
         for python in ("3.10", "3.12")
     ),
+    # The images of boards: Ubuntu 22.04's Python.
+    *(Lock(f"{name}-3.10.txt", (f"{name}.in",), "3.10", platform="x86_64-manylinux_2_34") for name in BOARD_IMAGES),
     # After the cpu locks: the bench's peer is constrained to their versions.
     Lock("requirements-trl.txt", ("requirements-trl.in",), "3.11", folder=Path("bench")),
 )
