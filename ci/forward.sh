@@ -69,6 +69,15 @@ verify)
     value --world WORLD
     value --hw HW
     ;;
+image)
+    value --base-image BASE_IMAGE
+    value --wheelhouse WHEELHOUSE
+    value --ca-bundle CA_BUNDLE
+    [ -z "${HW:-}" ] || command+=("$HW")
+    ;;
+lock)
+    switch --upgrade UPGRADE
+    ;;
 *)
     echo "ci/forward.sh: unknown verb $verb" >&2
     exit 2

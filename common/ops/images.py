@@ -45,7 +45,7 @@ def image_for(hw: Hardware) -> Image:
     pins = pins_sha256(lock, hw.image)
     if entry["digest"] is not None:
         return Image(hw.image, f"{entry['repository']}@{entry['digest']}", "published", pins)
-    todo = f"make image HW={hw.name}" if not unknown_pins(lock, hw.image) else no_image_todo(hw)
+    todo = f"make image HW={hw.name}"
     local = read_local().get(hw.image)
     if local is None:
         raise MachineError(f"no image for {hw.name}: none is published, none was built here", where=hw.image, todo=todo)
@@ -58,20 +58,12 @@ def image_for(hw: Hardware) -> Image:
     return Image(hw.image, local["id"], "local", pins)
 
 
-def no_image_todo(hw: Hardware) -> str:
-    """What to do where the image cannot be built from this lock either."""
-    return (
-        f"its pins are not complete, `recipe image build {hw.name}` says which; until then run without --container, "
-        "on this machine's Python"
-    )
-
-
 # --- the lock -------------------------------------------------------------------------------------------------------
 
 
-def read_lock(path: Path = LOCK) -> Json:
+def read_lock() -> Json:
     """The lock's JSON. Raises MachineError for an unknown format."""
-    return _read(path)
+    return _read(LOCK)
 
 
 def target_of(lock: Json, target: str) -> Json:
@@ -90,6 +82,11 @@ def pins_of(lock: Json, target: str) -> Json:
     """The pins that fix a target's content, by name."""
     pins: Json = lock["pins"][target_of(lock, target)["pins"]]
     return pins
+
+
+def requirements_of(pins: Json) -> dict[str, str]:
+    """The requirement files of some pins, those that only building needs included, with their sha256."""
+    return {**pins["python"], **pins.get("build_python", {})}
 
 
 def pins_sha256(lock: Json, target: str) -> str:
@@ -114,21 +111,23 @@ def _nulls(value: Json, path: str = "") -> Iterator[tuple[str, Json]]:
 # --- what was built here --------------------------------------------------------------------------------------------
 
 
-def read_local(path: Path = LOCAL) -> Json:
+def read_local() -> Json:
     """Images built on this machine by target: {id, lock_sha256, base, commit, created}."""
-    images: Json = _read(path)["images"] if path.exists() else {}
+    images: Json = _read(LOCAL)["images"] if LOCAL.exists() else {}
     return images
 
 
-def record_local(target: str, built: Json, path: Path = LOCAL) -> None:
+def record_local(target: str, built: Json) -> None:
     """Remember the image that was just built for a target."""
-    write_json(path, {"format": FORMAT, "images": {**read_local(path), target: built}})
+    write_json(LOCAL, {"format": FORMAT, "images": {**read_local(), target: built}})
 
 
 def _read(path: Path) -> Json:
     content: Json = json.loads(path.read_text(encoding="utf-8"))
     if content.get("format") != FORMAT:
         raise MachineError(
-            f"format {content.get('format')!r}; this version reads {FORMAT}", where=str(path), todo="update the checkout"
+            f"format {content.get('format')!r}; this version reads {FORMAT}",
+            where=str(path),
+            todo="update the checkout",
         )
     return content
