@@ -9,14 +9,14 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
 # What users say on the command line reaches ci/*.sh as environment, letter for letter: $(value) keeps make from
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
-FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX
+FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
 FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor verify test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor verify image image-verify test test-all test-containers lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -64,17 +64,27 @@ doctor: setup ## what ttml on this board's machine has, and what it lacks: HW=
 verify: setup ## the checklist before a board is trusted with training: HW=; DDP=1: one device against several (WEAK=1)
 	@ci/forward.sh verify
 
+image: setup ## build a board's image with docker buildx: HW=, BASE_IMAGE=, WHEELHOUSE=folder, CA_BUNDLE=file
+	@ci/forward.sh image build
+
+image-verify: setup ## build it twice and compare the layers; compare what it holds with the lock: the same variables
+	@ci/forward.sh image verify
+
 test: setup ## the tests, with one tiny run from data to export; under five minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests
 
 test-all: setup ## the slow tests too; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
 	$(PYTEST) tests
 
-lint: setup ## formatting, lint and types
+test-containers: setup ## the tests that build and start containers; minutes, and a Docker engine (ci/engine.sh)
+	.venv/bin/python -m pytest -q -m "not slow" tests/containers
+
+lint: setup ## formatting, lint and types, and the Dockerfile
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m mypy
 	ci/typecheck-recipes.sh
+	ci/tools.sh hadolint docker/Dockerfile
 
 docs: setup ## write the tables of the READMEs from each recipe's results.yaml
 	.venv/bin/python -m ci.docs
@@ -83,5 +93,7 @@ bench: setup ## throughput beside a peer's trainer and a bare loop (minutes; the
 	.venv/bin/python bench/scratch.py
 	.venv/bin/python bench/throughput.py
 
-lock: ## make requirements/*.txt again from *.in, with hashes: UPGRADE=1 takes newer versions
-	@ci/lock.sh
+lock: ## make requirements/*.txt again from *.in, with hashes, then the pins of the images: UPGRADE=1 takes newer
+	@ci/tools.sh python ci/lock.py
+	@ci/setup.sh
+	@ci/forward.sh lock

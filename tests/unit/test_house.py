@@ -40,10 +40,12 @@ def names(path: Path) -> set[str]:
 
 def test_every_lock_is_there() -> None:
     assert [path.name for path in LOCKS] == [
+        "board-3.10.txt",
         "browser.txt",
         *(f"cpu-{python}.txt" for python in PYTHONS),
         "launcher.txt",
         "tools.txt",
+        "ttml-build-3.10.txt",
         "ttnn-3.10.txt",
         "ttnn-3.12.txt",
     ]
@@ -204,6 +206,8 @@ def test_variables_become_flags(house: Path) -> None:
         (["export", "RUN=r"], "export r"),
         (["data", "HW=n150"], "data build tinyllama-finetune --hw n150"),
         (["doctor", "HW=n150"], "doctor --ttml --hw n150"),
+        (["image", "HW=cpu", "BASE_IMAGE=b", "WHEELHOUSE=w"], "image build --base-image b --wheelhouse w cpu"),
+        (["image-verify"], "image verify"),
         (["verify", "HW=n150"], "verify --bring-up --hw n150"),
     ):
         assert recipe_arguments(house, *arguments) == command.split()
