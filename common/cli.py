@@ -25,6 +25,8 @@ class Verbs(click.Group):
 
     lazy: ClassVar = {  # name: (where it is, its line in the help)
         "data": ("common.data.cli:data", "Build, check, look at and convert data sets."),
+        "image": ("common.ops.images_cli:image", "Build and verify the images that containers start from."),
+        "lock": ("common.ops.images_cli:lock", "Renew docker/images.lock.json as far as the network allows."),
         "report": ("common.ops.runs_cli:report", "Write the page of a run, or one over all runs."),
         "runs": ("common.ops.runs_cli:runs", "List, show, compare and prune runs."),
         "image": ("common.ops.images_cli:image", "Build and verify the images that containers start from."),
