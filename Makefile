@@ -10,13 +10,13 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX
-FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT PROMPT BASE CHECK UPGRADE
+FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT PROMPT BASE CHECK UPGRADE RECORD
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor verify test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor verify grade test test-all lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,10 @@ doctor: setup ## what ttml on this board's machine has, and what it lacks: HW=
 
 verify: setup ## the checklist before a board is trusted with training: HW=
 	@ci/forward.sh verify --bring-up
+
+grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them
+	@: "$${RUN:?which run? make grade RUN=runs/...}"
+	@ci/forward.sh grade "$$RUN"
 
 test: setup ## the tests, with one tiny run from data to export; under five minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests

@@ -50,6 +50,9 @@ generate)
 export)
     switch --check CHECK
     ;;
+grade)
+    switch --record RECORD
+    ;;
 doctor | verify)
     value --hw HW
     ;;

@@ -246,6 +246,32 @@ def verify(bring_up: bool, ddp: bool, hw: str | None, as_json: bool, **asked: An
     return 0
 
 
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--record", is_flag=True, help="Write the run's figures into the recipe's results.yaml.")
+@click.option(
+    "--band-from",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="With --record: a run that shows how far figures may stray; repeatable.",
+)
+@click.option("--speed", is_flag=True, help="With --record: tokens/s too; this machine did nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def grade(run: Path, record: bool, others: tuple[Path, ...], speed: bool, as_json: bool) -> None:
+    """Hold a run against the recorded figures of its training. Exit code 6 where one fails."""
+    if (others or speed) and not record:
+        raise UsageError("--band-from and --speed say what is recorded", todo="add --record")
+    if record:
+        from common.ops.record import record as write
+
+        write(run, others, speed, click.echo)
+        return
+    from common.ops.grade import report
+
+    report(run, as_json, click.echo)
+
+
 def load_script(path: Path) -> Any:
     """Import a recipe's script by its path: recipe folders are no packages."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)

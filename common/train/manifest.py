@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from common.hardware import cpu_class
 from common.train.files import write_json
 
 FORMAT = 1
@@ -36,7 +38,7 @@ def utc_now() -> str:
 
 
 def code_facts() -> dict[str, Any]:
-    """The repository's commit, whether it differs from it, the lock file's hash, and the image."""
+    """The repository's commit, whether it differs from it, the lock file's hash, the image, and the CPU's class."""
     status = _git("status", "--porcelain")
     lock = ROOT / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
     return {
@@ -44,7 +46,13 @@ def code_facts() -> dict[str, Any]:
         "git_dirty": None if status is None else bool(status),
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
         "image": os.environ.get("RECIPES_IMAGE_DIGEST"),
+        "cpu_class": cpu_class(),
     }
+
+
+def peak_memory_mib() -> int:
+    """The most memory of the host that this process has held, MiB; a device's own memory is not in it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def _git(*arguments: str) -> str | None:

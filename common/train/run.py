@@ -32,7 +32,7 @@ from common.train.console import LEVELS, Console, Progress, clock
 from common.train.evaluate import HeldOut, from_rows, held_out
 from common.train.files import disk_errors, write_atomic
 from common.train.generate import generate
-from common.train.manifest import Manifest, code_facts, utc_now
+from common.train.manifest import Manifest, code_facts, peak_memory_mib, utc_now
 from common.train.metrics import JsonLines
 from common.train.plan import Launch, Plan, make_plan, with_launch
 from common.train.resume import Start, find_start
@@ -361,7 +361,11 @@ class Run:
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} after the last step, before the export")
         self.close()
-        self.manifest.update(trained=utc_now(), metrics_sha256=sha256_file(self.folder / "metrics.jsonl"))
+        self.manifest.update(
+            trained=utc_now(),
+            metrics_sha256=sha256_file(self.folder / "metrics.jsonl"),
+            peak_memory_mib=peak_memory_mib(),
+        )
 
     def close(self) -> None:
         for file in (self.metrics, self.evaluations, self.trackers):
