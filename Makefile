@@ -16,7 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor verify grade test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor plan verify grade test test-all lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ export: setup ## write a run's Hugging Face folder and check it: RUN=runs/...
 
 doctor: setup ## what ttml on this board's machine has, and what it lacks: HW=
 	@ci/forward.sh doctor --ttml
+
+plan: setup ## what a run would need, before it starts: NAME= (the fine-tuning recipe), HW=, STEPS=, SET=
+	@ci/forward.sh plan "$${NAME:-$(MAIN_RECIPE)}"
 
 verify: setup ## the checklist before a board is trusted with training: HW=
 	@ci/forward.sh verify --bring-up

@@ -39,6 +39,11 @@ run)
     switch --dry-run DRY
     value --out OUT
     ;;
+plan)
+    value --hw HW
+    value --steps STEPS
+    settings
+    ;;
 data)
     value --hw HW
     settings

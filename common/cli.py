@@ -247,6 +247,18 @@ def verify(bring_up: bool, ddp: bool, hw: str | None, as_json: bool, **asked: An
 
 
 @recipe.command()
+@click.argument("name")
+@options_of_config
+@click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def plan(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None, as_json: bool) -> None:
+    """Say what a run would need: memory by component, batches, padding, disk and time. Downloads nothing."""
+    from common.ops.plan import report
+
+    report(find_recipe(name), hw, overrides, steps, as_json, click.echo)
+
+
+@recipe.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--record", is_flag=True, help="Write the run's figures into the recipe's results.yaml.")
 @click.option(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint, llama, models
+from common import hardware, lint, llama, memory, models
 from common.backends.base import precision_for, refuse_model, refuse_without_engine
 from common.config import Config
 from common.data import build
@@ -85,6 +85,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     else:
         why = "as configured"
     config = with_steps(config, len(dataset.train), say)
+    memory.refuse_too_large(choice.hardware, config, base.architecture, dataset.length)
     if launch.stop_at is not None and not 1 <= launch.stop_at <= (config.training.max_steps or 0):
         raise UsageError(f"--stop-at {launch.stop_at} is not a step of this run of {config.training.max_steps}")
     reasons = {"hw": choice.reason, "precision": why}
