@@ -16,7 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor plan verify grade test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor plan verify grade repro test test-all lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,10 @@ verify: setup ## the checklist before a board is trusted with training: HW=
 grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them
 	@: "$${RUN:?which run? make grade RUN=runs/...}"
 	@ci/forward.sh grade "$$RUN"
+
+repro: setup ## run a run again from its manifest and compare the two: RUN=runs/...
+	@: "$${RUN:?which run? make repro RUN=runs/...}"
+	@ci/forward.sh repro "$$RUN"
 
 test: setup ## the tests, with one tiny run from data to export; under five minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests

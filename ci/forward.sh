@@ -55,6 +55,9 @@ generate)
 export)
     switch --check CHECK
     ;;
+repro)
+    value --out OUT
+    ;;
 grade)
     switch --record RECORD
     ;;

@@ -284,6 +284,16 @@ def grade(run: Path, record: bool, others: tuple[Path, ...], speed: bool, as_jso
     report(run, as_json, click.echo)
 
 
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
+def repro(run: Path, out: Path) -> None:
+    """Run a run again from its manifest, and compare: bit for bit where that can be expected."""
+    from common.ops.repro import repro as run_again
+
+    run_again(run, out, click.echo)
+
+
 def load_script(path: Path) -> Any:
     """Import a recipe's script by its path: recipe folders are no packages."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)

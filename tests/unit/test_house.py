@@ -203,6 +203,7 @@ def test_variables_become_flags(house: Path) -> None:
         (["export", "RUN=r"], "export r"),
         (["data", "HW=n150"], "data build tinyllama-finetune --hw n150"),
         (["doctor", "HW=n150"], "doctor --ttml --hw n150"),
+        (["repro", "RUN=r", "OUT=x"], "repro r --out x"),
         (["plan", "HW=n150", "STEPS=5"], "plan tinyllama-finetune --hw n150 --steps 5"),
         (["grade", "RUN=r", "RECORD=1"], "grade r --record"),
         (["verify", "HW=n150"], "verify --bring-up --hw n150"),
