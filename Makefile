@@ -10,7 +10,7 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX
-FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT PROMPT BASE CHECK UPGRADE RECORD
+FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT PROMPT BASE CHECK UPGRADE RECORD CALIBRATE
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
@@ -54,8 +54,8 @@ doctor: setup ## what ttml on this board's machine has, and what it lacks: HW=
 plan: setup ## what a run would need, before it starts: NAME= (the fine-tuning recipe), HW=, STEPS=, SET=
 	@ci/forward.sh plan "$${NAME:-$(MAIN_RECIPE)}"
 
-verify: setup ## the checklist before a board is trusted with training: HW=
-	@ci/forward.sh verify --bring-up
+verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that fail; HW=: a board's checklist before its first run
+	@ci/forward.sh verify
 
 grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them
 	@: "$${RUN:?which run? make grade RUN=runs/...}"

@@ -61,7 +61,16 @@ repro)
 grade)
     switch --record RECORD
     ;;
-doctor | verify)
+verify)
+    switch --calibrate CALIBRATE
+    if [ -n "${RUN:-}" ]; then
+        command+=("$RUN")
+    elif [ -z "${CALIBRATE:-}" ]; then
+        command+=(--bring-up)
+        value --hw HW
+    fi
+    ;;
+doctor)
     value --hw HW
     ;;
 *)

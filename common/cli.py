@@ -222,7 +222,9 @@ def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
 
 
 @recipe.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--bring-up", is_flag=True, help="The checklist for a board or a build that has not trained yet.")
+@click.option("--calibrate", is_flag=True, help="Plant defects in a tiny run and see each one caught.")
 @click.option("--ddp", is_flag=True, help="One device against several: the same losses, the same parameters?")
 @click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here, or cpu-x2 for --ddp.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
@@ -231,18 +233,29 @@ def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
 @click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="That --ddp compares.")
 @click.option("--weak", is_flag=True, help="For --ddp: measure with a batch for each device.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="For --ddp: override one key; repeatable.")
-def verify(bring_up: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any) -> int:
-    """Prove that a board computes what it should. Exit code 6 where it does not."""
-    if ddp == bring_up:
-        raise UsageError("verify what?", todo="recipe verify --bring-up, or recipe verify --ddp [--hw BOARD]")
+def verify(
+    run: Path | None, bring_up: bool, calibrate: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any
+) -> int:
+    """Prove that a run holds together, or that a board computes what it should. Exit code 6 where it does not."""
+    if (run is not None) + bring_up + calibrate + ddp != 1:
+        raise UsageError("verify what?", todo="one of: recipe verify RUN, --bring-up, --ddp, --calibrate")
     if ddp:
-        from common.ops.verify_ddp import run
+        from common.ops.verify_ddp import run as compare
 
-        return run(hw, as_json=as_json, say=click.echo, **asked)
-    from common.ops.bring_up import report
-    from common.ops.doctor import choose_board
+        return compare(hw, as_json=as_json, say=click.echo, **asked)
+    if run is not None:
+        from common.ops import verify_run
 
-    report(*choose_board(hw, require_present=True), as_json, click.echo)
+        verify_run.report(run, as_json, click.echo)
+    elif calibrate:
+        from common.ops import calibrate as calibration
+
+        calibration.report(as_json, click.echo)
+    else:
+        from common.ops import bring_up as checklist
+        from common.ops.doctor import choose_board
+
+        checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
     return 0
 
 

@@ -207,6 +207,8 @@ def test_variables_become_flags(house: Path) -> None:
         (["plan", "HW=n150", "STEPS=5"], "plan tinyllama-finetune --hw n150 --steps 5"),
         (["grade", "RUN=r", "RECORD=1"], "grade r --record"),
         (["verify", "HW=n150"], "verify --bring-up --hw n150"),
+        (["verify", "RUN=r"], "verify r"),
+        (["verify", "CALIBRATE=1"], "verify --calibrate"),
     ):
         assert recipe_arguments(house, *arguments) == command.split()
 
