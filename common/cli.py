@@ -307,6 +307,15 @@ def repro(run: Path, out: Path) -> None:
     run_again(run, out, click.echo)
 
 
+@recipe.command()
+@click.argument("target", metavar="LOG|RUN", type=click.Path(path_type=Path, exists=True))
+def explain(target: Path) -> None:
+    """Look in a log, or a run's folder, for what is known to go wrong, and say what to do."""
+    from common.ops.explain import report
+
+    report(target, click.echo)
+
+
 def load_script(path: Path) -> Any:
     """Import a recipe's script by its path: recipe folders are no packages."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import signal
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from common import signatures
 from common.backends.base import Array, Backend, BackendInfo, StepStats, open_backend
 from common.backends.init import logit_variance
 from common.config import Config
@@ -38,8 +40,10 @@ from common.train.plan import Launch, Plan, make_plan, with_launch
 from common.train.resume import Start, find_start
 from common.train.schedule import learning_rate
 from common.train.trackers import Trackers
+from common.train.watchdog import Watchdog
 
 MEMORISING_MARGIN = 0.2  # nats per token: two texts of one kind differ by less
+BEGINS, ENDS = "run begins:", "run ends:"  # in train.log; without the second one, the process was killed
 FIRST_LOSS_BAND = 0.1  # nats per token around the loss of untrained weights, besides what the text does to it
 
 
@@ -84,6 +88,7 @@ class Run:
         self.trackers = Trackers(self.config, self.folder, console.say)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.evaluations = JsonLines(self.folder / "evaluations.jsonl")
+        self.watchdog = Watchdog(self._stalled, backend.info.world, console.log)
 
     def _restore(self) -> None:
         """Put model, optimizer and records into the state of the step the run starts from."""
@@ -156,6 +161,7 @@ class Run:
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} before step {start + 1}")
         for step in range(start + 1, self.last_step + 1):
+            self.watchdog.begin(step)
             yield step
             if self.asked_to_stop or step == stop_at:
                 self.save(step)
@@ -163,6 +169,13 @@ class Run:
                 raise self._stopped(f"stopped by {reason} after step {step}, which is saved")
             if step == self.last_step:
                 return
+
+    def _stalled(self, what: str) -> None:
+        """On the watchdog's thread, just before it ends the process."""
+        known = signatures.match(what)
+        error = TrainingError(f"{what}; {known.means}" if known else what, todo=known.answer if known else None)
+        self.console.say(str(error))
+        end_of_run(self.manifest, self.console, f"failed: {error.what}")
 
     def _stopped(self, what: str) -> Stopped:
         launch = self.plan.launch
@@ -185,6 +198,7 @@ class Run:
 
     def record(self, step: int, stats: StepStats) -> None:
         """One line of metrics.jsonl, and the live line."""
+        self.watchdog.end(stats.seconds)
         if step == 1 and self.plan.base.initial:
             gate = check_first_loss(stats.loss, self.plan.base, self.dataset.train.arrays.ids)
             self.console.say(gate)
@@ -211,6 +225,7 @@ class Run:
         """Held-out loss and the answers to the evaluation prompts; once a step, 0 being the untrained model."""
         if step < self.start.step or any(record["step"] == step for record in self.records):
             return
+        self.watchdog.end()
         self.console.status(f"evaluating after step {step} ...")
         started = time.perf_counter()
         rows = held_out(self.backend, self.held_out)
@@ -305,6 +320,7 @@ class Run:
         """The checkpoint of `step`, once."""
         if self.saved_step == step:
             return
+        self.watchdog.end()
         self.console.status(f"saving step {step} ...")
         self.metrics.sync()
         self.evaluations.sync()
@@ -368,6 +384,7 @@ class Run:
         )
 
     def close(self) -> None:
+        self.watchdog.close()
         for file in (self.metrics, self.evaluations, self.trackers):
             file.close()
 
@@ -486,6 +503,7 @@ def keep_config(plan: Plan, start: Start) -> None:
 def recorded_end(manifest: Manifest, console: Console) -> Iterator[None]:
     """Write into the manifest, and the log, how the run ended."""
     reason = "done"
+    console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
     try:
         yield
     except Stopped as stop:
@@ -499,8 +517,13 @@ def recorded_end(manifest: Manifest, console: Console) -> Iterator[None]:
         reason = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
-            manifest.update(exit_reason=reason, end=utc_now())
+        end_of_run(manifest, console, reason)
+
+
+def end_of_run(manifest: Manifest, console: Console, reason: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
+        console.say(f"{ENDS} {reason}", "DEBUG")
+        manifest.update(exit_reason=reason, end=utc_now())
 
 
 @contextlib.contextmanager
