@@ -16,7 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor plan verify grade repro test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor plan verify grade golden repro test test-all lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that
 grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them
 	@: "$${RUN:?which run? make grade RUN=runs/...}"
 	@ci/forward.sh grade "$$RUN"
+
+golden: setup ## twenty steps of a small model on this CPU, graded: what CI runs; seconds
+	@ci/golden.sh
 
 repro: setup ## run a run again from its manifest and compare the two: RUN=runs/...
 	@: "$${RUN:?which run? make repro RUN=runs/...}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from common.ops.checklist import Result
 from common.ops.specimen import Specimen, edit_tensors, newest_checkpoint, rehash, specimen
 from common.ops.tiny_base import HEADS
 from common.ops.verify_run import LINES, verify
+from common.recipes import ROOT
 from common.train import checkpoint, metrics
 from common.train.files import write_atomic, write_json
 
@@ -150,10 +153,10 @@ def summed_loss(records: list[dict[str, Any]]) -> None:
             record["loss"] *= record["supervised_tokens"]
 
 
-def silent_replicas(made: Specimen) -> Path:
+def replicas_that_differ(made: Specimen) -> Path:
     run = made.copy()
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    manifest["backend"]["world"] = 2
+    manifest["backend"]["world"], manifest["replicas"] = 2, ["0" * 64, "1" * 64]
     write_json(run / "manifest.json", manifest)
     return run
 
@@ -169,7 +172,7 @@ DEFECTS: Sequence[Defect] = (
     Defect("a loss that is a sum", "first-loss", in_metrics(summed_loss)),
     Defect("an adapter that never moved", "moved", adapter_that_never_moved),
     Defect("a frozen weight that changed by one bit", "frozen", in_export(change_embedding)),
-    Defect("two devices, and nothing says that they agree", "replicas", silent_replicas),
+    Defect("two devices with different weights", "replicas", replicas_that_differ),
     Defect("held-out prompts that are trained on", "leakage", leak),
 )
 
@@ -186,6 +189,19 @@ def calibrate(defects: Sequence[Defect] = DEFECTS) -> Iterator[Finding]:
         for defect in defects:
             result = look(defect.plant(made), defect.caught_by)
             yield Finding(defect.says, defect.caught_by, result.verdict == "fail", result.evidence)
+        yield sync_off(made)
+
+
+def sync_off(made: Specimen) -> Finding:
+    """Two processes that do not sum their gradients: what the control of `verify --ddp` turns off, and must notice."""
+    words = ["verify", "--ddp", "--hw", "cpu-x2", "--recipe", str(made.root / "specimen"), "--steps", "2", "--json"]
+    command = [sys.executable, "-m", "common", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        lines = {line["id"]: line for line in json.loads(done.stdout)["lines"]}
+    except ValueError:
+        return Finding("sync off", "verify --ddp", False, f"it did not run: {done.stderr.strip()[-300:]}")
+    return Finding("sync off", "verify --ddp", lines["control"]["verdict"] == "pass", lines["control"]["evidence"])
 
 
 def look(run: Path, line: str) -> Result:

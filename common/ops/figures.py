@@ -64,6 +64,7 @@ class RunFigures:
             "lock_sha256": self.manifest.get("lock_sha256"),
             "cpu_class": self.manifest.get("cpu_class"),
             "threads": engine.get("threads"),
+            "world": engine.get("world"),
             "compiled": engine.get("compiled"),
         }
 

@@ -99,6 +99,9 @@ class Exact(_Part):
     cpu_class: Words
     """As common.hardware.cpu_class says it."""
     threads: Step
+    """Of each process."""
+    world: Step
+    """Processes."""
     compiled: bool
     tokens_sha256: Sha256
     """Of the data; not part of the key: other tokens are another training."""

@@ -381,6 +381,7 @@ class Run:
             trained=utc_now(),
             metrics_sha256=sha256_file(self.folder / "metrics.jsonl"),
             peak_memory_mib=peak_memory_mib(),
+            replicas=self.backend.replicas() if self.backend.info.world > 1 else None,
         )
 
     def close(self) -> None:

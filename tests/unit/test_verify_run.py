@@ -72,6 +72,14 @@ def test_an_unsound_specimen_is_no_calibration(made, monkeypatch):
         list(calibrate.calibrate(()))
 
 
+@pytest.mark.slow  # two processes that import torch, after the one that starts them
+def test_gradients_that_are_not_summed_are_noticed(made):
+    """In two processes of their own, as `recipe verify --calibrate` does it."""
+    found = calibrate.sync_off(made)
+    assert found.caught, found.evidence
+    assert "the devices' parameters differ after step 1" in found.evidence
+
+
 def test_the_command_ends_with_6_and_lists_the_lines_for_machines(made, monkeypatch, capsys):
     run = next(defect for defect in DEFECTS if defect.caught_by == "history").plant(made)
     monkeypatch.setattr(verify_run, "LINES", [line for line in verify_run.LINES if line.id in ("files", "history")])

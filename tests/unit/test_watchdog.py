@@ -66,12 +66,12 @@ def test_a_native_call_that_keeps_pythons_lock_is_left_as_well():
 
 
 def test_what_is_not_a_step_is_not_watched():
-    done = process(HANG.format(hang="dog.end(); time.sleep(2); dog.close(); time.sleep(1)"))
+    done = process(HANG.format(hang="dog.end(); time.sleep(1.2); dog.close(); time.sleep(0.3)"))
     assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
 def test_a_setting_of_0_watches_nothing():
-    done = process(HANG.format(hang="time.sleep(2)"), **{SETTING: "0"})
+    done = process(HANG.format(hang="time.sleep(1)"), **{SETTING: "0"})
     assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
