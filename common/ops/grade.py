@@ -76,6 +76,8 @@ def report(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
         say(json.dumps({"format": FORMAT, "run": found.run.folder.name, **verdict}, indent=1))
     else:
         say(f"{found.run.folder.name} beside: {described(found.entry)}")
+        if found.entry.band:
+            say(f"bands: {found.entry.band.origin}")
         width = max(len(line.figure) for line in found.lines)
         for line in found.lines:
             say(f"{line.verdict.upper():12}  {line.figure:{width}}  {line.says}")
@@ -210,9 +212,8 @@ def within(figure: str, found: float, expected: float, allowed: float | None, en
     if allowed is None:
         ours = isinstance(entry, Measured)
         return Line(figure, "warn" if ours else "not compared", f"{says}; no band is recorded")
-    assert entry.band is not None
     outside: Verdict = "fail" if isinstance(entry, Measured) else "warn"
-    return Line(figure, "pass" if far <= allowed else outside, f"{says}, {allowed:g} allowed ({entry.band.origin})")
+    return Line(figure, "pass" if far <= allowed else outside, f"{says}, {allowed:g} allowed")
 
 
 def held_out(run: RunFigures, entry: Numbers) -> Iterator[Line]:
