@@ -141,22 +141,23 @@ def settings_that_fit(hw: Hardware, config: Config, architecture: Mapping[str, A
         another.append(({"model.lora": {"rank": 16, "alpha": 32.0}}, f"'{LORA_TO_TRY}'"))
     for values, words in another:
         for recompute in sorted({config.model.gradient_checkpointing, True}):
-            for batch in smaller_batches(config):
-                changes = dict(values)
-                if batch != config.training.batch_size:
-                    parts = config.effective_batch // batch
-                    changes |= {"training.batch_size": batch, "training.gradient_accumulation_steps": parts}
-                if recompute != config.model.gradient_checkpointing:
-                    changes |= {"model.gradient_checkpointing": True}
-                if changes and footprint(hw, config.with_values(**changes), architecture, length).total <= room:
-                    yield said({key: changes[key] for key in changes if key not in values}, words)
+            for changes in splits(config, recompute):
+                changed = config.with_values(**values, **changes)
+                if (values or changes) and footprint(hw, changed, architecture, length).total <= room:
+                    yield said(changes, words)
                     break
 
 
-def smaller_batches(config: Config) -> list[int]:
-    """Micro-batches of the same effective batch that every device has rows of, the largest first."""
+def splits(config: Config, recompute: bool) -> Iterator[dict[str, Any]]:
+    """The same effective batch in ever smaller micro-batches that every device has rows of: the keys that change."""
     devices, batch = math.prod(config.device.mesh_shape or (1, 1)), config.training.batch_size
-    return [size for size in range(batch, 0, -1) if config.effective_batch % size == 0 and size % devices == 0]
+    runner = {"model.gradient_checkpointing": True} if recompute != config.model.gradient_checkpointing else {}
+    for size in range(batch, 0, -1):
+        if size == batch:
+            yield runner
+        elif config.effective_batch % size == 0 and size % devices == 0:
+            parts = config.effective_batch // size
+            yield {"training.batch_size": size, "training.gradient_accumulation_steps": parts, **runner}
 
 
 def said(changes: Mapping[str, Any], another: str) -> str:

@@ -162,11 +162,13 @@ def differences(recorded: Config, run: Config) -> list[str]:
 
 
 def settings(run: RunFigures, entry: Numbers, config: Config) -> Iterator[Line]:
-    """Other settings and other tokens, which explain other figures."""
+    """Other settings, tokens and images, which explain other figures."""
     lines = differences(config, run.config)
     exact = entry.exact if isinstance(entry, Measured) else None
     if exact and exact.tokens_sha256 != run.manifest["data"]["tokens_sha256"]:
         lines.append("the tokens of the data set")
+    if isinstance(entry, Measured) and entry.image != run.manifest.get("image"):
+        lines.append(f"the image: {entry.image or 'none'} -> {run.manifest.get('image') or 'none'}")
     yield Line("settings", "warn" if lines else "pass", f"differ: {'; '.join(lines)}" if lines else "the same training")
 
 
