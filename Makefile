@@ -10,13 +10,13 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX
-FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT PROMPT BASE CHECK UPGRADE RECORD CALIBRATE
+FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-scratch recipe data generate export doctor plan verify grade golden repro test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate export doctor plan verify grade golden repro test test-all lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ setup: ## make .venv (every other target does it first): PYTHON=python3.12, LAUN
 
 recipe-finetune: setup ## fine-tune a small language model, evaluate and export it (HW= STEPS= SET= RESUME= DRY=1)
 	@ci/forward.sh run $(MAIN_RECIPE)
+
+recipe-ddp: setup ## train on several devices, HW=n300 or HW=cpu-x2 (WORLD=4: so many; the variables above)
+	@ci/forward.sh run ddp-n300
 
 recipe-scratch: setup ## train a small transformer from random weights on Shakespeare (the same variables)
 	@ci/forward.sh run nano-transformer-scratch
@@ -54,7 +57,7 @@ doctor: setup ## what ttml on this board's machine has, and what it lacks: HW=
 plan: setup ## what a run would need, before it starts: NAME= (the fine-tuning recipe), HW=, STEPS=, SET=
 	@ci/forward.sh plan "$${NAME:-$(MAIN_RECIPE)}"
 
-verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that fail; HW=: a board's checklist before its first run
+verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that fail; HW=: is the board right; DDP=1, WEAK=1
 	@ci/forward.sh verify
 
 grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them

@@ -38,6 +38,7 @@ run)
     switch --container CONTAINER --no-container
     switch --dry-run DRY
     value --out OUT
+    value --world WORLD
     ;;
 plan)
     value --hw HW
@@ -62,11 +63,15 @@ grade)
     switch --record RECORD
     ;;
 verify)
-    switch --calibrate CALIBRATE
     if [ -n "${RUN:-}" ]; then
         command+=("$RUN")
-    elif [ -z "${CALIBRATE:-}" ]; then
-        command+=(--bring-up)
+    elif [ "${CALIBRATE:-0}" != 0 ]; then
+        switch --calibrate CALIBRATE
+    else
+        switch --ddp DDP --bring-up
+        [ -n "${DDP:-}" ] || command+=(--bring-up)
+        switch --weak WEAK
+        value --world WORLD
         value --hw HW
     fi
     ;;

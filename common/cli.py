@@ -238,7 +238,9 @@ def verify(
 ) -> int:
     """Prove that a run holds together, or that a board computes what it should. Exit code 6 where it does not."""
     if (run is not None) + bring_up + calibrate + ddp != 1:
-        raise UsageError("verify what?", todo="one of: recipe verify RUN, --bring-up, --ddp, --calibrate")
+        raise UsageError(
+            "verify what?", todo="one of RUN, --ddp and --calibrate, or, for a board: recipe verify --bring-up"
+        )
     if ddp:
         from common.ops.verify_ddp import run as compare
 

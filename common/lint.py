@@ -6,6 +6,7 @@ rate under a name that nobody reads (`lr`), a length that is no multiple of 32, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -147,12 +148,14 @@ def replicas_drift_apart(config: Config, _hw: Hardware) -> str | None:
 def effective_batch_changed(config: Config, hw: Hardware) -> str | None:
     # What the cpu overlay chooses is said in the run's first line, not warned about.
     own_choice = hw.is_cpu and any(line.startswith(_BATCH_KEYS) for line in config.departures())
-    if config.recipe_batch not in (None, config.effective_batch) and not own_choice:
-        return (
-            f"the effective batch is {config.effective_batch}, the recipe's is {config.recipe_batch}: "
-            "its learning rate and published numbers do not carry over"
-        )
-    return None
+    if config.recipe_batch is None or config.recipe_batch == config.effective_batch or own_choice:
+        return None
+    rate = config.training.learning_rate * math.sqrt(config.effective_batch / config.recipe_batch)
+    return (
+        f"the effective batch is {config.effective_batch}, the recipe's is {config.recipe_batch}: published numbers do "
+        f"not carry over, nor does its learning rate (by the square-root rule {config.training.learning_rate:g} would "
+        f"become {rate:.3g})"
+    )
 
 
 @_rule("L013", "training_config")

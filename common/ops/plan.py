@@ -26,7 +26,7 @@ from common.memory import MIB, Memory
 from common.ops.grade import subject
 from common.ops.results import Numbers, load
 from common.train.console import clock
-from common.train.plan import prepare
+from common.train.plan import batch_equation, prepare
 
 FORMAT = 1  # of the JSON
 CHARACTERS_A_TOKEN = 3  # of English under a Llama tokenizer there are about 4; 3 leaves room
@@ -184,20 +184,11 @@ def disk(found: Outlook) -> dict[str, float]:
     return {name: round(size / 1e6, 1) for name, size in sizes.items()}
 
 
-def equation(config: Config) -> str:
-    """`effective batch 32 = 8 rows a device x 1 device x 4 accumulated`."""
-    devices = math.prod(config.device.mesh_shape or (1, 1))
-    return (
-        f"effective batch {config.effective_batch} = {config.training.batch_size // devices} rows a device x {devices} "
-        f"device{'s' if devices > 1 else ''} x {config.training.gradient_accumulation_steps} accumulated"
-    )
-
-
 def lines(found: Outlook) -> Iterator[str]:
     """For a person."""
     config, rows = found.config, found.rows
     yield f"{config.recipe} on {found.why}"
-    yield equation(config)
+    yield batch_equation(config)
     if rows.train:
         epoch = rows.train / config.effective_batch
         yield f"{rows.train} training rows, {rows.held_out} held out: {epoch:.1f} steps an epoch"
@@ -251,7 +242,7 @@ def to_dict(found: Outlook) -> dict[str, Any]:
         "recipe": config.recipe,
         "hw": found.hw.name,
         "why": found.why,
-        "batch": {"effective": config.effective_batch, "equation": equation(config)},
+        "batch": {"effective": config.effective_batch, "equation": batch_equation(config)},
         "rows": asdict(found.rows),
         "steps": found.steps,
         "memory_mib": found.needed.mib() if found.needed else None,

@@ -112,6 +112,8 @@ def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
     with tempfile.TemporaryDirectory(prefix="recipe-ranks-") as name, passing_on_signals(Path(name)):
         os.environ[FOLDER] = name
         meeting = meeting_of(hosts)
+        if meeting.interface:  # left alone, gloo takes the address of the host's name: often a loopback address
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
         config = LaunchConfig(
             min_nodes=hosts.number,
             max_nodes=hosts.number,
@@ -175,13 +177,11 @@ class Meeting:
 
     address: str = "127.0.0.1"
     is_here: bool = True
+    interface: str | None = None
 
 
 def meeting_of(hosts: Hosts) -> Meeting:
-    """Look the meeting place up, wait until it answers, and tell gloo the interface that leads there.
-
-    Left alone, gloo takes the address of the host's name, which on many systems is a loopback address.
-    """
+    """Look the meeting place up, and wait until it answers where it is not here."""
     if hosts.endpoint is None:
         return Meeting()
     name, _, port = hosts.endpoint.rpartition(":")
@@ -195,23 +195,24 @@ def meeting_of(hosts: Hosts) -> Meeting:
     except OSError as error:
         raise nobody_came(hosts, f"there is no way to {name} ({error.strerror})") from error
     interface = next((found for found, address in addresses() if address == mine), None)
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if place != mine:
+    is_here = place == mine and not answers(place, int(port), 1)
+    if not is_here:
         wait_for(place, int(port), hosts)
-    return Meeting(mine, place == mine)
+    return Meeting(mine, is_here, interface)
 
 
 def wait_for(place: str, port: int, hosts: Hosts) -> None:
     deadline = time.monotonic() + hosts.seconds_to_meet
-    while True:
-        try:
-            socket.create_connection((place, port), timeout=max(0.1, deadline - time.monotonic())).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise nobody_came(hosts, f"nobody answers ({error.strerror or error})") from error
-            time.sleep(0.5)
+    while not answers(place, port, max(0.1, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            raise nobody_came(hosts, f"nobody answers at {place}")
+        time.sleep(0.5)
+
+
+def answers(place: str, port: int, seconds: float) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((place, port), timeout=seconds):
+        return True
+    return False
 
 
 def addresses() -> Iterator[tuple[str, str]]:

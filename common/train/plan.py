@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,14 +113,19 @@ def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
     """The config with max_steps fixed; says steps, epochs and the batch equation."""
     training, effective = config.training, config.effective_batch
     steps = training.max_steps or steps_for(training.num_epochs or 0, rows, effective)
-    say(
-        f"effective batch {effective} = batch_size {training.batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated; {steps} steps = {steps * effective / rows:.2f} epochs of {rows} rows"
-    )
+    say(f"{batch_equation(config)}; {steps} steps = {steps * effective / rows:.2f} epochs of {rows} rows")
     config = config.with_values(**{"training.max_steps": steps}) if training.max_steps is None else config
     if warmup_steps(config.training) < training.scheduler.warmup_steps:
         say(f"warm-up clamped from {training.scheduler.warmup_steps} to the run's {steps} steps")
     return config
+
+
+def batch_equation(config: Config) -> str:
+    """`effective batch 64 = batch_size 32 (16 rows on each of 2 devices) x 2 accumulated`."""
+    training, devices = config.training, math.prod(config.device.mesh_shape or (1, 1))
+    share = f" ({training.batch_size // devices} rows on each of {devices} devices)" if devices > 1 else ""
+    parts = training.gradient_accumulation_steps
+    return f"effective batch {config.effective_batch} = batch_size {training.batch_size}{share} x {parts} accumulated"
 
 
 def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None:

@@ -301,7 +301,10 @@ class Run:
         return [values[row] for row in spread(len(values), self.config.eval.max_rows)]
 
     def _say_if_memorising(self, step: int) -> None:
+        """Of a corpus, whose held-out text is of one kind with the rest; rows held out by topic may be harder."""
         recent, self.recent_losses = self.recent_losses, []
+        if not self.config.data.corpus:
+            return
         floor = min((loss for loss, _ in self.trained_losses), default=math.inf)
         if recent and (mean := math.fsum(recent) / len(recent)) < floor - MEMORISING_MARGIN:
             self.console.say(

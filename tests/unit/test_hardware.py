@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import hardware
+from common.backends.ttml_mesh import OURS, check_descriptor
 from common.errors import MachineError, UsageError
 
 ALL = ["cpu", "cpu-x2", "n150", "n300", "t3k", "p100", "p150", "p300c", "qb2", "galaxy"]
@@ -144,3 +145,15 @@ def test_a_card_that_has_no_node_is_named(tmp_path):
     (tmp_path / "dev/tenstorrent/0").unlink()
     with pytest.raises(MachineError, match="tenstorrent!0 without a node"):
         hardware.choose("n150", root=tmp_path)
+
+
+def test_our_descriptors_have_the_mesh_of_their_board():
+    ours = {path.stem for path in OURS.iterdir()}
+    boards = {hw.mesh_graph_descriptor: hw for hw in hardware.table().values() if hw.mesh_graph_descriptor in ours}
+    assert set(boards) == ours, "each is some board's"
+    for name, hw in boards.items():
+        check_descriptor(OURS / f"{name}.textproto", hw.mesh_shape)
+        assert f"arch: {hw.arch.upper()}\n" in (OURS / f"{name}.textproto").read_text()
+    for hw in hardware.table().values():
+        if hw.chips > 2 and not hw.is_cpu:
+            assert hw.mesh_graph_descriptor in ours, f"{hw.name}: tt-metal ships none that fits"

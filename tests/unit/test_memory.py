@@ -150,7 +150,7 @@ def text_of(recipe: str, board: str, *overrides: str, steps: int | None = None) 
 
 def test_a_plan_without_base_and_corpus_downloads_nothing_and_says_what_it_assumed(home):
     text = text_of("tinyllama-finetune", "n300")
-    assert "effective batch 32 = 8 rows a device x 2 devices x 2 accumulated" in text
+    assert "effective batch 32 = batch_size 16 (8 rows on each of 2 devices) x 2 accumulated" in text
     assert "the base tinyllama-1.1b-chat is not here; lengths estimated at 3 characters a token" in text
     assert "300 training rows, 35 held out: 9.4 steps an epoch" in text
     assert "8,279 MiB" in text, "the published peak, as context"
