@@ -26,9 +26,10 @@ FORMAT = 1  # of the JSON
 Verdict = Literal["pass", "warn", "fail", "not compared"]
 ORDER: tuple[Verdict, ...] = ("not compared", "pass", "warn", "fail")
 # Shares of the recorded speed that may be missing, and of the recorded memory that may be added. A choice: repeated
-# runs on a quiet machine differ by a few per cent, and a step that is 20 % slower must fail.
+# runs on a quiet machine differ by a few per cent in speed, and a step that is 20 % slower must fail; the peak of the
+# same golden run was seen to differ by 12 %.
 SLOWER = {"warn": 0.08, "fail": 0.15}
-LARGER = {"warn": 0.10, "fail": 0.20}
+LARGER = {"warn": 0.15, "fail": 0.30}
 SECTIONS = ("training_config.", "model_config.", "data_config.")
 # What identifies a training's length, batch and split is compared on its own; paths differ from machine to machine.
 NOT_LISTED = (
