@@ -10,13 +10,13 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX
-FROM_COMMAND_LINE := NAME RUN STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE
+FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate export doctor plan verify grade golden repro test test-all lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor plan verify grade golden repro test test-all lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,13 @@ data: setup ## build the data set of a recipe: NAME= (the fine-tuning recipe), H
 generate: setup ## talk to a trained model: RUN=runs/..., PROMPT="a question", BASE=1 to see the untuned answer too
 	@: "$${RUN:?which run? make generate RUN=runs/...}"
 	@ci/forward.sh generate "$$RUN"
+
+report: setup ## write the page over all runs, or with RUN=runs/... that run's: OUT=
+	@ci/forward.sh report $${RUN:+"$$RUN"}
+
+compare: setup ## compare runs, and draw runs/compare.html: RUNS="runs/... runs/..."
+	@: "$${RUNS:?which runs? make compare RUNS='runs/... runs/...'}"
+	@ci/forward.sh runs compare --html runs/compare.html
 
 export: setup ## write a run's Hugging Face folder and check it: RUN=runs/...
 	@: "$${RUN:?which run? make export RUN=runs/...}"

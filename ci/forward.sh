@@ -53,6 +53,14 @@ generate)
     value --prompt PROMPT
     switch --base BASE
     ;;
+report)
+    value --out OUT
+    ;;
+runs)
+    set -f
+    for item in ${RUNS:-}; do command+=("$item"); done
+    set +f
+    ;;
 export)
     switch --check CHECK
     ;;

@@ -46,6 +46,7 @@ class Lock:
 
 LOCKS = (
     Lock("tools.txt", ("tools.in",), "3.10", universal=True),
+    Lock("browser.txt", ("browser.in",), "3.10", universal=True),
     Lock("launcher.txt", ("build.in", "launcher.in"), "3.10", universal=True),
     *(Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python) for python in ("3.10", "3.11", "3.12")),
     # The wheels of ttnn that `make test-all` looks into: they want a newer glibc, and there is none for 3.11.

@@ -23,7 +23,11 @@ Function = Callable[..., Any]
 class Verbs(click.Group):
     """A group whose errors have exit codes, and whose sub-groups are imported when they are used."""
 
-    lazy: ClassVar = {"data": "common.data.cli:data"}
+    lazy: ClassVar = {  # name: (where it is, its line in the help)
+        "data": ("common.data.cli:data", "Build, check, look at and convert data sets."),
+        "report": ("common.ops.runs_cli:report", "Write the page of a run, or one over all runs."),
+        "runs": ("common.ops.runs_cli:runs", "List, show, compare and prune runs."),
+    }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *self.lazy])
@@ -31,14 +35,14 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.lazy:
             return super().get_command(ctx, cmd_name)
-        module, name = self.lazy[cmd_name].split(":")
+        module, name = self.lazy[cmd_name][0].split(":")
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As click's, but without importing the lazy groups for their help lines."""
         del ctx
         rows = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
-        rows.append(("data", "Build, check, look at and convert data sets."))
+        rows += [(name, line) for name, (_, line) in self.lazy.items()]
         with formatter.section("Commands"):
             formatter.write_dl(sorted(rows))
 
@@ -119,7 +123,7 @@ def run(
     rdzv_timeout: int,
     **asked: Any,
 ) -> int:
-    """Train a recipe: data if stale, train, evaluate, export."""
+    """Train a recipe: data if stale, train, evaluate, export, report."""
     recipe_dir = find_recipe(name)
     if world is not None:
         asked["overrides"] += (f"device_config.mesh_shape=[1,{world}]",)
@@ -136,9 +140,10 @@ def run(
             click.echo(line)
         return 0
     from common.ops import torchrun
+    from common.ops.report.pages import write_at_end
     from common.train.plan import Launch
 
-    launch = Launch(recipe_dir=recipe_dir, command=tuple(sys.argv), **asked)
+    launch = Launch(recipe_dir=recipe_dir, command=tuple(sys.argv), at_end=write_at_end, **asked)
     hosts = torchrun.Hosts(nnodes, rdzv_endpoint, rdzv_timeout)
     return torchrun.train(launch, hosts, lambda: load_script(recipe_dir / "train.py").train(launch), click.echo)
 

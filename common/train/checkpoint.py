@@ -25,6 +25,7 @@ from common.train.files import disk_errors, sync, write_atomic, write_json
 from common.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
+PRUNED = ".pruned-"  # begins the name of what is being deleted
 Array = np.ndarray[Any, Any]
 
 
@@ -185,6 +186,11 @@ def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int
     """
     for step in [step for step in steps_saved(checkpoints) if step <= newest][keep_last:]:
         if step not in keep:
-            leaving = checkpoints / f".pruned-step-{step:08d}"  # so that no name stands for half a checkpoint
-            folder_of(checkpoints, step).rename(leaving)
-            shutil.rmtree(leaving)
+            delete(folder_of(checkpoints, step))
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder; renamed first, so that its name never stands for half of it."""
+    leaving = folder.with_name(f"{PRUNED}{folder.name}")
+    folder.rename(leaving)
+    shutil.rmtree(leaving)

@@ -35,16 +35,23 @@ class JsonLines:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file that `JsonLines` wrote; a last line cut short by a crash is left out."""
-    records = []
+    records, unreadable = scan(path)
+    last = len(records) + len(unreadable)
+    if damaged := [number for number in unreadable if number != last]:
+        raise MachineError(f"line {damaged[0]} is not JSON", where=str(path), todo="restore the file")
+    return records
+
+
+def scan(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records that can be read, and the numbers of the lines, from 1, that cannot; nothing where no file is."""
+    records, unreadable = [], []
     # Bytes: a crash may cut a character in two, and str.splitlines would also cut at U+2028, which JSON may hold.
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
             records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise MachineError(f"line {number} is not JSON", where=str(path), todo="restore the file") from error
-    return records
+        except ValueError:
+            unreadable.append(number)
+    return records, unreadable
 
 
 def cut_back(

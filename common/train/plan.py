@@ -22,6 +22,8 @@ from common.hardware import Hardware
 from common.models import Base
 from common.train.schedule import warmup_steps
 
+AtEnd = Callable[[Path, Callable[[str], None]], None]  # gets the folder of a run that ended, and how to say a line
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -36,6 +38,7 @@ class Launch:
     accept_changes: bool = False
     out: Path = Path("runs")
     command: tuple[str, ...] = ()
+    at_end: AtEnd | None = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from common.train.files import disk_errors, write_atomic
 from common.train.generate import generate
 from common.train.manifest import Manifest, code_facts, peak_memory_mib, utc_now
 from common.train.metrics import JsonLines
-from common.train.plan import Launch, Plan, make_plan, with_launch
+from common.train.plan import AtEnd, Launch, Plan, make_plan, with_launch
 from common.train.resume import Start, find_start
 from common.train.schedule import learning_rate
 from common.train.trackers import Trackers
@@ -60,7 +60,7 @@ def open_run(launch: Launch) -> Iterator[Run]:
             console.open_log(start.folder / "train.log")
             manifest = open_manifest(plan, start)
             with (
-                recorded_end(manifest, console),
+                recorded_end(manifest, console, launch.at_end),
                 catch_signals(console) as asked,
                 open_backend(plan.hw, plan.config) as backend,
                 contextlib.closing(Run(plan, start, backend, console, manifest, asked)) as run,
@@ -175,7 +175,7 @@ class Run:
         known = signatures.match(what)
         error = TrainingError(f"{what}; {known.means}" if known else what, todo=known.answer if known else None)
         self.console.say(str(error))
-        end_of_run(self.manifest, self.console, f"failed: {error.what}")
+        end_of_run(self.manifest, self.console, f"failed: {error.what}", str(error))
 
     def _stopped(self, what: str) -> Stopped:
         launch = self.plan.launch
@@ -486,13 +486,27 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         "config_digest": plan.config.config_digest(),
         "training_digest": plan.training_digest,
         "base": {"name": base.name, "identity": base.identity, "origin": base.origin, "licence": base.licence},
-        "data": {"source_key": data.source_key, "tokens_sha256": data.tokens_sha256, "length": data.length},
+        "data": data_facts(data),
         "tokenizer_sha256": plan.tokenizer.sha256,
         **code_facts(),
     }
     manifest = Manifest(path, values)
     manifest.update()
     return manifest
+
+
+def data_facts(data: TokenDataset) -> dict[str, Any]:
+    """What a run was trained on: hashes, and the counts that outlive the token files."""
+    return {
+        "source_key": data.source_key,
+        "tokens_sha256": data.tokens_sha256,
+        "length": data.length,
+        "rows": {name: len(split) for name, split in data.splits.items()},
+        "tokens": {name: split.tokens for name, split in data.splits.items()},
+        "supervised_share": data.info.get("supervised_share"),
+        "rows_cut": len(data.info.get("cut", [])),
+        "corpus": data.info.get("corpus"),
+    }
 
 
 def keep_config(plan: Plan, start: Start) -> None:
@@ -504,9 +518,9 @@ def keep_config(plan: Plan, start: Start) -> None:
 
 
 @contextlib.contextmanager
-def recorded_end(manifest: Manifest, console: Console) -> Iterator[None]:
-    """Write into the manifest, and the log, how the run ended."""
-    reason = "done"
+def recorded_end(manifest: Manifest, console: Console, at_end: AtEnd | None) -> Iterator[None]:
+    """Write into the manifest, and the log, how the run ended; `at_end` then finds the manifest as it stays."""
+    reason, text = "done", None
     console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
     try:
         yield
@@ -514,20 +528,22 @@ def recorded_end(manifest: Manifest, console: Console) -> Iterator[None]:
         reason = f"stopped: {stop.what}"
         raise
     except RecipeError as error:
-        reason = f"failed: {error.what}"
-        console.say(str(error), "DEBUG")
+        reason, text = f"failed: {error.what}", str(error)
+        console.say(text, "DEBUG")
         raise
     except BaseException as error:
         reason = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        end_of_run(manifest, console, reason)
+        end_of_run(manifest, console, reason, text)
+        if at_end:
+            at_end(manifest.path.parent, console.say)
 
 
-def end_of_run(manifest: Manifest, console: Console, reason: str) -> None:
+def end_of_run(manifest: Manifest, console: Console, reason: str, error: str | None) -> None:
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
         console.say(f"{ENDS} {reason}", "DEBUG")
-        manifest.update(exit_reason=reason, end=utc_now())
+        manifest.update(exit_reason=reason, error=error, end=utc_now())
 
 
 @contextlib.contextmanager

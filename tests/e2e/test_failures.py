@@ -249,6 +249,7 @@ def test_no_room_for_a_checkpoint_through_a_real_process(run, recipe):
         typed(recipe), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, preexec_fn=limit
     )
     Ended(done.returncode, done.stdout, done.stderr).refused(4, "could not save", "File too large")
+    assert "no report.html (MachineError: could not write the report: File too large" in done.stdout
     assert outcome(folder)["step"] == 2
     assert manifest(folder)["exit_reason"].startswith("failed: could not save")
 
@@ -315,6 +316,10 @@ def test_a_loss_that_is_not_finite(run, tmp_path):
     ended.refused(5, "not finite", "lower learning rate")
     (folder,) = folders(tmp_path / "out")
     assert manifest(folder)["exit_reason"].startswith("failed: step")
+    assert f"report: {folder / 'report.html'}" in log(folder)
+    cause = (folder / "report.html").read_text().partition("Figures</h2>")[0]
+    assert "It failed." in cause
+    assert "lower learning rate" in cause
 
 
 # --- real processes -----------------------------------------------------------------------------------------------
@@ -332,6 +337,7 @@ def test_a_real_process_has_the_same_codes_and_goes_on(recipe, tmp_path):
     assert "skipped step-00000003: optimizer.safetensors is damaged" in resumed.out
     assert f"resuming {folder.name} after step 2" in resumed.out
     assert outcome(folder)["step"] == 6
+    assert "It ended as it should." in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -354,3 +360,4 @@ def test_a_signal_to_a_real_process_saves_and_ends_with_75(recipe, tmp_path, num
     (folder,) = folders(tmp_path / "out")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert outcome(folder)["step"] == last < 4000
+    assert f"stopped by {number.name} after step {last}" in (folder / "report.html").read_text()

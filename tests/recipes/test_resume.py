@@ -34,6 +34,7 @@ SMALL = (
     "checkpoint_config.every=4",
     "device_config.threads=1",
     "device_config.compile=never",
+    "device_config.mesh_shape=[1,1]",  # several processes: tests/e2e/test_data_parallel.py
     "data_config.max_length=64",
 )
 

@@ -139,6 +139,17 @@ def test_show_marks_what_is_supervised(recipe):
     assert "rows.jsonl:" in text
 
 
+def test_show_colours_what_is_supervised_on_a_terminal(recipe, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    text = done("show", recipe, "--step", 2, "--rows", 2)
+    assert text.count("\x1b[32mIt is number") == 2
+    assert text.count("a fox knows it.</s>\x1b[0m") == 2
+    assert "\x1b[2m<|user|>" in text
+    assert ">>" not in text
+
+
 def test_convert(tmp_path):
     source = tmp_path / "a.csv"
     source.write_text("ask,say\na,b\n")

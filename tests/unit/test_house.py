@@ -40,6 +40,7 @@ def names(path: Path) -> set[str]:
 
 def test_every_lock_is_there() -> None:
     assert [path.name for path in LOCKS] == [
+        "browser.txt",
         *(f"cpu-{python}.txt" for python in PYTHONS),
         "launcher.txt",
         "tools.txt",
