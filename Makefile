@@ -10,13 +10,14 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE
+FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop verify image image-verify test test-all test-containers lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export \
+	doctor stop plan verify grade golden repro image image-verify test test-all test-containers lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -64,8 +65,22 @@ doctor: setup ## what is wrong with this machine for a board: nodes, driver, fir
 stop: setup ## end a run on this machine, which saves a checkpoint first: HW= or RUN= where several go on
 	@ci/forward.sh stop $${RUN:+"$$RUN"}
 
-verify: setup ## the checklist before a board is trusted with training: HW=; DDP=1: one device against several (WEAK=1)
+plan: setup ## what a run would need, before it starts: NAME= (the fine-tuning recipe), HW=, STEPS=, SET=
+	@ci/forward.sh plan "$${NAME:-$(MAIN_RECIPE)}"
+
+verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that fail; HW=: is the board right; DDP=1, WEAK=1
 	@ci/forward.sh verify
+
+grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them
+	@: "$${RUN:?which run? make grade RUN=runs/...}"
+	@ci/forward.sh grade "$$RUN"
+
+golden: setup ## twenty steps of a small model on this CPU, graded: what CI runs; seconds
+	@ci/golden.sh
+
+repro: setup ## run a run again from its manifest and compare the two: RUN=runs/...
+	@: "$${RUN:?which run? make repro RUN=runs/...}"
+	@ci/forward.sh repro "$$RUN"
 
 image: setup ## build a board's image with docker buildx: HW=, BASE_IMAGE=, WHEELHOUSE=folder, CA_BUNDLE=file
 	@ci/forward.sh image build

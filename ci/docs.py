@@ -105,9 +105,11 @@ def _models(folder: Path) -> Iterable[str]:
 def _shown(entry: Numbers) -> str:
     figures = [_held_out(entry.held_out)] if entry.held_out else []
     if entry.loss_at:
-        figures.append("loss " + ", ".join(f"{loss} at {step}" for step, loss in sorted(entry.loss_at.items())))
+        figures.append("loss " + ", ".join(f"{loss:.5g} at {step}" for step, loss in sorted(entry.loss_at.items())))
     if entry.tokens_per_second:
         figures.append(f"{entry.tokens_per_second:,.0f} tokens/s")
+    if entry.peak_memory_mib:
+        figures.append(f"{entry.peak_memory_mib:,.0f} MiB of the host")
     kind = "on" if isinstance(entry, Measured) else "elsewhere, on"
     return f"**{entry.evidence}** {kind} `{entry.board}`: {'; '.join(figures)}"
 
@@ -118,6 +120,8 @@ def _behind(entry: Numbers, recipe: str) -> str:
         parts += [f"`--steps {entry.steps}`"] if entry.steps else []
         parts += [f"`--set {override}`" for override in entry.overrides]
         origin = f"measured {entry.date} at commit {entry.commit[:7]}"
+        if entry.exact:
+            origin += f"; the same bits again on {entry.exact.cpu_class}"
     else:
         origin = f"published, not a run of this repository: {entry.stack}, in {entry.source}"
     if entry.corpus:
@@ -127,15 +131,15 @@ def _behind(entry: Numbers, recipe: str) -> str:
 
 
 def _held_out(found: HeldOut) -> str:
-    before = f"{found.untrained.loss} → " if found.untrained else ""
+    before = f"{found.untrained.loss:.5g} → " if found.untrained else ""
     text = f"held-out loss {before}{_with_error(found.loss, found.standard_error)} at {found.step}"
     if found.gain:
         text += f", gain {_with_error(found.gain.loss, found.gain.standard_error)}"
-    return text + (f", {found.bits_per_byte} bits per byte" if found.bits_per_byte else "")
+    return text + (f", {found.bits_per_byte:.5g} bits per byte" if found.bits_per_byte else "")
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value} ± {error}" if error else str(value)
+    return f"{value:.5g} ± {error:.3g}" if error else f"{value:.5g}"
 
 
 def main() -> None:

@@ -40,6 +40,11 @@ run)
     value --out OUT
     value --world WORLD
     ;;
+plan)
+    value --hw HW
+    value --steps STEPS
+    settings
+    ;;
 data)
     value --hw HW
     settings
@@ -59,14 +64,29 @@ runs)
 export)
     switch --check CHECK
     ;;
-doctor | stop)
+repro)
+    value --out OUT
+    ;;
+grade)
+    switch --record RECORD
+    ;;
+stop)
     value --hw HW
     ;;
 verify)
-    switch --ddp DDP --bring-up
-    [ -n "${DDP:-}" ] || command+=(--bring-up)
-    switch --weak WEAK
-    value --world WORLD
+    if [ -n "${RUN:-}" ]; then
+        command+=("$RUN")
+    elif [ "${CALIBRATE:-0}" != 0 ]; then
+        switch --calibrate CALIBRATE
+    else
+        switch --ddp DDP --bring-up
+        [ -n "${DDP:-}" ] || command+=(--bring-up)
+        switch --weak WEAK
+        value --world WORLD
+        value --hw HW
+    fi
+    ;;
+doctor)
     value --hw HW
     ;;
 image)

@@ -29,8 +29,6 @@ class Verbs(click.Group):
         "lock": ("common.ops.images_cli:lock", "Renew docker/images.lock.json as far as the network allows."),
         "report": ("common.ops.runs_cli:report", "Write the page of a run, or one over all runs."),
         "runs": ("common.ops.runs_cli:runs", "List, show, compare and prune runs."),
-        "image": ("common.ops.images_cli:image", "Build and verify the images that containers start from."),
-        "lock": ("common.ops.images_cli:lock", "Renew docker/images.lock.json as far as the network allows."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -248,7 +246,9 @@ def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
 
 
 @recipe.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--bring-up", is_flag=True, help="The checklist for a board or a build that has not trained yet.")
+@click.option("--calibrate", is_flag=True, help="Plant defects in a tiny run and see each one caught.")
 @click.option("--ddp", is_flag=True, help="One device against several: the same losses, the same parameters?")
 @click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here, or cpu-x2 for --ddp.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
@@ -257,19 +257,89 @@ def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
 @click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="That --ddp compares.")
 @click.option("--weak", is_flag=True, help="For --ddp: measure with a batch for each device.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="For --ddp: override one key; repeatable.")
-def verify(bring_up: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any) -> int:
-    """Prove that a board computes what it should. Exit code 6 where it does not."""
-    if ddp == bring_up:
-        raise UsageError("verify what?", todo="recipe verify --bring-up, or recipe verify --ddp [--hw BOARD]")
+def verify(
+    run: Path | None, bring_up: bool, calibrate: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any
+) -> int:
+    """Prove that a run holds together, or that a board computes what it should. Exit code 6 where it does not."""
+    if (run is not None) + bring_up + calibrate + ddp != 1:
+        raise UsageError(
+            "verify what?", todo="one of RUN, --ddp and --calibrate, or, for a board: recipe verify --bring-up"
+        )
     if ddp:
-        from common.ops.verify_ddp import run
+        from common.ops.verify_ddp import run as compare
 
-        return run(hw, as_json=as_json, say=click.echo, **asked)
-    from common.ops.bring_up import report
-    from common.ops.doctor import choose_board
+        return compare(hw, as_json=as_json, say=click.echo, **asked)
+    if run is not None:
+        from common.ops import verify_run
 
-    report(*choose_board(hw, require_present=True), as_json, click.echo)
+        verify_run.report(run, as_json, click.echo)
+    elif calibrate:
+        from common.ops import calibrate as calibration
+
+        calibration.report(as_json, click.echo)
+    else:
+        from common.ops import bring_up as checklist
+        from common.ops.doctor import choose_board
+
+        checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
     return 0
+
+
+@recipe.command()
+@click.argument("name")
+@options_of_config
+@click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def plan(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None, as_json: bool) -> None:
+    """Say what a run would need: memory by component, batches, padding, disk and time. Downloads nothing."""
+    from common.ops.plan import report
+
+    report(find_recipe(name), hw, overrides, steps, as_json, click.echo)
+
+
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--record", is_flag=True, help="Write the run's figures into the recipe's results.yaml.")
+@click.option(
+    "--band-from",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="With --record: a run that shows how far figures may stray; repeatable.",
+)
+@click.option("--speed", is_flag=True, help="With --record: tokens/s too; this machine did nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def grade(run: Path, record: bool, others: tuple[Path, ...], speed: bool, as_json: bool) -> None:
+    """Hold a run against the recorded figures of its training. Exit code 6 where one fails."""
+    if (others or speed) and not record:
+        raise UsageError("--band-from and --speed say what is recorded", todo="add --record")
+    if record:
+        from common.ops.record import record as write
+
+        write(run, others, speed, click.echo)
+        return
+    from common.ops.grade import report
+
+    report(run, as_json, click.echo)
+
+
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
+def repro(run: Path, out: Path) -> None:
+    """Run a run again from its manifest, and compare: bit for bit where that can be expected."""
+    from common.ops.repro import repro as run_again
+
+    run_again(run, out, click.echo)
+
+
+@recipe.command()
+@click.argument("target", metavar="LOG|RUN", type=click.Path(path_type=Path, exists=True))
+def explain(target: Path) -> None:
+    """Look in a log, or a run's folder, for what is known to go wrong, and say what to do."""
+    from common.ops.explain import report
+
+    report(target, click.echo)
 
 
 def load_script(path: Path) -> Any:

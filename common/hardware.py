@@ -113,6 +113,18 @@ def get(name: str) -> Hardware:
     raise UsageError(f"unknown hardware {name!r}", where="HW / --hw", todo=f"{hint}known: {', '.join(boards)}")
 
 
+VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def cpu_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Vendor, family and vector units of this CPU: what numeric libraries choose their code by, and so the bits."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    units = [unit for unit in VECTOR_UNITS if unit in facts.get("flags", "").split()]
+    name = f"{facts.get('vendor_id', 'unknown vendor')} family {facts.get('cpu family', '?')}"
+    return f"{name}, {' '.join(units) or 'no known vector units'}"
+
+
 def system_root() -> Path:
     """The prefix of /sys, /proc/driver/tenstorrent and /dev/tenstorrent: `RECIPES_SYSFS_ROOT`, else `/`."""
     return Path(os.environ.get("RECIPES_SYSFS_ROOT") or "/")

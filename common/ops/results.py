@@ -81,6 +81,36 @@ class File(_Part):
     sha256: Sha256
 
 
+class Band(_Part):
+    """How far from the entry's figures a run may be where its bits cannot be the same: on another CPU, say."""
+
+    loss: dict[Step, Positive]
+    """Nats a token, for steps of loss_at; further away is a fail."""
+    held_out: Positive | None = None
+    """Nats a token."""
+    origin: Words
+    """Where these numbers come from."""
+
+
+class Exact(_Part):
+    """The bits of a run on a CPU, and what must be the same for them to be expected again."""
+
+    lock_sha256: Sha256
+    cpu_class: Words
+    """As common.hardware.cpu_class says it."""
+    threads: Step
+    """Of each process."""
+    world: Step
+    """Processes."""
+    compiled: bool
+    tokens_sha256: Sha256
+    """Of the data; not part of the key: other tokens are another training."""
+    history_sha256: Sha256
+    """Over every step's loss and gradient norm and every evaluation, as common.ops.figures takes it."""
+    weights_sha256: Sha256
+    """Of the weights in the last checkpoint."""
+
+
 class _Figures(_Part):
     """What both kinds of numbers hold; at least one number."""
 
@@ -94,6 +124,9 @@ class _Figures(_Part):
     held_out: HeldOut | None = None
     tokens_per_second: Positive | None = None
     """After warm-up, all devices together."""
+    peak_memory_mib: Positive | None = None
+    """Of the host, up to the end of training."""
+    band: Band | None = None
     corpus: Corpus | None = None
     """The text that was trained on, where the recipe can take several."""
     files: Annotated[tuple[File, ...], Strict(False)] = ()
@@ -103,6 +136,8 @@ class _Figures(_Part):
     def _has_a_figure(self) -> _Figures:
         if not (self.loss_at or self.held_out or self.tokens_per_second):
             raise ValueError("it holds no figure: loss_at, held_out or tokens_per_second")
+        if self.band and (strange := sorted(set(self.band.loss) - set(self.loss_at))):
+            raise ValueError(f"band.loss has step {strange[0]}, loss_at has not")
         return self
 
 
@@ -117,6 +152,10 @@ class Measured(_Figures):
     date: datetime.date
     commit: Annotated[str, Field(pattern="^[0-9a-f]{7,40}$")]
     """Of this repository, as the run's manifest has it."""
+    image: Words | None = None
+    """Digest of the image that it ran in; none for the machine's own Python."""
+    exact: Exact | None = None
+    """CPU runs: the same again means the same bits."""
 
 
 class Published(_Figures):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import secrets
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import host
+from common.hardware import cpu_class
 from common.train.files import write_json
 
 FORMAT = 1
@@ -53,12 +55,18 @@ def code_facts(nodes: Sequence[str] = ()) -> dict[str, Any]:
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
         "image": said.get("image"),
         "host": host.facts(nodes),
+        "cpu_class": cpu_class(),
     }
 
 
 def _commit() -> dict[str, Any]:
     status = _git("status", "--porcelain")
     return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
+
+
+def peak_memory_mib() -> int:
+    """The most memory of the host that this process has held, MiB; a device's own memory is not in it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def _git(*arguments: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint, llama, models
+from common import hardware, lint, llama, memory, models
 from common.backends.base import precision_for, refuse_model, refuse_without_engine
 from common.config import Config
 from common.data import build
@@ -90,6 +90,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
     else:
         why = "as configured"
     config = with_steps(config, len(dataset.train), say)
+    memory.refuse_too_large(choice.hardware, config, base.architecture, dataset.length)
     if launch.stop_at is not None and not 1 <= launch.stop_at <= (config.training.max_steps or 0):
         raise UsageError(f"--stop-at {launch.stop_at} is not a step of this run of {config.training.max_steps}")
     reasons = {"hw": choice.reason, "precision": why}
@@ -116,17 +117,19 @@ def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
     """The config with max_steps fixed; says steps, epochs and the batch equation."""
     training, effective = config.training, config.effective_batch
     steps = training.max_steps or steps_for(training.num_epochs or 0, rows, effective)
-    devices = math.prod(config.device.mesh_shape or (1, 1))
-    share = f" ({training.batch_size // devices} rows on each of {devices} devices)" if devices > 1 else ""
-    say(
-        f"effective batch {effective} = batch_size {training.batch_size}{share} x "
-        f"{training.gradient_accumulation_steps} accumulated; "
-        f"{steps} steps = {steps * effective / rows:.2f} epochs of {rows} rows"
-    )
+    say(f"{batch_equation(config)}; {steps} steps = {steps * effective / rows:.2f} epochs of {rows} rows")
     config = config.with_values(**{"training.max_steps": steps}) if training.max_steps is None else config
     if warmup_steps(config.training) < training.scheduler.warmup_steps:
         say(f"warm-up clamped from {training.scheduler.warmup_steps} to the run's {steps} steps")
     return config
+
+
+def batch_equation(config: Config) -> str:
+    """`effective batch 64 = batch_size 32 (16 rows on each of 2 devices) x 2 accumulated`."""
+    training, devices = config.training, math.prod(config.device.mesh_shape or (1, 1))
+    share = f" ({training.batch_size // devices} rows on each of {devices} devices)" if devices > 1 else ""
+    parts = training.gradient_accumulation_steps
+    return f"effective batch {config.effective_batch} = batch_size {training.batch_size}{share} x {parts} accumulated"
 
 
 def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import signal
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from common import signatures
 from common.backends.base import Array, Backend, BackendInfo, StepStats, open_backend
 from common.backends.init import logit_variance
 from common.config import Config
@@ -32,14 +34,16 @@ from common.train.console import LEVELS, Console, Progress, clock
 from common.train.evaluate import HeldOut, from_rows, held_out
 from common.train.files import disk_errors, write_atomic
 from common.train.generate import generate
-from common.train.manifest import Manifest, code_facts, utc_now
+from common.train.manifest import Manifest, code_facts, peak_memory_mib, utc_now
 from common.train.metrics import JsonLines
 from common.train.plan import AtEnd, Launch, Plan, make_plan, with_launch
 from common.train.resume import Start, find_start
 from common.train.schedule import learning_rate
 from common.train.trackers import Trackers
+from common.train.watchdog import Watchdog
 
 MEMORISING_MARGIN = 0.2  # nats per token: two texts of one kind differ by less
+BEGINS, ENDS = "run begins:", "run ends:"  # in train.log; without the second one, the process was killed
 FIRST_LOSS_BAND = 0.1  # nats per token around the loss of untrained weights, besides what the text does to it
 
 
@@ -84,6 +88,7 @@ class Run:
         self.trackers = Trackers(self.config, self.folder, console.say)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.evaluations = JsonLines(self.folder / "evaluations.jsonl")
+        self.watchdog = Watchdog(self._stalled, backend.info.world, console.log)
 
     def _restore(self) -> None:
         """Put model, optimizer and records into the state of the step the run starts from."""
@@ -156,6 +161,7 @@ class Run:
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} before step {start + 1}")
         for step in range(start + 1, self.last_step + 1):
+            self.watchdog.begin(step)
             yield step
             if self.asked_to_stop or step == stop_at:
                 self.save(step)
@@ -163,6 +169,13 @@ class Run:
                 raise self._stopped(f"stopped by {reason} after step {step}, which is saved")
             if step == self.last_step:
                 return
+
+    def _stalled(self, what: str) -> None:
+        """On the watchdog's thread, just before it ends the process."""
+        known = signatures.match(what)
+        error = TrainingError(f"{what}; {known.means}" if known else what, todo=known.answer if known else None)
+        self.console.say(str(error))
+        end_of_run(self.manifest, self.console, f"failed: {error.what}", str(error))
 
     def _stopped(self, what: str) -> Stopped:
         launch = self.plan.launch
@@ -185,6 +198,7 @@ class Run:
 
     def record(self, step: int, stats: StepStats) -> None:
         """One line of metrics.jsonl, and the live line."""
+        self.watchdog.end(stats.seconds)
         if step == 1 and self.plan.base.initial:
             gate = check_first_loss(stats.loss, self.plan.base, self.dataset.train.arrays.ids)
             self.console.say(gate)
@@ -211,6 +225,7 @@ class Run:
         """Held-out loss and the answers to the evaluation prompts; once a step, 0 being the untrained model."""
         if step < self.start.step or any(record["step"] == step for record in self.records):
             return
+        self.watchdog.end()
         self.console.status(f"evaluating after step {step} ...")
         started = time.perf_counter()
         rows = held_out(self.backend, self.held_out)
@@ -308,6 +323,7 @@ class Run:
         """The checkpoint of `step`, once."""
         if self.saved_step == step:
             return
+        self.watchdog.end()
         self.console.status(f"saving step {step} ...")
         self.metrics.sync()
         self.evaluations.sync()
@@ -364,9 +380,15 @@ class Run:
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} after the last step, before the export")
         self.close()
-        self.manifest.update(trained=utc_now(), metrics_sha256=sha256_file(self.folder / "metrics.jsonl"))
+        self.manifest.update(
+            trained=utc_now(),
+            metrics_sha256=sha256_file(self.folder / "metrics.jsonl"),
+            peak_memory_mib=peak_memory_mib(),
+            replicas=self.backend.replicas() if self.backend.info.world > 1 else None,
+        )
 
     def close(self) -> None:
+        self.watchdog.close()
         for file in (self.metrics, self.evaluations, self.trackers):
             file.close()
 
@@ -499,6 +521,7 @@ def keep_config(plan: Plan, start: Start) -> None:
 def recorded_end(manifest: Manifest, console: Console, at_end: AtEnd | None) -> Iterator[None]:
     """Write into the manifest, and the log, how the run ended; `at_end` then finds the manifest as it stays."""
     reason, text = "done", None
+    console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
     try:
         yield
     except Stopped as stop:
@@ -512,10 +535,15 @@ def recorded_end(manifest: Manifest, console: Console, at_end: AtEnd | None) -> 
         reason = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
-            manifest.update(exit_reason=reason, error=text, end=utc_now())
+        end_of_run(manifest, console, reason, text)
         if at_end:
             at_end(manifest.path.parent, console.say)
+
+
+def end_of_run(manifest: Manifest, console: Console, reason: str, error: str | None) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
+        console.say(f"{ENDS} {reason}", "DEBUG")
+        manifest.update(exit_reason=reason, error=error, end=utc_now())
 
 
 @contextlib.contextmanager

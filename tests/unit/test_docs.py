@@ -198,7 +198,7 @@ def test_the_gallery_says_of_each_figure_whose_it_is(folder: Path) -> None:
     }
     write_results(folder, MEASURED | {"held_out": held_out, "tokens_per_second": 12345.6, "steps": 20}, PUBLISHED)
     table = docs.gallery({folder: load(folder)})
-    assert "**measured** on `cpu`: held-out loss 4.5 → 2.5 ± 0.25 at 20, gain 2.0 ± 0.125, 3.5 bits per byte" in table
+    assert "**measured** on `cpu`: held-out loss 4.5 → 2.5 ± 0.25 at 20, gain 2 ± 0.125, 3.5 bits per byte" in table
     assert (
         "loss 4.5 at 1, 3.25 at 20; 12,346 tokens/s [1]<br>**published** elsewhere, on `p300c`: loss 4.75 at 1" in table
     )

@@ -210,7 +210,12 @@ def test_variables_become_flags(house: Path) -> None:
         (["stop", "RUN=r"], "stop r"),
         (["image", "HW=cpu", "BASE_IMAGE=b", "WHEELHOUSE=w"], "image build --base-image b --wheelhouse w cpu"),
         (["image-verify"], "image verify"),
+        (["repro", "RUN=r", "OUT=x"], "repro r --out x"),
+        (["plan", "HW=n150", "STEPS=5"], "plan tinyllama-finetune --hw n150 --steps 5"),
+        (["grade", "RUN=r", "RECORD=1"], "grade r --record"),
         (["verify", "HW=n150"], "verify --bring-up --hw n150"),
+        (["verify", "RUN=r"], "verify r"),
+        (["verify", "CALIBRATE=1"], "verify --calibrate"),
     ):
         assert recipe_arguments(house, *arguments) == command.split()
 

@@ -1,0 +1,169 @@
+"""What training keeps in the memory of a chip, by arithmetic over shapes; and the refusal of what cannot fit.
+
+A board keeps tensors in tiles: the last two dimensions are padded to 32, and a vector is one row. Weights, gradients
+and AdamW's two moments are bf16, 2 bytes an element; AdamWFullPrecision has fp32 masters and moments. Every device of
+a data-parallel mesh keeps all of them. Activations are counted from below: what the backward pass cannot do without.
+So a total above the chip's memory cannot fit; one below it may still not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common import llama
+from common.config import Config
+from common.errors import UsageError
+from common.hardware import Hardware
+
+TILE = 32
+MIB = 2**20
+BF16, FP32 = 2, 4
+LORA_TO_TRY = "model_config.lora={rank: 16, alpha: 32}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device, by what they are for."""
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def mib(self) -> dict[str, float]:
+        """The components in MiB, and `total`."""
+        return {name: round(size / MIB, 1) for name, size in {**vars(self), "total": self.total}.items()}
+
+
+def elements(shape: tuple[int, ...], tile: int = TILE) -> int:
+    """Elements of a tensor with its last two dimensions padded to whole tiles."""
+    rows, columns = (1, *shape)[-2:]
+    return math.prod(shape[:-2]) * (-(-rows // tile) * tile) * (-(-columns // tile) * tile)
+
+
+def trained_shapes(config: Config, architecture: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of what the optimizer updates: every tensor, or the adapters, with one A for each group that shares it."""
+    shapes = llama.shapes(architecture)
+    lora = config.model.lora
+    if lora is None:
+        return list(shapes.values())
+    group_of = {name: "+".join(group) for group in lora.tie_groups for name in group}
+    found: list[tuple[int, ...]] = []
+    seen: set[tuple[str, str]] = set()
+    for name, shape in shapes.items():
+        module, _, projection = name.removesuffix(".weight").rpartition(".")
+        if projection not in lora.target_modules:
+            continue
+        key = (module, group_of.get(projection, projection))
+        found += [] if key in seen else [(lora.rank, shape[1])]
+        found.append((shape[0], lora.rank))
+        seen.add(key)
+    return found
+
+
+def footprint(hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> Memory:
+    """The memory of one device of `hw` for rows of `length` tokens."""
+    tile, precision = (1, config.training.precision) if hw.is_cpu else (TILE, "bf16")
+    stored = BF16 if precision == "bf16" else FP32
+    computed = FP32 if precision == "fp32" else BF16
+    weights = sum(elements(shape, tile) for shape in llama.shapes(architecture).values())
+    trained = sum(elements(shape, tile) for shape in trained_shapes(config, architecture))
+    adapters = trained if config.model.lora else 0
+    full = config.training.optimizer.type == "AdamWFullPrecision"
+    tokens = config.training.batch_size // math.prod(config.device.mesh_shape or (1, 1)) * length
+    # The CPU engine takes the output head in chunks and keeps no logits; a board keeps them and their gradient.
+    vocabulary = 0 if hw.is_cpu else -(-architecture["vocab_size"] // TILE) * TILE
+    return Memory(
+        weights=(weights + adapters) * stored,
+        masters=trained * FP32 if full and stored == BF16 else 0,
+        gradients=trained * stored,
+        moments=trained * 2 * (FP32 if full else stored),
+        activations=tokens * saved_per_token(config, architecture) * computed,
+        logits=tokens * vocabulary * 2 * BF16,
+    )
+
+
+def saved_per_token(config: Config, architecture: Mapping[str, Any]) -> int:
+    """Elements a token leaves for the backward pass, at least.
+
+    A block's two norms need their inputs, attention its queries, keys, values and output, the product of gate and up
+    both of them; a weight that is trained also needs its layer's input. Recomputing (gradient_checkpointing) keeps
+    the blocks' inputs, and one block's rest at a time. Attention scores are not counted: a fused kernel keeps none.
+    """
+    hidden, wide = architecture["hidden_size"], architecture["intermediate_size"]
+    heads = architecture["num_attention_heads"]
+    head = architecture.get("head_dim") or hidden // heads
+    queries, keys = heads * head, architecture["num_key_value_heads"] * head
+    layers: int = architecture["num_hidden_layers"]
+    block = 2 * hidden + 2 * queries + 2 * keys + 2 * wide
+    block += 0 if config.model.lora else 2 * hidden + wide  # the inputs of q, k, v, of gate, up, and of down
+    saved: int = hidden * layers + block if config.model.gradient_checkpointing else block * layers
+    return saved
+
+
+def capacity(hw: Hardware) -> int | None:
+    """Bytes of a chip's memory; None for a CPU, whose memory is the host's."""
+    return None if hw.dram_gib_per_chip is None else int(hw.dram_gib_per_chip * 2**30)
+
+
+def refuse_too_large(hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> None:
+    """Raise UsageError where training cannot fit into a chip, with the settings that would."""
+    room, needed = capacity(hw), footprint(hw, config, architecture, length)
+    if room is None or needed.total <= room:
+        return
+    parts = ", ".join(f"{name} {size:,.0f}" for name, size in needed.mib().items() if size and name != "total")
+    ways = list(settings_that_fit(hw, config, architecture, length))
+    raise UsageError(
+        f"this training cannot fit into a chip of {hw.name}, which has {room / MIB:,.0f} MiB: it needs at least "
+        f"{needed.total / MIB:,.0f} ({parts})",
+        where="training_config.batch_size, model_config",
+        todo="; or ".join(ways[:3]) or "no batch of it fits: take a smaller model, or a board with more memory",
+    )
+
+
+def settings_that_fit(hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> Iterator[str]:
+    """What to add to the command so that it fits: smaller micro-batches, then recomputation; then another training."""
+    room = capacity(hw)
+    assert room is not None, "a CPU refuses nothing"
+    another: list[tuple[dict[str, Any], str]] = [({}, "")]
+    if config.training.optimizer.type == "AdamWFullPrecision":
+        another.append(({"training.optimizer.type": "AdamW"}, "training_config.optimizer.type=AdamW"))
+    if config.model.lora is None and config.model.init == "pretrained":
+        another.append(({"model.lora": {"rank": 16, "alpha": 32.0}}, f"'{LORA_TO_TRY}'"))
+    for values, words in another:
+        for recompute in sorted({config.model.gradient_checkpointing, True}):
+            for changes in splits(config, recompute):
+                changed = config.with_values(**values, **changes)
+                if (values or changes) and footprint(hw, changed, architecture, length).total <= room:
+                    yield said(changes, words)
+                    break
+
+
+def splits(config: Config, recompute: bool) -> Iterator[dict[str, Any]]:
+    """The same effective batch in ever smaller micro-batches that every device has rows of: the keys that change."""
+    devices, batch = math.prod(config.device.mesh_shape or (1, 1)), config.training.batch_size
+    runner = {"model.gradient_checkpointing": True} if recompute != config.model.gradient_checkpointing else {}
+    for size in range(batch, 0, -1):
+        if size == batch:
+            yield runner
+        elif config.effective_batch % size == 0 and size % devices == 0:
+            parts = config.effective_batch // size
+            yield {"training.batch_size": size, "training.gradient_accumulation_steps": parts, **runner}
+
+
+def said(changes: Mapping[str, Any], another: str) -> str:
+    names = {"training": "training_config", "model": "model_config"}
+    words = [another] if another else []
+    for key, value in changes.items():
+        section, _, rest = key.partition(".")
+        words.append(f"{names[section]}.{rest}={str(value).lower()}")
+    return f"--set {' --set '.join(words)}" + (" (another training)" if another else " (the same training)")

@@ -1,0 +1,127 @@
+"""`recipe explain`: what in a log, or in a run's folder, is known to mean something, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import models, signatures
+from common.errors import UsageError
+from common.llama import EMBEDDING, HEAD
+from common.signatures import Signature
+from common.train import checkpoint, metrics
+from common.train.run import BEGINS, ENDS
+from common.weights import Weights
+
+LINES = 200_000  # of a log that are looked at, the last ones
+FLAT = 20  # steps, and the nats around ln(vocabulary) that count as guessing
+FLAT_BAND = 0.1
+
+
+@dataclass(frozen=True)
+class Found:
+    """A signature, and where it was seen."""
+
+    signature: Signature
+    where: str
+
+
+def report(target: Path, say: Callable[[str], None]) -> None:
+    """Print what is known of a log file, or of the run in a folder. Raises UsageError where there is neither."""
+    found = list(explain(target))
+    for one in found:
+        say(f"{one.signature.id} ({one.where})")
+        say(f"  means: {one.signature.means}")
+        say(f"  to do: {one.signature.answer}")
+    if not found:
+        say("nothing that is known; the end of the log says more, and recipe verify RUN looks at the numbers")
+
+
+def explain(target: Path) -> Iterator[Found]:
+    """Each signature once, at its first line; a run's states after its log's lines."""
+    log = target / "train.log" if target.is_dir() else target
+    if not log.is_file():
+        raise UsageError("no log there", where=str(log), todo="give a log file, or a folder of runs/")
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    seen: set[str] = set()
+    for number, line in list(enumerate(lines, 1))[-LINES:]:
+        row = signatures.match(line)
+        if row and row.id not in seen:
+            seen.add(row.id)
+            yield Found(row, f"{log.name}:{number}: {line.strip()[:160]}")
+    for row in signatures.table():
+        if row.state and (where := STATES[row.state](lines, target)):
+            yield Found(row, where)
+
+
+def no_end(lines: list[str], target: Path) -> str | None:  # noqa: ARG001  one shape for all states
+    """The last line that begins a run has none after it that ends it."""
+    marks = [(number, line) for number, line in enumerate(lines, 1) if re.search(f"Z ({BEGINS}|{ENDS})", line)]
+    if marks and f"Z {BEGINS}" in marks[-1][1]:
+        return f"begun in line {marks[-1][0]}; last line: {lines[-1].strip()[:120]}"
+    return None
+
+
+def flat_at_guessing(lines: list[str], target: Path) -> str | None:  # noqa: ARG001
+    """The last steps all cost what guessing among the vocabulary costs."""
+    losses = [(record["step"], record["loss"]) for record in records_of(target) if "loss" in record][-FLAT:]
+    vocabulary = vocabulary_of(target)
+    if len(losses) < FLAT or vocabulary is None:
+        return None
+    guess = math.log(vocabulary)
+    if all(abs(loss - guess) < FLAT_BAND for _, loss in losses):
+        return f"steps {losses[0][0]} to {losses[-1][0]} are within {FLAT_BAND} of ln({vocabulary}) = {guess:.3f}"
+    return None
+
+
+def evaluation_is_training(lines: list[str], target: Path) -> str | None:  # noqa: ARG001
+    """A held-out loss that is the training loss of its step."""
+    records = records_of(target)
+    losses = {record["step"]: record["loss"] for record in records if "loss" in record}
+    for record in records:
+        if "eval_loss" in record and record["eval_loss"] == losses.get(record["step"]):
+            return f"step {record['step']}: both are {record['eval_loss']!r}"
+    return None
+
+
+def never_moved(lines: list[str], target: Path) -> str | None:  # noqa: ARG001
+    """What the run itself found at its end."""
+    names = manifest_of(target).get("never_moved") or []
+    return f"{len(names)} tensors, such as {names[0]}" if names else None
+
+
+STATES: Mapping[str, Callable[[list[str], Path], str | None]] = {
+    "no_end": no_end,
+    "flat_at_guessing": flat_at_guessing,
+    "evaluation_is_training": evaluation_is_training,
+    "never_moved": never_moved,
+}
+
+
+def records_of(target: Path) -> list[dict[str, Any]]:
+    return metrics.read(target / "metrics.jsonl") if target.is_dir() else []
+
+
+def manifest_of(target: Path) -> dict[str, Any]:
+    path = target / "manifest.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def vocabulary_of(target: Path) -> int | None:
+    """Rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
+    saved = checkpoint.newest(target / "checkpoints", [])
+    base = manifest_of(target).get("base", {"name": "", "origin": ""})
+    if entry := models.locked().get(base["name"]):
+        return int(entry["architecture"]["vocab_size"])
+    for folder in ([saved.folder] if saved else []) + [Path(base["origin"])]:
+        shapes = Weights(sorted(folder.glob("model*.safetensors"))).shapes
+        for name in (HEAD, EMBEDDING):
+            if name in shapes:
+                return shapes[name][0]
+    return None

@@ -1,0 +1,146 @@
+"""Ends a run whose step does not end, with its likely cause and code 5; the same command goes on from the checkpoint.
+
+A hung native call cannot be interrupted from Python, so the process is left at once. A thread watches, and where the
+call keeps Python's own lock, so that no thread of Python runs, a timer of the kernel does it a little later. Only steps
+are watched: evaluation and saving may take what they take, and a first step may compile for minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import statistics
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TextIO
+
+from common.errors import TrainingError, UsageError
+
+SETTING = "RECIPES_STALL_SECONDS"  # what any step may take, in place of the rule below; 0 watches nothing
+FIRST_STEP = 1800.0  # seconds: a board compiles its kernels, a CPU its graph
+AT_LEAST = 120.0  # seconds, for any later step, so that a machine that swaps or is shared raises no alarm
+TIMES_MEDIAN = 20
+TICK = 1.0  # seconds: time is counted in ticks of the thread's own, so that a stopped process does not age
+LOCKED_GRACE = 60.0  # seconds after which the kernel's timer takes it that the thread cannot run
+
+
+class Watchdog:
+    """Watches from `begin` to `end`. `stalled` is told what happened, on another thread, before the process ends."""
+
+    def __init__(self, stalled: Callable[[str], None], devices: int, log: TextIO | None = None) -> None:
+        self.stalled, self.devices, self.log = stalled, devices, log
+        self.fixed = fixed_allowance()
+        self.seconds: deque[float] = deque(maxlen=50)  # of the steps of this process
+        self.begun = 0
+        self.step: int | None = None  # the one that goes on
+        self.closed = threading.Event()
+        self.timer = KernelTimer()
+        if self.fixed != 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @property
+    def allowed(self) -> float:
+        """Seconds that the step may take."""
+        if self.fixed is not None:
+            return self.fixed
+        if not self.seconds:
+            return FIRST_STEP
+        return max(AT_LEAST, TIMES_MEDIAN * statistics.median(self.seconds))
+
+    def begin(self, step: int) -> None:
+        self.begun, self.step = self.begun + 1, step
+        if self.fixed != 0:
+            self.timer.start(self.allowed + LOCKED_GRACE)
+            # Written by a thread of C's: what the call was, where nothing of Python can say it.
+            faulthandler.dump_traceback_later(self.allowed + LOCKED_GRACE / 2, file=self.log or sys.stderr)
+
+    def end(self, seconds: float | None = None) -> None:
+        """The step is over, after `seconds`; or something else goes on, which is not watched."""
+        self.step = None
+        self.timer.stop()
+        faulthandler.cancel_dump_traceback_later()
+        if seconds is not None:
+            self.seconds.append(seconds)
+
+    def close(self) -> None:
+        self.end()
+        self.closed.set()
+        self.timer.close()
+
+    def _watch(self) -> None:
+        watched, waited = None, 0.0
+        while not self.closed.wait(TICK):
+            step = self.step
+            watched, waited = step, waited + TICK if step is not None and step == watched else 0.0
+            if waited > self.allowed:
+                self._leave(f"{self._what(step or 0)}: no end after {waited:.0f} s, {self.allowed:.0f} were allowed")
+
+    def _what(self, step: int) -> str:
+        devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
+        return f"stalled in step {step} (number {self.begun} of this process, {devices})"
+
+    def _leave(self, what: str) -> None:
+        try:
+            self.stalled(what)
+            faulthandler.dump_traceback(self.log or sys.stderr)
+            sys.stdout.flush()
+        finally:
+            os._exit(TrainingError.code)
+
+
+def fixed_allowance() -> float | None:
+    """The seconds of RECIPES_STALL_SECONDS; None where it is not set."""
+    text = os.environ.get(SETTING)
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise UsageError(f"{SETTING}={text} is no number of seconds", todo="set it to seconds, or to 0 to watch nothing")
+
+
+class KernelTimer:
+    """Ends this process with code 5 after a time, whatever Python is doing.
+
+    The signal of the timer is handled by C's `_exit`, whose argument is then the signal's number: SIGTRAP is 5, the
+    code of a training that failed. Nothing of Python runs: a call that keeps the interpreter's lock is left, too.
+    """
+
+    CLOCK_MONOTONIC = 1
+
+    def __init__(self) -> None:
+        assert int(signal.SIGTRAP) == TrainingError.code
+        self.libc, self.timer = ctypes.CDLL(None), ctypes.c_void_p()
+        # struct sigevent (timer_create(2)), 64 bytes: a value, the signal's number, and SIGEV_SIGNAL, which is 0
+        event = (ctypes.c_uint64 * 8)(0, int(signal.SIGTRAP))
+        self.works = hasattr(self.libc, "timer_create") and not self.libc.timer_create(
+            self.CLOCK_MONOTONIC, event, ctypes.byref(self.timer)
+        )
+        self.libc.signal.restype = ctypes.c_void_p
+        self.before = self._handle(ctypes.cast(self.libc._exit, ctypes.c_void_p)) if self.works else None
+
+    def start(self, seconds: float) -> None:
+        """Once, from now; 0 stops it."""
+        if self.works:
+            whole, rest = divmod(seconds, 1)
+            wait = (ctypes.c_long * 4)(0, 0, int(whole), int(rest * 1e9))  # struct itimerspec: no repetition
+            self.libc.timer_settime(self.timer, 0, wait, None)
+
+    def stop(self) -> None:
+        self.start(0)
+
+    def close(self) -> None:
+        """Give the timer and the signal back. Closing twice is harmless."""
+        if self.works:
+            self.works = False
+            self.libc.timer_delete(self.timer)
+            self._handle(self.before)
+
+    def _handle(self, handler: ctypes.c_void_p | None) -> ctypes.c_void_p | None:
+        before = self.libc.signal(int(signal.SIGTRAP), handler)
+        return None if before is None else ctypes.c_void_p(before)
