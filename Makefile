@@ -16,8 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export \
-	doctor stop plan verify grade golden repro image image-verify test test-all test-containers lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-containers lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile

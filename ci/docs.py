@@ -110,6 +110,11 @@ def _shown(entry: Numbers) -> str:
         figures.append(f"{entry.tokens_per_second:,.0f} tokens/s")
     if entry.peak_memory_mib:
         figures.append(f"{entry.peak_memory_mib:,.0f} MiB of the host")
+    if entry.scaling:
+        found = entry.scaling
+        share = f"summing the gradients adds {found.all_reduce_share:.1%} of a step"
+        gain = f"{found.ratio:.2f} times one device's tokens/s ({found.efficiency:.0%} of each of {found.devices})"
+        figures.append(f"{gain}; {share}")
     kind = "on" if isinstance(entry, Measured) else "elsewhere, on"
     return f"**{entry.evidence}** {kind} `{entry.board}`: {'; '.join(figures)}"
 

@@ -256,6 +256,7 @@ def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
 @click.option("--world", type=click.IntRange(min=2), help="Devices that --ddp compares with one; unset: all.")
 @click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="That --ddp compares.")
 @click.option("--weak", is_flag=True, help="For --ddp: measure with a batch for each device.")
+@click.option("--record", is_flag=True, help="For --ddp, from a clean tree: write the figures into results.yaml.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="For --ddp: override one key; repeatable.")
 def verify(
     run: Path | None, bring_up: bool, calibrate: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any

@@ -39,15 +39,19 @@ def record(folder: Path, others: Sequence[Path], speed: bool, say: Callable[[str
     spread = [figures.read(other) for other in others]
     for other in spread:
         refuse_unlike(run, other)
+    write(recipe, entry_of(run, spread, speed), say)
+
+
+def write(recipe: Path, entry: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Put `entry` into the recipe's results.yaml and say what changes; what cannot be read back is not left there."""
     path = recipe / FILE
     old = path.read_text(encoding="utf-8")
-    entry = entry_of(run, spread, speed)
     new = placed(old, entry)
     write_atomic(path, new)
     try:
         load(recipe)
     except BaseException:
-        write_atomic(path, old)  # what cannot be read back is not left there
+        write_atomic(path, old)
         raise
     for line in difflib.unified_diff(old.splitlines(), new.splitlines(), "recorded", "now", lineterm="", n=1):
         say(line)
@@ -65,6 +69,11 @@ def refuse_unclean(run: RunFigures) -> None:
             where=f"{run.folder}: git_dirty {manifest.get('git_dirty')}",
             todo="commit, run again, and record that run",
         )
+    refuse_changed_tree()
+
+
+def refuse_changed_tree() -> None:
+    """Raise UsageError where the repository has changes besides what recording itself makes."""
     done = subprocess.run(
         ["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True, check=False, timeout=30
     )

@@ -111,6 +111,24 @@ class Exact(_Part):
     """Of the weights in the last checkpoint."""
 
 
+class Scaling(_Part):
+    """Several devices beside one, from one `recipe verify --ddp`."""
+
+    devices: Annotated[int, Field(gt=1, strict=True)]
+    one: Positive
+    """Tokens/s of one device; tokens_per_second is that of all."""
+    ratio: Positive
+    efficiency: Positive
+    """The ratio divided by the devices."""
+    step_seconds: Positive
+    compute_seconds: Positive
+    """Of a step without the summing of gradients."""
+    all_reduce_share: Annotated[float, Field(ge=0, lt=1)]
+    """Of a step: what the summing adds to the computing, where it does not hide behind it."""
+    one_process_all_threads: Positive | None = None
+    """Tokens/s of one process with the threads of all."""
+
+
 class _Figures(_Part):
     """What both kinds of numbers hold; at least one number."""
 
@@ -124,6 +142,7 @@ class _Figures(_Part):
     held_out: HeldOut | None = None
     tokens_per_second: Positive | None = None
     """After warm-up, all devices together."""
+    scaling: Scaling | None = None
     peak_memory_mib: Positive | None = None
     """Of the host, up to the end of training."""
     band: Band | None = None

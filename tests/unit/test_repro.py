@@ -102,7 +102,7 @@ def test_what_is_another_here_is_said(done, tmp_path):
     assert "another sha256" in lost(lock_sha256="0" * 64)[0]
     assert "torch 1.0: " in lost(backend=engine | {"versions": {"torch": "1.0"}})[0]
     assert "the CPU's class: a toaster" in lost(cpu_class="a toaster")[0]
-    assert "the image: sha256:1; here none" in lost(image="sha256:1")[0]
+    assert "the image: sha256:1; here none" in lost(image={"reference": "sha256:1"})[0]
     assert "a board promises none" in lost(backend=engine | {"backend": "ttml"})[0]
     resumed = [{"step": 2, "notes": ["changed: device_config.threads: 1 -> 2"]}]
     assert "after step 2, which changed something" in lost(resumed=resumed)[0]
