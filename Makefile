@@ -4,7 +4,7 @@
 
 MAIN_RECIPE := tinyllama-finetune
 TEST_WORKERS ?= 2
-PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS)
+PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 # What users say on the command line reaches ci/*.sh as environment, letter for letter: $(value) keeps make from
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
@@ -16,7 +16,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-containers lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-processes test-containers lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -87,11 +87,14 @@ image: setup ## build a board's image with docker buildx: HW=, BASE_IMAGE=, WHEE
 image-verify: setup ## build it twice and compare the layers; compare what it holds with the lock: the same variables
 	@ci/forward.sh image verify
 
-test: setup ## the tests, with one tiny run from data to export; under five minutes on two cores, no network
+test: setup ## the tests, with one tiny run from data to export; some six minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests
 
 test-all: setup ## the slow tests too; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
 	$(PYTEST) tests
+
+test-processes: setup ## runs of several processes and hosts that are killed, stopped and resumed; two minutes
+	.venv/bin/python -m pytest -q -n 1 tests/e2e/test_data_parallel.py
 
 test-containers: setup ## the tests that build and start containers; minutes, and a Docker engine (ci/engine.sh)
 	.venv/bin/python -m pytest -q -m "not slow" tests/containers

@@ -1,6 +1,7 @@
 """Real processes through `recipe run`: what a run of several leaves, how it ends when one dies, how it goes on.
 
-One command costs seconds, most of them for importing torch in three processes, so each test asks much of few.
+One command costs seconds, most of them for importing torch in three processes, so each test asks much of few, and most
+are slow ones: `make test-processes` runs them all.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def test_two_processes_then_a_stop_then_the_rest_is_the_unbroken_run_bit_for_bit
     assert outcome(folder) == outcome(unbroken)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_command_saves_and_stops_the_run(start, tmp_path):
     process = start(*LONG)
     folder = wait_for_steps(tmp_path / "out", 10)
@@ -128,6 +130,7 @@ def test_a_signal_to_the_command_saves_and_stops_the_run(start, tmp_path):
     assert outcome(folder)["step"] == len(losses(folder))
 
 
+@pytest.mark.slow
 def test_rank_1_killed_rank_0_saves_its_last_step_and_one_process_goes_on(recipe, start, tmp_path):
     process = start(*LONG)
     folder = wait_for_steps(tmp_path / "out", 50)
@@ -148,6 +151,7 @@ def test_rank_1_killed_rank_0_saves_its_last_step_and_one_process_goes_on(recipe
     assert losses(folder) == pytest.approx(losses(alone), rel=0.02), "the same rows at every step"
 
 
+@pytest.mark.slow
 def test_rank_0_killed_the_last_periodic_checkpoint_stands_and_four_go_on(start, tmp_path):
     process = start(*LONG)
     folder = wait_for_steps(tmp_path / "out", 50)
@@ -172,6 +176,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_hosts_that_were_started_differently_are_refused(start, tmp_path):
     port = free_port()
     meet = {"nnodes": 2, "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_timeout": 60}
@@ -232,6 +237,7 @@ def two_hosts() -> Iterator[tuple[str, str]]:
             ip("netns", "del", name)
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_losses_of_one_value_for_value(start, two_hosts, tmp_path):
     end(start(out="single"), 0)
     meet = {"nnodes": 2, "rdzv_endpoint": "10.99.0.1:29500", "rdzv_timeout": 60}

@@ -147,7 +147,9 @@ def test_a_board_that_is_there_and_no_ttml(run, tmp_path, monkeypatch):
     (tmp_path / "root/dev/tenstorrent").mkdir(parents=True)
     (tmp_path / "root/dev/tenstorrent/0").touch()
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(tmp_path / "root"))
-    run("--set", "training_config.precision=bf16", hw="n150").refused(4, "is not in this environment", "tt-metal")
+    run("--no-container", "--set", "training_config.precision=bf16", hw="n150").refused(
+        4, "is not in this environment", "tt-metal"
+    )
 
 
 def test_missing_base_weights(run, tiny_base, tmp_path):

@@ -172,8 +172,17 @@ def reopen(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "exit_reason": "running", "end": None}))
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, marks=() if path == RECIPES[-1] else pytest.mark.slow) for path in RECIPES],
+    ids=lambda path: path.name,
+    indirect=True,
+)
 def test_killed_with_sigkill_at_20_moments_and_resumed(recipe, small, tmp_path):
-    """Ten at random moments, ten soon after a checkpoint began to be written. In children of a process of its own."""
+    """Ten at random moments, ten soon after a checkpoint began to be written. In children of a process of its own.
+
+    What is killed is common/train, the same for every recipe: one of them is enough for every day.
+    """
     overrides = [*small, "training_config.max_steps=16", "checkpoint_config.every=1", "eval_config.every=8"]
     command = [sys.executable, "-m", "tests.killer", str(recipe), str(tmp_path), "20", "7", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
