@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,21 @@ def entry_of(run: RunFigures, spread: Sequence[RunFigures], speed: bool) -> dict
         "date": datetime.date.fromisoformat(manifest["start"][:10]),
         "commit": manifest["git_commit"],
         "image": run.image,
-        "machine": f"{manifest['backend']['device']}, {manifest['backend']['threads']} threads",
+        "machine": machine_of(manifest["backend"]),
         "loss_at": {step: run.losses[step] for step in steps},
         "held_out": held_out_of(run),
         "tokens_per_second": round(run.tokens_per_second, 1) if speed and run.tokens_per_second else None,
-        "peak_memory_mib": manifest.get("peak_memory_mib"),
+        "peak_memory_mib": manifest.get("peak_memory_mib") if manifest["backend"]["world"] == 1 else None,
         "band": band_of(run, spread, steps) if spread else None,
         "exact": exact_of(run) if manifest["backend"]["backend"] == "torch-cpu" else None,
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def machine_of(engine: Mapping[str, Any]) -> str:
+    """What a run was on, of its manifest's `backend`."""
+    count = f"{engine['world']} processes of " if engine["world"] > 1 and engine["backend"] == "torch-cpu" else ""
+    return f"{engine['device']}, {count}{engine['threads']} thread{'s' if engine['threads'] > 1 else ''}"
 
 
 def asked_steps(command: Sequence[str]) -> int | None:
@@ -183,7 +189,8 @@ def placed(text: str, entry: dict[str, Any]) -> str:
     block = [f"  {line}" for line in block]
     lines = text.splitlines()
     for first, after, old in entries_of(text):
-        if all(old.get(key) == entry.get(key) for key in ("board", "evidence", "overrides", "steps")):
+        same = all(old.get(key) == entry.get(key) for key in ("board", "evidence", "overrides", "steps"))
+        if same and ("scaling" in old) == ("scaling" in entry):
             return "\n".join([*lines[:first], *block, *lines[after:]]) + "\n"
     if text.rstrip().endswith("entries: []"):
         return "\n".join([text.rstrip().removesuffix(" []"), *block]) + "\n"

@@ -28,7 +28,7 @@ from common.errors import UsageError, VerificationError
 from common.hardware import Hardware
 from common.models import Base
 from common.ops.checklist import Line, Outcome, Result, go_through, hold
-from common.ops.record import refuse_changed_tree, write
+from common.ops.record import machine_of, refuse_changed_tree, write
 from common.ops.torchrun import Hosts, in_processes
 from common.recipes import find_recipe
 from common.train.evaluate import HeldOut, held_out
@@ -59,6 +59,7 @@ class Curve:
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     held_out: HeldOut | None = None
+    machine: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,7 +106,7 @@ class Comparison:
         curve = Curve()
         with self.opened(config) as backend:
             backend.synchronise(synchronise)
-            self.engine = backend.info
+            curve.machine = machine_of(dataclasses.asdict(backend.info))
             for step in range(1, steps + 1):
                 self.step(backend, config, step, curve)
                 curve.alike.append(len(set(backend.replicas())) == 1)
@@ -162,7 +163,6 @@ class Comparison:
         """What results.yaml is to hold of this comparison; see common/ops/results.py."""
         assert self.several.held_out is not None
         rows, last = self.several.held_out, len(self.several.losses)
-        engine = self.engine
         return {
             "board": self.hw.name,
             "evidence": "measured",
@@ -171,7 +171,7 @@ class Comparison:
             "steps": self.steps,
             "date": datetime.date.fromisoformat(utc_now()[:10]),
             "commit": code_facts()["git_commit"],
-            "machine": f"{engine.device}, {engine.world} processes of {engine.threads} threads",
+            "machine": self.several.machine,
             "loss_at": {1: self.several.losses[0], last: self.several.losses[-1]},
             "held_out": {"step": last, "loss": rows.loss, "standard_error": rows.standard_error},
             "tokens_per_second": round(speed["all"], 1),
