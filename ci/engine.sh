@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ci/engine.sh: a Docker engine, buildx and a base image, for a Debian machine that can reach no registry (our CI is
-# one). What is there already is left as it is; on a machine with Docker and a registry there is nothing to do here.
+# ci/engine.sh: a Docker engine, buildx and a base image, for a Debian machine that can reach no registry.
+# What is there already is left as it is; on a machine with Docker and a registry there is nothing to do here.
 #
 #   engine  docker.io from this machine's own packages; `dockerd` is started by hand where none answers, and left running
 #   buildx  Debian's docker-buildx (trixie and later), unpacked as a plugin of the docker command

@@ -57,6 +57,8 @@ def recipe(debug: bool) -> None:
     Exit codes: 0 done, 1 our bug, 2 usage or config, 3 data, 4 environment or device, 5 training failed,
     6 a verification did not hold, 75 stopped on request after saving (the same command goes on).
     """
+    if debug:
+        os.environ["RECIPES_DEBUG"] = "1"  # for the processes and containers that this one starts, too
 
 
 def main() -> None:
@@ -76,6 +78,12 @@ def main() -> None:
         _fail(str(error) if isinstance(error, Stopped) else f"error: {error}", error.code)
     except KeyboardInterrupt:
         _fail("interrupted; nothing more was saved", 130)
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").partition(".")[0] in ("", "common"):
+            raise
+        _fail(
+            f"error: this needs the package {error.name}, which is not here\n  to do: make setup, without LAUNCHER=1", 4
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `| head` does
         sys.exit(141)
@@ -281,8 +289,10 @@ def verify(
     else:
         from common.ops import bring_up as checklist
         from common.ops.doctor import choose_board
+        from common.ops.launcher import native_lease
 
-        checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
+        with native_lease("verify --bring-up", hw):
+            checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
     return 0
 
 

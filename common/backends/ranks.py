@@ -31,7 +31,9 @@ from common.config import Config
 from common.data.tokens import Batch
 from common.errors import MachineError, RankLost, UsageError
 
-SLOWEST_RANK = datetime.timedelta(minutes=10)  # that the others wait for in a step; a dead one is known at once
+# How long ranks wait in a step for the slowest: less than the watchdog's shortest allowance, so that what was trained
+# is saved before it ends the run. A rank that is dead, and not only stopped, is known at once.
+SLOWEST_RANK = datetime.timedelta(seconds=100)
 IDLE = datetime.timedelta(days=365)  # a rank waits for the next call for as long as rank 0 evaluates, saves or exports
 Call = tuple[str, list[Any], list[Batch]]  # name, arguments, batches
 
@@ -101,12 +103,13 @@ class Ranks:
     def heard(self) -> Iterator[Call]:
         """On another rank: rank 0's calls, as they come."""
         while True:
-            call, arguments, shapes = json.loads(self._send_text(""))
             batches = []
-            for rows, width in shapes:
-                shape, (u32, f32, i64) = (rows, width), (np.uint32, np.float32, np.int64)
-                arrays = [np.empty(shape, u32), np.empty(shape, u32), np.empty(shape, f32), np.empty(rows, i64)]
-                batches.append(Batch(*map(self._share, arrays)))
+            with losing_ranks():
+                call, arguments, shapes = json.loads(self._send_text(""))
+                for rows, width in shapes:
+                    shape, (u32, f32, i64) = (rows, width), (np.uint32, np.float32, np.int64)
+                    arrays = [np.empty(shape, u32), np.empty(shape, u32), np.empty(shape, f32), np.empty(rows, i64)]
+                    batches.append(Batch(*map(self._share, arrays)))
             yield call, arguments, batches
 
     def shared(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -169,7 +172,10 @@ class _Shared(Mapping[str, Array]):
                 array = np.array(self.tensors[name])  # a copy: what is read from a file cannot be written to
                 self.ranks._send_text(json.dumps([array.dtype.name, array.shape]))
             else:
-                kind, shape = json.loads(self.ranks._send_text(""))
+                described = json.loads(self.ranks._send_text(""))
+                if len(described) != 2:  # a call, which rank 0 could not make before all tensors were there
+                    raise RankLost("rank 0 broke off while it handed out the weights")
+                kind, shape = described
                 array = np.empty(shape, ml_dtypes.bfloat16 if kind == "bfloat16" else np.dtype(kind))
             return self.ranks._share(array)
 

@@ -59,7 +59,7 @@ def open_cpu(config: Config) -> Iterator[TorchCPU]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     transformers.utils.logging.set_verbosity_error()
-    ranks.tell("open", config.dump())
+    ranks.tell("open", config.with_values(**{"device.threads": threads}).dump())  # one number on all hosts
     backend = TorchCPU(config, threads, ranks)
     try:
         yield backend
@@ -468,7 +468,7 @@ def follow(ranks: Ranks) -> int:
             if call == "open":
                 backend = opened.enter_context(open_cpu(Config.model_validate(arguments[0])))
                 continue
-            with contextlib.suppress(RecipeError):  # rank 0 has the same one, and says so
+            try:
                 if call in ("load", "load_state"):
                     getattr(backend, call)({})
                 elif call == "train_step":
@@ -479,6 +479,10 @@ def follow(ranks: Ranks) -> int:
                     getattr(backend, call)(*arguments)
                 else:
                     raise AssertionError(f"rank 0 asks for {call}, which is no call")
+            except RankLost:
+                raise
+            except RecipeError:
+                continue  # rank 0 has the same one, and says so
     raise AssertionError("rank 0 has no end")
 
 

@@ -35,7 +35,8 @@ SCRATCH = {"type": "tmpfs", "device": "tmpfs", "o": "mode=1777,nosuid,nodev"}
 # Of the caller's environment, besides TT_*: the rest of it has no business in there.
 HANDED_OVER = (
     *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY"),
-    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "OMP_NUM_THREADS", "RECIPES_DEBUG"),
+    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "OMP_NUM_THREADS"),
+    *("RECIPES_DEBUG", "RECIPES_STALL_SECONDS"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TERM", "COLORTERM", "TZ"),
 )
 OF_THE_IMAGE = ("TT_METAL_HOME", "TT_METAL_RUNTIME_ROOT")  # the host's tt-metal is not the image's
@@ -238,7 +239,9 @@ def named_paths(run: Run) -> Iterator[Path]:
     """What else the command line, the config and the environment name that is here and is to be read."""
     config, resume = run.config, str(run.asked["resume"])
     named = [config.model.base, config.data.source, config.data.corpus, users_environment().get(DESCRIPTOR)]
-    named += [str(Path(resume).absolute())] if resume not in ("auto", "never") else []
+    if resume not in ("auto", "never"):
+        start = Path(resume).expanduser().absolute()
+        named.append(str(start.parent.parent if (start / "state.json").is_file() else start))  # its run's records, too
     named += [config.eval.prompts] if isinstance(config.eval.prompts, str) else []
     for name in named:
         path = (run.recipe_dir / Path(name).expanduser()) if name else None

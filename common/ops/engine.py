@@ -133,7 +133,9 @@ def fetch(client: DockerClient, image: Image, say: Any) -> None:
                     todo="make image, with the same HW",
                 ) from None
             say(f"fetching {image.reference} (once)")
-            client.api.pull(image.reference)
+            for part in client.api.pull(image.reference, stream=True, decode=True):
+                if "error" in part:  # what goes wrong on the way comes in the stream, and raises nothing
+                    raise docker.errors.APIError(part["error"], explanation=part["error"]) from None
             found = client.images.get(image.reference)
     known = [found.id, *(found.attrs.get("RepoDigests") or ())]
     pins = found.labels.get("recipes.lock")

@@ -168,16 +168,14 @@ def commit_of(root: Path) -> str:
 def fill_wheelhouse(lock: Json, target: str, source: Path | None, into: Path, say: Say) -> list[Path]:
     """Put the wheels of a target's requirements into `into`: from a folder, else by this machine's own pip.
 
-    pip's settings - index, proxy, credentials, certificates - are used here and never reach the build. Whatever is
-    in the folder, the build takes only files with the hashes of the lock. Returns the wheels.
+    pip's settings - index, proxy, credentials, certificates - are used here and never reach the build. What is in the
+    folder stays there: the build takes only files with the hashes of the lock. Returns the wheels.
     """
     given = sorted(source.glob("*.whl")) if source else []
     if source and not given:
         raise UsageError("there are no wheels in the folder", where=str(source), todo="WHEELHOUSE=a folder of *.whl")
     if source and source.resolve() == into.resolve():
         return given
-    for old in into.glob("*.whl"):
-        old.unlink()
     if source:
         for wheel in given:
             shutil.copy2(wheel, into)

@@ -74,8 +74,10 @@ def native_lease(recipe: str, hw: str | None) -> Iterator[None]:
         yield
         return
     choice = hardware.choose(hw, require_present=False)
-    keys = [card.key for card in host.cards(choice.nodes)]
-    with lease.taken(keys, Owner(choice.hardware.name, os.getpid(), recipe)):
+    cards = host.cards(choice.nodes)
+    with lease.taken([card.key for card in cards], Owner(choice.hardware.name, os.getpid(), recipe)):
+        if others := [f"process {pid}" for card in cards for pid in card.holders]:  # such as one without a launcher
+            raise lease.busy(choice.hardware.name, ", ".join(others))
         yield
 
 

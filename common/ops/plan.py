@@ -23,7 +23,7 @@ from common.data.order import steps_for
 from common.data.tokens import round_up
 from common.hardware import Hardware
 from common.memory import MIB, Memory
-from common.ops.grade import subject
+from common.ops.grade import config_of, subject
 from common.ops.results import Numbers, load
 from common.train.console import clock
 from common.train.plan import batch_equation, prepare
@@ -163,9 +163,8 @@ def time_of(entries: Sequence[Numbers], recipe: Path, config: Config, rows: Rows
 
 
 def same_model(entry: Numbers, recipe: Path, config: Config) -> bool:
-    overrides = getattr(entry, "overrides", ())
-    other = configs.load(recipe, hardware.get(entry.board), overrides)
-    return subject(other)[:4] == subject(config)[:4]
+    other = config_of(entry, recipe)
+    return other is not None and subject(other)[:4] == subject(config)[:4]
 
 
 def disk(found: Outlook) -> dict[str, float]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from common.backends.ranks import Ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-OUR_BUG = 1
+OUR_BUG, INTERRUPTED = 1, 130  # exit codes, as common/cli.py has them
 CODE = Path(configs.__file__).parent
 
 
@@ -59,7 +59,8 @@ def take_part(config: Config, recipe_dir: Path, lead: Callable[[], None]) -> int
             if found.rank and first_here:
                 print(f"rank {found.rank} of {found.world} works here; rank 0, with the run's folder, is on {host}")
             if found.rank:
-                return follow(found)
+                code = follow(found)
+                return code if first_here else 0
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # with the command gone: save and stop
             with ending(found):
                 lead()
@@ -79,6 +80,9 @@ def ending(found: Ranks) -> Iterator[None]:
         code = 0
     except RecipeError as error:
         code = error.code
+        raise
+    except KeyboardInterrupt:
+        code = INTERRUPTED
         raise
     finally:
         with contextlib.suppress(RankLost):

@@ -105,9 +105,9 @@ def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    meeting = meeting_of(hosts)
     with tempfile.TemporaryDirectory(prefix="recipe-ranks-") as name, passing_on_signals(Path(name)):
         os.environ[FOLDER] = name
-        meeting = meeting_of(hosts)
         if meeting.interface:  # left alone, gloo takes the address of the host's name: often a loopback address
             os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
         config = LaunchConfig(
@@ -156,8 +156,12 @@ def passing_on_signals(folder: Path) -> Iterator[None]:
     """SIGINT and SIGTERM go to this host's first rank; the agent then waits for all of them."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError, ValueError):  # not started yet, or over
-            os.kill(int((folder / "0.pid").read_text(encoding="ascii")), number)
+        try:
+            first = int((folder / "0.pid").read_text(encoding="ascii"))
+        except (OSError, ValueError):  # the hosts have not met yet
+            raise KeyboardInterrupt from None
+        with contextlib.suppress(ProcessLookupError):  # it is over
+            os.kill(first, number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

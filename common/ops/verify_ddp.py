@@ -28,6 +28,7 @@ from common.errors import UsageError, VerificationError
 from common.hardware import Hardware
 from common.models import Base
 from common.ops.checklist import Line, Outcome, Result, go_through, hold
+from common.ops.launcher import native_lease
 from common.ops.record import machine_of, refuse_changed_tree, write
 from common.ops.torchrun import Hosts, in_processes
 from common.recipes import find_recipe
@@ -262,7 +263,8 @@ def run(
         compared = Comparison(recipe_dir, board, overrides, steps, quiet)
         verify(compared, weak=weak, record=record, as_json=as_json, say=say)
 
-    return in_processes(recipe_dir, config, words, Hosts(), lead, quiet)
+    with native_lease("verify --ddp", board.name):
+        return in_processes(recipe_dir, config, words, Hosts(), lead, quiet)
 
 
 def verify(found: Comparison, *, weak: bool, record: bool, as_json: bool, say: Callable[[str], None]) -> None:

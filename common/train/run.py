@@ -160,6 +160,8 @@ class Run:
             raise KeyboardInterrupt  # nothing was trained, and nothing is there to go on from
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} before step {start + 1}")
+        if start and self.evaluation_due(start):
+            self.evaluate(start)  # which a rank's death cut off, after the step was saved for it
         for step in range(start + 1, self.last_step + 1):
             self.watchdog.begin(step)
             yield step

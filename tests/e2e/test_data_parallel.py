@@ -76,6 +76,7 @@ def end(process: subprocess.Popen[str], code: int, *texts: str, seconds: float =
     for text in texts:
         assert text in said, said
     assert "Traceback" not in said
+    assert "bug:" not in said
     return said
 
 
@@ -128,6 +129,16 @@ def test_a_signal_to_the_command_saves_and_stops_the_run(start, tmp_path):
     process.send_signal(signal.SIGTERM)
     end(process, 75, "stopped by SIGTERM after step")
     assert outcome(folder)["step"] == len(losses(folder))
+
+
+@pytest.mark.slow
+def test_two_signals_end_it_at_once_and_as_what_it_is(start, tmp_path):
+    process = start(*LONG, "training_config.batch_size=8", "training_config.gradient_accumulation_steps=64")
+    wait_for_steps(tmp_path / "out", 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    end(process, 130, "interrupted")
 
 
 @pytest.mark.slow

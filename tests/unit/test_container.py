@@ -389,14 +389,18 @@ class Store:
 
     def __init__(self, here: Found | None, registry: Found | None = None) -> None:
         self.here, self.registry, self.images, self.api = here, registry, self, self
+        self.trouble: list[dict[str, str]] = []
 
     def get(self, reference: str) -> Found:
         if self.here is None:
             raise docker.errors.ImageNotFound("none")
         return self.here
 
-    def pull(self, reference: str) -> None:
+    def pull(self, reference: str, stream: bool, decode: bool) -> list[dict[str, str]]:
+        assert stream
+        assert decode
         self.here = self.registry
+        return [{"status": "Pulling"}, *self.trouble]
 
 
 PUBLISHED = Image("n150", "registry.example/recipes@sha256:" + "12" * 32, "published", IMAGE.lock_sha256)
@@ -408,6 +412,13 @@ def test_a_published_image_is_fetched_once_by_its_digest():
     engine.fetch(store, PUBLISHED, said.append)
     engine.fetch(store, PUBLISHED, said.append)
     assert said == [f"fetching {PUBLISHED.reference} (once)"]
+
+
+def test_a_fetch_that_breaks_off_says_why():
+    store = Store(None)
+    store.trouble = [{"error": "write /var/lib/docker/tmp/1: no space left on device"}]
+    with pytest.raises(MachineError, match="the disk of the Docker engine is full"):
+        engine.fetch(store, PUBLISHED, [].append)
 
 
 @pytest.mark.parametrize(

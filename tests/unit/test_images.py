@@ -283,8 +283,9 @@ def test_the_wheels_of_a_user_stay_where_they_are(tmp_path: Path) -> None:
     for folder, name in ((given, "new.whl"), (into, "old.whl")):
         folder.mkdir()
         (folder / name).write_text(name)
-    assert image_build.fill_wheelhouse(LOCK, "cpu", given, into, print) == [into / "new.whl"]
-    assert image_build.fill_wheelhouse(LOCK, "cpu", into, into, print) == [into / "new.whl"]
+    both = [into / "new.whl", into / "old.whl"]
+    assert image_build.fill_wheelhouse(LOCK, "cpu", given, into, print) == both, "the build takes those with a hash"
+    assert image_build.fill_wheelhouse(LOCK, "cpu", into, into, print) == both
     assert (given / "new.whl").read_text() == (into / "new.whl").read_text() == "new.whl"
 
 
