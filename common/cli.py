@@ -154,7 +154,7 @@ def run(
     from common.ops.report.pages import write_at_end
     from common.train.plan import Launch
 
-    command = tuple(launched().get("command") or sys.argv)
+    command = tuple(launched().get("command") or torchrun.typed())
     launch = Launch(recipe_dir=recipe_dir, command=command, at_end=write_at_end, **asked)
     hosts = torchrun.Hosts(nnodes, rdzv_endpoint, rdzv_timeout)
     with launcher.native_lease(recipe_dir.name, asked["hw"]):

@@ -59,7 +59,8 @@ def open_cpu(config: Config) -> Iterator[TorchCPU]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     transformers.utils.logging.set_verbosity_error()
-    ranks.tell("open", config.with_values(**{"device.threads": threads}).dump())  # one number on all hosts
+    if ranks.world > 1:
+        ranks.tell("open", config.with_values(**{"device.threads": threads}).dump())  # one number on all hosts
     backend = TorchCPU(config, threads, ranks)
     try:
         yield backend

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import ipaddress
+import json
 import logging
 import math
 import os
@@ -35,6 +36,7 @@ from common.train.plan import Launch
 Say = Callable[[str], None]
 FOLDER = "RECIPES_RANKS"  # environment: where a rank leaves its pid and its exit code
 SHUTDOWN_SECONDS = 40  # that rank 0 has for saving after another rank died; the whole end takes less than a minute
+COMMAND = "RECIPES_COMMAND"  # environment: the words that a person typed, for the manifest
 STARTED_BY_TORCHRUN = "LOCAL_RANK"  # environment, as torchrun sets it
 SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 
@@ -93,6 +95,11 @@ def train(launch: Launch, hosts: Hosts, lead: Callable[[], None], say: Say) -> i
     return in_processes(launch.recipe_dir, config, words, hosts, lead, say)
 
 
+def typed() -> list[str]:
+    """The command line as it was typed, also in the processes that were started for it."""
+    return json.loads(os.environ.get(COMMAND) or "null") or list(sys.argv)
+
+
 def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
     """Run `recipe` with `arguments` in the `here` ranks of this host; return the exit code that rank 0 ended with.
 
@@ -107,7 +114,7 @@ def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     meeting = meeting_of(hosts)
     with tempfile.TemporaryDirectory(prefix="recipe-ranks-") as name, passing_on_signals(Path(name)):
-        os.environ[FOLDER] = name
+        os.environ |= {FOLDER: name, COMMAND: json.dumps(typed())}
         if meeting.interface:  # left alone, gloo takes the address of the host's name: often a loopback address
             os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
         config = LaunchConfig(

@@ -111,6 +111,7 @@ class Run:
         self.recent_losses: list[float] = []  # of the steps since the last evaluation
         self.trained_losses: list[tuple[float, int]] = []  # (held-out loss, step) of every evaluation but step 0's
         self.saved_step = 0
+        self.owes_evaluation = False  # of the step it starts from: a rank's death cut it off, after the step was saved
         if start.checkpoint:
             self.backend.load_state(checkpoint.Tensors(start.checkpoint.folder))
             self.say_notes()
@@ -141,6 +142,8 @@ class Run:
         self.trained_losses = [(from_rows(r["nll"], r["tokens"]).loss, r["step"]) for r in self.records if r["step"]]
         evaluated = max((record["step"] for record in self.records), default=0)
         self.recent_losses = [record["loss"] for record in kept if "loss" in record and record["step"] > evaluated]
+        done = any("eval_loss" in record and record["step"] == found.step for record in kept)
+        self.owes_evaluation = self.evaluation_due(found.step) and not done
         if found.folder.parent == self.checkpoints:
             self.saved_step = found.step
 
@@ -160,8 +163,8 @@ class Run:
             raise KeyboardInterrupt  # nothing was trained, and nothing is there to go on from
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} before step {start + 1}")
-        if start and self.evaluation_due(start):
-            self.evaluate(start)  # which a rank's death cut off, after the step was saved for it
+        if self.owes_evaluation:
+            self.evaluate(start)
         for step in range(start + 1, self.last_step + 1):
             self.watchdog.begin(step)
             yield step

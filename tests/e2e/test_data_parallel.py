@@ -110,6 +110,7 @@ def test_two_processes_then_a_stop_then_the_rest_is_the_unbroken_run_bit_for_bit
     assert said.count("held-out loss after step 6") == 1, "rank 0 alone speaks"
     assert manifest(unbroken)["backend"]["world"] == 2
     assert manifest(unbroken)["exit_reason"] == "done"
+    assert manifest(unbroken)["command"][-2:] == ["--world", "2"], "as it was typed"
     alone = run_tiny(recipe, tmp_path / "alone", "device_config.mesh_shape=[1,1]", export=False)
     assert losses(unbroken) == pytest.approx(losses(alone), rel=1e-5)
     two, one = ([record["nll"] for record in outcome(run)["evaluations"]] for run in (unbroken, alone))
