@@ -5,6 +5,7 @@ A validator sees the fields above its own, so a rule over two keys stands at the
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from typing import Annotated, Literal
@@ -332,6 +333,11 @@ class Device(Section):
     """CPU threads of each process; null: cores / processes."""
     compile: Literal["auto", "always", "never"] = "auto"
     """torch.compile on the CPU; auto: where the run is long enough to pay for it."""
+
+    @property
+    def devices(self) -> int:
+        """Of the mesh; one where none is set."""
+        return math.prod(self.mesh_shape or (1, 1))
 
     @field_validator("mesh_shape")
     @classmethod

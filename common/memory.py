@@ -79,7 +79,7 @@ def footprint(hw: Hardware, config: Config, architecture: Mapping[str, Any], len
     trained = sum(elements(shape, tile) for shape in trained_shapes(config, architecture))
     adapters = trained if config.model.lora else 0
     full = config.training.optimizer.type == "AdamWFullPrecision"
-    tokens = config.training.batch_size // math.prod(config.device.mesh_shape or (1, 1)) * length
+    tokens = config.training.batch_size // config.device.devices * length
     # The CPU engine takes the output head in chunks and keeps no logits; a board keeps them and their gradient.
     vocabulary = 0 if hw.is_cpu else -(-architecture["vocab_size"] // TILE) * TILE
     return Memory(
@@ -150,7 +150,7 @@ def settings_that_fit(hw: Hardware, config: Config, architecture: Mapping[str, A
 
 def splits(config: Config, recompute: bool) -> Iterator[dict[str, Any]]:
     """The same effective batch in ever smaller micro-batches that every device has rows of: the keys that change."""
-    devices, batch = math.prod(config.device.mesh_shape or (1, 1)), config.training.batch_size
+    devices, batch = config.device.devices, config.training.batch_size
     runner = {"model.gradient_checkpointing": True} if recompute != config.model.gradient_checkpointing else {}
     for size in range(batch, 0, -1):
         if size == batch:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import os
 import re
 import socket
@@ -212,7 +211,7 @@ def joined() -> Iterator[Ranks]:
 
 def ranks_of(config: Config) -> Ranks:
     """The processes that train a config's mesh of [1, N]; this one alone for [1, 1]. Raises MachineError."""
-    found, wanted = _joined[0] if _joined else Ranks(), math.prod(config.device.mesh_shape or (1, 1))
+    found, wanted = _joined[0] if _joined else Ranks(), config.device.devices
     if wanted == 1:
         return Ranks()
     if found.world != wanted:

@@ -37,6 +37,7 @@ from common.backends.ttml_tensors import Tensors
 from common.config import Config
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, VerificationError
+from common.handlers import handled
 from common.hardware import Hardware
 
 NO_LIMIT = 1e20  # a gradient norm that is never reached: clipping there only measures
@@ -75,13 +76,8 @@ def unwinding_signals() -> Iterator[None]:
 
     here = threading.current_thread() is threading.main_thread()  # elsewhere Python lets nobody set a handler
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
-    try:
+    with handled(numbers, leave):
         yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 class TTML:

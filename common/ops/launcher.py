@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from common import hardware, host, models
 from common.config import Config
 from common.data import corpora
 from common.errors import MachineError, TrainingError
+from common.handlers import handled
 from common.hardware import Choice
 from common.ops import lease, lending
 from common.ops.container import LABEL, USER, Run, Spec, arguments, process, spec_of, users_environment, writable_of
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 FORWARDED = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM"}
 PATIENCE = 3  # signals: the first saves, the second ends without saving, the third kills what does not listen
+AGAIN_SECONDS = 1  # a signal just before the main thread sleeps does not wake it: it is then seen so much later
 
 
 def wanted(container: bool | None, hw: str | None) -> bool:
@@ -197,16 +200,9 @@ def follow(client: DockerClient, spec: Spec) -> int:
             clear_ended(container)
 
 
-@contextlib.contextmanager
-def caught(events: queue.SimpleQueue[tuple[str, Any]]) -> Iterator[None]:
+def caught(events: queue.SimpleQueue[tuple[str, Any]]) -> AbstractContextManager[None]:
     """Put signals into `events` in place of their usual end."""
-    numbers = (*FORWARDED, signal.SIGWINCH)
-    before = {number: signal.signal(number, lambda got, _frame: events.put(("signal", got))) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+    return handled((*FORWARDED, signal.SIGWINCH), lambda number, _frame: events.put(("signal", number)))
 
 
 def show(output: Any, events: queue.SimpleQueue[tuple[str, Any]]) -> None:
@@ -237,7 +233,10 @@ def attend(container: Container, spec: Spec, events: queue.SimpleQueue[tuple[str
 
     asked = 0
     while True:
-        what, value = events.get()
+        try:
+            what, value = events.get(timeout=AGAIN_SECONDS)
+        except queue.Empty:
+            continue
         if what == "ended":
             return int(value)
         if what == "lost":

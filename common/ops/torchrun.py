@@ -12,7 +12,6 @@ import fcntl
 import ipaddress
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -30,6 +29,7 @@ from common import config as configs
 from common import hardware
 from common.config import Config
 from common.errors import MachineError, RankLost, UsageError
+from common.handlers import handled
 from common.recipes import run_words
 from common.train.plan import Launch
 
@@ -74,7 +74,7 @@ def in_processes(
     Each of the processes runs `recipe` with `arguments`, and comes here again as a rank.
     """
     on_cpu = hardware.get(config.hw).is_cpu
-    world = math.prod(config.device.mesh_shape or (1, 1)) if on_cpu else 1
+    world = config.device.devices if on_cpu else 1
     here = hosts.processes_of_each(world)
     if STARTED_BY_TORCHRUN in os.environ:
         from common.ops.rank import take_part
@@ -170,12 +170,8 @@ def passing_on_signals(folder: Path) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError):  # it is over
             os.kill(first, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled((signal.SIGINT, signal.SIGTERM), pass_on):
         yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,7 +125,7 @@ def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
 
 def batch_equation(config: Config) -> str:
     """`effective batch 64 = batch_size 32 (16 rows on each of 2 devices) x 2 accumulated`."""
-    training, devices = config.training, math.prod(config.device.mesh_shape or (1, 1))
+    training, devices = config.training, config.device.devices
     share = f" ({training.batch_size // devices} rows on each of {devices} devices)" if devices > 1 else ""
     parts = training.gradient_accumulation_steps
     return f"effective batch {config.effective_batch} = batch_size {training.batch_size}{share} x {parts} accumulated"

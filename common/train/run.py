@@ -27,6 +27,7 @@ from common.config import Config
 from common.data.build_corpus import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
 from common.errors import RankLost, RecipeError, Stopped, TrainingError, VerificationError
+from common.handlers import handled
 from common.models import Base, sha256_file
 from common.train import checkpoint, metrics
 from common.train.checkpoint import Checkpoint
@@ -403,7 +404,7 @@ def keep_decisions(plan: Plan, start: Start) -> Plan:
     if start.checkpoint is None:
         return plan
     plan = with_launch(plan, **{"device.compile": "always" if start.checkpoint.state["compiled"] else "never"})
-    same_world = start.checkpoint.state.get("world", 1) == math.prod(plan.config.device.mesh_shape or (1, 1))
+    same_world = start.checkpoint.state.get("world", 1) == plan.config.device.devices
     if plan.config.device.threads is None and same_world:
         plan = with_launch(plan, **{"device.threads": start.checkpoint.state["threads"]})
     return plan
@@ -579,12 +580,8 @@ def catch_signals(console: Console) -> Iterator[list[str]]:
         with contextlib.suppress(RuntimeError):  # the signal came while this very file was being written
             console.say(f"{asked[0]}: saving as soon as this step is over; once more to stop without saving")
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled((signal.SIGTERM, signal.SIGINT), handler):
         yield asked
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def samples_markdown(records: list[dict[str, Any]]) -> str:
