@@ -18,7 +18,7 @@ from common.hardware import Hardware
 from common.ops import bring_up_lines as one
 from common.ops import bring_up_mesh as several
 from common.ops.bring_up_bench import Bench
-from common.ops.checklist import Line, Result, go_through
+from common.ops.checklist import Line, Result, failed, go_through
 
 FORMAT = 1  # of the JSON
 BASE_LOSS = "needs a pretrained base: compare a run's held-out loss before training on this board and with HW=cpu"
@@ -92,14 +92,10 @@ def report(hw: Hardware, reason: str, as_json: bool, say: Callable[[str], None])
         say(json.dumps(found, indent=1))
     else:
         say(f"bring-up of {reason}")
-        results = bring_up(hw, lambda line: say(f"{line.id}: {line.says} ..."), lambda r: say(f"  {shown(r)}"))[1]
-    if failed := [result.id for result in results if result.verdict == "fail"]:
+        results = bring_up(hw, lambda line: say(f"{line.id}: {line.says} ..."), lambda result: say(f"  {result}"))[1]
+    if bad := failed(results):
         raise VerificationError(
-            f"{len(failed)} of {len(results)} lines of the bring-up failed: {', '.join(failed)}",
+            f"{len(bad)} of {len(results)} lines of the bring-up failed: {', '.join(bad)}",
             where=f"HW={hw.name}",
             todo="do not train here before they pass; report them with the build's versions",
         )
-
-
-def shown(result: Result) -> str:
-    return f"{result.verdict.upper()}: {result.evidence}"

@@ -28,6 +28,9 @@ class Result:
     says: str
     evidence: str
 
+    def __str__(self) -> str:
+        return f"{self.verdict.upper()}: {self.evidence}"
+
 
 class Outcome(Exception):
     """Ends a check with a verdict and its evidence."""
@@ -43,6 +46,11 @@ def hold(condition: bool, evidence: str) -> str:
     if not condition:
         raise Outcome("fail", evidence)
     return evidence
+
+
+def failed(results: Sequence[Result]) -> list[str]:
+    """The ids of the lines that failed."""
+    return [result.id for result in results if result.verdict == "fail"]
 
 
 def go_through(lines: Sequence[Line], subject: Any, begun: Callable[[Line], None]) -> Iterator[Result]:

@@ -12,9 +12,8 @@ import dataclasses
 import datetime
 import functools
 import json
-import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from common.data.tokens import TokenDataset
 from common.errors import UsageError, VerificationError
 from common.hardware import Hardware
 from common.models import Base
-from common.ops.checklist import Line, Outcome, Result, go_through, hold
+from common.ops.checklist import Line, Outcome, Result, failed, go_through, hold
 from common.ops.launcher import native_lease
 from common.ops.record import machine_of, refuse_changed_tree, write
 from common.ops.torchrun import Hosts, in_processes
@@ -76,7 +75,7 @@ class Comparison:
     ) -> None:
         self.recipe_dir, self.hw, self.overrides, self.steps = recipe_dir, hw, tuple(overrides), steps
         self.config = self.config_for(None)
-        self.devices = math.prod(self.config.device.mesh_shape or (1, 1))
+        self.devices = self.config.device.devices
         prepared = prepare(self.config, hw, recipe_dir, say)
         self.base: Base = prepared[0]
         self.dataset: TokenDataset = prepared[2]
@@ -92,18 +91,18 @@ class Comparison:
 
     @functools.cached_property
     def one(self) -> Curve:
-        return self.train(self.config_for(1), self.steps)
+        return self.train(self.config_for(1), self.steps, evaluated=True)
 
     @functools.cached_property
     def several(self) -> Curve:
-        return self.train(self.config_for(None), self.steps)
+        return self.train(self.config_for(None), self.steps, evaluated=True)
 
     @functools.cached_property
     def control(self) -> Curve:
         return self.train(self.config_for(None), CONTROL_STEPS, synchronise=False)
 
-    def train(self, config: Config, steps: int, *, synchronise: bool = True) -> Curve:
-        """Train from the start, and evaluate."""
+    def train(self, config: Config, steps: int, *, synchronise: bool = True, evaluated: bool = False) -> Curve:
+        """Train from the start, and evaluate at the end where that is asked for."""
         curve = Curve()
         with self.opened(config) as backend:
             backend.synchronise(synchronise)
@@ -111,7 +110,8 @@ class Comparison:
             for step in range(1, steps + 1):
                 self.step(backend, config, step, curve)
                 curve.alike.append(len(set(backend.replicas())) == 1)
-            curve.held_out = held_out(backend, self.dataset.held_out.spread(HELD_OUT_ROWS))
+            if evaluated:
+                curve.held_out = held_out(backend, self.dataset.held_out.spread(HELD_OUT_ROWS))
         return curve
 
     @contextlib.contextmanager
@@ -250,50 +250,55 @@ def run(
     board = hardware.get(ON_A_CPU) if board.is_cpu else board
     overrides += (f"device_config.mesh_shape=[1,{world}]",) if world else ()
     config = configs.load(recipe_dir, board, overrides, steps)
-    if math.prod(config.device.mesh_shape or (1, 1)) == 1:
+    if config.device.devices == 1:
         raise UsageError(f"{board.name} has one device", where="--hw", todo="choose a board of several, or cpu-x2")
     words = ["verify", "--ddp", "--hw", board.name, "--recipe", str(recipe_dir), "--steps", str(steps)]
     words += ["--weak"] if weak else []
     words += ["--record"] if record else []
     words += ["--json"] if as_json else []
     words += [part for override in overrides for part in ("--set", override)]
-    quiet: Callable[[str], None] = (lambda _line: None) if as_json else say
+    tell: Callable[[str], None] = (lambda _line: None) if as_json else say
 
     def lead() -> None:
-        compared = Comparison(recipe_dir, board, overrides, steps, quiet)
-        verify(compared, weak=weak, record=record, as_json=as_json, say=say)
+        report = verify(Comparison(recipe_dir, board, overrides, steps, tell), weak=weak, record=record, say=tell)
+        if as_json:
+            say(json.dumps(report, indent=1))
+        refuse_failed(report)
 
     with native_lease("verify --ddp", board.name):
-        return in_processes(recipe_dir, config, words, Hosts(), lead, quiet)
+        return in_processes(recipe_dir, config, words, Hosts(), lead, tell)
 
 
-def verify(found: Comparison, *, weak: bool, record: bool, as_json: bool, say: Callable[[str], None]) -> None:
-    """Go through the lines, then measure; print as it goes, or all as one JSON object.
-
-    Raises VerificationError if a line fails.
-    """
-    tell: Callable[[str], None] = (lambda _line: None) if as_json else say
-    tell(f"data parallel on {found.hw.title}: {found.config.recipe}, effective batch {found.config.effective_batch}")
+def verify(found: Comparison, *, weak: bool, record: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Go through the lines, then measure where none failed, saying each as it ends; the report, as JSON has it."""
+    say(f"data parallel on {found.hw.title}: {found.config.recipe}, effective batch {found.config.effective_batch}")
     results: list[Result] = []
-    for result in go_through(LINES, found, lambda line: tell(f"{line.id}: {line.says} ...")):
+    for result in go_through(LINES, found, lambda line: say(f"{line.id}: {line.says} ...")):
         results.append(result)
-        tell(f"  {result.verdict.upper()}: {result.evidence}")
+        say(f"  {result}")
     speed: dict[str, float] = {}
-    failed = [result.id for result in results if result.verdict == "fail"]
-    if not failed:
+    if not failed(results):
         speed = found.speed(weak)
-        tell(shown(speed, found, weak))
-    if record and not failed:
-        write(found.recipe_dir, found.entry(speed), tell)
-    if as_json:
-        lines = [dataclasses.asdict(result) for result in results]
-        kind = "weak" if weak else "strong"
-        report = {"format": FORMAT, "hw": found.hw.name, "devices": found.devices, "lines": lines}
-        say(json.dumps({**report, "recipe": found.config.recipe, "scaling": kind, "speed": speed}, indent=1))
-    if failed:
+        say(shown(speed, found, weak))
+        if record:
+            write(found.recipe_dir, found.entry(speed), say)
+    return {
+        "format": FORMAT,
+        "hw": found.hw.name,
+        "devices": found.devices,
+        "lines": [dataclasses.asdict(result) for result in results],
+        "recipe": found.config.recipe,
+        "scaling": "weak" if weak else "strong",
+        "speed": speed,
+    }
+
+
+def refuse_failed(report: Mapping[str, Any]) -> None:
+    """Raise VerificationError if a line of the report failed."""
+    if bad := [line["id"] for line in report["lines"] if line["verdict"] == "fail"]:
         raise VerificationError(
-            f"data parallel on {found.hw.name} is not the training of one device: {', '.join(failed)}",
-            where=f"{found.config.recipe}, mesh {list(found.config.device.mesh_shape or ())}",
+            f"data parallel on {report['hw']} is not the training of one device: {', '.join(bad)}",
+            where=f"{report['recipe']}, mesh [1, {report['devices']}]",
             todo="do not train on several devices here; train with --world 1",
         )
 

@@ -22,7 +22,7 @@ from common.data.tokens import TokenDataset
 from common.errors import DataError, VerificationError
 from common.models import sha256_file
 from common.ops import export, export_check, figures, trained
-from common.ops.checklist import Line, Outcome, Result, go_through, hold
+from common.ops.checklist import Line, Outcome, Result, failed, go_through, hold
 from common.ops.figures import RunFigures
 from common.ops.hf_folder import adapters_of, merged_shapes, stored
 from common.ops.moved import unmoved
@@ -255,9 +255,9 @@ def report(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
     if as_json:
         lines = [dataclasses.asdict(result) for result in results]
         say(json.dumps({"format": FORMAT, "run": folder.resolve().name, "lines": lines}, indent=1))
-    if failed := [result.id for result in results if result.verdict == "fail"]:
+    if bad := failed(results):
         raise VerificationError(
-            f"{len(failed)} of {len(results)} lines failed: {', '.join(failed)}",
+            f"{len(bad)} of {len(results)} lines failed: {', '.join(bad)}",
             where=str(folder),
             todo="do not trust this run's numbers or its export before that is understood",
         )
