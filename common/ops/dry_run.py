@@ -21,6 +21,7 @@ from common.ops.engine import connect
 from common.ops.images import Image, image_for
 from common.recipes import run_words
 from common.train.manifest import run_name
+from common.train.plan import batch_equation
 
 
 def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any], container: bool | None) -> Iterator[str]:
@@ -41,8 +42,7 @@ def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any], container: b
     yield f"device nodes: {', '.join(nodes) or 'none needed'}"
     yield (
         f"{start_of(config)}; precision {precision_for(board)[0] if precision == 'auto' else precision}; "
-        f"effective batch {config.effective_batch} = {config.training.batch_size} x "
-        f"{config.training.gradient_accumulation_steps}; mesh {config.device.mesh_shape}"
+        f"{batch_equation(config)}; mesh {config.device.mesh_shape}"
     )
     for finding in lint.lint(config, board):
         yield f"{finding.id}: {finding.message}"
