@@ -274,7 +274,7 @@ def ran(record: RunRecord) -> list[tuple[str, str]]:
         "end": fact("end"),
         "parent": fact("parent"),
         "commit": f"{fact('git_commit')}{dirty}" if fact("git_commit") else None,
-        "image": fact("image"),
+        "image": fact("image", "reference"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "first loss": fact("first_loss"),
         "export": fact("export", "status"),
