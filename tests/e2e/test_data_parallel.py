@@ -27,19 +27,9 @@ from common.train import metrics
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
 ROOT = Path(__file__).resolve().parents[2]
 LONG = ("training_config.max_steps=3000", "eval_config.every=3000", "checkpoint_config.every=40")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
-        patch.setenv("RECIPES_HOME", str(folder))
-        for name in ("HW", "RECIPES_DEBUG", "RECIPES_SYSFS_ROOT"):
-            patch.delenv(name, raising=False)
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,18 +27,8 @@ from common.train import checkpoint
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
-        patch.setenv("RECIPES_HOME", str(folder))
-        for name in ("HW", "RECIPES_DEBUG", "RECIPES_SYSFS_ROOT"):
-            patch.delenv(name, raising=False)
-        yield folder
 
 
 @pytest.fixture
