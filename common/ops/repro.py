@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from common import hardware, host
 from common.errors import DataError, MachineError, Stopped, TrainingError, UsageError, VerificationError
 from common.ops import figures, grade, results, trained
 from common.ops.figures import HISTORY, RunFigures
+from common.ops.images import LOCAL, image_for
 from common.recipes import ROOT
 from common.train import checkpoint
 from common.train.manifest import code_facts
@@ -63,9 +65,10 @@ def repro(folder: Path, out: Path, say: Say) -> Path:
         check_data(run, again)
         trained.find_base(run.config, run.manifest, run.folder, say)
         say("data and base are those of the run" + ("; the same bits are expected" if not lost else ""))
-        new = train(again, out)
-    compare(run, figures.read(new), not lost, say)
-    return new
+        where = "--container" if image_here(run) else "--no-container"
+        new = figures.read(train(again, out, where))
+    compare(run, new, not lost and new.image == run.image, say)
+    return new.folder
 
 
 def refuse_branch(run: RunFigures) -> None:
@@ -95,6 +98,8 @@ def code_of(run: RunFigures, say: Say) -> Iterator[tuple[Path, list[str]]]:
             if (done := git("worktree", "add", "--detach", str(tree), commit)).returncode:
                 raise MachineError(f"git could not check out {commit[:12]}: {done.stderr.strip()}", where=str(ROOT))
             try:
+                if LOCAL.is_file() and (tree / "docker").is_dir():  # it is this machine's, and so of no commit
+                    shutil.copy(LOCAL, tree / "docker")
                 yield tree, []
             finally:
                 git("worktree", "remove", "--force", str(tree))
@@ -159,24 +164,39 @@ def environment(again: Again) -> dict[str, str]:
 def lost_environment(run: RunFigures, root: Path) -> Iterator[str]:
     """What fixes the bits besides code and settings, and is another here."""
     manifest, engine = run.manifest, run.manifest["backend"]
-    lock = root / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
-    sha256 = hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None
-    if manifest.get("lock_sha256") != sha256:
-        yield f"the lock file: {lock.name} has another sha256 than the run's"
-    for name, version in engine["versions"].items():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            if name != "python" and (here := importlib.metadata.version(name)) != version:
-                yield f"{name} {version}: {here} is installed"
+    if run.image != (image := image_here(run)):
+        yield f"the image: {run.image or 'none'}; here {image or 'none'}"
+    if image is None:
+        yield from lost_packages(manifest, root)
     if manifest.get("cpu_class") != hardware.cpu_class():
         yield f"the CPU's class: {manifest.get('cpu_class')}; here {hardware.cpu_class()}"
-    image = (host.launched().get("image") or {}).get("reference")
-    if run.image != image:
-        yield f"the image: {run.image or 'none'}; here {image or 'none'}"
     if engine["backend"] != "torch-cpu":
         yield "bits: a board promises none"
     for event in manifest.get("resumed", []):
         if changed := [note for note in event["notes"] if "changed" in note or "bit-exact" in note]:
             yield f"the resumption after step {event['step']}, which changed something: {'; '.join(changed)}"
+
+
+def lost_packages(manifest: Mapping[str, Any], root: Path) -> Iterator[str]:
+    """What this environment has otherwise than the run's."""
+    lock = root / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
+    sha256 = hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None
+    if manifest.get("lock_sha256") != sha256:
+        yield f"the lock file: {lock.name} has another sha256 than the run's"
+    for name, version in manifest["backend"]["versions"].items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            if name != "python" and (here := importlib.metadata.version(name)) != version:
+                yield f"{name} {version}: {here} is installed"
+
+
+def image_here(run: RunFigures) -> str | None:
+    """The image that the run is made again in: none if it was in none itself, or none is to be had here."""
+    if host.launched():
+        return str(host.launched()["image"]["reference"])
+    if run.image:
+        with contextlib.suppress(MachineError):
+            return image_for(hardware.get(run.manifest["hw"])).reference
+    return None
 
 
 def check_data(run: RunFigures, again: Again) -> None:
@@ -192,11 +212,11 @@ def check_data(run: RunFigures, again: Again) -> None:
         )
 
 
-def train(again: Again, out: Path) -> Path:
+def train(again: Again, out: Path, where: str) -> Path:
     """`recipe run` in a process of its own, on this screen; return the new run's folder."""
     out = out.absolute()
     before = set(out.glob("*/manifest.json"))
-    options = (*again.options, *again.sets, "--resume", "never", "--out", str(out))
+    options = (*again.options, *again.sets, where, "--resume", "never", "--out", str(out))
     words = again.call("run", str(again.recipe), *options)
     code = subprocess.run(words, cwd=again.root, check=False, env=environment(again)).returncode
     new = sorted(set(out.glob("*/manifest.json")) - before)

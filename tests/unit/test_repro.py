@@ -16,7 +16,8 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common import cli
 from common.errors import UsageError, VerificationError
-from common.ops import figures, repro
+from common.ops import figures, images, repro
+from common.ops.images import Image
 from common.recipes import ROOT
 from common.train.manifest import code_facts
 from tests.runs import manifest, outcome
@@ -92,7 +93,9 @@ def test_with_one_row_changed_nothing_is_trained(done, recipe, clean, tmp_path, 
     assert not (tmp_path / "again").exists()
 
 
-def test_what_is_another_here_is_said(done, tmp_path):
+def test_what_is_another_here_is_said(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "read_local", dict)
+
     def lost(**values: object) -> list[str]:
         folder = edit(Path(shutil.copytree(done, tmp_path / f"run{len(list(tmp_path.iterdir()))}")), **values)
         return list(repro.lost_environment(figures.read(folder), ROOT))
@@ -103,6 +106,10 @@ def test_what_is_another_here_is_said(done, tmp_path):
     assert "torch 1.0: " in lost(backend=engine | {"versions": {"torch": "1.0"}})[0]
     assert "the CPU's class: a toaster" in lost(cpu_class="a toaster")[0]
     assert "the image: sha256:1; here none" in lost(image={"reference": "sha256:1"})[0]
+    monkeypatch.setattr(repro, "image_for", lambda hw: Image(hw.image, "sha256:1", "local", "1"))
+    assert lost(image={"reference": "sha256:1"}) == []
+    assert lost(image={"reference": "sha256:1"}, lock_sha256="0" * 64) == [], "what is in it is not of this environment"
+    assert "the image: sha256:2; here sha256:1" in lost(image={"reference": "sha256:2"})[0]
     assert "a board promises none" in lost(backend=engine | {"backend": "ttml"})[0]
     resumed = [{"step": 2, "notes": ["changed: device_config.threads: 1 -> 2"]}]
     assert "after step 2, which changed something" in lost(resumed=resumed)[0]
