@@ -38,9 +38,9 @@ def lent(folders: Sequence[Path]) -> Iterator[None]:
     new = folders[0]
     new.mkdir(parents=True, exist_ok=True)
     mine = [folder for folder in folders if folder.stat().st_uid == 0]
-    for folder in (*mine, *caches()):
-        give(folder, 0, USER)
     try:
+        for folder in (*mine, *caches()):
+            give(folder, 0, USER)
         yield
     finally:
         for folder in mine:

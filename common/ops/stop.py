@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -42,7 +43,8 @@ class Native:
 
     def end(self, now: bool) -> None:
         try:
-            os.kill(self.owner.pid, signal.SIGKILL if now else signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.owner.pid, signal.SIGKILL if now else signal.SIGTERM)
         except PermissionError as error:
             raise MachineError(
                 "the run is another user's, and only that user or root may end it", where=str(self), todo="ask them"
