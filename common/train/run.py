@@ -89,7 +89,8 @@ class Run:
         self.trackers = Trackers(self.config, self.folder, console.say)
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.evaluations = JsonLines(self.folder / "evaluations.jsonl")
-        self.watchdog = Watchdog(self._stalled, backend.info.world, console.log)
+        device = "CPU process" if plan.hw.is_cpu else "device"
+        self.watchdog = Watchdog(self._stalled, backend.info.world, device, console.log)
 
     def _restore(self) -> None:
         """Put model, optimizer and records into the state of the step the run starts from."""

@@ -30,10 +30,16 @@ LOCKED_GRACE = 60.0  # seconds after which the kernel's timer takes it that the 
 
 
 class Watchdog:
-    """Watches from `begin` to `end`. `stalled` is told what happened, on another thread, before the process ends."""
+    """Watches from `begin` to `end`. `stalled` is told what happened, on another thread, before the process ends.
 
-    def __init__(self, stalled: Callable[[str], None], devices: int, log: TextIO | None = None) -> None:
-        self.stalled, self.devices, self.log = stalled, devices, log
+    `device` is what steps run on, in the singular: "device", "CPU process".
+    """
+
+    def __init__(
+        self, stalled: Callable[[str], None], devices: int, device: str = "device", log: TextIO | None = None
+    ) -> None:
+        self.stalled, self.log = stalled, log
+        self.devices = f"{devices} {device}{'' if devices == 1 else 'es' if device.endswith('s') else 's'}"
         self.fixed = fixed_allowance()
         self.seconds: deque[float] = deque(maxlen=50)  # of the steps of this process
         self.begun = 0
@@ -81,8 +87,7 @@ class Watchdog:
                 self._leave(f"{self._what(step or 0)}: no end after {waited:.0f} s, {self.allowed:.0f} were allowed")
 
     def _what(self, step: int) -> str:
-        devices = f"{self.devices} device{'s' if self.devices > 1 else ''}"
-        return f"stalled in step {step} (number {self.begun} of this process, {devices})"
+        return f"stalled in step {step} (number {self.begun} of this process, {self.devices})"
 
     def _leave(self, what: str) -> None:
         try:
