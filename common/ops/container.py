@@ -28,6 +28,7 @@ LABEL = "training-recipes."
 NOT_BUILT = "<not built>"
 USER = 1000  # what a root caller's run is inside: a container never runs as root
 MEMLOCK = -1  # without an end: what a card reads and writes by DMA is locked in memory
+STOP_SECONDS = 120  # what a step, a checkpoint and the closing of a device may take before the engine kills
 LOG = {"max-size": "50m", "max-file": "2"}
 # A folder in memory, which ends with the container. As a volume, because the --tmpfs of older engines gives it the mode
 # of the image's folder there: 0700 for /root, which keeps everyone out of what is mounted below it.
@@ -73,19 +74,28 @@ class Spec:
         return f"{self.user[0]}:{self.user[1]}"
 
 
-def arguments(spec: Spec) -> dict[str, Any]:
-    """The keyword arguments of `docker.containers.create`; `command_line` says the same."""
-    from docker.types import DriverConfig, LogConfig, Ulimit
-    from docker.types import Mount as Bind
-
+def configuration(spec: Spec) -> dict[str, Any]:
+    """The keyword arguments of docker's `create_container`, but for its host_config; `command_line` says the same."""
     return {
         "image": spec.image,
         "command": list(spec.words),
         "name": spec.name,
         "user": spec.user_name,
         "working_dir": str(ROOT),
-        "init": True,
         "tty": spec.terminal,
+        "stop_timeout": STOP_SECONDS,
+        "environment": {**spec.environment, **spec.secret},
+        "labels": dict(spec.labels),
+    }
+
+
+def host_settings(spec: Spec) -> dict[str, Any]:
+    """The keyword arguments of docker's `create_host_config`."""
+    from docker.types import DriverConfig, LogConfig, Ulimit
+    from docker.types import Mount as Bind
+
+    return {
+        "init": True,
         "read_only": True,
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
@@ -100,8 +110,6 @@ def arguments(spec: Spec) -> dict[str, Any]:
             Bind(str(path), None, type="volume", no_copy=True, driver_config=DriverConfig("local", SCRATCH))
             for path in spec.scratch
         ],
-        "environment": {**spec.environment, **spec.secret},
-        "labels": dict(spec.labels),
         "cpuset_cpus": spec.cpus,
         "log_config": LogConfig(type="local", config=LOG),
     }
@@ -124,6 +132,7 @@ def command_line(spec: Spec) -> str:
     words += [word for name, value in spec.labels.items() for word in ("--label", f"{name}={value}")]
     words += ["--cpuset-cpus", spec.cpus] if spec.cpus else []
     words += ["--tty"] if spec.terminal else []
+    words += ["--stop-timeout", str(STOP_SECONDS)]
     words += ["--log-driver", "local", *(word for item in LOG.items() for word in ("--log-opt", "=".join(item)))]
     return shlex.join([*words, spec.image, *spec.words])
 

@@ -20,11 +20,22 @@ from common import config as configs
 from common import hardware, host, models
 from common.config import Config
 from common.data import corpora
-from common.errors import MachineError, TrainingError
+from common.errors import EngineLost, MachineError, TrainingError
 from common.handlers import handled
 from common.hardware import Choice
 from common.ops import lease, lending
-from common.ops.container import LABEL, USER, Run, Spec, arguments, process, spec_of, users_environment, writable_of
+from common.ops.container import (
+    LABEL,
+    USER,
+    Run,
+    Spec,
+    configuration,
+    host_settings,
+    process,
+    spec_of,
+    users_environment,
+    writable_of,
+)
 from common.ops.engine import connect, explained, fetch
 from common.ops.images import Image, image_for
 from common.ops.lease import Owner
@@ -185,7 +196,7 @@ def follow(client: DockerClient, spec: Spec) -> int:
     """Start the container, show what it prints, hand signals on, wait for its end; return its exit code."""
     events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()  # whose put() a signal handler may call
     with caught(events), explained("launching the container"):
-        container = client.containers.create(**arguments(spec))
+        container = create(client, spec)
         try:
             output = client.api.attach(container.id, stream=True, demux=True)
             container.start()
@@ -198,6 +209,13 @@ def follow(client: DockerClient, spec: Spec) -> int:
             return judged(container, code)
         finally:
             clear_ended(container)
+
+
+def create(client: DockerClient, spec: Spec) -> Container:
+    """The container, made and not started. (`containers.create` of the SDK knows no stop_timeout.)"""
+    settings = client.api.create_host_config(**host_settings(spec))
+    made = client.api.create_container(**configuration(spec), host_config=settings)
+    return client.containers.get(made["Id"])
 
 
 def caught(events: queue.SimpleQueue[tuple[str, Any]]) -> AbstractContextManager[None]:
@@ -240,7 +258,7 @@ def attend(container: Container, spec: Spec, events: queue.SimpleQueue[tuple[str
         if what == "ended":
             return int(value)
         if what == "lost":
-            raise MachineError(
+            raise EngineLost(
                 "the Docker engine went away while the run was on; its container may run on",
                 where=f"container {spec.name}: {' '.join(str(value).split())[:200]}",
                 todo="start the engine again; recipe stop ends the run if it is still there; then the same command "

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.errors import MachineError
+from common.errors import EngineLost, MachineError
 from common.ops.container import USER
 from common.recipes import home
 
@@ -34,16 +34,23 @@ def _unfinished(manifest: Path, recipe: str) -> bool:
 
 @contextlib.contextmanager
 def lent(folders: Sequence[Path]) -> Iterator[None]:
-    """User 1000 owns `folders` within the block. The first is the new run's; it goes again if nothing came into it."""
+    """User 1000 owns `folders` within the block. The first is the new run's; it goes again if nothing came into it.
+
+    Where the engine was lost, the run may go on and write: they stay lent until its container is cleared away.
+    """
     new = folders[0]
     new.mkdir(parents=True, exist_ok=True)
     mine = [folder for folder in folders if folder.stat().st_uid == 0]
+    runs_on = False
     try:
         for folder in (*mine, *caches()):
             give(folder, 0, USER)
         yield
+    except EngineLost:
+        runs_on = True
+        raise
     finally:
-        for folder in mine:
+        for folder in [] if runs_on else mine:
             give(folder, USER, 0)
         with contextlib.suppress(OSError):
             new.rmdir()

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from common.errors import MachineError, UsageError
 from common.ops import launcher, lease
+from common.ops.container import STOP_SECONDS
 from common.ops.engine import connect, explained
 from common.ops.lease import Owner
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
-PATIENCE = 120  # seconds that a step, a checkpoint and the closing of a device may take
 Say = Callable[[str], None]
 
 
@@ -117,11 +117,11 @@ def finish(job: Native | Contained, now: bool, say: Say) -> None:
     """Ask the run to end, and wait for that."""
     say(f"{'killing' if now else 'stopping'} {job}")
     job.end(now)
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + STOP_SECONDS
     while not job.ended():
         if time.monotonic() > until:
             raise MachineError(
-                f"{job.run} has not ended after {PATIENCE} s",
+                f"{job.run} has not ended after {STOP_SECONDS} s",
                 where=str(job),
                 todo="wait, or end it without saving: recipe stop --now; on a board look at `recipe doctor` then",
             )

@@ -22,9 +22,9 @@ import requests
 from docker.client import DockerClient
 
 from common import cli, hardware
-from common.errors import MachineError, TrainingError
+from common.errors import EngineLost, MachineError, TrainingError
 from common.ops import container, dry_run, engine, images, launcher, lending
-from common.ops.container import Run, arguments, command_line, spec_of
+from common.ops.container import Run, command_line, configuration, host_settings, spec_of
 from common.ops.images import Image
 from common.recipes import ROOT
 from tests.hosts import fake_host
@@ -51,6 +51,11 @@ def place(tmp_path, monkeypatch) -> Path:
 def run_on(board: str, **asked: Any) -> Run:
     choice = hardware.choose(board, require_present=False)
     return launcher.described(RECIPE, choice, {**ASKED, **asked}, IMAGE)
+
+
+def arguments(spec: container.Spec) -> dict[str, Any]:
+    """All that the engine is told of a container."""
+    return {**configuration(spec), **host_settings(spec)}
 
 
 def spec_on(board: str, **asked: Any) -> container.Spec:
@@ -132,6 +137,7 @@ def test_the_printed_line_is_what_the_engine_is_told(place, monkeypatch):
     assert (told["cap_drop"], told["read_only"], told["init"]) == (["ALL"], True, True)
     assert (said("--device"), len(said("--mount"))) == (told["devices"], len(told["mounts"]))
     assert (said("--user"), said("--ipc")) == ([told["user"]], [told["ipc_mode"]])
+    assert said("--stop-timeout") == [str(told["stop_timeout"])] == ["120"], "ten seconds are too few for a checkpoint"
     assert (said("--workdir"), said("--cpuset-cpus")) == ([told["working_dir"]], [told["cpuset_cpus"]])
     assert dict(line.split("=", 1) for line in said("--env")) == told["environment"]
     assert dict(line.split("=", 1) for line in said("--label")) == told["labels"]
@@ -307,6 +313,9 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
     assert of(1000) == set()
     assert of(4711) == {"theirs"}
     assert not (out / "new").exists(), "nothing came into it"
+    with pytest.raises(EngineLost), lending.lent(lending.candidates(out, "new", "r")):
+        raise EngineLost("and its container may write on")
+    assert "open/manifest.json" in of(1000), "until the container is cleared away"
 
 
 # --- what can go wrong ----------------------------------------------------------------------------------------------
@@ -461,7 +470,13 @@ class Box:
         self.waiting, self.oom, self.asked, self.removed = wait, oom, list[str](), False
         self.client = self.api = self.containers = self
 
-    def create(self, **arguments: Any) -> Box:
+    def create_host_config(self, **settings: Any) -> dict[str, Any]:
+        return settings
+
+    def create_container(self, **settings: Any) -> dict[str, str]:
+        return {"Id": self.id}
+
+    def get(self, id: str) -> Box:
         return self
 
     def attach(self, *_: Any, **__: Any) -> list[tuple[bytes | None, bytes | None]]:
