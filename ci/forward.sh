@@ -88,6 +88,7 @@ verify)
     ;;
 doctor)
     value --hw HW
+    switch --container CONTAINER --no-container
     ;;
 image)
     value --base-image BASE_IMAGE

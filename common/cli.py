@@ -240,8 +240,9 @@ def stop(run: str | None, hw: str | None, now: bool) -> None:
 @click.option("--ttml", is_flag=True, help="Instead: every name of ttml and ttnn that training relies on.")
 @click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
 @click.option("--device/--no-device", default=True, help="With --ttml: open one device to see a model's parameters.")
+@click.option("--container/--no-container", default=None, help="For runs in the image, or on this machine's Python.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
+def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_json: bool) -> None:
     """Look for what is wrong with this machine; change nothing."""
     if ttml:
         from common.ops.doctor import choose_board
@@ -250,7 +251,7 @@ def doctor(ttml: bool, hw: str | None, device: bool, as_json: bool) -> None:
         return report_ttml(*choose_board(hw, require_present=device), device=device, as_json=as_json, say=click.echo)
     from common.ops.doctor_host import report
 
-    return report(hw, as_json, click.echo)
+    return report(hw, container, as_json, click.echo)
 
 
 @recipe.command()

@@ -45,10 +45,10 @@ class Machine:
 Check = Callable[[Machine], Iterator[Finding]]
 
 
-def report(hw: str | None, as_json: bool, say: Callable[[str], None]) -> None:
+def report(hw: str | None, container: bool | None, as_json: bool, say: Callable[[str], None]) -> None:
     """Print every finding. Raises MachineError, with all of them, where something is wrong."""
     choice = hardware.choose(hw, require_present=False)
-    found = examine(choice)
+    found = examine(choice, container)
     if as_json:
         say(findings.as_json(found, hw=choice.hardware.name, why=choice.reason, host=host.facts(choice.nodes)))
     else:
@@ -57,9 +57,9 @@ def report(hw: str | None, as_json: bool, say: Callable[[str], None]) -> None:
     findings.end(found)
 
 
-def examine(choice: Choice) -> list[Finding]:
-    """All findings for a board that need not be here."""
-    machine = Machine(choice.hardware, choice.nodes, launcher.wanted(None, choice.hardware.name))
+def examine(choice: Choice, container: bool | None = None) -> list[Finding]:
+    """All findings for a board that need not be here; `container` as for a run: where its runs would go."""
+    machine = Machine(choice.hardware, choice.nodes, launcher.wanted(container, choice.hardware.name))
     checks = (*(BOARD if not choice.hardware.is_cpu else ()), *ANY)
     return [finding for check in checks for finding in check(machine)]
 
@@ -194,12 +194,17 @@ def pins(machine: Machine) -> Iterator[Finding]:
 
 
 def disk(_machine: Machine) -> Iterator[Finding]:
-    for id, folder in (("disk.runs", ROOT / "runs"), ("disk.home", home())):
-        there = next(path for path in (folder, *folder.parents) if path.is_dir())
-        free = shutil.disk_usage(there).free / 1e9
-        evidence = f"{free:.0f} GB free for {folder}, {ROOM_GB} are wanted"
-        cure = "make room (runs/ and RECIPES_HOME), or set RECIPES_HOME and --out to a larger disk"
-        yield Finding(id, free >= ROOM_GB, evidence, cure)
+    yield room("disk.runs", ROOT / "runs")
+    yield room("disk.home", home())
+
+
+def room(id: str, folder: Path) -> Finding:
+    """Whether there is room for a run in a folder that need not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free / 1e9
+    evidence = f"{free:.0f} GB free for {folder}, {ROOM_GB} are wanted"
+    cure = "make room (runs/ and RECIPES_HOME), or set RECIPES_HOME and --out to a larger disk"
+    return Finding(id, free >= ROOM_GB, evidence, cure)
 
 
 def python(machine: Machine) -> Iterator[Finding]:

@@ -1,4 +1,7 @@
-"""The figures of a run, as its folder has them: what is graded, recorded and compared."""
+"""The figures of a run, as its folder has them: what is graded, recorded and compared.
+
+A board's host has no numpy: what needs it is imported where it is used, and grading a board's run does not.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import config as configs
 from common.config import Config
 from common.errors import MachineError, UsageError
-from common.train import checkpoint, metrics
-from common.train.evaluate import HeldOut, from_rows
+from common.train import metrics
 from common.train.manifest import FORMAT
+
+if TYPE_CHECKING:
+    from common.train.evaluate import HeldOut
 
 WARM_UP = 5  # steps whose speed does not count: compilation, caches, the first touch of memory
 HISTORY = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens")  # of a step's record: all but its seconds
@@ -47,6 +52,8 @@ class RunFigures:
 
     def held_out(self, step: int) -> HeldOut | None:
         """The held-out rows as evaluated after `step`."""
+        from common.train.evaluate import from_rows
+
         found = [record for record in self.evaluations if record["step"] == step]
         return from_rows(found[-1]["nll"], found[-1]["tokens"]) if found else None
 
@@ -84,6 +91,8 @@ class RunFigures:
     @property
     def weights_sha256(self) -> str:
         """Of the weights file in the last checkpoint that verifies. Raises MachineError where there is none."""
+        from common.train import checkpoint
+
         skipped: list[str] = []
         found = checkpoint.newest(self.folder / "checkpoints", skipped)
         if found is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from common.ops.results import FILE, Measured, Numbers, Results, load
 from common.recipes import find_recipe
 
 FORMAT = 1  # of the JSON
+UNGRADED = "ungraded"  # the verdict on a run of which nothing is recorded
 Verdict = Literal["pass", "warn", "fail", "not compared"]
 ORDER: tuple[Verdict, ...] = ("not compared", "pass", "warn", "fail")
 # Shares of the recorded speed that may be missing, and of the recorded memory that may be added. A choice: repeated
@@ -43,6 +44,24 @@ NOT_LISTED = (
     "data_config.corpus",
     "data_config.num_proc",
 )
+
+
+class Ungraded(UsageError):
+    """Nothing is recorded of this training. `recorded` is what results.yaml has."""
+
+    def __init__(self, run: RunFigures, recorded: Sequence[Numbers], path: Path) -> None:
+        there = [f"{entry.board}: {entry.what}" for entry in recorded] or ["none"]
+        super().__init__(
+            f"nothing is recorded for this training on {run.manifest['hw']} ({run.manifest['steps']} steps); recorded: "
+            + "; ".join(there),
+            where=str(path),
+            todo="grade a run of a recorded training, or record this one: recipe grade RUN --record",
+        )
+        self.recorded = recorded
+
+    def as_json(self, run: str) -> str:
+        known = [{"board": entry.board, "evidence": entry.evidence, "what": entry.what} for entry in self.recorded]
+        return json.dumps({"format": FORMAT, "run": run, "verdict": UNGRADED, "recorded": known}, indent=1)
 
 
 @dataclass(frozen=True)
@@ -68,8 +87,13 @@ class Grade:
 
 
 def report(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
-    """Print the grade of a run. Raises UsageError where nothing is recorded for it, VerificationError for a fail."""
-    found = grade(figures.read(folder))
+    """Print the grade of a run. Raises Ungraded where nothing is recorded for it, VerificationError for a fail."""
+    try:
+        found = grade(figures.read(folder))
+    except Ungraded as error:
+        if as_json:
+            say(error.as_json(folder.resolve().name))
+        raise
     if as_json:
         lines = [dataclasses.asdict(line) for line in found.lines]
         entry = found.entry.model_dump(mode="json", exclude_none=True)
@@ -102,7 +126,7 @@ def recipe_of(run: RunFigures) -> Path:
 
 
 def grade(run: RunFigures) -> Grade:
-    """Hold a run against the entry of its training. Raises UsageError where results.yaml has none."""
+    """Hold a run against the entry of its training. Raises Ungraded where results.yaml has none."""
     recipe = recipe_of(run)
     entry, config = choose(load(recipe), recipe, run)
     lines = (*settings(run, entry, config), *losses(run, entry), *held_out(run, entry), *costs(run, entry))
@@ -120,13 +144,7 @@ def choose(results: Results, recipe: Path, run: RunFigures) -> tuple[Numbers, Co
         if (config := config_of(entry, recipe)) is not None and is_of(entry, config, run)
     ]
     if not found:
-        there = [f"{entry.board}: {entry.what}" for entry in results.numbers] or ["none"]
-        raise UsageError(
-            f"nothing is recorded for this training on {run.manifest['hw']} ({run.manifest['steps']} steps); recorded: "
-            + "; ".join(there),
-            where=str(recipe / FILE),
-            todo="grade a run of a recorded training, or record this one: recipe grade RUN --record",
-        )
+        raise Ungraded(run, results.numbers, recipe / FILE)
     _, _, _, entry, config = min(found, key=lambda item: item[:3])
     return entry, config
 
@@ -223,12 +241,12 @@ def held_out(run: RunFigures, entry: Numbers) -> Iterator[Line]:
     """The held-out loss of the recorded step."""
     if entry.held_out is None:
         return
-    figure, rows = f"held-out at {entry.held_out.step}", run.held_out(entry.held_out.step)
-    if rows is None:
+    figure, score = f"held-out at {entry.held_out.step}", run.scores.get(entry.held_out.step)
+    if score is None:
         yield Line(figure, "not compared", "the run did not evaluate that step")
         return
     allowed = entry.band.held_out if entry.band else None
-    yield within(figure, rows.loss, entry.held_out.loss, allowed, entry, not other_environment(run, entry))
+    yield within(figure, score["eval_loss"], entry.held_out.loss, allowed, entry, not other_environment(run, entry))
 
 
 def costs(run: RunFigures, entry: Numbers) -> Iterator[Line]:
