@@ -29,6 +29,8 @@ def environment(
     needs_runtime_root: bool = False,
     busy: bool = False,
     oom_at_step: int = 0,
+    hang_at_step: int = 0,
+    no_update_from_step: int = 0,
 ) -> dict[str, str]:
     """The variables under which a subprocess imports the doubles.
 
@@ -38,7 +40,8 @@ def environment(
     bad_cast: importing ttml fails as it does over a ttnn with another ABI tag.
     needs_runtime_root: importing ttml fails unless TT_METAL_RUNTIME_ROOT names a folder.
     busy: another process holds the devices. oom_at_step: the backward pass of that optimizer step, from 1, and of all
-    later ones finds no memory.
+    later ones finds no memory. hang_at_step: the backward pass of that step does not end. no_update_from_step: the
+    optimizer counts that step and all later ones, and changes nothing.
     """
     values = {
         "GENERATION": generation,
@@ -49,6 +52,8 @@ def environment(
         "NEEDS_RUNTIME_ROOT": int(needs_runtime_root),
         "BUSY": int(busy),
         "OOM_AT_STEP": oom_at_step,
+        "HANG_AT_STEP": hang_at_step,
+        "NO_UPDATE_FROM_STEP": no_update_from_step,
     }
     folders = [HERE / "impostor", HERE] if impostor else [HERE]
     path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -320,6 +321,8 @@ class Tensor:
             raise ttnn.fatal("This tensor has no associated gradient function.")
         if 0 < _switches.OOM_AT_STEP <= context._optimizer_steps + 1:
             raise ttnn.fatal(OUT_OF_MEMORY)
+        while context._optimizer_steps + 1 == _switches.HANG_AT_STEP:
+            time.sleep(1)
         self._node.backward(torch.ones_like(self._node), retain_graph=retain_graph)
         for tensor, leaf in context._graph.leaves:
             if leaf.grad is not None:

@@ -117,6 +117,8 @@ class OptimizerBase:
         self._steps += 1
         self._beta1_power *= self._config.beta1
         self._beta2_power *= self._config.beta2
+        if 0 < _switches.NO_UPDATE_FROM_STEP <= self._steps:
+            return
         for name, tensor in self._parameters.items():
             if tensor.is_grad_initialized():
                 if name not in self._maps["exp_avg"]:

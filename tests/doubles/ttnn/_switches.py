@@ -21,3 +21,5 @@ BAD_CAST = _value("BAD_CAST", "0") == "1"
 NEEDS_RUNTIME_ROOT = _value("NEEDS_RUNTIME_ROOT", "0") == "1"
 BUSY = _value("BUSY", "0") == "1"
 OOM_AT_STEP = int(_value("OOM_AT_STEP", "0"))
+HANG_AT_STEP = int(_value("HANG_AT_STEP", "0"))
+NO_UPDATE_FROM_STEP = int(_value("NO_UPDATE_FROM_STEP", "0"))

@@ -1,0 +1,112 @@
+"""After a failure: end what is left of the run, reset the board where that did not close it, or quarantine the machine.
+
+tt-smi resets from the host alone. It takes addresses of one kind; PCI addresses, as nodes are numbered anew by a reset.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ci.hardware.commands import ended, snapshot, tt_smi
+from ci.hardware.job import Job, say
+from ci.hardware.own import end_own, others
+from ci.hardware.preflight import examine, quarantine_file
+from ci.hardware.summary import add
+from common.errors import MachineError
+from common.ops import lease
+from common.ops.findings import Finding
+from common.ops.lease import Owner
+from common.train.manifest import utc_now
+
+RESETS = 3
+RESET_SECONDS = 300
+
+
+def recover(job: Job) -> str:
+    """Raises MachineError where the machine is not fit for the next job; it is quarantined then, or somebody else's."""
+    try:
+        said = recovered(job)
+    except MachineError as error:
+        add(job, ["## Recovery", "", f"**{error.what}**"])
+        raise
+    add(job, ["## Recovery", "", said])
+    return said
+
+
+def recovered(job: Job) -> str:
+    if not job.trained:
+        return "this job did not come to train on the board: it is left as it is"
+    end_own(job)
+    if job.closed and not (bad := unfit(job, "after-stop")):
+        return "the run closed the board, and nothing is wrong with it: no reset"
+    why = "a run did not close the board" if not job.closed else worded(bad)
+    for attempt in range(1, RESETS + 1):
+        why = reset(job, attempt) or worded(unfit(job, f"after-reset-{attempt}"))
+        if not why:
+            return f"the board was reset ({attempt} of at most {RESETS} times), and nothing is wrong with it"
+        say(f"after reset {attempt} of {RESETS}: {why}")
+    raise quarantined(job, f"{RESETS} resets did not help: {why}")
+
+
+def unfit(job: Job, name: str) -> list[Finding]:
+    """What is wrong with the machine, as preflight would find it."""
+    found = examine(job, name)
+    if not any(finding.ok is False for finding in found):
+        found.append(snapshot(job.out / f"tt-smi-{name}.json"))
+    return [finding for finding in found if finding.ok is False]
+
+
+def worded(found: list[Finding]) -> str:
+    return "; ".join(f"{finding.id}: {finding.evidence}" for finding in found)
+
+
+def reset(job: Job, attempt: int) -> str:
+    """Reset this job's cards, having their leases meanwhile; why it failed, or nothing.
+
+    Raises MachineError where somebody else has one, or where nothing here can reset.
+    """
+    program, record = tt_smi(), job.record
+    cards: list[str] = record["cards"]
+    if program is None or len(cards) < record["nodes"]:
+        lack = "there is no tt-smi here" if program is None else "not every card has a PCI address"
+        raise quarantined(job, f"a run did not close the board, and it cannot be reset: {lack}")
+    with lease.taken(cards, Owner(job.board.name, os.getpid(), "ci/hardware.sh recover")):
+        if found := others(job):
+            raise lease.busy(job.board.name, ", ".join(found))
+        words = reset_words(job.board.name, cards, attempt)
+        say(f"+ tt-smi {' '.join(words)}")
+        code = ended([program, *words], RESET_SECONDS, job.out / f"tt-smi-reset-{attempt}.txt")
+    return "" if code == 0 else f"tt-smi {words[0]} " + (f"ended with {code}" if code else "did not end")
+
+
+def reset_words(board: str, cards: list[str], attempt: int) -> list[str]:
+    """A Galaxy whose CPLD firmware is below 1.16 knows no `-r`, only a reset of all its trays."""
+    return ["-glx_reset_auto"] if board == "galaxy" and attempt > 1 else ["-r", ",".join(cards)]
+
+
+def quarantined(job: Job, why: str) -> MachineError:
+    """Take this machine out of service until a person has looked at it. What is in the file already stays."""
+    path = quarantine_file()
+    lines = [
+        f"board: {job.board.name}",
+        f"when: {utc_now()}",
+        f"run: {job.run.name if job.run else 'none'}",
+        f"why: {why}",
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    except FileExistsError:
+        pass
+    except OSError as error:
+        return MachineError(
+            f"the machine should be out of service, and could not be taken out: {os.strerror(error.errno or 0)}; {why}",
+            where=str(path),
+            todo="take its runner offline by hand, and look at the board",
+        )
+    return MachineError(
+        f"the machine is out of service: {why}",
+        where=str(path),
+        todo="look at the board (a driver reload, a power cycle); when it is well again, remove that file",
+    )

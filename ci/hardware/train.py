@@ -1,0 +1,99 @@
+"""The run itself: watched by its own watchdog, and by a limit that asks it to save before it is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+from ci.hardware.commands import kill_group, recipe
+from ci.hardware.job import Failed, Job, say
+from ci.hardware.own import end_own
+from common.errors import TrainingError
+from common.ops.container import process
+from common.ops.stop import PATIENCE
+from common.recipes import ROOT
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def train(job: Job) -> str:
+    """Raises Failed with the run's code where that is not 0."""
+    words = ["run", job.recipe, "--hw", job.board.name, "--resume", "never", "--out", str(job.runs), *job.where]
+    words += ["--steps", str(job.steps)] if job.steps else []
+    say(f"+ recipe {' '.join(words)}")
+    with caught() as signals:
+        child = subprocess.Popen(
+            recipe(*words), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        job.note(process=process(child.pid))
+        assert child.stdout is not None
+        shown = threading.Thread(target=show, args=(child.stdout, job), daemon=True)
+        shown.start()
+        why = attend(job, child, signals)
+        shown.join(10)
+    code = child.returncode
+    if code == 0:
+        return f"{job.run.name if job.run else 'no run folder'}: {job.manifest.get('exit_reason')}"
+    if code < 0:
+        raise Failed(TrainingError.code, f"recipe run was killed by {signal.Signals(-code).name}{why}")
+    raise Failed(code, f"recipe run ended with {code}{why}: {reason(job)}")
+
+
+def reason(job: Job) -> str:
+    """What the run said last: its error, or that it was stopped."""
+    lines = (job.out / "screen.txt").read_text("utf-8", "replace").splitlines()
+    begin = max((number for number, line in enumerate(lines) if line.startswith("error: ")), default=len(lines) - 1)
+    return "\n".join(lines[begin : begin + 4]).removeprefix("error: ") or "it said nothing"
+
+
+def attend(job: Job, child: subprocess.Popen[bytes], signals: list[int]) -> str:
+    """Wait for the run; hand signals on; stop it at its limit, and kill it if it does not listen. Says why it ended."""
+    until, why = time.monotonic() + 60 * job.minutes, ""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.5)
+            return why
+        late = time.monotonic() > until
+        if signals:
+            why = why or f", asked to by {signal.Signals(signals.pop(0)).name}"
+        elif late and not why:
+            why = f", at its limit of {job.minutes:g} minutes"
+        elif late:
+            why += f", killed as it had not ended {PATIENCE} s later"
+            end_own(job, now=True)
+            kill_group(child)
+            continue
+        else:
+            continue
+        say(f"stopping the run{why}")
+        child.send_signal(signal.SIGTERM)  # a second one ends it without saving
+        until = min(until, time.monotonic()) + PATIENCE
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[list[int]]:
+    """Collect signals in place of ending by them."""
+    got: list[int] = []
+    before = {number: signal.signal(number, lambda number, _frame: got.append(number)) for number in SIGNALS}
+    try:
+        yield got
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def show(output: IO[bytes], job: Job) -> None:
+    """What the run prints: to this screen, and into screen.txt."""
+    with (job.out / "screen.txt").open("wb") as copy:
+        for line in output:
+            copy.write(line)
+            copy.flush()
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
