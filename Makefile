@@ -10,13 +10,13 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE
+FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE FAULT
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-processes test-containers lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-processes test-containers rehearse lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -98,6 +98,9 @@ test-processes: setup ## runs of several processes and hosts that are killed, st
 
 test-containers: setup ## the tests that build and start containers; minutes, and a Docker engine (ci/engine.sh)
 	.venv/bin/python -m pytest -q -m "not slow" tests/containers
+
+rehearse: setup ## the hardware job of CI without a card, some minutes: HW=n300, FAULT=hung-step (a wrong one lists them), OUT=
+	.venv/bin/python -m ci.rehearse
 
 lint: setup ## formatting, lint and types, and the Dockerfile
 	.venv/bin/python -m ruff format --check .

@@ -7,7 +7,7 @@ requirements/launcher.txt, no torch. From the environment:
     NAME, STEPS          the recipe, and its optimizer steps (empty: as its config says)
     OUT                  a folder for this job alone; all that is in it after `collect` may be published
     CONTAINER=0          without the image, on this machine's own Python (as for make)
-    TRAIN_MINUTES        what training may take, 120; the step's own limit must be TRAIN_MARGIN longer
+    TRAIN_MINUTES        what training may take, 180; then it is asked to save and stop
     RECIPES_QUARANTINE   the file that takes this machine out of service: /var/lib/recipes-runner/quarantine
 
 `OUT/job.json` tells each phase what the earlier ones did. Exit codes are those of `recipe`. What runs when is STEPS:
@@ -31,13 +31,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TRAIN_MINUTES = 120
-TRAIN_MARGIN = 10  # minutes: what stopping a run at its limit may take, with something to spare
+TRAIN_MINUTES = 180
 
 
 @dataclass(frozen=True)
 class Step:
-    """A phase, the `if:` of its step in the workflow (empty: after success alone), and its `timeout-minutes`."""
+    """A phase, the `if:` of its step in the workflow (empty: after success alone), and what it may take at most.
+
+    The workflow's own limit must not be shorter: a phase that is killed leaves a board open.
+    """
 
     phase: str
     when: str
@@ -51,8 +53,8 @@ class Step:
 ALWAYS, AFTER_FAILURE = "always()", "failure() || cancelled()"
 STEPS = (
     Step("preflight", "", 5),
-    Step("train", "", TRAIN_MINUTES + TRAIN_MARGIN),
-    Step("grade", "", 20),
-    Step("collect", ALWAYS, 15),
-    Step("recover", AFTER_FAILURE, 40),
+    Step("train", "", TRAIN_MINUTES + 8),  # stopping takes two minutes, killing what does not listen as long again
+    Step("grade", "", 15),
+    Step("collect", ALWAYS, 10),
+    Step("recover", AFTER_FAILURE, 20),
 )

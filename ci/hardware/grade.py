@@ -11,7 +11,7 @@ from ci.hardware.commands import ended, recipe
 from ci.hardware.job import Failed, Job, say
 from common.errors import MachineError, VerificationError
 
-SECONDS = 15 * 60
+SECONDS = 7 * 60  # each of the two
 UNGRADED = "UNGRADED"
 
 

@@ -7,7 +7,7 @@ import contextlib
 from ci.hardware.job import Job, say
 from common import hardware, host
 from common.errors import MachineError
-from common.ops import launcher, lease, stop
+from common.ops import launcher, stop
 from common.ops.container import process
 from common.ops.engine import connect
 
@@ -33,11 +33,9 @@ def is_own(job: Job, running: stop.Native | stop.Contained) -> bool:
     return process(running.owner.pid) == job.record.get("process")
 
 
-def others(job: Job) -> list[str]:
-    """Who has a card of this job's board, by its lease or by having its node open; this job's own run left out."""
-    own = str(job.record.get("process"))
+def strangers(job: Job) -> list[int]:
+    """Processes that have a card of this job open, with a lease or without; its own run left out."""
+    own, keys = job.record.get("process"), set(job.record["cards"])
     cards = host.cards([node.path for node in hardware.detect().nodes])
-    keys = set(job.record["cards"])
-    held = [owner for key in sorted(keys) if (owner := lease.held(key)) and process(owner.pid) != own]
-    open_by = [pid for card in cards if card.pci in keys for pid in card.holders if process(pid) != own]
-    return [*dict.fromkeys(map(str, held)), *(f"process {pid}" for pid in dict.fromkeys(open_by))]
+    pids = [pid for card in cards if card.pci in keys for pid in card.holders]
+    return [pid for pid in dict.fromkeys(pids) if process(pid) != own]

@@ -13,7 +13,7 @@ from common.ops import findings
 from common.ops.doctor_host import room
 from common.ops.findings import Finding
 
-DOCTOR_SECONDS = 120
+DOCTOR_SECONDS = 60
 
 
 def preflight(job: Job) -> str:

@@ -9,7 +9,7 @@ import os
 
 from ci.hardware.commands import ended, snapshot, tt_smi
 from ci.hardware.job import Job, say
-from ci.hardware.own import end_own, others
+from ci.hardware.own import end_own, strangers
 from ci.hardware.preflight import examine, quarantine_file
 from ci.hardware.summary import add
 from common.errors import MachineError
@@ -19,7 +19,7 @@ from common.ops.lease import Owner
 from common.train.manifest import utc_now
 
 RESETS = 3
-RESET_SECONDS = 300
+RESET_SECONDS = 180
 
 
 def recover(job: Job) -> str:
@@ -71,8 +71,8 @@ def reset(job: Job, attempt: int) -> str:
         lack = "there is no tt-smi here" if program is None else "not every card has a PCI address"
         raise quarantined(job, f"a run did not close the board, and it cannot be reset: {lack}")
     with lease.taken(cards, Owner(job.board.name, os.getpid(), "ci/hardware.sh recover")):
-        if found := others(job):
-            raise lease.busy(job.board.name, ", ".join(found))
+        if found := strangers(job):
+            raise lease.busy(job.board.name, ", ".join(f"process {pid}" for pid in found))
         words = reset_words(job.board.name, cards, attempt)
         say(f"+ tt-smi {' '.join(words)}")
         code = ended([program, *words], RESET_SECONDS, job.out / f"tt-smi-reset-{attempt}.txt")
@@ -97,14 +97,13 @@ def quarantined(job: Job, why: str) -> MachineError:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
-    except FileExistsError:
-        pass
     except OSError as error:
-        return MachineError(
-            f"the machine should be out of service, and could not be taken out: {os.strerror(error.errno or 0)}; {why}",
-            where=str(path),
-            todo="take its runner offline by hand, and look at the board",
-        )
+        if not path.is_file():
+            return MachineError(
+                f"the machine could not be taken out of service: {os.strerror(error.errno or 0)}; {why}",
+                where=str(path),
+                todo="take its runner offline by hand, and look at the board",
+            )
     return MachineError(
         f"the machine is out of service: {why}",
         where=str(path),

@@ -47,10 +47,15 @@ def train(job: Job) -> str:
 
 
 def reason(job: Job) -> str:
-    """What the run said last: its error, or that it was stopped."""
+    """What the run said last, its error if there is one, with the indented lines that belong to it."""
     lines = (job.out / "screen.txt").read_text("utf-8", "replace").splitlines()
-    begin = max((number for number, line in enumerate(lines) if line.startswith("error: ")), default=len(lines) - 1)
-    return "\n".join(lines[begin : begin + 4]).removeprefix("error: ") or "it said nothing"
+    firsts = [number for number, line in enumerate(lines) if line[:1].strip()]
+    errors = [number for number in firsts if lines[number].startswith("error: ")]
+    if not firsts:
+        return "it said nothing"
+    begin = (errors or firsts)[-1]
+    end = next((number for number in firsts if number > begin), len(lines))
+    return "\n".join(lines[begin:end]).removeprefix("error: ")
 
 
 def attend(job: Job, child: subprocess.Popen[bytes], signals: list[int]) -> str:
