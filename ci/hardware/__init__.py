@@ -24,7 +24,7 @@ phase (`run: exec ci/hardware.sh train`): a runner signals the step's shell alon
     collect     figures, report, logs, the machine before and after, summary.md; large files are left out, and listed
     recover     only after a failure. A board that this job did not train on, or that somebody else has, is never
                 reset. Else the run is stopped; a board whose run did not close it is reset by PCI address, up to three
-                times, each followed by what preflight looks at, then quarantined (4)
+                times, each followed by preflight's look at the board, then quarantined (4)
 """
 
 from __future__ import annotations

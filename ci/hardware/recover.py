@@ -18,6 +18,7 @@ from common.ops.findings import Finding
 from common.ops.lease import Owner
 from common.train.manifest import utc_now
 
+OF_THE_BOARD = ("board.nodes", "board.driver", "board.firmware", "board.memory", "board.answers")
 RESETS = 3
 RESET_SECONDS = 180
 
@@ -49,11 +50,9 @@ def recovered(job: Job) -> str:
 
 
 def unfit(job: Job, name: str) -> list[Finding]:
-    """What is wrong with the machine, as preflight would find it."""
-    found = examine(job, name)
-    if not any(finding.ok is False for finding in found):
-        found.append(snapshot(job.out / f"tt-smi-{name}.json"))
-    return [finding for finding in found if finding.ok is False]
+    """What is wrong with the board itself, as preflight would find it: no reset makes room on a disk."""
+    found = [*examine(job, name), snapshot(job.out / f"tt-smi-{name}.json")]
+    return [finding for finding in found if finding.ok is False and finding.id in OF_THE_BOARD]
 
 
 def worded(found: list[Finding]) -> str:

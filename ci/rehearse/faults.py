@@ -96,7 +96,7 @@ def cancel(job: subprocess.Popen[bytes], _ground: Ground) -> None:
 
 NOTHING = Fault("nothing", "", 0)
 HANGS: Mapping[str, Any] = {"hang_at_step": 3}
-IMPATIENT = {"RECIPES_STALL_SECONDS": "8"}
+IMPATIENT = {"RECIPES_STALL_SECONDS": "15"}
 FAULTS: Mapping[str, Fault] = {
     "busy-card": Fault("another process has the board", "preflight", 4, during=held),
     "wrong-count": Fault("a card has gone from the bus", "preflight", 4, during=around(lose_a_card)),

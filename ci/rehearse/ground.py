@@ -97,6 +97,7 @@ def prepare(folder: Path, board: str) -> Ground:
     ground = Ground(folder, suitable(board))
     write_machine(ground)
     write_recipe(ground)
+    (folder / "home").mkdir()
     return ground
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,11 +42,13 @@ def doctor(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, dict[str, 
     monkeypatch.setattr(doctor_host, "ANY", own)
     monkeypatch.delenv("RECIPES_LAUNCH", raising=False)
 
-    def run(board: str, root: Path, mesh: str | None = None) -> tuple[int, dict[str, Any], str]:
+    def run(
+        board: str, root: Path, mesh: str | None = None, options: Sequence[str] = ()
+    ) -> tuple[int, dict[str, Any], str]:
         monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(root))
         if board in LINES:
             monkeypatch.setenv("TT_MESH_GRAPH_DESC_PATH", str(descriptor(tmp_path, mesh or board)))
-        monkeypatch.setattr(sys, "argv", ["recipe", "doctor", "--json", "--hw", board])
+        monkeypatch.setattr(sys, "argv", ["recipe", "doctor", "--json", "--hw", board, *options])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         said = capsys.readouterr()
@@ -159,6 +161,16 @@ def test_an_engine_that_does_not_answer_is_a_fault_for_a_board_and_none_for_a_cp
     code, found, _ = doctor("cpu", tmp_path)
     assert code == 0
     assert found["engine.answers"]["ok"] is None
+
+
+def test_a_board_whose_runs_need_no_container_needs_no_engine(doctor, tmp_path, monkeypatch):
+    def none() -> None:
+        raise MachineError("no Docker engine answers here", todo="start Docker")
+
+    monkeypatch.setattr(doctor_host, "connect", none)
+    code, found, _ = doctor("n150", fake_host(tmp_path / "root", "n150"), options=["--no-container"])
+    assert found["engine.answers"]["ok"] is None
+    assert (code, wrong(found)) == (4, ["python.ttml"]), "but a ttml"
 
 
 def test_no_room_is_a_fault(doctor, tmp_path, monkeypatch):

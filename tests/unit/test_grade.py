@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,27 @@ def test_json_for_machines(recorded):
     assert found["format"] == 1
     assert found["entry"]["exact"]["threads"] == 1
     assert {"figure": "settings", "verdict": "pass", "says": "the same training"} in found["lines"]
+
+
+def test_what_is_not_recorded_is_ungraded_for_machines_too(recorded, go, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipe", "grade", str(go("training_config.max_steps=4")), "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = json.loads(capsys.readouterr().out)
+    assert said["verdict"] == "ungraded"
+    assert [entry["board"] for entry in said["recorded"]] == ["cpu"]
+
+
+def test_grading_where_no_bits_are_expected_needs_no_numpy(recorded, tmp_path):
+    """As on a board's host, which has requirements/launcher.txt alone."""
+    run = elsewhere(shutil.copytree(recorded, tmp_path / "run"))
+    bare = "import sys; sys.modules |= dict.fromkeys(('numpy', 'torch', 'safetensors', 'transformers'))"
+    command = [sys.executable, "-c", f"{bare}; from common.cli import main; main()", "grade", str(run)]
+    done = subprocess.run(command, cwd=docs.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PASS          held-out at 6" in done.stdout
 
 
 def test_what_others_published_warns_and_fails_nothing(recorded, recipe, tmp_path):

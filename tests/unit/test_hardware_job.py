@@ -140,6 +140,15 @@ def test_a_closed_board_that_is_not_well_is_reset_all_the_same(host):
     assert host.resets == [f"-r {CARD}"]
 
 
+def test_what_no_reset_helps_is_no_reason_for_one(host, monkeypatch):
+    full, held = Finding("disk.runs", False, "0 GB free"), Finding("board.owner", False, "in use by the next job")
+    monkeypatch.setattr(recover, "examine", lambda _job, _name: [full, held])
+    assert "no reset" in recover.recover(host.job(75))
+    assert "nothing is wrong with it" in recover.recover(host.job(5))
+    assert len(host.resets) == 1
+    assert not host.quarantine.exists()
+
+
 def test_resets_are_capped_and_then_the_machine_goes_out_of_service(host):
     host.tt_smi('[ "$1" = -s ]')
     with pytest.raises(MachineError, match="3 resets did not help: tt-smi -r ended with 1") as ended:

@@ -206,6 +206,7 @@ def test_variables_become_flags(house: Path) -> None:
         (["export", "RUN=r"], "export r"),
         (["data", "HW=n150"], "data build tinyllama-finetune --hw n150"),
         (["doctor", "HW=n150"], "doctor --hw n150"),
+        (["doctor", "CONTAINER=0"], "doctor --no-container"),
         (["stop", "HW=n150"], "stop --hw n150"),
         (["stop", "RUN=r"], "stop r"),
         (["image", "HW=cpu", "BASE_IMAGE=b", "WHEELHOUSE=w"], "image build --base-image b --wheelhouse w cpu"),
