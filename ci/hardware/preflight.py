@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ci.hardware.commands import ended, recipe, snapshot
-from ci.hardware.job import Failed, Job, say
+from ci.hardware.job import Job
 from common.errors import MachineError
 from common.ops import findings
 from common.ops.doctor_host import room
@@ -48,9 +48,7 @@ def examine(job: Job, name: str) -> list[Finding]:
     said, errors = job.out / f"doctor-{name}.json", job.out / f"doctor-{name}.txt"
     code = ended(recipe("doctor", "--hw", job.board.name, "--json", *job.where), DOCTOR_SECONDS, said, errors)
     try:
-        found = [Finding(**item) for item in json.loads(said.read_text("utf-8"))["findings"]]
+        return [Finding(**item) for item in json.loads(said.read_text("utf-8"))["findings"]]
     except ValueError:
-        say(errors.read_text("utf-8"))
-        raise Failed(code or MachineError.code, f"recipe doctor ended with {code} and no findings") from None
-    errors.unlink()
-    return found
+        how = "does not end" if code is None else f"ends with {code}"
+        return [Finding("doctor", False, f"recipe doctor {how}, and finds nothing", f"see {errors.name}")]

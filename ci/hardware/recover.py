@@ -18,7 +18,8 @@ from common.ops.findings import Finding
 from common.ops.lease import Owner
 from common.train.manifest import utc_now
 
-OF_THE_BOARD = ("board.nodes", "board.driver", "board.firmware", "board.memory", "board.answers")
+# A doctor that does not end has perhaps asked a card that does not answer.
+OF_THE_BOARD = ("board.nodes", "board.driver", "board.firmware", "board.memory", "board.answers", "doctor")
 RESETS = 3
 RESET_SECONDS = 180
 
@@ -96,6 +97,7 @@ def quarantined(job: Job, why: str) -> MachineError:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
+        path.chmod(0o644)  # whatever the umask: every job after this one reads it
     except OSError as error:
         if not path.is_file():
             return MachineError(

@@ -65,21 +65,21 @@ def attend(job: Job, child: subprocess.Popen[bytes], signals: list[int]) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.5)
             return why
-        late = time.monotonic() > until
+        now = time.monotonic()
         if signals:
-            why = why or f", asked to by {signal.Signals(signals.pop(0)).name}"
-        elif late and not why:
+            name = signal.Signals(signals.pop(0)).name
+            why = why or f", asked to by {name}"
+        elif now < until:
+            continue
+        elif not why:
             why = f", at its limit of {job.minutes:g} minutes"
-        elif late:
-            why += f", killed as it had not ended {PATIENCE} s later"
+        else:
             end_own(job, now=True)
             kill_group(child)
-            continue
-        else:
-            continue
+            return f"{why}, killed as it had not ended {PATIENCE} s later"
         say(f"stopping the run{why}")
         child.send_signal(signal.SIGTERM)  # a second one ends it without saving
-        until = min(until, time.monotonic()) + PATIENCE
+        until = now + PATIENCE
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the double computes with torch")
 
+from ci.hardware import STEPS as JOB
 from ci.rehearse import __main__ as rehearsal
 from ci.rehearse.faults import FAULTS, NOTHING
 from ci.rehearse.ground import STEPS, Ground, again, prepare, record_figures
@@ -85,7 +86,7 @@ def test_every_other_fault_is_red_in_its_phase_and_recovered_from(recorded, tmp_
 
 
 def test_a_fault_that_is_not_caught_is_our_bug(bare, capsys):
-    green = [rehearsal.Done(step, 0) for step in rehearsal.STEPS]
+    green = [rehearsal.Done(step, 0) for step in JOB]
     assert rehearsal.report(rehearsal.Outcome(green, [], None, None), FAULTS["hung-step"]) == 1
     assert "NOT as it must be, which is: train ends with 5, 1 resets" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +23,8 @@ from ci.hardware import train as training
 from ci.hardware.job import Job
 from common import hardware
 from common.errors import MachineError, RecipeError, VerificationError
-from common.ops import doctor_host, lease
+from common.ops import doctor_host, lease, stop
+from common.ops.container import process
 from common.ops.findings import Finding
 from common.ops.lease import Owner
 from tests import hosts
@@ -100,7 +102,7 @@ def no_engine() -> None:
 def without_engine(monkeypatch) -> None:
     """No test here looks at this machine's containers."""
     monkeypatch.setattr(own, "connect", no_engine)
-    monkeypatch.setattr(own.stop, "connect", no_engine)
+    monkeypatch.setattr(stop, "connect", no_engine)
 
 
 # --- what is reset --------------------------------------------------------------------------------------------------
@@ -138,6 +140,14 @@ def test_a_closed_board_that_is_not_well_is_reset_all_the_same(host):
     host.tt_smi(f'[ "$1" = -s ] || mkdir -p {host.folder}/well; [ -d {host.folder}/well ]')
     recover.recover(job)
     assert host.resets == [f"-r {CARD}"]
+
+
+def test_a_doctor_that_finds_nothing_is_a_finding(host, monkeypatch):
+    monkeypatch.setattr(preflight, "recipe", lambda *_words: ["sleep", "60"])
+    monkeypatch.setattr(preflight, "DOCTOR_SECONDS", 0.2)
+    (found,) = preflight.examine(host.job(), "before")
+    assert (found.id, found.ok, found.evidence) == ("doctor", False, "recipe doctor does not end, and finds nothing")
+    assert "doctor" in recover.OF_THE_BOARD
 
 
 def test_what_no_reset_helps_is_no_reason_for_one(host, monkeypatch):
@@ -238,7 +248,7 @@ def test_a_card_that_somebody_takes_after_a_failed_reset_is_not_reset_again(host
 
 def test_the_process_of_this_very_job_is_nobody_else(host):
     hosts.write(host.root / "proc/driver/tenstorrent/0/pids", f"{os.getpid()}\n")
-    job = host.job(5, process=own.process(os.getpid()))
+    job = host.job(5, process=process(os.getpid()))
     assert own.strangers(job) == []
     recover.reset(job, 1)
     assert host.resets == [f"-r {CARD}"]
@@ -315,27 +325,51 @@ def test_a_run_that_does_not_listen_is_killed(train, monkeypatch):
     assert ended.value.code == 5
 
 
-def test_a_signal_to_the_phase_is_handed_on(train, host):
-    def send() -> None:
-        while not (host.folder / "out/screen.txt").is_file() or "training" not in screen():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+def send_once_training(host: Host, *numbers: signal.Signals) -> None:
+    """Signals to this process, from a thread, once the run has printed `training`."""
+    screen = host.folder / "out/screen.txt"
 
-    def screen() -> str:
-        return (host.folder / "out/screen.txt").read_text()
+    def send() -> None:
+        while not screen.is_file() or "training" not in screen.read_text():
+            time.sleep(0.05)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.8)
 
     threading.Thread(target=send, daemon=True).start()
+
+
+def test_a_second_signal_is_handed_on_once(train, host):
+    """Twice asked, a run ends without saving; asked on and on, it would be killed."""
+    code = """
+        import signal, sys, time
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        print("training")
+        while len(asked) < 2:
+            time.sleep(0.1)
+        time.sleep(2)
+        sys.exit(130 + len(asked))
+    """
+
+    send_once_training(host, signal.SIGTERM, signal.SIGTERM)
+    with pytest.raises(RecipeError, match="ended with 132, asked to by SIGTERM"):
+        train(code)
+
+
+def test_a_signal_to_the_phase_is_handed_on(train, host):
+    send_once_training(host, signal.SIGINT)
     with pytest.raises(RecipeError, match="asked to by SIGINT") as ended:
         train(LISTENS)
     assert ended.value.code == 75
-    assert "saved" in screen()
+    assert "saved" in (host.folder / "out/screen.txt").read_text()
 
 
 # --- the grade --------------------------------------------------------------------------------------------------------
 
-MEASURED = {"board": "n150", "evidence": "measured", "what": "a run"}
-HELD = {"figure": "loss at 1", "verdict": "pass", "says": "the same"}
-SAME = {"figure": "settings", "verdict": "pass", "says": "the same training"}
+MEASURED: dict[str, Any] = {"board": "n150", "evidence": "measured", "what": "a run"}
+HELD: dict[str, Any] = {"figure": "loss at 1", "verdict": "pass", "says": "the same"}
+SAME: dict[str, Any] = {"figure": "settings", "verdict": "pass", "says": "the same training"}
 
 
 @pytest.fixture
@@ -362,16 +396,20 @@ def test_a_fail_is_the_code_of_recipe_grade(grade):
     assert ended.value.code == 6
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"verdict": "ungraded", "recorded": []},
-        {"verdict": "ungraded", "recorded": [{**MEASURED, "board": "n300"}]},
-        {"verdict": "pass", "lines": [SAME], "entry": {**MEASURED, "evidence": "published"}},
-        {"verdict": "pass", "lines": [SAME, HELD], "entry": {**MEASURED, "evidence": "published"}},
-    ],
-    ids=["nothing recorded", "another board's", "published and not held", "published"],
-)
+PUBLISHED = {**MEASURED, "evidence": "published"}
+HELD_TO_NOTHING: dict[str, dict[str, Any]] = {
+    "nothing recorded": {"verdict": "ungraded", "recorded": []},
+    "another board's": {"verdict": "ungraded", "recorded": [{**MEASURED, "board": "n300"}]},
+    "published and not held": {"verdict": "pass", "lines": [SAME], "entry": PUBLISHED},
+    "published": {"verdict": "pass", "lines": [SAME, HELD], "entry": PUBLISHED},
+}
+LOST: dict[str, dict[str, Any]] = {
+    "of another training": {"verdict": "ungraded", "recorded": [MEASURED]},
+    "of no step of this one": {"verdict": "pass", "lines": [{**HELD, "verdict": "not compared"}], "entry": MEASURED},
+}
+
+
+@pytest.mark.parametrize("said", HELD_TO_NOTHING.values(), ids=HELD_TO_NOTHING)
 def test_a_board_without_figures_is_ungraded_and_warned_of(grade, said, monkeypatch, capfd):
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     words = grade(2 if said["verdict"] == "ungraded" else 0, **said)
@@ -379,14 +417,7 @@ def test_a_board_without_figures_is_ungraded_and_warned_of(grade, said, monkeypa
     assert "::warning title=UNGRADED::" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"verdict": "ungraded", "recorded": [MEASURED]},
-        {"verdict": "pass", "lines": [SAME, {**HELD, "verdict": "not compared"}], "entry": MEASURED},
-    ],
-    ids=["of another training", "of no step of this one"],
-)
+@pytest.mark.parametrize("said", LOST.values(), ids=LOST)
 def test_a_board_that_has_figures_and_holds_nothing_to_them_is_red(grade, said):
     with pytest.raises(VerificationError, match="has recorded figures, and none is of this training: a run"):
         grade(2 if said["verdict"] == "ungraded" else 0, **said)
@@ -507,8 +538,8 @@ def test_the_workflow_has_these_steps_in_this_order_and_time_for_them():
         if (phase := re.search(r"ci/hardware\.sh (\w+)", step.get("run", "")))
     ]
     assert [step[:2] for step in found] == [(step.phase, step.when) for step in STEPS]
-    for (phase, _, minutes), step in zip(found, STEPS, strict=True):
-        assert minutes >= step.minutes, f"{phase} would be killed before it has ended by itself"
+    for (name, _, minutes), step in zip(found, STEPS, strict=True):
+        assert minutes >= step.minutes, f"{name} would be killed before it has ended by itself"
     whole = sum(step.minutes for step in STEPS)
     (job,) = (job for job in jobs if "ci/hardware.sh" in str(job.get("steps")))
     assert job["timeout-minutes"] >= whole

@@ -251,6 +251,21 @@ def test_names_that_desktops_export_are_not_taken_from_the_environment(house: Pa
     assert make(house, "recipe", **exported).returncode == 2
 
 
+def test_a_rehearsal_is_told_its_board_and_its_fault_letter_for_letter(house: Path) -> None:
+    script(house / ".venv/bin/python", 'printf "%s\\0" "$*" "$HW" "$FAULT" "${NAME-none}" >arguments')
+    words = recipe_arguments(house, "rehearse", "HW=p150", "FAULT=$(shell touch broken)", NAME="DESKTOP-1")
+    assert words == ["-m ci.rehearse", "p150", "$(shell touch broken)", "none"]
+    assert not (house / "broken").exists()
+
+
+def test_a_phase_of_the_hardware_job_is_its_python_s(house: Path) -> None:
+    """`exec`: a signal to the script is one to the phase."""
+    script(house / ".venv/bin/python", 'printf "%s\\0" "$*" "$$" >arguments; exit 5')
+    with subprocess.Popen([house / "ci/hardware.sh", "train"], cwd="/") as phase:
+        assert phase.wait(60) == 5
+    assert (house / "arguments").read_text() == f"-m ci.hardware train\0{phase.pid}\0"
+
+
 def test_make_prints_the_command_and_the_exact_code(house: Path) -> None:
     done = make(house, "recipe-finetune", "SET=a.b='x", CODE="75")
     assert r"+ .venv/bin/recipe run tinyllama-finetune --set a.b=\'x" in done.stdout
