@@ -63,13 +63,21 @@ def busy(board: str, who: str) -> MachineError:
 
 
 def held(key: str) -> Owner | None:
-    """Who has this card's lease now. A lease whose process is gone is none."""
+    """Who has this card's lease now, if that is written there. A lease whose process is gone is none."""
+    if free(key):
+        return None
+    with path_of(key).open(encoding="utf-8") as file:
+        return _read(file)
+
+
+def free(key: str) -> bool:
+    """Whether nobody has this card's lease. An owner that is just ending has it for a moment after its name is gone."""
     try:
         file = path_of(key).open(encoding="utf-8")
     except OSError:
-        return None
+        return True
     with file:
-        return None if _lock(file) else _read(file)
+        return _lock(file)
 
 
 def all_held() -> dict[str, Owner]:

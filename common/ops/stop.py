@@ -51,7 +51,7 @@ class Native:
             ) from error
 
     def ended(self) -> bool:
-        return lease.held(self.key) is None
+        return lease.free(self.key)
 
 
 @dataclass(frozen=True)

@@ -104,3 +104,5 @@ def test_what_another_program_wrote_is_no_owner_and_still_a_lease(holder, text):
     lease.path_of(KEYS[0]).write_text(text)
     with pytest.raises(MachineError, match="in use by another process"):
         take(KEYS[0])
+    assert lease.held(KEYS[0]) is None
+    assert not lease.free(KEYS[0]), "`recipe stop` must not take it for ended"
