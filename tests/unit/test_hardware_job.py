@@ -6,12 +6,14 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,6 +256,47 @@ def test_the_process_of_this_very_job_is_nobody_else(host):
     assert host.resets == [f"-r {CARD}"]
 
 
+RUNS_ON = """
+import os, signal, sys
+from common.ops import lease
+from common.ops.lease import Owner
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with lease.taken(sys.argv[1:], Owner("n150", os.getpid(), "a-run")):
+    print("taken", flush=True)
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def goes_on(host) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that has the card, and ends when it is asked to."""
+    command = [sys.executable, "-c", RUNS_ON, CARD]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"taken\n"
+        yield child
+        child.kill()
+
+
+def test_what_is_left_of_the_jobs_own_run_is_asked_to_end(host, goes_on):
+    job = host.job(5, process=process(goes_on.pid))
+    recover.recover(job)
+    assert goes_on.wait(10) == 75
+    assert host.resets == [f"-r {CARD}"]
+
+
+def test_anybody_elses_run_goes_on(host, goes_on):
+    with pytest.raises(MachineError, match="with the run a-run"):
+        recover.recover(host.job(5))
+    assert goes_on.poll() is None
+
+
+@pytest.mark.parametrize(("launcher", "own_one"), [("7@11", True), ("7@12", False)])
+def test_a_container_is_the_jobs_own_by_the_process_that_launched_it(host, launcher, own_one):
+    container: Any = SimpleNamespace(labels={"training-recipes.launcher": launcher})
+    assert own.is_own(host.job(5, process="7@11"), stop.Contained(container)) is own_one
+
+
 def test_a_tt_smi_that_hangs_is_killed_with_what_it_started(host, monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "SNAPSHOT_SECONDS", 0.5)
     host.tt_smi(f"sleep 300 & echo $! >{tmp_path}/child; wait")
@@ -265,6 +308,42 @@ def test_a_tt_smi_that_hangs_is_killed_with_what_it_started(host, monkeypatch, t
     while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "what tt-smi started lives on"
         time.sleep(0.05)
+
+
+# --- before training --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sound(monkeypatch) -> None:
+    """A doctor that finds nothing wrong, and room."""
+
+    def examine(job: Job, name: str) -> list[Finding]:
+        facts = {"why": "n150: found", "host": {"pci": [CARD], "nodes": ["/dev/tenstorrent/0"]}}
+        (job.out / f"doctor-{name}.json").write_text(json.dumps(facts))
+        return [Finding("board.nodes", True, "here"), Finding("board.memory", None, "not readable")]
+
+    monkeypatch.setattr(preflight, "examine", examine)
+    monkeypatch.setattr(doctor_host, "ROOM_GB", 0)
+
+
+def test_a_sound_machine_passes_and_its_cards_are_noted(host, sound):
+    job = host.job(cards=[], nodes=0)
+    assert preflight.preflight(job) == "n150: found; nothing is wrong; cannot be told: board.memory"
+    assert (job.record["cards"], job.record["nodes"]) == ([CARD], 1)
+
+
+def test_a_card_that_does_not_answer_tt_smi_is_refused(host, sound):
+    host.tt_smi("exit 3")
+    with pytest.raises(MachineError, match="tt-smi -s ends with 3") as ended:
+        preflight.preflight(host.job())
+    assert ended.value.where == "board.answers"
+
+
+def test_no_room_for_what_the_job_writes_is_refused(host, sound, monkeypatch):
+    monkeypatch.setattr(doctor_host, "ROOM_GB", 1e9)
+    with pytest.raises(MachineError) as ended:
+        preflight.preflight(host.job())
+    assert ended.value.where == "disk.out"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
