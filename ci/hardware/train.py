@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import IO
 
 from ci.hardware.commands import kill_group, recipe
 from ci.hardware.job import Failed, Job, say
 from ci.hardware.own import end_own
 from common.errors import TrainingError
+from common.handlers import handled
 from common.ops.container import process
 from common.ops.stop import PATIENCE
 from common.recipes import ROOT
@@ -27,7 +27,8 @@ def train(job: Job) -> str:
     words = ["run", job.recipe, "--hw", job.board.name, "--resume", "never", "--out", str(job.runs), *job.where]
     words += ["--steps", str(job.steps)] if job.steps else []
     say(f"+ recipe {' '.join(words)}")
-    with caught() as signals:
+    signals: list[int] = []
+    with handled(SIGNALS, lambda number, _frame: signals.append(number)):
         child = subprocess.Popen(
             recipe(*words), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -80,18 +81,6 @@ def attend(job: Job, child: subprocess.Popen[bytes], signals: list[int]) -> str:
         say(f"stopping the run{why}")
         child.send_signal(signal.SIGTERM)  # a second one ends it without saving
         until = now + PATIENCE
-
-
-@contextlib.contextmanager
-def caught() -> Iterator[list[int]]:
-    """Collect signals in place of ending by them."""
-    got: list[int] = []
-    before = {number: signal.signal(number, lambda number, _frame: got.append(number)) for number in SIGNALS}
-    try:
-        yield got
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def show(output: IO[bytes], job: Job) -> None:
