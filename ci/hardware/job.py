@@ -13,7 +13,7 @@ from common import hardware
 from common.errors import RecipeError, UsageError
 from common.hardware import Hardware
 from common.recipes import find_recipe
-from common.train.files import write_json
+from common.train.files import disk_errors, write_json
 from common.train.manifest import utc_now
 
 FORMAT = 1  # of job.json
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def run(self) -> Path | None:
-        """The folder of this job's run, if it came to that."""
+        """The folder of this job's run. None: it did not come to that, and a board is opened only later."""
         return max((path.parent for path in self.runs.glob("*/manifest.json")), default=None)
 
     @property
@@ -100,17 +100,13 @@ class Job:
             )  # fmt: skip
         if phase in ("train", "grade") and phases.get(BEFORE[phase], {}).get("code") != 0:
             raise UsageError(f"{phase} comes after a {BEFORE[phase]} that went well", where=str(self.out))
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.note(phases={**phases, phase: {"begun": utc_now()}})
+        with disk_errors("write down the job", self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.note(phases={**phases, phase: {"begun": utc_now()}})
 
     def leave(self, phase: str, code: int, said: str) -> None:
         phases = self.phases
         self.note(phases={**phases, phase: {**phases[phase], "ended": utc_now(), "code": code, "said": said}})
-
-    @property
-    def trained(self) -> bool:
-        """Whether a run of this job may have opened the board."""
-        return "train" in self.phases
 
     @property
     def closed(self) -> bool:

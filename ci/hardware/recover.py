@@ -36,9 +36,9 @@ def recover(job: Job) -> str:
 
 
 def recovered(job: Job) -> str:
-    if not job.trained:
-        return "this job did not come to train on the board: it is left as it is"
     end_own(job)
+    if job.run is None:
+        return "this job did not come to train on the board: it is left as it is"
     if job.closed and not (bad := unfit(job, "after-stop")):
         return "the run closed the board, and nothing is wrong with it: no reset"
     why = "a run did not close the board" if not job.closed else worded(bad)

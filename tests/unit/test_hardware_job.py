@@ -66,6 +66,8 @@ class Host:
         job.out.mkdir(exist_ok=True)
         phases = {"preflight": {"code": 0, "said": ""}} | ({} if train is None else {"train": {"code": train}})
         job.note(phases=phases, **{"cards": [CARD], "nodes": 1, "process": "1@1", **more})
+        if train is not None:
+            hosts.write(job.runs / "a-run/manifest.json", "{}")
         return job
 
 
@@ -111,7 +113,9 @@ def without_engine(monkeypatch) -> None:
 
 
 def test_a_board_that_nobody_trained_on_is_left_alone(host):
-    assert "left as it is" in recover.recover(host.job())
+    job = host.job()
+    job.note(phases={"preflight": {"code": 0}, "train": {"code": 4}})  # no image, say: there is no run
+    assert "left as it is" in recover.recover(job)
     assert host.resets == []
 
 
@@ -168,7 +172,7 @@ def test_resets_are_capped_and_then_the_machine_goes_out_of_service(host):
     assert ended.value.code == 4
     assert host.resets == [f"-r {CARD}"] * 3
     text = host.quarantine.read_text()
-    assert re.search(r"^board: n150\nwhen: \d{4}-\d\d-\d\dT\S+Z\nrun: none\nwhy: 3 resets did not help", text)
+    assert re.search(r"^board: n150\nwhen: \d{4}-\d\d-\d\dT\S+Z\nrun: a-run\nwhy: 3 resets did not help", text)
     with pytest.raises(MachineError, match="out of service: board: n150; when: "):
         preflight.refuse_quarantined()
     assert "out of service" in (host.folder / "out/summary.md").read_text()
@@ -631,3 +635,12 @@ def signals_kept() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in training.SIGNALS}
     yield
     assert before == {number: signal.getsignal(number) for number in training.SIGNALS}
+
+
+def test_the_job_needs_no_more_than_a_boards_host_has():
+    """requirements/launcher.txt: no torch, no numpy."""
+    bare = "import sys; sys.modules |= dict.fromkeys(('numpy', 'torch', 'safetensors', 'transformers', 'jinja2'))"
+    command = [sys.executable, "-c", f"{bare}; from ci.hardware.__main__ import main; sys.exit(main(['none']))"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "which phase?" in done.stdout
