@@ -42,10 +42,9 @@ def kernel_log(job: Job) -> None:
     """Many hosts let only root read it."""
     path = job.out / "dmesg.txt"
     code = ended(["dmesg"], 20, path) if shutil.which("dmesg") else 127
-    lines = (
-        [line for line in path.read_text("utf-8", "replace").splitlines() if KERNEL.search(line)] if not code else []
-    )
-    path.write_text("\n".join(lines[-KERNEL_LINES:]) + "\n" if lines else f"nothing of a board (dmesg: {code})\n")
+    printed = path.read_text("utf-8", "replace").splitlines() if code == 0 else []
+    lines = [line for line in printed if KERNEL.search(line)][-KERNEL_LINES:]
+    path.write_text("\n".join(lines or [f"nothing of a board (dmesg ends with {code})"]) + "\n")
 
 
 def report(job: Job) -> None:

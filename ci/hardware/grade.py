@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from ci.hardware.commands import ended, recipe
@@ -32,11 +33,11 @@ def graded(job: Job) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(said.read_text("utf-8"))
     except ValueError:
-        raise Failed(code or MachineError.code, errors.read_text("utf-8").removeprefix("error: ").strip()) from None
+        raise failure("grade", code, errors) from None
     for line in found.get("lines", ()):
         say(f"{line['verdict'].upper():12}  {line['figure']}: {line['says']}")
     if code not in (0, None) and found["verdict"] != "ungraded":
-        raise Failed(code, errors.read_text("utf-8").removeprefix("error: ").strip())
+        raise failure("grade", code, errors)
     held = any(is_held(line) for line in found.get("lines", ()))
     if found["verdict"] != "ungraded" and (not held or found["entry"]["evidence"] != "measured"):
         return {"verdict": "ungraded", "recorded": [{"board": job.board.name, **found["entry"]}]}
@@ -70,5 +71,12 @@ def verify(job: Job) -> str:
     said, errors = job.out / "verify.json", job.out / "verify.txt"
     code = ended(recipe("verify", str(job.run), "--json"), SECONDS, said, errors)
     if code != 0:
-        raise Failed(code or MachineError.code, errors.read_text("utf-8").removeprefix("error: ").strip())
+        raise failure("verify", code, errors)
     return "recipe verify holds"
+
+
+def failure(verb: str, code: int | None, errors: Path) -> Failed:
+    """A verb's own code and words; that of a machine where it did not end."""
+    said = errors.read_text("utf-8").removeprefix("error: ").strip()
+    how = "did not end" if code is None else f"ended with {code}"
+    return Failed(code or MachineError.code, said or f"recipe {verb} {how}")

@@ -163,6 +163,7 @@ def train(ground: Ground, out: Path, seed: int) -> Path:
         doubles.doubles("C", math.prod(ground.board.mesh_shape)),
         (out / "screen.txt").open("w") as screen,
         contextlib.redirect_stdout(screen),
+        contextlib.redirect_stderr(screen),
     ):
         loop.train(launch)
     return newest_run(out)
