@@ -1133,6 +1133,22 @@ def test_memory_runs_out_at_the_step_that_was_chosen() -> None:
             train(model, optimizer)
 
 
+@pytest.mark.parametrize(("first", "moves"), [(0, [True, True]), (1, [False, False]), (2, [True, False])])
+def test_an_optimizer_that_changes_nothing_from_a_step_on(first: int, moves: list[bool]) -> None:
+    """With no other sign of it: the step is counted."""
+    with doubles(no_update_from_step=first):
+        open_mesh()
+        model = build()
+        optimizer = adamw(model.parameters())
+        moved = []
+        for _ in moves:
+            before = {name: native(tensor) for name, tensor in model.parameters().items()}
+            train(model, optimizer)
+            moved.append(any((native(tensor) != before[name]).any() for name, tensor in model.parameters().items()))
+        assert moved == moves
+        assert optimizer.get_state_dict()["steps"] == len(moves)
+
+
 def test_an_older_build_lacks_names() -> None:
     with doubles(without=["open_device_mesh", "autograd.AutoContext.get_gradient_mode"]):
         import ttml
