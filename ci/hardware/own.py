@@ -22,8 +22,9 @@ def end_own(job: Job, now: bool = False) -> None:
         except MachineError as error:
             say(str(error))
             stop.finish(running, now=True, say=say)
-    with contextlib.suppress(MachineError):  # no engine, no containers
-        launcher.remove_ended(connect())
+    if not job.native:
+        with contextlib.suppress(MachineError):  # no engine, no containers
+            launcher.remove_ended(connect())
 
 
 def is_own(job: Job, running: stop.Native | stop.Contained) -> bool:
