@@ -15,8 +15,7 @@ from ci.hardware.job import Failed, Job, say
 from ci.hardware.own import end_own
 from common.errors import TrainingError
 from common.handlers import handled
-from common.ops.container import process
-from common.ops.stop import PATIENCE
+from common.ops.container import STOP_SECONDS, process
 from common.recipes import ROOT
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -77,10 +76,10 @@ def attend(job: Job, child: subprocess.Popen[bytes], signals: list[int]) -> str:
         else:
             end_own(job, now=True)
             kill_group(child)
-            return f"{why}, killed as it had not ended {PATIENCE} s later"
+            return f"{why}, killed as it had not ended {STOP_SECONDS} s later"
         say(f"stopping the run{why}")
         child.send_signal(signal.SIGTERM)  # a second one ends it without saving
-        until = now + PATIENCE
+        until = now + STOP_SECONDS
 
 
 def show(output: IO[bytes], job: Job) -> None:

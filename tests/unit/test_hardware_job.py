@@ -402,7 +402,7 @@ def test_at_its_limit_a_run_is_asked_to_save(train):
 
 
 def test_a_run_that_does_not_listen_is_killed(train, monkeypatch):
-    monkeypatch.setattr(training, "PATIENCE", 0.5)
+    monkeypatch.setattr(training, "STOP_SECONDS", 0.5)
     with pytest.raises(RecipeError, match=r"killed by SIGKILL, at its limit .*, killed as it had not ended") as ended:
         train("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", minutes=0.01)
     assert ended.value.code == 5
