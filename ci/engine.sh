@@ -30,6 +30,7 @@ apt_install() { # PACKAGE...: the ordinary way of this machine
 
 mirror() { # the address of Debian's main archive
     local found=${DEBIAN_MIRROR:-}
+    # shellcheck disable=SC2016  # $(REPO_URI) is apt's own word
     [ -n "$found" ] || found=$(apt-get indextargets --format '$(REPO_URI)' \
         'Created-By: Packages' 'Origin: Debian' 'Component: main' | head -n 1)
     [ -n "$found" ] || die "no Debian mirror in this machine's package sources" "name one: DEBIAN_MIRROR=URL ci/engine.sh"
