@@ -24,7 +24,9 @@ def added(target: str) -> list[str]:
     image = built and inspect_image(built["id"])
     base = built and inspect_image(built["base"])
     if not image or not base:
-        raise MachineError(f"{target} was not built on this machine, or its base is gone", todo=f"make image HW={target}")
+        raise MachineError(
+            f"{target} was not built on this machine, or its base is gone", todo=f"make image HW={target}"
+        )
     layers: list[str] = image["RootFS"]["Layers"]
     return layers[len(base["RootFS"]["Layers"]) :]
 
