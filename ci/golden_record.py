@@ -1,7 +1,7 @@
 """Records the golden runs of `make golden` anew, each with the band of two runs that may stray; minutes.
 
-    .venv/bin/python -m ci.golden_record --check   code 6 where a recorded figure is of another lock or image than today's
-    .venv/bin/python -m ci.golden_record           from a clean tree: runs, records, shows each change, makes the tables
+    python -m ci.golden_record --check   code 6 where a recorded figure is of another lock or image than today's
+    python -m ci.golden_record           from a clean tree: runs, records, shows each change, makes the tables
 
 A new lock can bring other bits, so goldens change in the same pull request as the lock, where their change is read.
 Figures of a board are recorded on that board, by `recipe grade RUN --record`.
@@ -17,9 +17,10 @@ from pathlib import Path
 import click
 
 from ci import docs
+from ci.command import run
 from ci.golden import golden_runs, recipe
 from common import hardware
-from common.errors import RecipeError, VerificationError
+from common.errors import VerificationError
 from common.ops import images
 from common.ops.results import Measured
 
@@ -75,15 +76,12 @@ def record(scratch: Path) -> None:
 @click.option("--check", "only_check", is_flag=True, help="Only say what must be recorded again.")
 def main(only_check: bool) -> None:
     """Record the goldens anew, or say which must be."""
-    try:
-        if only_check:
-            return check()
-        with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
-            record(Path(scratch))
-    except RecipeError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.code) from None
+    if only_check:
+        check()
+        return
+    with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
+        record(Path(scratch))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

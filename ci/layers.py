@@ -13,7 +13,8 @@ import json
 
 import click
 
-from common.errors import MachineError, RecipeError, UsageError, VerificationError
+from ci.command import run
+from common.errors import MachineError, UsageError, VerificationError
 from common.ops.docker_cli import inspect_image
 from common.ops.images import read_local
 
@@ -56,15 +57,11 @@ def compare(first: str, second: str) -> list[str]:
 @click.option("--second", envvar="SECOND", default="")
 def main(what: str, first: str, second: str) -> None:
     """Show what the cpu image adds to its base, or compare two such lists."""
-    try:
-        if what == "show":
-            click.echo(f"layers={json.dumps(added('cpu'))}")
-        else:
-            click.echo(f"two builders made the same layers: {' '.join(compare(first, second))}")
-    except RecipeError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.code) from None
+    if what == "show":
+        click.echo(f"layers={json.dumps(added('cpu'))}")
+    else:
+        click.echo(f"two builders made the same layers: {' '.join(compare(first, second))}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,8 +17,9 @@ from typing import Any
 
 import click
 
+from ci.command import run
 from common import config, hardware
-from common.errors import RecipeError, UsageError
+from common.errors import UsageError
 from common.hardware import Hardware
 from common.ops.results import Measured, load
 
@@ -94,15 +95,11 @@ def as_it_stands(entry: object) -> bool:
 @click.option("--output", metavar="NAME", help="Print it as the output NAME of a workflow's step.")
 def main(names: tuple[str, ...], recipe: str, cpu: bool, output: str | None) -> None:
     """Print the matrix as one line of JSON."""
-    try:
-        folders = recipes(recipe)
-        rows = list(on_cpu(folders) if cpu else on_boards(folders, boards(" ".join(names).split())))
-    except RecipeError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.code) from None
+    folders = recipes(recipe)
+    rows = list(on_cpu(folders) if cpu else on_boards(folders, boards(" ".join(names).split())))
     line = json.dumps({"include": rows}, separators=(",", ":"))
     click.echo(f"{output}={line}" if output else line)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ci.command import run
 from common import hardware
-from common.errors import RecipeError
 from common.ops.docker_cli import docker
 from common.ops.image_verify import present
 from common.ops.images import image_for
@@ -15,16 +15,12 @@ from common.ops.images import image_for
 @click.argument("board", envvar="HW")
 def main(board: str) -> None:
     """Code 4 where no image is published (docker/images.lock.json says why) and none was built on this machine."""
-    try:
-        image = image_for(hardware.get(board))
-        if image.source == "published":
-            docker("pull", "--quiet", image.reference)
-        present(image)
-    except RecipeError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.code) from None
+    image = image_for(hardware.get(board))
+    if image.source == "published":
+        docker("pull", "--quiet", image.reference)
+    present(image)
     click.echo(f"{board}: {image.source} image {image.reference}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
