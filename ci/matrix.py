@@ -54,20 +54,15 @@ def recipes(name: str | None, root: Path = ROOT) -> list[Path]:
 
 
 def on_boards(folders: list[Path], where: list[Hardware]) -> Iterator[Row]:
-    """A row for each recipe on each board that its config resolves for."""
+    """A row for each recipe on each board that its config resolves for; which were left out, and why, on stderr."""
     for board in where:
         for folder in folders:
-            if resolves(folder, board):
-                yield {"board": board.name, "recipe": folder.name, "labels": [*LABELS, board.name]}
-
-
-def resolves(folder: Path, board: Hardware) -> bool:
-    """Whether the recipe can be configured for the board: its batch divides by the devices, the model is known."""
-    try:
-        config.load(folder, board)
-    except UsageError:
-        return False
-    return True
+            try:
+                config.load(folder, board)
+            except UsageError as error:  # its batch does not divide by the devices, say
+                click.echo(f"{folder.name} is left out on {board.name}: {error.what}", err=True)
+                continue
+            yield {"board": board.name, "recipe": folder.name, "labels": [*LABELS, board.name]}
 
 
 def on_cpu(folders: list[Path]) -> Iterator[Row]:
