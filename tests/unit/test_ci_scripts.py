@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -155,7 +156,7 @@ entries:
 def test_a_golden_of_another_lock_is_named(tmp_path: Path) -> None:
     folder = write_recipe(tmp_path)
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
-    today = golden_record.hashlib.sha256((ROOT / "requirements/cpu-3.11.txt").read_bytes()).hexdigest()
+    today = hashlib.sha256((ROOT / "requirements/cpu-3.11.txt").read_bytes()).hexdigest()
     for lock, found in ((today, 0), ("b" * 64, 1)):
         (folder / "results.yaml").write_text(ENTRY.format(lock=lock, any="c" * 64))
         assert len(list(golden_record.stale(tmp_path))) == found
@@ -176,7 +177,8 @@ def test_two_builders_are_compared() -> None:
 def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = copy.deepcopy(images.read_lock())
     said: list[Any] = []
-    pushed = {"RootFS": {"Layers": ["base", "ours"]}}
+    proved: Any = {"RootFS": {"Layers": ["base", "ours"]}}
+    pushed = copy.deepcopy(proved)
 
     def bake(target: str, variables: Any, *words: str, context: Path) -> None:
         said.extend(words)
@@ -187,7 +189,6 @@ def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytes
     monkeypatch.setattr(publish_image, "bake", bake)
     monkeypatch.setattr(publish_image, "fill_wheelhouse", lambda *_: [])
     monkeypatch.setattr(publish_image, "inspect_image", lambda name: pushed if "@" in name else proved)
-    proved = {"RootFS": {"Layers": ["base", "ours"]}}
     with pytest.raises(MachineError, match="not every pin is known"):
         publish_image.push("cpu", "r/x")
     lock["pins"]["cpu"]["base"] = {"image": "python", "digest": DIGEST}
