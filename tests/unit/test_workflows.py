@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from ci import matrix
-from ci.hardware import STEPS
 from common import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +97,7 @@ def of_command(line: str) -> Iterator[str]:
 
 
 def of_board_job(job: dict[str, Any]) -> Iterator[str]:
+    """Its phases, their order and time are compared with the rehearsal in test_hardware_job.py."""
     concurrency = job.get("concurrency", {})
     if concurrency != {"group": "hardware-${{ matrix.board }}", "cancel-in-progress": False, "queue": "max"}:
         yield "its board can be given to two, or a waiting job be dropped"
@@ -112,15 +112,8 @@ def of_board_job(job: dict[str, Any]) -> Iterator[str]:
         yield "a step without a timeout"
     if sum(step.get("timeout-minutes", 0) for step in steps) > job["timeout-minutes"]:
         yield "the job ends before its steps' own time is up"
-    found = [
-        (phase[1], step.get("if", ""), step["timeout-minutes"])
-        for step in steps
-        if (phase := re.fullmatch(r"exec ci/hardware\.sh (\w+)", step.get("run", "")))
-    ]
-    if [(phase, when) for phase, when, _ in found] != [(step.phase, step.when) for step in STEPS]:
-        yield f"the phases are not those that are rehearsed: {found}"
-    if any(minutes <= step.minutes for (_, _, minutes), step in zip(found, STEPS, strict=False)):
-        yield "a step ends before the phase in it has closed the device"
+    if any(re.match(r"(?!exec )\S*ci/hardware\.sh", step.get("run", "")) for step in steps):
+        yield "a phase that gets no signal: a runner signals the step's own process alone, so `exec`"
     if "upload-artifact@" not in steps[-1].get("uses", "") or steps[-1].get("if") != "always()":
         yield "artifacts are not always kept"
 
@@ -197,9 +190,7 @@ def test_every_pull_request_runs_what_a_contributor_is_told_to_run() -> None:
             "a step without a timeout",
         ),
         ("hardware.yml", "timeout-minutes: 350", "timeout-minutes: 200", "before its steps' own time"),
-        ("hardware.yml", "exec ci/hardware.sh train", "ci/hardware.sh train", "not those that are rehearsed"),
-        ("hardware.yml", "if: failure() || cancelled()", "if: success()", "not those that are rehearsed"),
-        ("hardware.yml", "timeout-minutes: 210", "timeout-minutes: 120", "closed the device"),
+        ("hardware.yml", "exec ci/hardware.sh train", "ci/hardware.sh train", "gets no signal"),
         ("hardware.yml", "        if: always()\n        with:", "        with:", "artifacts are not always kept"),
         (
             "hardware.yml",
