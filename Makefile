@@ -74,8 +74,8 @@ grade: setup ## hold a run against the recorded figures of its training: RUN=run
 	@: "$${RUN:?which run? make grade RUN=runs/...}"
 	@ci/forward.sh grade "$$RUN"
 
-golden: setup ## twenty steps of a small model on this CPU, graded: what CI runs; seconds
-	@ci/golden.sh
+golden: setup ## the recipes' short runs on this CPU again, graded by their recorded figures: what CI runs; seconds
+	.venv/bin/python -m ci.golden
 
 repro: setup ## run a run again from its manifest and compare the two: RUN=runs/...
 	@: "$${RUN:?which run? make repro RUN=runs/...}"
@@ -102,12 +102,13 @@ test-containers: setup ## the tests that build and start containers; minutes, an
 rehearse: setup ## the hardware job of CI without a card, some minutes: HW=n300, FAULT=hung-step (a wrong one lists them), OUT=
 	.venv/bin/python -m ci.rehearse
 
-lint: setup ## formatting, lint and types, and the Dockerfile
+lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML and shell
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m mypy
 	ci/typecheck-recipes.sh
 	ci/tools.sh hadolint docker/Dockerfile
+	ci/tools.sh ci/lint-workflows.sh
 
 docs: setup ## write the tables of the READMEs from each recipe's results.yaml
 	.venv/bin/python -m ci.docs

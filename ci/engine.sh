@@ -28,21 +28,23 @@ apt_install() { # PACKAGE...: the ordinary way of this machine
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
-mirror() { # the address of Debian's main archive
+mirror() { # the address of Debian's main archive, as this machine's package sources have it; nothing where they do not
     local found=${DEBIAN_MIRROR:-}
+    # shellcheck disable=SC2016  # $(REPO_URI) is apt's own word
     [ -n "$found" ] || found=$(apt-get indextargets --format '$(REPO_URI)' \
         'Created-By: Packages' 'Origin: Debian' 'Component: main' | head -n 1)
-    [ -n "$found" ] || die "no Debian mirror in this machine's package sources" "name one: DEBIAN_MIRROR=URL ci/engine.sh"
     echo "$found"
 }
 
 add_buildx() { # its signature is checked by apt, in lists of its own: this machine's package sources stay as they are
-    local into=${DOCKER_CONFIG:-$HOME/.docker}/cli-plugins work
+    local into=${DOCKER_CONFIG:-$HOME/.docker}/cli-plugins work archive
     local apt=(apt-get -qq)
+    archive=$(mirror)
+    [ -n "$archive" ] || die "no Debian mirror in this machine's package sources" "name one: DEBIAN_MIRROR=URL ci/engine.sh"
     work=$(mktemp -d)
     chmod 755 "$work"
     mkdir -p "$work/lists" "$work/cache"
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(mirror) trixie main" >"$work/sources.list"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive trixie main" >"$work/sources.list"
     apt+=(-o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null)
     apt+=(-o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root)
     say "docker-buildx -> $into"
@@ -64,13 +66,15 @@ start_engine() {
     die "dockerd does not answer after 30 s; the end of its log is above"
 }
 
-make_base() {
-    local root
-    command -v debootstrap >/dev/null || apt_install debootstrap
+make_base() { # on Ubuntu too: there debootstrap knows Debian's archive itself, and Debian's keys are a package
+    local root archive keys=/usr/share/keyrings/debian-archive-keyring.gpg
     [ "$(id -u)" = 0 ] || die "a base image is made by debootstrap, which only root can do"
+    command -v debootstrap >/dev/null && [ -e $keys ] || apt_install debootstrap debian-archive-keyring
     root=$(mktemp -d)
-    say "$base from $(mirror)"
-    debootstrap --variant=minbase --include=python3,python3-venv bookworm "$root" "$(mirror)" >"$root.log" 2>&1 || {
+    archive=$(mirror)
+    say "$base from ${archive:-the archive that debootstrap knows}"
+    debootstrap --variant=minbase --include=python3,python3-venv --force-check-gpg --keyring=$keys \
+        bookworm "$root" ${archive:+"$archive"} >"$root.log" 2>&1 || {
         tail -n 5 "$root.log" >&2
         die "debootstrap failed; its whole output is in $root.log"
     }

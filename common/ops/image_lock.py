@@ -19,17 +19,18 @@ Say = Callable[[str], None]
 def renew(say: Say, *, upgrade: bool = False) -> None:
     """Write the hashes of today's requirements, and what is unknown where it can be read now.
 
-    `upgrade` also reads again the digest of a base image that is known: its tag may have moved. What cannot be read
-    stays as it is, with its reason.
+    `upgrade` also reads again the digests that are known, of bases and of tools: their tags may have moved. What cannot
+    be read stays as it is, with its reason.
     """
     lock = read_lock()
     for pins in lock["pins"].values():
         for files in (pins["python"], pins.get("build_python", {})):
             files.update({name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in files})
-        if pins["base"]["digest"] is None or upgrade:
-            _learn(pins["base"], "digest", base_digest(pins["base"]["image"]), say)
         if "tt_metal" in pins and pins["tt_metal"]["commit"] is None:
             _learn(pins["tt_metal"], "commit", commit_of_tag(pins["tt_metal"]["tag"]), say)
+    for pin in (*(pins["base"] for pins in lock["pins"].values()), *lock["tools"].values()):
+        if pin["digest"] is None or upgrade:
+            _learn(pin, "digest", base_digest(pin["image"]), say)
     before = LOCK.read_bytes()
     write_json(LOCK, lock)
     say(f"{LOCK}: {'unchanged' if LOCK.read_bytes() == before else 'written'}")

@@ -1,0 +1,100 @@
+"""python -m ci.matrix: which recipe runs on which board, as the matrix of a workflow, on one line.
+
+There is no list to edit. Boards come from common/hardware.yaml, recipes are found as folders with a config.yaml, and a
+recipe belongs on every board that its config resolves for. Needs what a board's host has (requirements/launcher.txt).
+
+    .venv/bin/python -m ci.matrix                             every recipe on every board with chips
+    .venv/bin/python -m ci.matrix --board "n150 qb2"          on these boards only
+    .venv/bin/python -m ci.matrix --cpu                       every recipe as far as it is recorded on a CPU: weekly.yml
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ci.command import run
+from common import config, hardware
+from common.errors import UsageError
+from common.hardware import Hardware
+from common.ops.results import Measured, load
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = ("self-hosted", "tenstorrent")
+Row = dict[str, Any]
+
+
+def boards(names: list[str]) -> list[Hardware]:
+    """The boards of these names, all with chips for none. Raises UsageError for one that is unknown or a CPU."""
+    with_chips = [board for board in hardware.table().values() if not board.is_cpu]
+    if not names:
+        return with_chips
+    chosen = {hardware.get(name).name for name in names}
+    if strange := chosen - {board.name for board in with_chips}:
+        raise UsageError(
+            f"no runner has {', '.join(sorted(strange))}",
+            where="--board",
+            todo=f"boards: {', '.join(board.name for board in with_chips)}",
+        )
+    return [board for board in with_chips if board.name in chosen]
+
+
+def recipes(name: str | None, root: Path = ROOT) -> list[Path]:
+    """Every recipe's folder, or the one of that name. Raises UsageError where there is none."""
+    found = [path.parent for path in sorted((root / "recipes").glob("*/config.yaml"))]
+    chosen = [folder for folder in found if name in (None, "", folder.name)]
+    if not chosen:
+        known = ", ".join(folder.name for folder in found) or "none"
+        raise UsageError(f"no recipe {name!r}", where="--recipe", todo=f"recipes: {known}")
+    return chosen
+
+
+def on_boards(folders: list[Path], where: list[Hardware]) -> Iterator[Row]:
+    """A row for each recipe on each board that its config resolves for; which were left out, and why, on stderr."""
+    for board in where:
+        for folder in folders:
+            try:
+                config.load(folder, board)
+            except UsageError as error:  # its batch does not divide by the devices, say
+                click.echo(f"{folder.name} is left out on {board.name}: {error.what}", err=True)
+                continue
+            yield {"board": board.name, "recipe": folder.name, "labels": [*LABELS, board.name]}
+
+
+def on_cpu(folders: list[Path]) -> Iterator[Row]:
+    """A row for each recipe: where and how long its figures as it stands were measured on a CPU, if they were."""
+    for folder in folders:
+        entry = next((entry for entry in load(folder).numbers if as_it_stands(entry)), None)
+        steps = entry.steps if isinstance(entry, Measured) else None
+        yield {
+            "board": entry.board if entry else "cpu",
+            "recipe": folder.name,
+            "steps": str(steps or ""),
+            "grade": "1" if entry else "",
+        }
+
+
+def as_it_stands(entry: object) -> bool:
+    """A run of the recipe on a CPU with nothing set."""
+    return isinstance(entry, Measured) and hardware.get(entry.board).is_cpu and not entry.overrides
+
+
+@click.command()
+@click.option("--board", "names", multiple=True, help="Boards, with blanks between them; none: all that have chips.")
+@click.option("--recipe", default="", help="This recipe only.")
+@click.option("--cpu", is_flag=True, help="Recipes on hosted runners instead of boards.")
+@click.option("--output", metavar="NAME", help="Print it as the output NAME of a workflow's step.")
+def main(names: tuple[str, ...], recipe: str, cpu: bool, output: str | None) -> None:
+    """Print the matrix as one line of JSON."""
+    folders = recipes(recipe)
+    rows = list(on_cpu(folders) if cpu else on_boards(folders, boards(" ".join(names).split())))
+    line = json.dumps({"include": rows}, separators=(",", ":"))
+    click.echo(f"{output}={line}" if output else line)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,26 @@
+"""python -m ci.pull_image BOARD: fetches a board's image by digest, so that no training waits for a download."""
+
+from __future__ import annotations
+
+import click
+
+from ci.command import run
+from common import hardware
+from common.ops.docker_cli import docker
+from common.ops.image_verify import present
+from common.ops.images import image_for
+
+
+@click.command()
+@click.argument("board", envvar="HW")
+def main(board: str) -> None:
+    """Code 4 where no image is published (docker/images.lock.json says why) and none was built on this machine."""
+    image = image_for(hardware.get(board))
+    if image.source == "published":
+        docker("pull", "--quiet", image.reference)
+    present(image)
+    click.echo(f"{board}: {image.source} image {image.reference}")
+
+
+if __name__ == "__main__":
+    run(main)

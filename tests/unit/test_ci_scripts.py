@@ -1,0 +1,254 @@
+"""What the workflows call, without GitHub and without an engine: a `gh` and a `docker` that write down their calls."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ci import golden_record, layers, matrix, publish_image
+from common.errors import MachineError, UsageError, VerificationError
+from common.ops import image_build, images
+
+ROOT = Path(__file__).resolve().parents[2]
+SHA = "0123456789abcdef" * 2 + "01234567"
+DIGEST = "sha256:" + "a" * 64
+CONFIG = """# Tiny.
+training_config: {batch_size: 2, max_steps: 1, learning_rate: 1e-3}
+model_config: {base: tinyllama-1.1b-chat}
+data_config: {source: rows.jsonl}
+eval_config: {every: 1, prompts: prompts.jsonl}
+checkpoint_config: {every: 1}
+"""
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder before everything on PATH; `calls` beside it has a line for each call."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def tool(folder: Path, name: str, body: str = "") -> None:
+    (folder / name).write_text(
+        f'#!/bin/bash\nprintf "%s " {name} "$@" >>{folder}/calls; echo >>{folder}/calls\n{body}\n'
+    )
+    (folder / name).chmod(0o755)
+
+
+def write_recipe(root: Path) -> Path:
+    folder = root / "recipes/tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls"
+    return [line.strip() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def script(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: os.environ[key] for key in ("PATH", "HOME")}
+    command = [str(ROOT / "ci" / name), *words]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+# --- whose code reaches a board ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked", "gets"), [("", "f" * 40), (SHA, SHA), ("main", None), (SHA[:12], None)])
+def test_boards_run_one_commit_by_all_its_digits(asked: str, gets: str | None) -> None:
+    done = script("trust.sh", COMMIT=asked, GITHUB_SHA="f" * 40)
+    assert (done.returncode, done.stdout) == ((0, f"commit={gets}\n") if gets else (2, ""))
+
+
+LABELLED = {"LABEL": "hardware:n150", "PULL": "7", "SHA": SHA, "SENDER": "ada", "REPOSITORY": "o/r"}
+START = f"gh workflow run hardware.yml --repo o/r --ref main --field commit={SHA} --field board="
+
+
+@pytest.mark.parametrize(
+    ("permission", "changed", "starts", "says"),
+    [
+        ("write", {}, "n150", "on the word of ada"),
+        ("admin", {"LABEL": "hardware"}, "", "every board in service"),
+        ("read", {}, None, "takes 'write'"),
+        ("triage", {}, None, "takes 'write'"),
+        ("write", {"LABEL": "hardware-ideas"}, None, "no label for hardware"),
+        ("write", {"LABEL": "hardware:n150 --ref other"}, None, "no label for hardware"),
+        ("write", {"SHA": "main"}, None, "no commit"),
+        ("write", {"SENDER": "../../x"}, None, "no name of a user"),
+        ("write", {"PULL": "7/../8"}, None, "no number"),
+    ],
+)
+def test_a_label_starts_a_run_on_its_commit(
+    permission: str, changed: dict[str, str], starts: str | None, says: str, tools: Path
+) -> None:
+    tool(tools, "gh", f'case "$*" in *permission*) echo {permission} ;; esac')
+    done = script("label.sh", **LABELLED | changed)
+    started = [line for line in calls(tools) if line.startswith("gh workflow run")]
+    assert started == ([] if starts is None else [(START + starts).strip()])
+    assert done.returncode == (2 if starts is None else 0)
+    assert says in done.stdout + done.stderr
+    taken_off = [line for line in calls(tools) if "DELETE" in line]
+    assert len(taken_off) == (0 if changed and starts is None else 1), "so that later commits need it again"
+
+
+@pytest.mark.parametrize(("result", "state"), [("success", "success"), ("failure", "failure"), ("cancelled", "error")])
+def test_a_commit_is_told_how_its_run_ended(result: str, state: str, tools: Path) -> None:
+    tool(tools, "gh")
+    assert script("commit-status.sh", COMMIT=SHA, RESULT=result, REPOSITORY="o/r", URL="u").returncode == 0
+    assert f"state={state}" in calls(tools)[0]
+
+
+# --- what runs where --------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_found_and_stand_only_where_they_resolve(tmp_path: Path, capsys: Any) -> None:
+    write_recipe(tmp_path)
+    rows = list(matrix.on_boards(matrix.recipes(None, tmp_path), matrix.boards(["n300", "t3k"])))
+    assert [(row["board"], row["recipe"]) for row in rows] == [("n300", "tiny")]
+    assert "tiny is left out on t3k" in capsys.readouterr().err, "two rows are no batch of 8 chips"
+
+
+@pytest.mark.parametrize(("board", "says"), [("cpu", "no runner has cpu"), ("n15", "did you mean n150")])
+def test_what_is_no_board_is_refused(board: str, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        matrix.boards([board])
+    assert says in str(error.value)
+
+
+def test_weekly_runs_are_graded_where_figures_stand() -> None:
+    rows = {row["recipe"]: row for row in matrix.on_cpu(matrix.recipes(None))}
+    assert len(rows) == len(list((ROOT / "recipes").glob("*/config.yaml")))
+    assert all(row["board"].startswith("cpu") for row in rows.values())
+    assert {row["grade"] for row in rows.values()} <= {"1", ""}
+
+
+# --- goldens and their lock -------------------------------------------------------------------------------------------
+
+ENTRY = """format: 1
+recipe: tiny
+entries:
+  - board: cpu
+    evidence: measured
+    what: a golden
+    overrides: []
+    date: 2026-11-23
+    commit: "0123abc"
+    machine: a CPU
+    loss_at: {{1: 5.5}}
+    exact: {{lock_sha256: {lock}, cpu_class: a, threads: 1, world: 1, compiled: false, tokens_sha256: {any},
+            history_sha256: {any}, weights_sha256: {any}}}
+"""
+
+
+def test_a_golden_of_another_lock_is_named(tmp_path: Path) -> None:
+    folder = write_recipe(tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    today = hashlib.sha256((ROOT / "requirements/cpu-3.11.txt").read_bytes()).hexdigest()
+    for lock, found in ((today, 0), ("b" * 64, 1)):
+        (folder / "results.yaml").write_text(ENTRY.format(lock=lock, any="c" * 64))
+        assert len(list(golden_record.stale(tmp_path))) == found
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_builders_are_compared() -> None:
+    assert layers.compare('["a","b"]', '["a","b"]') == ["a", "b"]
+    with pytest.raises(VerificationError, match="other layers"):
+        layers.compare('["a","b"]', '["a","c"]')
+    for nothing in ("", "[]"):  # a builder that failed has no output
+        with pytest.raises(UsageError, match="layers"):
+            layers.compare(nothing, nothing)
+
+
+def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = copy.deepcopy(images.read_lock())
+    said: list[Any] = []
+    proved: Any = {"RootFS": {"Layers": ["base", "ours"]}}
+    pushed = copy.deepcopy(proved)
+
+    def bake(target: str, variables: Any, *words: str, context: Path) -> None:
+        said.extend(words)
+        Path(words[-1]).write_text(json.dumps({target: {"containerimage.digest": DIGEST}}))
+
+    monkeypatch.setattr(publish_image, "read_lock", lambda: lock)
+    monkeypatch.setattr(publish_image, "docker", lambda *words: said.append(words))
+    monkeypatch.setattr(publish_image, "bake", bake)
+    monkeypatch.setattr(publish_image, "fill_wheelhouse", lambda *_: [])
+    monkeypatch.setattr(publish_image, "inspect_image", lambda name: pushed if "@" in name else proved)
+    with pytest.raises(MachineError, match="not every pin is known"):
+        publish_image.push("cpu", "r/x")
+    lock["pins"]["cpu"]["base"] = {"image": "python", "digest": DIGEST}
+    with pytest.raises(MachineError, match="buildkit has no digest"):
+        publish_image.push("cpu", "r/x")
+    for pin in lock["tools"].values():
+        pin["digest"] = DIGEST
+    monkeypatch.setattr(image_build, "inspect_image", lambda name: {})
+    assert publish_image.push("cpu", "r/x") == DIGEST
+    assert (
+        "cpu.output=type=image,name=r/x,push=true,push-by-digest=true,name-canonical=true,oci-mediatypes=true" in said
+    )
+    assert f"cpu.attest=type=sbom,generator=docker/buildkit-syft-scanner:stable-1@{DIGEST}" in said
+    assert "cpu.attest=type=provenance,mode=max" in said
+    proved = {"RootFS": {"Layers": ["base", "others"]}}
+    with pytest.raises(VerificationError, match="other layers than what was verified"):
+        publish_image.push("cpu", "r/x")
+
+
+def test_what_was_published_is_in_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (images, publish_image):
+        monkeypatch.setattr(module, "LOCK", tmp_path / "lock.json")
+    shutil.copy(ROOT / "docker/images.lock.json", tmp_path / "lock.json")
+    with pytest.raises(UsageError, match="not a digest"):
+        publish_image.record("cpu", "r/x", "", "2026-11-23")
+    publish_image.record("cpu", "r/x", DIGEST, "2026-11-23")
+    target = images.target_of(images.read_lock(), "cpu")
+    assert target == {"pins": "cpu", "repository": "r/x", "digest": DIGEST, "date": "2026-11-23"}
+
+
+@pytest.mark.parametrize(
+    ("digest", "given", "answers", "base"),
+    [
+        (None, "", True, "recipes-base:bookworm"),
+        (None, "mine:1", True, "mine:1"),
+        (None, "mine:1", False, "recipes-base:bookworm"),
+        (DIGEST, "", True, f"python:3.11-slim-bookworm@{DIGEST}"),
+        (DIGEST, "mine:1", True, "mine:1"),
+    ],
+)
+def test_a_base_is_found_and_named(
+    digest: str | None, given: str, answers: bool, base: str, tools: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ci").mkdir()
+    (tmp_path / "docker").mkdir()
+    shutil.copy(ROOT / "ci/with-base.sh", tmp_path / "ci")
+    lock = images.read_lock()
+    lock["pins"]["cpu"]["base"]["digest"] = digest
+    (tmp_path / "docker/images.lock.json").write_text(json.dumps(lock))
+    (tmp_path / "ci/engine.sh").write_text("#!/bin/sh\necho made\n")
+    (tmp_path / "ci/engine.sh").chmod(0o755)
+    tool(tools, "docker", "" if answers else "exit 1")
+    tool(tools, "sudo", '"$@"')
+    done = subprocess.run(
+        [tmp_path / "ci/with-base.sh", "printenv", "BASE_IMAGE"],
+        env={"PATH": os.environ["PATH"], "BASE_IMAGE": given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, base), done.stderr
+    assert ("made" in done.stdout) == (base == "recipes-base:bookworm")
+    assert bool(re.search("no digest", done.stdout)) == ("made" in done.stdout)

@@ -1,0 +1,219 @@
+"""A board's runner: its hooks on a fake machine, one job from one configuration, and the set-up below a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNNER = ROOT / "ci/runner"
+OURS = "o/r/.github/workflows/hardware.yml"
+
+
+def run(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: os.environ[key] for key in ("PATH", "HOME")}
+    command = ["bash", "-e", str(RUNNER / name), *words]  # as the runner starts its hooks
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+# --- before a job -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """Two nodes that nobody holds, one lease that nobody has."""
+    for node in "01":
+        (tmp_path / f"proc/driver/tenstorrent/{node}").mkdir(parents=True)
+        (tmp_path / f"proc/driver/tenstorrent/{node}/pids").write_text("\n")
+    (tmp_path / "run/lock").mkdir(parents=True)
+    (tmp_path / "run/lock/recipes-0000:01:00.0.lock").write_text("")
+    return tmp_path
+
+
+def started(machine: Path, **changed: str) -> subprocess.CompletedProcess[str]:
+    given = {
+        "RECIPES_SYSFS_ROOT": str(machine),
+        "RECIPES_QUARANTINE": str(machine / "quarantine"),
+        "RECIPES_RUNNER_WORKFLOW": OURS,
+        "GITHUB_WORKFLOW_REF": f"{OURS}@refs/heads/main",
+        "GITHUB_EVENT_NAME": "schedule",
+    }
+    return run("job-started.sh", **given | changed)
+
+
+def test_a_free_machine_takes_a_job(machine: Path) -> None:
+    done = started(machine)
+    assert (done.returncode, done.stdout) == (0, "free: no quarantine, no holder, no lease\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"GITHUB_WORKFLOW_REF": f"{OURS}@refs/pull/7/merge"},
+        {"GITHUB_WORKFLOW_REF": "o/r/.github/workflows/ci.yml@refs/heads/main"},
+        {"GITHUB_WORKFLOW_REF": f"x/r/{OURS[4:]}@refs/heads/main"},
+        {"GITHUB_EVENT_NAME": "pull_request"},
+        {"GITHUB_EVENT_NAME": ""},
+    ],
+)
+def test_another_workflow_or_event_is_refused(machine: Path, changed: dict[str, str]) -> None:
+    done = started(machine, **changed)
+    assert (done.returncode, "takes no job" in done.stderr) == (4, True)
+
+
+def test_a_machine_in_quarantine_is_refused_until_the_file_is_gone(machine: Path) -> None:
+    (machine / "quarantine").write_text("board: n300\nwhy: three resets did not help\n")
+    done = started(machine)
+    assert (done.returncode, "three resets did not help" in done.stderr, "remove that file" in done.stderr) == (
+        4,
+        True,
+        True,
+    )
+    (machine / "quarantine").unlink()
+    assert started(machine).returncode == 0
+
+
+def test_a_board_that_is_held_or_leased_is_refused(machine: Path) -> None:
+    pids = machine / "proc/driver/tenstorrent/1/pids"
+    pids.write_text("4242\n17\n")
+    done = started(machine)
+    assert (done.returncode, "node 1 is held by the processes 4242 17" in done.stderr) == (4, True)
+    pids.write_text("\n")
+    with (machine / "run/lock/recipes-0000:01:00.0.lock").open("r+") as lease:
+        lease.write('{"board": "n300"}')
+        lease.flush()
+        fcntl.flock(lease, fcntl.LOCK_EX)
+        done = started(machine)
+        assert (done.returncode, '{"board": "n300"}' in done.stderr) == (4, True)
+    assert started(machine).returncode == 0, "a lease ends with its process"
+
+
+# --- after a job ------------------------------------------------------------------------------------------------------
+
+
+def docker(folder: Path, containers: str) -> str:
+    folder.mkdir()
+    body = f'echo "$*" >>{folder}/calls; case $1 in ps) printf "{containers}" ;; esac'
+    (folder / "docker").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "docker").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("containers", "stopped"),
+    [("", []), ("abc\\ndef\\n", ["stop --time 120 abc def", "rm --force abc def"])],
+)
+def test_what_a_job_left_behind_is_stopped_then_removed(
+    containers: str, stopped: list[str], machine: Path, tmp_path: Path
+) -> None:
+    path = docker(tmp_path / "bin", containers)
+    done = run("job-completed.sh", RECIPES_SYSFS_ROOT=str(machine), PATH=path)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "bin/calls").read_text().splitlines()
+    assert calls == ["info", "ps --all --quiet --filter label=training-recipes.run", *stopped]
+
+
+def test_a_board_that_is_still_held_after_a_job_is_said(machine: Path, tmp_path: Path) -> None:
+    (machine / "proc/driver/tenstorrent/0/pids").write_text("99\n")
+    done = run("job-completed.sh", RECIPES_SYSFS_ROOT=str(machine), PATH=docker(tmp_path / "bin", ""))
+    assert (done.returncode, "node 0 by the processes 99" in done.stderr) == (4, True)
+
+
+# --- one job ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_starts_one_runner_and_is_gone(tmp_path: Path) -> None:
+    program, state = tmp_path / "program", tmp_path / "state"
+    for folder in (program, state / "jit", state / "work"):
+        folder.mkdir(parents=True)
+    seen = tmp_path / "seen"
+    (program / "run.sh").write_text(f'#!/bin/sh\necho "$ACTIONS_RUNNER_INPUT_JITCONFIG $# $PWD" >{seen}; touch left\n')
+    (program / "run.sh").chmod(0o755)
+    given = {"RECIPES_RUNNER_PROGRAM": str(program), "RECIPES_RUNNER_STATE": str(state)}
+    (state / "jit/n300").write_text("once")
+    assert run("run-once.sh", "n300", **given).returncode == 0
+    config, arguments, home = seen.read_text().split()
+    assert (config, arguments) == ("once", "0"), "in the environment, not on the command line"
+    assert Path(home).parent == state / "work"
+    assert {*state.rglob("*")} == {state / "jit", state / "work"}, "neither the configuration nor the job's files"
+    assert not (program / "left").exists()
+    (state / "quarantine").write_text("board: n300\n")
+    (state / "jit/n300").write_text("again")
+    assert run("run-once.sh", "n300", **given).returncode == 4
+    assert (state / "jit/n300").exists()
+
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tarball(tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "runner.tgz"
+    (tmp_path / "run.sh").write_text("#!/bin/sh\n")
+    with tarfile.open(path, "w:gz") as file:
+        file.add(tmp_path / "run.sh", "run.sh")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"RUNNER_TARBALL": str(path), "RUNNER_VERSION": "2.0.0", "RUNNER_SHA256": sha256, "RUNNER_REPOSITORY": "o/r"}
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_set_up_asks_first_then_sets_up_once(tmp_path: Path, tarball: dict[str, str]) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    asked = run("setup.sh", "--check", "n300", DESTDIR=str(place))
+    assert (asked.returncode, files(place)) == (4, {}), "a look changes nothing"
+    done = run("setup.sh", "n300", "n150", DESTDIR=str(place), **tarball)
+    assert done.returncode == 0, done.stderr
+    for name in ("job-started.sh", "job-completed.sh", "run-once.sh"):
+        assert (place / "usr/local/lib/recipes-runner" / name).read_text() == (RUNNER / name).read_text()
+    assert (place / "etc/recipes-runner.env").read_text() == f"RECIPES_RUNNER_WORKFLOW={OURS}\n"
+    assert (place / "opt/recipes-runner/current/run.sh").is_file()
+    assert "enable --now recipes-runner@n150.path" in done.stdout
+    assert (place / "var/lib/recipes-runner").stat().st_mode & 0o7777 == 0o1770
+    before = files(place)
+    again = run("setup.sh", "n300", DESTDIR=str(place))
+    assert (again.returncode, again.stdout.splitlines()[-1], files(place)) == (0, "nothing to do", before)
+    assert run("setup.sh", "--check", "n300", DESTDIR=str(place)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "says"),
+    [
+        ({"RUNNER_SHA256": "0" * 64}, 4, "is not what was named"),
+        ({"RUNNER_SHA256": ""}, 4, "RUNNER_SHA256= the hash"),
+        ({"RUNNER_VERSION": "latest"}, 4, "RUNNER_VERSION= the version"),
+        ({"RUNNER_TARBALL": ""}, 4, "none is fetched by itself"),
+        ({"RUNNER_REPOSITORY": ""}, 4, "whose hardware.yml"),
+        ({"RUNNER_REPOSITORY": "o/r/../x"}, 4, "no owner/name"),
+    ],
+)
+def test_set_up_touches_nothing_before_it_has_all(
+    changed: dict[str, str], code: int, says: str, tmp_path: Path, tarball: dict[str, str]
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    done = run("setup.sh", "n300", DESTDIR=str(place), **tarball | changed)
+    assert (done.returncode, says in done.stderr, files(place)) == (code, True, {}), done.stderr
+
+
+@pytest.mark.parametrize("board", ["n30", "cpu", "n300; id", ""])
+def test_set_up_is_for_boards_of_the_table(board: str, tmp_path: Path) -> None:
+    assert run("setup.sh", "--check", board, DESTDIR=str(tmp_path)).returncode == 2
+
+
+def test_the_units_and_the_set_up_name_the_same_paths() -> None:
+    units = "".join(path.read_text() for path in RUNNER.glob("recipes-*"))
+    setup = (RUNNER / "setup.sh").read_text()
+    assert "ConditionPathExists=!/var/lib/recipes-runner/quarantine" in units
+    for path in ("/var/lib/recipes-runner/jit", "/usr/local/lib/recipes-runner", "/etc/recipes-runner.env"):
+        assert path in units
+        assert path in setup
