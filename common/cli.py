@@ -161,6 +161,25 @@ def run(
         return torchrun.train(launch, hosts, lambda: load_script(recipe_dir / "train.py").train(launch), click.echo)
 
 
+@recipe.command()
+@click.argument("name")
+@click.option("--from", "parent", required=True, metavar="RECIPE", help="The recipe to copy.")
+@click.option("--data", type=click.Path(path_type=Path), help="Your rows or text; without: the recipe's own stay.")
+@click.option(
+    "--map", "pairs", metavar="NAME=COLUMN", multiple=True, help="Column of prompt, response, ...; repeatable."
+)
+@click.option("--format", "format_", default="auto", show_default=True, help="Of the data, as `data convert` takes it.")
+def new(name: str, parent: str, data: Path | None, pairs: tuple[str, ...], format_: str) -> None:
+    """Make a recipe for your own data: the folder recipes/NAME, checked before it is there. Downloads nothing."""
+    from common.data.cli import parse_map
+    from common.ops.scaffold import Own
+    from common.ops.scaffold import new as make
+
+    if data is None and (pairs or format_ != "auto"):
+        raise UsageError("--map and --format say how to read data of your own", todo="add --data FILE")
+    make(name, parent, None if data is None else Own(data, parse_map(pairs), format_), click.echo)
+
+
 @recipe.group()
 def config() -> None:
     """Look at a recipe's config."""

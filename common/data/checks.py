@@ -203,17 +203,41 @@ def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]
     "A primitive operator for similarity joins in data cleaning", ICDE 2006), so few pairs are compared.
     """
     our_words, their_words = [words(text) for text, _ in ours], [words(text) for text, _ in theirs]
-    frequency = Counter(word for part in (*our_words, *their_words) for word in part)
-    index: dict[str, list[int]] = defaultdict(list)
-    for at, part in enumerate(their_words):
-        for word in rarest(part, frequency):
-            index[word].append(at)
-    for (text, where), part in zip(ours, our_words, strict=True):
-        candidates = sorted({at for word in rarest(part, frequency) for at in index[word]})
+    for (text, where), part, candidates in zip(ours, our_words, sharing(our_words, their_words), strict=True):
         for at in candidates:
             if overlap(part, their_words[at]) >= NEAR and canonical(theirs[at][0]) != canonical(text):
                 yield f"{where} ~ {theirs[at][1]}"
                 break
+
+
+def sharing(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) -> Iterator[list[int]]:
+    """For each of ours, those of theirs (by index) that it shares a rarest word with: all that can be near it."""
+    frequency = Counter(word for part in (*ours, *theirs) for word in part)
+    index: dict[str, list[int]] = defaultdict(list)
+    for at, part in enumerate(theirs):
+        for word in rarest(part, frequency):
+            index[word].append(at)
+    for part in ours:
+        yield sorted({at for word in rarest(part, frequency) for at in index[word]})
+
+
+def alike(texts: Sequence[str]) -> list[int]:
+    """For each text, the index of the first one that it is the same as or near to, over any chain of near ones."""
+    found, parts = list(range(len(texts))), [words(text) for text in texts]
+    same: dict[str, int] = {}
+
+    def first(at: int) -> int:
+        while found[at] != at:
+            found[at] = at = found[found[at]]
+        return at
+
+    for at, candidates in enumerate(sharing(parts, parts)):
+        twin = same.setdefault(canonical(texts[at]), at)
+        for other in [twin, *candidates]:
+            if other < at and first(other) != first(at) and (other == twin or overlap(parts[at], parts[other]) >= NEAR):
+                high, low = sorted((first(other), first(at)), reverse=True)
+                found[high] = low
+    return [first(at) for at in range(len(texts))]
 
 
 def words(text: str) -> frozenset[str]:

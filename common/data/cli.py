@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from common.data.tokens import Batch, TokenDataset
 
 CARDS = ("README.md", "DATASET_CARD.md", "LICENSE", "LICENSE.md")
+STUB = "TO FILL IN"  # a licence line with these words in it names none yet
 LICENCE_LINE = re.compile(r"\W*(?:data )?licen[cs]e\b", re.IGNORECASE)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -347,7 +348,7 @@ def licence_of(folders: Sequence[Path]) -> str | None:
         if card.stem == "LICENSE":
             return card.name
         lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-        named = next((line for line in lines if LICENCE_LINE.match(line)), None)
+        named = next((line for line in lines if LICENCE_LINE.match(line) and STUB not in line), None)
         if named is not None:
             return named
     return None

@@ -119,7 +119,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as JSONL to a new file. Raises FileExistsError rather than overwrite."""
     with path.open("x", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            file.write(json.dumps(row.record(), ensure_ascii=False) + "\n")
+            file.write(json.dumps(row.record(), ensure_ascii=False, default=str) + "\n")
 
 
 def refuse(problems: Sequence[Problem], path: Path | str) -> None:

@@ -1,6 +1,6 @@
-"""The recipe's data: a corpus of plain text, whole plays of it held out. It knows nothing of devices.
+"""The recipe's data: a corpus of plain text, whole texts of it held out (the end, of a single one).
 
-To fork: name your text file or folder with data_config.corpus; nothing here needs to change.
+`recipe new` makes a recipe for another text; data_config.corpus names it, and nothing here needs to change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from common.data.rows import evaluation_prompts
 
 
 def documents(config: Config, recipe_dir: Path) -> dict[str, list[Document]]:
-    """Training and held-out texts. A play is on one side whole, so that no held-out scene was half seen."""
+    """Training and held-out texts. Each of several is on one side whole, so that none was half seen."""
     assert config.data.corpus is not None
     return split_documents(read_corpus(config.data.corpus, recipe_dir), config.data.held_out_share)
 

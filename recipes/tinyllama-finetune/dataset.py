@@ -1,6 +1,6 @@
-"""The recipe's data: rows that explain machine learning in a trickster's voice, and prompts on topics of their own.
+"""The recipe's data: rows to train on and to hold out, and prompts of their own.
 
-To fork: put your rows into data/ (or name them with data_config.source), and your prompts beside them.
+`recipe new` makes a recipe for other rows; this file stays as it is, unless yours have to be made or chosen by code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from common.data.rows import Row, evaluation_prompts, split_held_out
 
 
 def splits(config: Config, recipe_dir: Path) -> dict[str, list[Row]]:
-    """Training and held-out rows. Whole topics are held out, so that no held-out question was half seen."""
+    """Training and held-out rows. Whole groups are held out, by `split_by`, so that no question was half seen."""
     rows = read_source(config.data, recipe_dir)
     return split_held_out(rows, config.data.held_out_share, by=config.data.split_by)
 

@@ -1,0 +1,313 @@
+"""`recipe new`: a recipe for other data, made from one that is there. Green at birth, or not there at all.
+
+The fork is put together in a folder beside recipes/, checked as every recipe is, and renamed into place; whatever goes
+wrong before leaves nothing behind. Nothing is downloaded and nothing is overwritten. No list names recipes: a folder of
+recipes/ with a config.yaml is one, for make, for CI and for the gallery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import config as configs
+from common import hardware, recipes
+from common.config import Config
+from common.data import checks, corpora
+from common.data.build import Builder
+from common.data.cli import LICENCE_LINE, licence_of
+from common.errors import DataError, UsageError
+from common.ops import results, scaffold_corpus, scaffold_pages, scaffold_rows
+from common.ops.scaffold_pages import Facts
+from common.ops.scaffold_yaml import Setting, YamlFile
+from common.yaml_layers import shown
+
+Say = Callable[[str], None]
+NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
+LONGEST_NAME = 50
+LEFT_BEHIND = ("README.md", results.FILE, results.FOLDER, "__pycache__", ".*")  # the parent's own words and figures
+# What the data decides. A layer over config.yaml loses these keys, so that it cannot undo what the fork sets there.
+OF_THE_DATA = (
+    *(f"data_config.{key}" for key in ("source", "corpus", "format", "map", "revision", "control")),
+    *(f"data_config.{key}" for key in ("split_by", "held_out_share")),
+    "eval_config.prompts",
+)
+OF_THE_ROWS = ("data_config.max_length", "eval_config.max_new_tokens", "eval_config.max_rows")
+STOPS = ("training_config.max_steps", "training_config.num_epochs")
+
+
+@dataclass(frozen=True)
+class Own:
+    """The user's data, as it was named on the command line."""
+
+    path: Path
+    mapping: Mapping[str, str]
+    format: str
+
+
+def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
+    """Make recipes/`name` from the recipe `parent`; return its folder.
+
+    `own` is a file of rows in any format that `recipe data convert` takes, or, for a recipe that trains on plain text,
+    a text file or a folder of them; None keeps the parent's data, for a change of the loop. Raises UsageError for the
+    names and options, DataError for the data; then nothing was written.
+    """
+    target = refuse_name(name)
+    source = recipes.find_recipe(parent)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent.parent) as scratch:
+        made = Path(scratch) / name
+        shutil.copytree(source, made, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        scaffold_pages.rename(made, source.name, name)
+        facts = fork(made, source, own, say) if own else copied(made, source)
+        write_pages(made, facts)
+        check(made, source, say)
+        refuse_existing(target)
+        made.rename(target)
+    for line in farewell(target, own is not None):
+        say(line)
+    return target
+
+
+def refuse_name(name: str) -> Path:
+    """The folder that a recipe of this name will be in. Raises UsageError."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise UsageError(
+            f"{name!r} cannot be the name of a recipe",
+            todo="lower-case letters, digits and single hyphens between them, a letter first, at most "
+            f"{LONGEST_NAME} characters: support-tickets",
+        )
+    target = recipes.RECIPES / name
+    refuse_existing(target)
+    return target
+
+
+def refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise UsageError(
+            f"there is a {target.name} already, and nothing is overwritten",
+            where=shown(target),
+            todo="choose another name, or move that one away",
+        )
+
+
+def write_pages(made: Path, facts: Facts) -> None:
+    """README.md, results.yaml, the head of config.yaml, and the card of the user's own data."""
+    config = YamlFile(made / "config.yaml")
+    config.replace_head(scaffold_pages.head(facts))
+    config.write()
+    pages = {results.FILE: scaffold_pages.empty_results(facts.name)}
+    pages["README.md"] = scaffold_pages.readme(facts, configs.load(made, hardware.get("cpu")), some_config(made))
+    if facts.data:
+        pages["data/README.md"] = scaffold_pages.data_card(facts)
+    for path, text in pages.items():
+        (made / path).write_text(text, encoding="utf-8")
+
+
+def some_config(recipe: Path) -> Config:
+    """The recipe's config on the first card that it fits, else on the CPU. Raises UsageError where it fits nothing."""
+    for board in hardware.table().values():
+        try:
+            if not board.is_cpu:
+                return configs.load(recipe, board)
+        except UsageError:
+            continue
+    return configs.load(recipe, hardware.get("cpu"))
+
+
+def config_of(layer: Path) -> Config:
+    """The config that a layer is the last word in: the CPU's for hw/cpu.yaml, a board's for config.yaml."""
+    return configs.load(layer.parents[1], hardware.get("cpu")) if layer.stem == "cpu" else some_config(layer.parent)
+
+
+def recipes_of(kind: str) -> str:
+    """The recipes that train on `rows`, or on `text`, for a message."""
+    folders = sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
+    return " or ".join(path.name for path in folders if (some_config(path).data.corpus is not None) == (kind == "text"))
+
+
+# --- the three kinds of fork ----------------------------------------------------------------------------------------
+
+
+def copied(made: Path, source: Path) -> Facts:
+    """A copy with the parent's data: its loop is to be changed."""
+    first = (source / "config.yaml").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    named = licence_of([source / "data", source])
+    if named and not LICENCE_LINE.match(named):  # a file of its own
+        named = f"License: see `{named}`."
+    split = [f"As in [`{source.name}`](../{source.name})."]
+    return Facts(
+        name=made.name,
+        parent=source.name,
+        what=f"{first} (a copy of {source.name})",
+        split=split,
+        licence=named or "",
+    )
+
+
+def fork(made: Path, source: Path, own: Own, say: Say) -> Facts:
+    """Put the user's data in the place of the parent's, and set what hangs on it."""
+    parent = some_config(source)
+    forget(made, parent)
+    if parent.data.corpus is None:
+        return fork_rows(made, source, own, say)
+    if own.mapping or own.format not in ("auto", "text"):
+        raise UsageError(
+            f"{source.name} trains on plain text, which has neither columns nor formats",
+            where="--map" if own.mapping else f"--format {own.format}",
+            todo=f"leave it out, or fork a recipe that trains on rows: --from {recipes_of('rows')}",
+        )
+    return fork_corpus(made, source, own.path, say)
+
+
+def forget(made: Path, parent: Config) -> None:
+    """Take the parent's data out of the copy, and what was set for it out of every layer."""
+    shutil.rmtree(made / "data", ignore_errors=True)
+    for name in (parent.data.source, parent.data.corpus, parent.eval.prompts):
+        if isinstance(name, str) and (made / name).is_file():
+            (made / name).unlink()
+    of_rows = OF_THE_ROWS if parent.data.corpus is None else ()
+    for path in [*made.glob("presets/*.yaml"), *made.glob("hw/*.yaml")]:
+        layer = YamlFile(path)
+        for key in (*OF_THE_DATA, *of_rows):
+            layer.remove(key)
+        layer.write()
+    config = YamlFile(made / "config.yaml")
+    for key in ("format", "map", "revision", "control"):
+        config.remove(f"data_config.{key}")
+    config.write()
+
+
+def apply(layer: Path, settings: Sequence[Setting], say: Say) -> None:
+    """Write settings into a layer, and say each with its reason."""
+    edited = YamlFile(layer)
+    if settings:
+        say(f"in {'/'.join(layer.parts[-1 - (layer.parent.name == 'hw') :])}:")
+    for setting in settings:
+        if setting.key in STOPS:
+            edited.remove(next(key for key in STOPS if key != setting.key))
+        edited.set(setting)
+        say(f"  {setting}")
+    edited.write()
+
+
+def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
+    """The fork of a recipe that trains on rows."""
+    board, cpu = some_config(source), configs.load(source, hardware.get("cpu"))
+    try:
+        rows, kind = scaffold_rows.read(own.path, own.format, own.mapping)
+    except scaffold_rows.Unmarked as error:
+        raise DataError(
+            error.what,
+            where=error.where,
+            todo=f"{error.todo}; or train on it as plain text: --from {recipes_of('text')}",
+        ) from error
+    sizes = scaffold_rows.lengths(rows, (board, cpu), source)
+    scaffold_rows.refuse_longer_than_context(rows, sizes, str(own.path))
+    batch = max(board.effective_batch, cpu.effective_batch)
+    found = scaffold_rows.share(rows, batch, scaffold_rows.can_be_asked(sizes), str(own.path))
+    scaffold_rows.write(made, found)
+    counts = f"{found.train} to train on, {found.held_out} held out, {len(found.asked)} asked at every evaluation"
+    say(f"{made.name}: {source.name} with {len(rows)} rows of {own.path} ({kind}): {counts}")
+    for line in scaffold_rows.described(found, sizes):
+        say(line)
+    settings = scaffold_rows.settings(found, sizes)
+    apply(made / "config.yaml", settings + scaffold_rows.schedule(found.train, board.effective_batch), say)
+    if (made / "hw/cpu.yaml").is_file():
+        steps = scaffold_rows.schedule(found.train, cpu.effective_batch, scaffold_rows.CPU_STEPS)
+        apply(made / "hw/cpu.yaml", steps, say)
+    return Facts(
+        name=made.name,
+        parent=source.name,
+        what=f"Fine-tune an instruction model on {own.path.name}: {len(rows)} rows.",
+        split=scaffold_rows.points(found),
+        data=own.path.name,
+        sha256=hashlib.sha256(own.path.read_bytes()).hexdigest(),
+        prompt=found.asked[0].prompt,
+    )
+
+
+def fork_corpus(made: Path, source: Path, data: Path, say: Say) -> Facts:
+    """The fork of a recipe that trains on plain text."""
+    if data.suffix.lower() in scaffold_corpus.ROW_SUFFIXES:
+        raise DataError(
+            f"{data.name} looks like rows, and {source.name} trains on plain text",
+            where=str(data),
+            todo=f"fork a recipe that trains on rows: --from {recipes_of('rows')}",
+        )
+    text = scaffold_corpus.copy(data, made)
+    prompts = scaffold_corpus.beginnings(text)
+    scaffold_corpus.write_prompts(made, prompts)
+    say(f"{made.name}: {source.name} with {data}: {text}")
+    apply(
+        made / "config.yaml",
+        [
+            Setting("data_config.corpus", text.name, str(text)),
+            text.held_out_share,
+            Setting("eval_config.prompts", scaffold_corpus.PROMPTS, "beginnings of held-out lines"),
+        ],
+        say,
+    )
+    for layer in (made / "config.yaml", made / "hw/cpu.yaml"):
+        if layer.is_file():
+            apply(layer, scaffold_corpus.vocabulary_settings(text, config_of(layer), made), say)
+            apply(layer, scaffold_corpus.schedule(text, config_of(layer), str(data)), say)
+    for line in scaffold_corpus.warnings(made):
+        say(line)
+    return Facts(
+        name=made.name,
+        parent=source.name,
+        what=f"Train a transformer from random weights on {data.name}: {text.characters():,} characters.",
+        split=scaffold_corpus.points(text, len(prompts)),
+        data=data.name,
+        sha256=corpora.text_sha256([part for split in text.splits.values() for part in split]),
+        prompt=prompts[0],
+    )
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def check(made: Path, source: Path, say: Say) -> None:
+    """The fork on every board that its parent fits, and its rows by the checks of `recipe data check`.
+
+    Raises UsageError or DataError for what is wrong; warnings are said.
+    """
+    results.load(made)
+    for board in hardware.table().values():
+        try:
+            configs.load(source, board)
+        except UsageError:
+            continue
+        configs.load(made, board)
+    config = configs.load(made, hardware.get("cpu"))
+    builder = Builder(config, made)
+    if config.data.corpus is not None:
+        builder.documents()
+        builder.prompts()
+        return
+    tokenizer = scaffold_rows.tokenizer_here(config, made)
+    cards = [made / "data", made]
+    report = checks.check(builder.splits(), builder.prompts(), tokenizer, config, licence=licence_of(cards))
+    for line in report.lines():
+        say(line)
+    if report.errors:
+        raise DataError("the data check failed; nothing was written", todo="correct the rows listed above")
+
+
+def farewell(target: Path, own_data: bool) -> list[str]:
+    """Where the fork is, what a person has to write, and the next commands."""
+    pages = ["data/README.md: whose data it is, and its licence", "README.md: what it is for"]
+    return [
+        f"written: {shown(target)}",
+        *(f"to fill in: {shown(target)}/{page}" for page in pages[0 if own_data else 1 :]),
+        "next:",
+        f"  .venv/bin/recipe data check {target.name}",
+        f"  make recipe NAME={target.name} HW=cpu STEPS=5",
+        "  make docs",
+    ]

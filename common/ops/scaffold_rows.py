@@ -1,0 +1,415 @@
+"""A fork's rows: read from any format, split without leaks, and what their number and lengths make of the config.
+
+Nothing is downloaded. Where a base's tokenizer is not on this machine, lengths are counted with the other base's, or
+reckoned from characters, and that is said; `max_length` is left to the build, which counts, wherever that is no waste.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import models
+from common.config import Config
+from common.data import checks, convert
+from common.data.order import steps_for
+from common.data.rows import Problem, Row, collect, group_hash, plain, refuse, write_rows
+from common.data.text import ChatTokenizer
+from common.data.tokens import TILE, Encoded, round_up
+from common.errors import DataError
+from common.ops.plan import CHARACTERS_A_TOKEN
+from common.ops.scaffold_yaml import Setting
+
+SOURCE, PROMPTS = "data/rows.jsonl", "data/prompts.jsonl"
+HELD_OUT = (8, 500)  # rows: the standard error of a mean over 8 is 0.35 of the rows' spread, over 500 it is 0.04
+EVALUATED = 256  # held-out rows that an evaluation reads
+ASKED = ((0, 4), (200, 8), (1_000, 12))  # evaluation prompts, from so many rows on
+FEW_ROWS = 800  # with fewer, more passes: as many rows are seen as three passes over some 270
+EPOCHS = (3, 10)
+CPU_STEPS = 300  # at 2.4 seconds a step (README.md, "Speed") a CPU needs 12 minutes for them
+GROUP_COLUMNS = ("topic", "category", "subject", "theme", "product", "section", "chapter", "document")
+GROUPS, LARGEST_GROUP = 10, 0.2  # a column splits rows if it has so many values, none with more than this share
+TURN = 8  # tokens that a chat template puts around a message, where they cannot be counted
+WASTE = 2.0  # rows are cut where the longest makes a batch this many times wider than 98 of 100 need
+ANSWER = (32, 256)  # tokens of an answer to an evaluation prompt
+OPTION = "--map prompt=COLUMN --map response=COLUMN, or MAP='prompt=COLUMN response=COLUMN' with make"
+
+
+class Unmarked(DataError):
+    """Prose, where rows were expected."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each row and of its answer, who counted them, and the context that they must fit."""
+
+    rows: Sequence[int]
+    answers: Sequence[int]
+    evidence: str
+    context: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """Who gets which rows: `rows` is the file (trained on or held out, by `split_by` and `held_out_share`)."""
+
+    rows: Sequence[Row]
+    asked: Sequence[Row]
+    held_out: int
+    split_by: Setting
+    held_out_share: Setting
+
+    @property
+    def train(self) -> int:
+        return len(self.rows) - self.held_out
+
+
+def read(data: Path, format: str, mapping: Mapping[str, str]) -> tuple[list[Row], str]:
+    """The rows of a file and its format. Raises DataError: what cannot be used, by line, or the columns there are."""
+    name = convert.guess_format(data, format)
+    if name == "text" and not marked(data):
+        raise Unmarked(
+            "nothing says what is a question and what an answer",
+            where=str(data),
+            todo="start each question with a line 'Q: ...' and its answer with 'A: ...'",
+        )
+    records = list(convert.records(data, name, None, None, "train"))
+    rows, problems = collect(records, mapping)
+    reasons = {problem.reason for problem in problems}
+    if not rows and len(reasons) == 1 and len(problems) > 1:
+        raise DataError(
+            f"no row can be used, all {len(problems)} for one reason: {reasons.pop()}",
+            where=str(data),
+            todo=likely_mapping([record for _, record in records if not isinstance(record, Problem)]),
+        )
+    refuse(problems, str(data))
+    if not rows:
+        raise DataError("no row in this file", where=str(data), todo='README.md, "Your own data", says what a row is')
+    return rows, name
+
+
+def marked(data: Path) -> bool:
+    """Whether a text marks its questions; an empty one does not say that it is prose."""
+    lines = convert.decoded(data).splitlines()
+    return not any(line.strip() for line in lines) or any(convert.QUESTION.match(line) for line in lines)
+
+
+def likely_mapping(records: Sequence[Mapping[str, object]]) -> str:
+    """How to name the columns: the two with the longest texts, in their order."""
+    sizes = {
+        name: statistics.fmean(len(str(record.get(name) or "")) for record in records)
+        for name in (records[0] if records else ())
+        if any(isinstance(record.get(name), str) for record in records)
+    }
+    longest = sorted(sizes, key=lambda name: -sizes[name])[:2]
+    if len(longest) < 2:
+        return f"name the columns: {OPTION}"
+    prompt, response = (name for name in sizes if name in longest)
+    words = [f"prompt={prompt}", f"response={response}"]
+    typed = " ".join(f"--map {shlex.quote(word)}" for word in words)
+    return f"perhaps {typed}" + ("" if " " in prompt + response else f" (make: MAP='{' '.join(words)}')")
+
+
+# --- who gets which rows --------------------------------------------------------------------------------------------
+
+
+def share(rows: Sequence[Row], batch: int, fits: Sequence[bool], where: str) -> Share:
+    """Split `rows` by whole groups; the prompts that are asked at every evaluation come from the held-out side.
+
+    `batch` is the largest effective batch, which the training rows must fill; `fits` says which rows' prompts may be
+    asked. Raises DataError where there are too few rows.
+    """
+    kin = checks.alike([row.prompt for row in rows])
+    wanted, asked = held_out_rows(len(rows)), asked_rows(len(rows))
+    different = len(set(kin))
+    if different < batch + wanted + asked:
+        repeated = f" ({len(rows)} rows, but many ask the same or nearly the same)" if different < len(rows) else ""
+        raise DataError(
+            f"too few rows: {different} different prompts{repeated}, {batch + wanted + asked} are needed",
+            where=where,
+            todo=f"write more: {batch} to train on, one effective batch (which 1 to {batch} devices share), {wanted} "
+            f"held out (fewer say nothing) and {asked} to be asked at every evaluation",
+        )
+    rows, key, why = grouped(rows, kin)
+    names = [str(row.extra[key]) if key else plain(row.prompt) for row in rows]
+    held, threshold = held_groups(names, wanted + asked)
+    alone = Counter(kin)
+    candidates = [at for at, name in enumerate(names) if name in held]
+    candidates.sort(key=lambda at: (not fits[at], alone[kin[at]] > 1, group_hash(rows[at].prompt)))
+    chosen = set(candidates[:asked])
+    kept = [row for at, row in enumerate(rows) if at not in chosen]
+    held_out = len(candidates) - len(chosen)
+    if len(kept) - held_out < batch:
+        raise DataError(
+            f"too few rows: {len(kept) - held_out} are left to train on beside whole groups, {batch} are needed",
+            where=where,
+            todo="write more rows, of more kinds",
+        )
+    return Share(
+        rows=kept,
+        asked=[rows[at] for at in sorted(chosen)],
+        held_out=held_out,
+        split_by=Setting("data_config.split_by", key, why),
+        held_out_share=Setting(
+            "data_config.held_out_share",
+            threshold,
+            f"a hash of the {key or 'prompt'} puts {held_out} of the {len(kept)} rows below it",
+        ),
+    )
+
+
+def held_out_rows(rows: int) -> int:
+    """A tenth of the rows, within what is enough."""
+    least, most = HELD_OUT
+    return min(max(least, round(rows / 10)), most)
+
+
+def asked_rows(rows: int) -> int:
+    return next(count for least, count in reversed(ASKED) if rows >= least)
+
+
+def grouped(rows: Sequence[Row], kin: Sequence[int]) -> tuple[Sequence[Row], str | None, str]:
+    """The rows, the key whose values are held out whole (None: the prompt), and why. `kin` are near prompts' groups.
+
+    Where near prompts are not told apart by a column that the rows bring, they get one that holds them together.
+    """
+    for column in GROUP_COLUMNS:
+        values = [str(row.extra.get(column) or "").strip() for row in rows]
+        sizes = Counter(values)
+        if (
+            all(values)
+            and GROUPS <= len(sizes) <= len(rows) / 2
+            and max(sizes.values()) <= LARGEST_GROUP * len(rows)
+            and len(set(zip(kin, values, strict=True))) == len(set(kin))
+        ):
+            return rows, column, f"a column of the data: each of its {len(sizes)} values is on one side whole"
+    if len({(group, plain(row.prompt)) for group, row in zip(kin, rows, strict=True)}) == len(set(kin)):
+        return rows, None, "by the prompt itself: no two of them are nearly the same"
+    column = next(name for name in ("group", "split_group", "fork_group") if not any(name in row.extra for row in rows))
+    near = sum(1 for count in Counter(kin).values() if count > 1)
+    marked = [
+        replace(row, extra={**row.extra, column: checks.canonical(rows[group].prompt)})
+        for row, group in zip(rows, kin, strict=True)
+    ]
+    return marked, column, f"written into the rows: it keeps {near} groups of nearly the same prompts on one side"
+
+
+def held_groups(names: Sequence[str], wanted: int) -> tuple[set[str], float]:
+    """The groups with the smallest hashes that hold `wanted` rows together, and a share that means just those."""
+    sizes, held, count = Counter(names), set[str](), 0
+    order = sorted(sizes, key=group_hash)
+    for name in order:
+        if count >= wanted:
+            break
+        held.add(name)
+        count += sizes[name]
+    last = group_hash(order[len(held) - 1])
+    following = group_hash(order[len(held)]) if len(held) < len(order) else 1.0
+    digits = next(n for n in range(3, 15) if last < math.ceil(last * 10**n) / 10**n <= following)
+    return held, math.ceil(last * 10**digits) / 10**digits
+
+
+# --- lengths --------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_here(config: Config, recipe: Path) -> ChatTokenizer | None:
+    """The tokenizer of a config's base if it is on this machine."""
+    base = config.model.base or ""
+    entry = models.locked().get(base)
+    folders = [models.folder_of(base, entry)] if entry else [Path(base).expanduser(), recipe / base]
+    found = next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+    return ChatTokenizer.load(found) if found else None
+
+
+def context_of(config: Config, recipe: Path) -> int:
+    """Positions of a config's base."""
+    base = config.model.base or ""
+    entry = models.locked().get(base)
+    architecture = entry["architecture"] if entry else models.resolve(base, recipe_dir=recipe).architecture
+    return int(architecture["max_position_embeddings"])
+
+
+def lengths(rows: Sequence[Row], configs: Sequence[Config], recipe: Path) -> Lengths:
+    """Tokens by the tokenizers of these configs that are here, the larger count of each row, else by characters.
+
+    Raises DataError with what the data check finds: rows that hold keys, or markers of the chat template.
+    """
+    context = min(context_of(config, recipe) for config in configs)
+    bases = {config.model.base: config for config in configs}
+    here = {base: found for base, config in bases.items() if (found := tokenizer_here(config, recipe))}
+    for tokenizer in here.values() or [None]:
+        refuse_findings(rows, tokenizer)
+    if not here:
+        texts = [[len(turn.content.encode()) for turn in row.messages] for row in rows]
+        return Lengths(
+            rows=[sum(math.ceil(size / CHARACTERS_A_TOKEN) + TURN for size in turns) for turns in texts],
+            answers=[math.ceil(turns[-1] / CHARACTERS_A_TOKEN) for turns in texts],
+            evidence=f"estimated at {CHARACTERS_A_TOKEN} bytes a token: no base's tokenizer is on this machine",
+            context=context,
+        )
+    counted = [
+        [tokenizer.encode_row(row, system=bases[base].data.system_prompt) for base, tokenizer in here.items()]
+        for row in rows
+    ]
+    absent = [str(base) for base in bases if base not in here]
+    rest = f"; {' and '.join(absent)}, not on this machine, counts a little otherwise" if absent else ""
+    return Lengths(
+        rows=[max(len(encoded.ids) for encoded in each) for each in counted],
+        answers=[max(supervised(encoded) for encoded in each) for each in counted],
+        evidence=f"counted with the tokenizer of {' and '.join(map(str, here))}{rest}",
+        context=context,
+    )
+
+
+def supervised(encoded: Encoded) -> int:
+    return int(encoded.mask.sum())
+
+
+def refuse_findings(rows: Sequence[Row], tokenizer: ChatTokenizer | None) -> None:
+    """Raise DataError with every error that the data check finds: keys and tokens, markers of the chat template."""
+    report = checks.check({"train": rows}, tokenizer=tokenizer)
+    if report.errors:
+        lines = [line for finding in report.errors for line in finding.lines()]
+        raise DataError("\n".join(["the data check failed:", *lines]), todo="correct these rows, then run it again")
+
+
+def refuse_longer_than_context(rows: Sequence[Row], found: Lengths, where: str) -> None:
+    """Raise DataError that lists the rows with more tokens than the model has positions for."""
+    long = [
+        Problem(row.where, f"{size} tokens")
+        for row, size in zip(rows, found.rows, strict=True)
+        if size - 1 > found.context // TILE * TILE
+    ]
+    if long:
+        places = "\n".join(f"  {problem}" for problem in long[: checks.SHOWN])
+        more = f"\n  and {len(long) - checks.SHOWN} more" if len(long) > checks.SHOWN else ""
+        raise DataError(
+            f"{len(long)} rows are longer than the {found.context} positions of the model:\n{places}{more}",
+            where=f"{where}, {found.evidence}",
+            todo="shorten or split them: what is cut away cannot be learned",
+        )
+
+
+# --- what they make of the config -----------------------------------------------------------------------------------
+
+
+def can_be_asked(sizes: Lengths) -> list[bool]:
+    """Which rows' prompts leave room in the model for the longest answer."""
+    return [size + ANSWER[1] <= sizes.context for size in sizes.rows]
+
+
+def described(found: Share, sizes: Lengths) -> list[str]:
+    """Lengths and kept columns, for the screen."""
+    middle, high = (percentile(sizes.rows, part) for part in (0.5, 0.95))
+    lines = [f"tokens a row: p50 {middle}, p95 {high}, longest {max(sizes.rows)} ({sizes.evidence})"]
+    kept = sorted({key for row in found.rows for key in row.extra} - {found.split_by.value})
+    if kept:
+        lines.append(f"kept beside prompt and response, not trained on, part of the recipe: {', '.join(kept)}")
+    return lines
+
+
+def points(found: Share) -> list[str]:
+    """The files, for the pages."""
+    kept = f"{found.held_out} of them are held out, chosen by a hash, so that adding a row moves no other"
+    asked = "asked before training, on the way and at the end; `response` is what was written for them"
+    return [
+        f"`{SOURCE}`: {len(found.rows)} rows; {kept}.",
+        f"`{PROMPTS}`: {len(found.asked)} rows set aside, {asked}.",
+    ]
+
+
+def settings(found: Share, sizes: Lengths) -> list[Setting]:
+    """What the data sets on every board: where it is, how it is split, how long it is, what is asked."""
+    answer = round_up_to(percentile(sizes.answers, 0.95), 16)
+    least, most = ANSWER
+    values = [
+        Setting("data_config.source", SOURCE, f"{found.train} rows to train on, {found.held_out} held out"),
+        found.split_by,
+        found.held_out_share,
+        max_length(sizes),
+        Setting("eval_config.prompts", PROMPTS, f"{len(found.asked)} rows set aside: never trained on, never scored"),
+        Setting(
+            "eval_config.max_new_tokens",
+            min(max(least, answer), most),
+            f"95 of 100 answers end within {percentile(sizes.answers, 0.95)} tokens",
+        ),
+    ]
+    if found.held_out > EVALUATED:
+        values.append(Setting("eval_config.max_rows", EVALUATED, f"of {found.held_out} held out, evenly spread"))
+    return values
+
+
+def max_length(sizes: Lengths) -> Setting:
+    """Left to the build, unless a few long rows would fill every batch with padding."""
+    key, longest = "data_config.max_length", round_up(max(sizes.rows) - 1)
+    most = round_up(percentile(sizes.rows, 0.98) - 1)
+    if longest <= WASTE * most:
+        return Setting(key, None, f"the build takes what the longest row needs, {longest} or so: nothing is cut")
+    cut = sum(size - 1 > most for size in sizes.rows)
+    text = (
+        f"cuts {cut} of {len(sizes.rows)} rows: the longest has {max(sizes.rows)} tokens, and all would be padded to it"
+    )
+    return Setting(key, most, text)
+
+
+def schedule(rows: int, batch: int, limit: int | None = None) -> list[Setting]:
+    """Passes, warm-up and intervals for so many training rows. `limit` is the most steps; None: no limit."""
+    least, most = EPOCHS
+    epochs = min(max(least, round(FEW_ROWS / rows)), most) if rows < 1_000 else 2 if rows < 10_000 else 1
+    steps = steps_for(epochs, rows, batch)
+    long = limit is not None and steps > limit
+    if long:
+        assert limit is not None
+        seen = limit * batch / rows
+        stop = Setting("training_config.max_steps", limit, f"{seen:.2g} passes: {epochs} would take {steps} steps")
+        steps = limit
+    else:
+        why = f"{rows} rows: {rows / batch:.1f} steps of {batch} a pass, {steps} in all"
+        stop = Setting("training_config.num_epochs", epochs, why)
+    third, quarter, warm = (max(1, math.ceil(steps / parts)) for parts in (3, 4, 10))
+    return [
+        stop,
+        Setting("training_config.scheduler.warmup_steps", min(warm, 100), f"a tenth of the {steps} steps, 100 at most"),
+        Setting("eval_config.every", third, "before, twice on the way, and at the end"),
+        Setting("checkpoint_config.every", quarter, "a quarter of the run is what a power cut costs"),
+    ]
+
+
+def percentile(sizes: Sequence[int], share: float) -> int:
+    """The smallest size that `share` of them do not exceed."""
+    return sorted(sizes)[math.ceil(share * len(sizes)) - 1]
+
+
+def round_up_to(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def write(folder: Path, found: Share) -> None:
+    """Write the rows and the prompts under `folder`, and read them back.
+
+    Raises DataError where a column of the user's that is kept beside them makes a row read otherwise.
+    """
+    (folder / SOURCE).parent.mkdir()
+    write_rows(folder / SOURCE, found.rows)
+    with (folder / PROMPTS).open("x", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{json.dumps(asked_record(row), ensure_ascii=False, default=str)}\n" for row in found.asked)
+    again = convert.load_rows(folder / SOURCE)
+    changed = [row for row, other in zip(found.rows, again, strict=True) if row.messages != other.messages]
+    if changed:
+        raise DataError(
+            "a column that is kept beside prompt and response would be read in their place",
+            where=f"{changed[0].where}, kept columns: {', '.join(sorted(changed[0].extra))}",
+            todo="rename or remove the column that is called prompt, response, messages or conversations",
+        )
+
+
+def asked_record(row: Row) -> dict[str, object]:
+    """An evaluation prompt with the answer that was written for it, which nobody but a reader reads."""
+    first = next(turn.content for turn in row.messages if turn.role == "assistant")
+    return {**row.record(), "prompt": row.prompt, "response": first}
