@@ -10,13 +10,13 @@ PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE FAULT
+FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE FAULT FROM DATA MAP
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-processes test-containers rehearse lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-processes test-containers rehearse lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,10 @@ recipe-scratch: setup ## train a small transformer from random weights on Shakes
 recipe: setup ## run one recipe by name: NAME=tinyllama-finetune, and the variables above
 	@: "$${NAME:?which recipe? make recipe NAME=$(MAIN_RECIPE)}"
 	@ci/forward.sh run "$$NAME"
+
+new-recipe: setup ## a recipe for your data: NAME=support-tickets FROM=tinyllama-finetune DATA=my.csv MAP="prompt=question ..."
+	@: "$${NAME:?what is it to be called? make new-recipe NAME=support-tickets FROM=$(MAIN_RECIPE) DATA=my.csv}"
+	@FROM="$${FROM:-$(MAIN_RECIPE)}" ci/forward.sh new "$$NAME"
 
 data: setup ## build the data set of a recipe: NAME= (the fine-tuning recipe), HW=, SET=
 	@ci/forward.sh data build "$${NAME:-$(MAIN_RECIPE)}"

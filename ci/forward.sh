@@ -21,10 +21,10 @@ switch() { # FLAG VARIABLE [FLAG_FOR_0]: adds the flag for 1, the other one for 
     esac
 }
 
-settings() { # SET="a.b=c d.e=f": one --set each, split at blanks (a value with a blank: `recipe run --set` itself)
+each() { # FLAG VARIABLE: one flag for each word of the variable (a value with a blank: `recipe` itself)
     local item
     set -f
-    for item in ${SET:-}; do command+=(--set "$item"); done
+    for item in ${!2:-}; do command+=("$1" "$item"); done
     set +f
 }
 
@@ -34,20 +34,25 @@ run)
     value --steps STEPS
     value --stop-at STOP_AT
     value --resume RESUME
-    settings
+    each --set SET
     switch --container CONTAINER --no-container
     switch --dry-run DRY
     value --out OUT
     value --world WORLD
     ;;
+new)
+    value --from FROM
+    value --data DATA
+    each --map MAP
+    ;;
 plan)
     value --hw HW
     value --steps STEPS
-    settings
+    each --set SET
     ;;
 data)
     value --hw HW
-    settings
+    each --set SET
     ;;
 generate)
     value --prompt PROMPT

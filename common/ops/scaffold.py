@@ -23,10 +23,11 @@ from common.data import checks, corpora
 from common.data.build import Builder
 from common.data.cli import LICENCE_LINE, licence_of
 from common.errors import DataError, UsageError
+from common.hardware import Hardware
 from common.ops import results, scaffold_corpus, scaffold_pages, scaffold_rows
 from common.ops.scaffold_pages import Facts
 from common.ops.scaffold_yaml import Setting, YamlFile
-from common.yaml_layers import shown
+from common.yaml_layers import dotted, flatten, read_file, shown
 
 Say = Callable[[str], None]
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
@@ -64,12 +65,14 @@ def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
         made = Path(scratch) / name
         shutil.copytree(source, made, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
         scaffold_pages.rename(made, source.name, name)
-        facts = fork(made, source, own, say) if own else copied(made, source)
+        notes: list[str] = []
+        facts = fork(made, source, own, notes.append) if own else copied(made, source)
+        drop_restated(made)
         write_pages(made, facts)
-        check(made, source, say)
+        check(made, source)
         refuse_existing(target)
         made.rename(target)
-    for line in farewell(target, own is not None):
+    for line in [*notes, *farewell(target, own is not None)]:
         say(line)
     return target
 
@@ -111,13 +114,9 @@ def write_pages(made: Path, facts: Facts) -> None:
 
 def some_config(recipe: Path) -> Config:
     """The recipe's config on the first card that it fits, else on the CPU. Raises UsageError where it fits nothing."""
-    for board in hardware.table().values():
-        try:
-            if not board.is_cpu:
-                return configs.load(recipe, board)
-        except UsageError:
-            continue
-    return configs.load(recipe, hardware.get("cpu"))
+    found = (resolved(recipe, board) for board in hardware.table().values() if not board.is_cpu)
+    on_card = next((config for config in found if isinstance(config, Config)), None)
+    return on_card or configs.load(recipe, hardware.get("cpu"))
 
 
 def config_of(layer: Path) -> Config:
@@ -144,7 +143,7 @@ def copied(made: Path, source: Path) -> Facts:
     return Facts(
         name=made.name,
         parent=source.name,
-        what=f"{first} (a copy of {source.name})",
+        what=f"{first.rstrip('.')}: a copy of {source.name}.",
         split=split,
         licence=named or "",
     )
@@ -169,8 +168,9 @@ def forget(made: Path, parent: Config) -> None:
     """Take the parent's data out of the copy, and what was set for it out of every layer."""
     shutil.rmtree(made / "data", ignore_errors=True)
     for name in (parent.data.source, parent.data.corpus, parent.eval.prompts):
-        if isinstance(name, str) and (made / name).is_file():
-            (made / name).unlink()
+        copy = (made / name).resolve() if isinstance(name, str) else made
+        if copy.is_relative_to(made.resolve()) and copy.is_file():  # not what a path leads to outside of the copy
+            copy.unlink()
     of_rows = OF_THE_ROWS if parent.data.corpus is None else ()
     for path in [*made.glob("presets/*.yaml"), *made.glob("hw/*.yaml")]:
         layer = YamlFile(path)
@@ -183,17 +183,15 @@ def forget(made: Path, parent: Config) -> None:
     config.write()
 
 
-def apply(layer: Path, settings: Sequence[Setting], say: Say) -> None:
-    """Write settings into a layer, and say each with its reason."""
+def apply(layer: Path, settings: Sequence[Setting]) -> list[str]:
+    """Write settings into a layer; return them with their reasons, a line each."""
     edited = YamlFile(layer)
-    if settings:
-        say(f"in {'/'.join(layer.parts[-1 - (layer.parent.name == 'hw') :])}:")
     for setting in settings:
         if setting.key in STOPS:
             edited.remove(next(key for key in STOPS if key != setting.key))
         edited.set(setting)
-        say(f"  {setting}")
     edited.write()
+    return [f"  {setting}" for setting in settings]
 
 
 def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
@@ -216,11 +214,16 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
     say(f"{made.name}: {source.name} with {len(rows)} rows of {own.path} ({kind}): {counts}")
     for line in scaffold_rows.described(found, sizes):
         say(line)
-    settings = scaffold_rows.settings(found, sizes)
-    apply(made / "config.yaml", settings + scaffold_rows.schedule(found.train, board.effective_batch), say)
-    if (made / "hw/cpu.yaml").is_file():
-        steps = scaffold_rows.schedule(found.train, cpu.effective_batch, scaffold_rows.CPU_STEPS)
-        apply(made / "hw/cpu.yaml", steps, say)
+    layers = {made / "config.yaml": (board, None), made / "hw/cpu.yaml": (cpu, scaffold_rows.CPU_STEPS)}
+    for layer, (config, limit) in layers.items():
+        if layer.is_file():
+            settings = scaffold_rows.settings(found, sizes) if config is board else []
+            settings += scaffold_rows.schedule(found.train, config.effective_batch, limit)
+            say(f"{layer.relative_to(made)}:")
+            for line in apply(layer, settings):
+                say(line)
+    for line in scaffold_rows.warnings(found, configs.load(made, hardware.get("cpu")), source):
+        say(line)
     return Facts(
         name=made.name,
         parent=source.name,
@@ -244,19 +247,19 @@ def fork_corpus(made: Path, source: Path, data: Path, say: Say) -> Facts:
     prompts = scaffold_corpus.beginnings(text)
     scaffold_corpus.write_prompts(made, prompts)
     say(f"{made.name}: {source.name} with {data}: {text}")
-    apply(
-        made / "config.yaml",
-        [
-            Setting("data_config.corpus", text.name, str(text)),
-            text.held_out_share,
-            Setting("eval_config.prompts", scaffold_corpus.PROMPTS, "beginnings of held-out lines"),
-        ],
-        say,
-    )
+    settings = [
+        Setting("data_config.corpus", text.name, str(text)),
+        text.held_out_share,
+        Setting("eval_config.prompts", scaffold_corpus.PROMPTS, "beginnings of held-out lines"),
+    ]
     for layer in (made / "config.yaml", made / "hw/cpu.yaml"):
         if layer.is_file():
-            apply(layer, scaffold_corpus.vocabulary_settings(text, config_of(layer), made), say)
-            apply(layer, scaffold_corpus.schedule(text, config_of(layer), str(data)), say)
+            lines = apply(layer, settings)
+            lines += apply(layer, scaffold_corpus.vocabulary_settings(text, config_of(layer), made))
+            lines += apply(layer, scaffold_corpus.schedule(text, config_of(layer), str(data)))
+            for line in [f"{layer.relative_to(made)}:", *lines] if lines else []:
+                say(line)
+            settings = []
     for line in scaffold_corpus.warnings(made):
         say(line)
     return Facts(
@@ -270,34 +273,52 @@ def fork_corpus(made: Path, source: Path, data: Path, say: Say) -> Facts:
     )
 
 
+def drop_restated(made: Path) -> None:
+    """Take out of hw/<board>.yaml what changes nothing there any more."""
+    for path in sorted(made.glob("hw/*.yaml")):
+        boards = [board for board in hardware.table().values() if path.stem in (board.name, board.is_cpu and "cpu")]
+        for key, _ in flatten(read_file(path).tree):
+            before, layer = path.read_text(encoding="utf-8"), YamlFile(path)
+            meant = [resolved(made, board) for board in boards]
+            layer.remove(dotted(key))
+            layer.write()
+            if [resolved(made, board) for board in boards] != meant:
+                path.write_text(before, encoding="utf-8")
+
+
+def resolved(recipe: Path, board: Hardware) -> Config | str:
+    """The recipe's config on a board, or why it has none."""
+    try:
+        return configs.load(recipe, board)
+    except UsageError as error:
+        return error.what
+
+
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def check(made: Path, source: Path, say: Say) -> None:
-    """The fork on every board that its parent fits, and its rows by the checks of `recipe data check`.
+def check(made: Path, source: Path) -> None:
+    """The fork on every board that its parent fits, and what its dataset.py makes of the data.
 
-    Raises UsageError or DataError for what is wrong; warnings are said.
+    Raises UsageError or DataError for what is wrong.
     """
     results.load(made)
     for board in hardware.table().values():
-        try:
-            configs.load(source, board)
-        except UsageError:
-            continue
-        configs.load(made, board)
-    config = configs.load(made, hardware.get("cpu"))
-    builder = Builder(config, made)
-    if config.data.corpus is not None:
+        if isinstance(resolved(source, board), Config):
+            configs.load(made, board)
+    builder = Builder(configs.load(made, hardware.get("cpu")), made)
+    prompts = builder.prompts()
+    if builder.config.data.corpus is not None:
         builder.documents()
-        builder.prompts()
         return
-    tokenizer = scaffold_rows.tokenizer_here(config, made)
-    cards = [made / "data", made]
-    report = checks.check(builder.splits(), builder.prompts(), tokenizer, config, licence=licence_of(cards))
-    for line in report.lines():
-        say(line)
+    report = checks.check(builder.splits(), prompts)
     if report.errors:
-        raise DataError("the data check failed; nothing was written", todo="correct the rows listed above")
+        lines = [line for finding in report.errors for line in finding.lines()]
+        raise DataError(
+            "\n".join(["the data check failed:", *lines]),
+            where=str(source / "dataset.py"),
+            todo="the parent's dataset.py splits these rows otherwise than by split_by and held_out_share",
+        )
 
 
 def farewell(target: Path, own_data: bool) -> list[str]:

@@ -115,7 +115,7 @@ def vocabulary_settings(text: Text, config: Config, recipe: Path) -> list[Settin
     raise DataError(
         f"the text has {characters} different characters, and no preset of this recipe has room for them: {rooms}",
         where="model_config.preset",
-        todo="fork nano-transformer-scratch, which has larger vocabularies, or use more text, which fills one of BPE",
+        todo="fork a recipe with a preset of a larger vocabulary, or use more text, which fills one of BPE",
     )
 
 

@@ -19,7 +19,7 @@ from common import models
 from common.config import Config
 from common.data import checks, convert
 from common.data.order import steps_for
-from common.data.rows import Problem, Row, collect, group_hash, plain, refuse, write_rows
+from common.data.rows import Problem, Row, collect, group_hash, plain, refuse, split_held_out, write_rows
 from common.data.text import ChatTokenizer
 from common.data.tokens import TILE, Encoded, round_up
 from common.errors import DataError
@@ -72,6 +72,8 @@ class Share:
 
 def read(data: Path, format: str, mapping: Mapping[str, str]) -> tuple[list[Row], str]:
     """The rows of a file and its format. Raises DataError: what cannot be used, by line, or the columns there are."""
+    if data.is_dir():
+        raise DataError("this is a folder; rows come from one file", where=str(data))
     name = convert.guess_format(data, format)
     if name == "text" and not marked(data):
         raise Unmarked(
@@ -126,12 +128,12 @@ def share(rows: Sequence[Row], batch: int, fits: Sequence[bool], where: str) -> 
     asked. Raises DataError where there are too few rows.
     """
     kin = checks.alike([row.prompt for row in rows])
-    wanted, asked = held_out_rows(len(rows)), asked_rows(len(rows))
     different = len(set(kin))
+    wanted, asked = held_out_rows(different), asked_rows(different)
     if different < batch + wanted + asked:
-        repeated = f" ({len(rows)} rows, but many ask the same or nearly the same)" if different < len(rows) else ""
+        what = f"{different} of {len(rows)} ask something else" if different < len(rows) else f"there are {different}"
         raise DataError(
-            f"too few rows: {different} different prompts{repeated}, {batch + wanted + asked} are needed",
+            f"too few rows: {what}, {batch + wanted + asked} are needed",
             where=where,
             todo=f"write more: {batch} to train on, one effective batch (which 1 to {batch} devices share), {wanted} "
             f"held out (fewer say nothing) and {asked} to be asked at every evaluation",
@@ -197,7 +199,7 @@ def grouped(rows: Sequence[Row], kin: Sequence[int]) -> tuple[Sequence[Row], str
         replace(row, extra={**row.extra, column: checks.canonical(rows[group].prompt)})
         for row, group in zip(rows, kin, strict=True)
     ]
-    return marked, column, f"written into the rows: it keeps {near} groups of nearly the same prompts on one side"
+    return marked, column, f"written into the rows, so that nearly the same prompts ({near} times) stay on one side"
 
 
 def held_groups(names: Sequence[str], wanted: int) -> tuple[set[str], float]:
@@ -289,8 +291,9 @@ def refuse_longer_than_context(rows: Sequence[Row], found: Lengths, where: str) 
     if long:
         places = "\n".join(f"  {problem}" for problem in long[: checks.SHOWN])
         more = f"\n  and {len(long) - checks.SHOWN} more" if len(long) > checks.SHOWN else ""
+        count = f"{len(long)} of {len(rows)} rows"
         raise DataError(
-            f"{len(long)} rows are longer than the {found.context} positions of the model:\n{places}{more}",
+            f"{count} are longer than the {found.context} positions of the model:\n{places}{more}",
             where=f"{where}, {found.evidence}",
             todo="shorten or split them: what is cut away cannot be learned",
         )
@@ -312,6 +315,13 @@ def described(found: Share, sizes: Lengths) -> list[str]:
     if kept:
         lines.append(f"kept beside prompt and response, not trained on, part of the recipe: {', '.join(kept)}")
     return lines
+
+
+def warnings(found: Share, config: Config, recipe: Path) -> list[str]:
+    """What `recipe data check` warns of, by the lines of the user's file."""
+    splits = split_held_out(found.rows, float(found.held_out_share.value), by=found.split_by.value)
+    prompts = [row.prompt for row in found.asked]
+    return checks.check(splits, prompts, tokenizer_here(config, recipe), config).lines()
 
 
 def points(found: Share) -> list[str]:
