@@ -277,9 +277,9 @@ def drop_restated(made: Path) -> None:
     """Take out of hw/<board>.yaml what changes nothing there any more."""
     for path in sorted(made.glob("hw/*.yaml")):
         boards = [board for board in hardware.table().values() if path.stem in (board.name, board.is_cpu and "cpu")]
+        meant = [resolved(made, board) for board in boards]
         for key, _ in flatten(read_file(path).tree):
             before, layer = path.read_text(encoding="utf-8"), YamlFile(path)
-            meant = [resolved(made, board) for board in boards]
             layer.remove(dotted(key))
             layer.write()
             if [resolved(made, board) for board in boards] != meant:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from common.yaml_layers import nest, read_file, to_yaml
+from common.yaml_layers import nest, read_override, to_yaml
 
 WIDTH = 120  # columns of a line
 COMMENTS_AT = 34  # where comments begin in the recipes' configs
@@ -50,7 +50,7 @@ class YamlFile:
 
     def set(self, setting: Setting) -> None:
         """Set a key, in its place where it has one, else at the end of its section."""
-        self._to_block_style()
+        self._unfold(setting.key)
         *sections, name = setting.key.split(".")
         node, depth = self._root(), 0
         for section in sections:
@@ -73,14 +73,10 @@ class YamlFile:
 
     def remove(self, key: str) -> None:
         """Take a key out where it is set, and its section with it when nothing else is in there."""
-        node, path = self._root(), list[tuple[yaml.Node, yaml.Node]]()
-        for part in key.split("."):
-            found = _child(node, part)
-            if found is None:
-                return
-            path.append(found)
-            node = found[1]
-        self._to_block_style()
+        if _path(self._root(), key) is None:
+            return
+        self._unfold(key)
+        path = _path(self._root(), key) or []
         while len(path) > 1 and len(path[-2][1].value) == 1:
             path.pop()
         first, last = self._span(path[-1])
@@ -93,11 +89,25 @@ class YamlFile:
         root: yaml.Node | None = yaml.compose("".join(f"{line}\n" for line in self.lines), Loader=yaml.SafeLoader)
         return root
 
-    def _to_block_style(self) -> None:
-        """`{a: 1}` has no lines to change: such a file is written anew, one key a line, without its comments."""
-        if any(node.flow_style and node.value for node in _mappings(self._root())):
+    def _unfold(self, key: str) -> None:
+        """Write the section of a key that stands in one line, `a: {b: 1}`, as lines of its own."""
+        root, text = self._root(), "\n".join(self.lines)
+        if root is not None and root.flow_style:  # JSON
             head = [line for line in self.lines if line.startswith("#")]
-            self.lines = [*head, *to_yaml(read_file(self.path).tree).splitlines()]
+            self.lines = [*head, *to_yaml(read_override(f"x={text[root.start_mark.index :]}").tree["x"]).splitlines()]
+            return
+        node = root
+        for part in key.split(".")[:-1]:
+            found = _child(node, part)
+            if found is None:
+                return
+            node = found[1]
+            if isinstance(node, yaml.MappingNode) and node.flow_style:
+                first, last = self._span(found)
+                value = text[node.start_mark.index : node.end_mark.index]
+                block = to_yaml(read_override(f"{part}={value}").tree)
+                self.lines[first : last + 1] = textwrap.indent(block, " " * found[0].start_mark.column).splitlines()
+                return
 
     def _span(self, pair: tuple[yaml.Node, yaml.Node]) -> tuple[int, int]:
         """First and last line of a key with its value; comments and empty lines after it are not its."""
@@ -119,11 +129,16 @@ def _child(node: yaml.Node | None, name: str) -> tuple[yaml.Node, yaml.Node] | N
     return next((pair for pair in pairs if pair[0].value == name), None)
 
 
-def _mappings(node: yaml.Node | None) -> list[yaml.MappingNode]:
-    """The sections: mappings inside of mappings."""
-    if not isinstance(node, yaml.MappingNode):
-        return []
-    return [node, *(inner for _, value in node.value for inner in _mappings(value))]
+def _path(node: yaml.Node | None, key: str) -> list[tuple[yaml.Node, yaml.Node]] | None:
+    """The pairs that lead to a key, from the top; None where it is not set."""
+    path = []
+    for part in key.split("."):
+        found = _child(node, part)
+        if found is None:
+            return None
+        path.append(found)
+        node = found[1]
+    return path
 
 
 def _indent(node: yaml.Node | None) -> int:
