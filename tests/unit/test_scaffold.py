@@ -185,16 +185,16 @@ def test_nothing_of_the_parent_s_data_results_or_name_stays(root, tmp_path):
 def test_what_is_set_follows_from_the_rows_and_stands_with_its_reason(root, tmp_path):
     recipe, said = fork(root, table(tmp_path / "my.csv"))
     board, cpu = config_of(recipe), config_of(recipe, "cpu")
-    assert (board.effective_batch, board.training.num_epochs, board.training.max_steps) == (32, 10, None)
-    assert (board.training.scheduler.warmup_steps, board.eval.every, board.checkpoint.every) == (2, 6, 5)  # of 17
-    assert (cpu.effective_batch, cpu.training.num_epochs, cpu.eval.every, cpu.checkpoint.every) == (8, 10, 22, 17)
+    assert (board.effective_batch, board.training.num_epochs, board.training.max_steps) == (32, 5, None)
+    assert (board.training.scheduler.warmup_steps, board.eval.every, board.checkpoint.every) == (1, 3, 3)  # of 9
+    assert (cpu.effective_batch, cpu.training.num_epochs, cpu.eval.every, cpu.checkpoint.every) == (8, 5, 11, 9)
     assert board.data.max_length is None
     assert "max_length: null" in (recipe / "config.yaml").read_text()
     assert (
-        "num_epochs: 10                  # 52 rows: 1.6 steps of 32 a pass, 17 in all"
+        "num_epochs: 5                   # 52 rows: 1.6 steps of 32 a pass, 9 in all"
         in (recipe / "config.yaml").read_text()
     )
-    assert "training_config.num_epochs: 10  (52 rows: 1.6 steps of 32 a pass, 17 in all)" in said
+    assert "training_config.num_epochs: 5  (52 rows: 1.6 steps of 32 a pass, 9 in all)" in said
     assert "num_epochs" not in (recipe / "hw/cpu.yaml").read_text(), "an overlay holds what differs"
     assert (recipe / "hw/n150.yaml").read_text() == "logging_config:\n  log_every: 3\n", "cannot undo max_length"
 
@@ -290,7 +290,7 @@ def test_the_share_means_the_rows_it_says_and_adding_one_moves_no_other(root, tm
 @pytest.mark.parametrize(
     ("rows", "batch", "limit", "stop", "warm", "every"),
     [
-        (52, 32, None, ("num_epochs", 10), 2, 6),  # 17 steps
+        (52, 32, None, ("num_epochs", 5), 1, 3),  # 9 steps
         (335, 8, 300, ("num_epochs", 3), 13, 42),  # 126 steps
         (900, 8, 300, ("max_steps", 300), 30, 100),  # 338 would be more than the limit
         (5_000, 32, None, ("num_epochs", 2), 32, 105),  # 313 steps
@@ -432,6 +432,7 @@ def test_other_usage_that_is_refused(root, tmp_path):
 
 def test_what_appears_meanwhile_is_not_overwritten_and_a_stop_leaves_nothing(root, tmp_path, monkeypatch):
     def in_between(*_: object) -> None:
+        assert {path.parent.name for path in root.glob("recipes/*/config.yaml")} == {"parent", "tale"}, "not yet there"
         (root / "recipes/young").write_text("somebody else's")
 
     monkeypatch.setattr(scaffold, "check", in_between)
