@@ -24,8 +24,8 @@ class Setting:
     why: str
 
     def __str__(self) -> str:
-        shown = "null" if self.value is None else self.value
-        return f"{self.key}: {shown}  ({self.why})"
+        _, _, value = to_yaml({"x": self.value}).rstrip("\n").partition(" ")
+        return f"{self.key}: {value}  ({self.why})"
 
 
 class YamlFile:
@@ -92,7 +92,7 @@ class YamlFile:
     def _unfold(self, key: str) -> None:
         """Write the section of a key that stands in one line, `a: {b: 1}`, as lines of its own."""
         root, text = self._root(), "\n".join(self.lines)
-        if root is not None and root.flow_style:  # JSON
+        if isinstance(root, yaml.CollectionNode) and root.flow_style:  # JSON
             head = [line for line in self.lines if line.startswith("#")]
             self.lines = [*head, *to_yaml(read_override(f"x={text[root.start_mark.index :]}").tree["x"]).splitlines()]
             return

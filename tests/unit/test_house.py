@@ -204,6 +204,11 @@ def test_variables_become_flags(house: Path) -> None:
         (["recipe", "NAME=other", "CONTAINER=1"], "run other --container"),
         (["generate", "RUN=r", "PROMPT=why?", "BASE=1"], "generate r --prompt why? --base"),
         (["export", "RUN=r"], "export r"),
+        (["new-recipe", "NAME=x"], "new x --from tinyllama-finetune"),
+        (
+            ["new-recipe", "NAME=x", "FROM=y", "DATA=a.csv", "MAP=p=a r=b"],
+            "new x --from y --data a.csv --map p=a --map r=b",
+        ),
         (["data", "HW=n150"], "data build tinyllama-finetune --hw n150"),
         (["doctor", "HW=n150"], "doctor --hw n150"),
         (["doctor", "CONTAINER=0"], "doctor --no-container"),

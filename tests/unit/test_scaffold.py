@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from common import cli, hardware
 from common import config as configs
-from common import hardware
 from common.config_sections import Architecture
 from common.data import checks
 from common.data.build import Builder
 from common.data.cli import licence_of
+from common.data.corpora import Document
 from common.data.rows import read_prompts, read_rows
 from common.errors import DataError, RecipeError, UsageError
 from common.ops import scaffold, scaffold_corpus, scaffold_rows
@@ -500,7 +501,7 @@ def test_of_a_folder_whole_files_are_held_out(root, tmp_path):
 
 def test_bpe_must_be_filled_by_the_text(tmp_path):
     def of(text: str) -> scaffold_corpus.Text:
-        part = [scaffold_corpus.Document("a", text)]
+        part = [Document("a", text)]
         return scaffold_corpus.Text("a", {"train": part}, Setting("a", 0.1, ""))
 
     shape = Architecture(
@@ -596,3 +597,22 @@ def test_an_error_of_the_fork_is_one_of_ours(root, tmp_path):
         fork(root, table(tmp_path / "my.csv"))
     assert error.value.code == 3
     assert scaffold_rows.SOURCE == "data/rows.jsonl"
+
+
+def test_the_command_reads_its_options_and_ends_with_the_error_s_code(root, tmp_path, monkeypatch, capsys):
+    def command(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["recipe", "new", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    data = table(tmp_path / "my.csv", columns=("ask", "say"))
+    assert command("young", "--from", "parent", "--data", data) == 3
+    assert "--map response=say (make: MAP='prompt=ask response=say')" in capsys.readouterr().err
+    assert command("young", "--from", "parent", "--map", "prompt=ask") == 2
+    assert command("young", "--from", "parent", "--data", data, "--format", "cvs") == 2
+    assert command("young", "--data", data) == 2
+    assert not (root / "recipes/young").exists()
+    assert command("young", "--from", "parent", "--data", data, "--map", "prompt=ask", "--map", "response=say") == 0
+    assert "make recipe NAME=young HW=cpu STEPS=5" in capsys.readouterr().out
+    assert command("young", "--from", "parent", "--data", data) == 2
