@@ -24,7 +24,7 @@ from common.data.build import Builder
 from common.data.cli import LICENCE_LINE, licence_of
 from common.errors import DataError, UsageError
 from common.hardware import Hardware
-from common.ops import results, scaffold_corpus, scaffold_pages, scaffold_rows
+from common.ops import results, scaffold_corpus, scaffold_pages, scaffold_rows, scaffold_split
 from common.ops.scaffold_pages import Facts
 from common.ops.scaffold_yaml import Setting, YamlFile
 from common.yaml_layers import dotted, flatten, read_file, shown
@@ -208,8 +208,8 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
     sizes = scaffold_rows.lengths(rows, (board, cpu), source)
     scaffold_rows.refuse_longer_than_context(rows, sizes, str(own.path))
     batch = max(board.effective_batch, cpu.effective_batch)
-    found = scaffold_rows.share(rows, batch, scaffold_rows.can_be_asked(sizes), str(own.path))
-    scaffold_rows.write(made, found)
+    found = scaffold_split.share(rows, batch, scaffold_rows.can_be_asked(sizes), str(own.path))
+    scaffold_split.write(made, found)
     counts = f"{found.train} to train on, {found.held_out} held out, {len(found.asked)} asked at every evaluation"
     say(f"{made.name}: {source.name} with {len(rows)} rows of {own.path} ({kind}): {counts}")
     for line in scaffold_rows.described(found, sizes):
@@ -228,7 +228,7 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
         name=made.name,
         parent=source.name,
         what=f"Fine-tune an instruction model on {own.path.name}: {len(rows)} rows.",
-        split=scaffold_rows.points(found),
+        split=scaffold_split.points(found),
         data=own.path.name,
         sha256=hashlib.sha256(own.path.read_bytes()).hexdigest(),
         prompt=found.asked[0].prompt,
