@@ -27,7 +27,7 @@ from common.hardware import Hardware
 from common.ops import results, scaffold_corpus, scaffold_pages, scaffold_rows, scaffold_split
 from common.ops.scaffold_pages import Facts
 from common.ops.scaffold_yaml import Setting, YamlFile
-from common.yaml_layers import dotted, flatten, read_file, shown
+from common.yaml_layers import shown
 
 Say = Callable[[str], None]
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
@@ -67,7 +67,6 @@ def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
         scaffold_pages.rename(made, source.name, name)
         notes: list[str] = []
         facts = fork(made, source, own, notes.append) if own else copied(made, source)
-        drop_restated(made)
         write_pages(made, facts)
         check(made, source)
         refuse_existing(target)
@@ -222,6 +221,8 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
             say(f"{layer.relative_to(made)}:")
             for line in apply(layer, settings):
                 say(line)
+            if config is cpu:
+                drop_restated(layer, settings)
     for line in scaffold_rows.warnings(found, configs.load(made, hardware.get("cpu")), source):
         say(line)
     return Facts(
@@ -273,17 +274,18 @@ def fork_corpus(made: Path, source: Path, data: Path, say: Say) -> Facts:
     )
 
 
-def drop_restated(made: Path) -> None:
-    """Take out of hw/<board>.yaml what changes nothing there any more."""
-    for path in sorted(made.glob("hw/*.yaml")):
-        boards = [board for board in hardware.table().values() if path.stem in (board.name, board.is_cpu and "cpu")]
-        meant = [resolved(made, board) for board in boards]
-        for key, _ in flatten(read_file(path).tree):
-            before, layer = path.read_text(encoding="utf-8"), YamlFile(path)
-            layer.remove(dotted(key))
-            layer.write()
-            if [resolved(made, board) for board in boards] != meant:
-                path.write_text(before, encoding="utf-8")
+def drop_restated(layer: Path, settings: Sequence[Setting]) -> None:
+    """Take out of hw/cpu.yaml what was set there and is the same in config.yaml: an overlay holds what differs."""
+    boards = [board for board in hardware.table().values() if board.is_cpu]
+    meant = [resolved(layer.parents[1], board) for board in boards]
+    for setting in settings:
+        if not layer.is_file():  # nothing differs: the overlay went with its last key
+            return
+        before, edited = layer.read_text(encoding="utf-8"), YamlFile(layer)
+        edited.remove(setting.key)
+        edited.write()
+        if [resolved(layer.parents[1], board) for board in boards] != meant:
+            layer.write_text(before, encoding="utf-8")
 
 
 def resolved(recipe: Path, board: Hardware) -> Config | str:

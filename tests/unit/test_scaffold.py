@@ -200,6 +200,13 @@ def test_what_is_set_follows_from_the_rows_and_stands_with_its_reason(root, tmp_
     assert (recipe / "hw/n150.yaml").read_text() == "logging_config:\n  log_every: 3\n", "cannot undo max_length"
 
 
+def test_an_overlay_in_which_nothing_differs_any_more_goes(root, tmp_path):
+    (root / "recipes/parent/hw/cpu.yaml").write_text("training_config:\n  num_epochs: 9\n")
+    recipe, _ = fork(root, table(tmp_path / "my.csv"))
+    assert not (recipe / "hw/cpu.yaml").exists()
+    assert config_of(recipe, "cpu").training.num_epochs == 5
+
+
 @pytest.mark.parametrize("format", ["jsonl", "messages", "alpaca", "sharegpt", "text", "semicolon"])
 def test_every_format_that_data_convert_takes(tmp_path, format):
     values = {
@@ -523,6 +530,8 @@ def test_bpe_must_be_filled_by_the_text(tmp_path):
 def test_without_data_it_is_a_copy_with_the_parent_s_data_and_licence_and_no_results(root):
     recipe, said = fork(root, None)
     parent = root / "recipes/parent"
+    for layer in ("hw/cpu.yaml", "hw/n150.yaml"):
+        assert (recipe / layer).read_text() == (parent / layer).read_text()
     assert (recipe / "data/foxes.csv").read_bytes() == (parent / "data/foxes.csv").read_bytes()
     assert config_of(recipe).data == config_of(parent).data
     assert licence_of([recipe / "data", recipe]) == "License: CC0"
