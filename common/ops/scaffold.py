@@ -223,7 +223,7 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
                 say(line)
             if config is cpu:
                 drop_restated(layer, settings)
-    for line in scaffold_rows.warnings(found, configs.load(made, hardware.get("cpu")), source):
+    for line in scaffold_rows.warnings(found, sizes, configs.load(made, hardware.get("cpu")), source):
         say(line)
     return Facts(
         name=made.name,
@@ -313,11 +313,11 @@ def check(made: Path, source: Path) -> None:
     if builder.config.data.corpus is not None:
         builder.documents()
         return
-    report = checks.check(builder.splits(), prompts)
-    if report.errors:
-        lines = [line for finding in report.errors for line in finding.lines()]
+    splits = builder.splits()
+    leaks = [finding for finding in checks.leaks(splits["train"], splits["held_out"], prompts) if finding.is_error]
+    if leaks:
         raise DataError(
-            "\n".join(["the data check failed:", *lines]),
+            "\n".join(["the data check failed:", *(line for finding in leaks for line in finding.lines())]),
             where=str(source / "dataset.py"),
             todo="the parent's dataset.py splits these rows otherwise than by split_by and held_out_share",
         )

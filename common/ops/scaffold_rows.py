@@ -125,8 +125,7 @@ def lengths(rows: Sequence[Row], configs: Sequence[Config], recipe: Path) -> Len
     context = min(context_of(config, recipe) for config in configs)
     bases = {config.model.base: config for config in configs}
     here = {base: found for base, config in bases.items() if (found := tokenizer_here(config, recipe))}
-    for tokenizer in here.values() or [None]:
-        refuse_findings(rows, tokenizer)
+    refuse_findings(rows, None)
     if not here:
         texts = [[len(turn.content.encode()) for turn in row.messages] for row in rows]
         return Lengths(
@@ -135,29 +134,31 @@ def lengths(rows: Sequence[Row], configs: Sequence[Config], recipe: Path) -> Len
             evidence=f"estimated at {CHARACTERS_A_TOKEN} bytes a token: no base's tokenizer is on this machine",
             context=context,
         )
-    counted = [
-        [tokenizer.encode_row(row, system=bases[base].data.system_prompt) for base, tokenizer in here.items()]
-        for row in rows
-    ]
+    counted = [encoded(rows, tokenizer, bases[base].data.system_prompt) for base, tokenizer in here.items()]
     absent = [str(base) for base in bases if base not in here]
     rest = f"; {' and '.join(absent)}, not on this machine, counts a little otherwise" if absent else ""
     return Lengths(
-        rows=[max(len(encoded.ids) for encoded in each) for each in counted],
-        answers=[max(supervised(encoded) for encoded in each) for each in counted],
+        rows=[max(len(row.ids) for row in each) for each in zip(*counted, strict=True)],
+        answers=[max(int(row.mask.sum()) for row in each) for each in zip(*counted, strict=True)],
         evidence=f"counted with the tokenizer of {' and '.join(map(str, here))}{rest}",
         context=context,
     )
 
 
-def supervised(encoded: Encoded) -> int:
-    return int(encoded.mask.sum())
+def encoded(rows: Sequence[Row], tokenizer: ChatTokenizer, system: str | None) -> list[Encoded]:
+    """Tokens of rows. Raises DataError that lists every row that the chat template refuses."""
+    try:
+        return [tokenizer.encode_row(row, system=system) for row in rows]
+    except DataError:
+        refuse_findings(rows, tokenizer)
+        raise
 
 
 def refuse_findings(rows: Sequence[Row], tokenizer: ChatTokenizer | None) -> None:
     """Raise DataError with every error that the data check finds: keys and tokens, markers of the chat template."""
-    report = checks.check({"train": rows}, tokenizer=tokenizer)
-    if report.errors:
-        lines = [line for finding in report.errors for line in finding.lines()]
+    found = [*checks.private_data(rows), *(checks.template_findings(rows, tokenizer, None) if tokenizer else ())]
+    lines = [line for finding in found if finding.is_error for line in finding.lines()]
+    if lines:
         raise DataError("\n".join(["the data check failed:", *lines]), todo="correct these rows, then run it again")
 
 
@@ -197,11 +198,12 @@ def described(found: Share, sizes: Lengths) -> list[str]:
     return lines
 
 
-def warnings(found: Share, config: Config, recipe: Path) -> list[str]:
+def warnings(found: Share, sizes: Lengths, config: Config, recipe: Path) -> list[str]:
     """What `recipe data check` warns of, by the lines of the user's file."""
     splits = split_held_out(found.rows, float(found.held_out_share.value), by=found.split_by.value)
     prompts = [row.prompt for row in found.asked]
-    return checks.check(splits, prompts, tokenizer_here(config, recipe), config).lines()
+    long = config.data.max_length is not None or max(sizes.rows) > checks.LONG_TOKENS  # else they need not be counted
+    return checks.check(splits, prompts, tokenizer_here(config, recipe) if long else None, config).lines()
 
 
 def settings(found: Share, sizes: Lengths) -> list[Setting]:

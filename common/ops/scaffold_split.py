@@ -46,9 +46,9 @@ def share(rows: Sequence[Row], batch: int, fits: Sequence[bool], where: str) -> 
     different = len(set(kin))
     wanted, asked = held_out_rows(different), asked_rows(different)
     if different < batch + wanted + asked:
-        what = f"{different} of {len(rows)} ask something else" if different < len(rows) else f"there are {different}"
+        alike = " (those with four words in five in common count as one)" if different < len(rows) else ""
         raise DataError(
-            f"too few rows: {what}, {batch + wanted + asked} are needed",
+            f"too few rows: {len(rows)} with {different} different prompts{alike}, {batch + wanted + asked} are needed",
             where=where,
             todo=f"write more: {batch} to train on, one effective batch (which 1 to {batch} devices share), {wanted} "
             f"held out (fewer say nothing) and {asked} to be asked at every evaluation",

@@ -347,11 +347,12 @@ def test_the_licence_is_asked_for_until_it_is_written(root, tmp_path):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 LINES = "".join(f"{question},{answer}\n" for question, answer in PAIRS)
+FEW, SAME = "question,answer\n" + LINES[: LINES.index("Who")], "question,answer\n" + "What is it?,A fox.\n" * 90
 KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
 BAD: dict[str, tuple[object, str, str]] = {
     "other columns": ("ask,say\n" + LINES, "columns: ask, say", "prompt=ask --map response=say"),
-    "too few": ("question,answer\n" + LINES[: LINES.index("Who")], "there are 16, 44 are needed", "32 to train on"),
-    "all the same": ("question,answer\n" + "What is it?,A fox.\n" * 90, "1 of 90 ask something else", "write more"),
+    "too few": (FEW, "16 with 16 different prompts, 44 are needed", "32 to train on"),
+    "all the same": (SAME, "90 with 1 different prompts (those with four", "write more"),
     "empty": ("", "no row", "Your own data"),
     "no row": ("question,answer\n", "no row", "Your own data"),
     "not UTF-8": ("question,answer\nWo ist das Café?,Da.\n".encode("latin-1"), "not UTF-8: byte 0xe9", "UTF-8"),
