@@ -70,7 +70,9 @@ def test_a_command_that_does_not_work_is_found(house, tmp_path, text, wrong):
 
 def test_what_a_page_shows_and_what_it_does_not(tmp_path):
     page = tmp_path / "README.md"
-    text = "make prose\n\n```yaml\nmake: this\n```\n\n```sh\n$ make a X=1 \\\n    Y=2 && make b\nls\nmake c | head\n```\n"
+    text = (
+        "make prose\n\n```yaml\nmake: this\n```\n\n```sh\n$ make a X=1 \\\n    Y=2 && make b\nls\nmake c | head\n```\n"
+    )
     page.write_text(text)
     assert list(shown(page)) == [Shown(page, 8, ("make", "a", "X=1", "Y=2")), Shown(page, 11, ("make", "c"))]
 
