@@ -6,6 +6,7 @@ A contract is a function of a recipe's folder that raises where it is broken; `h
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 import tempfile
@@ -71,7 +72,7 @@ def folder(recipe: Path) -> None:
     need(not missing, f"{', '.join(missing)} missing")
     first = (recipe / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
     need(
-        re.match(r"# \S.*\.$", first), f"config.yaml:1: a comment, one sentence on what the recipe does, not {first!r}"
+        re.match(r"# \S", first), f"config.yaml:1: a comment that says what the recipe does, not {first!r}"
     )
     results.load(recipe)
 
@@ -118,9 +119,9 @@ def independent(recipe: Path) -> None:
             need(top not in NOT_PLAIN, f"{where}: it imports {module}; a recipe imports `common`, and that plainly")
             need(top not in NOT_ON_A_BOARD, f"{where}: it imports {module}, which a board's image does not have")
             need(top not in [name.replace("-", "_") for name in others], f"{where}: it imports the recipe {module}")
-        for node, text in texts(path):
+        for line, text in texts(path):
             named = [name for name in others if name in Path(text).parts]
-            need(not named and ".." not in Path(text).parts, f"{path.name}:{node.lineno}: it reaches for {text}")
+            need(not named and ".." not in Path(text).parts, f"{path.name}:{line}: it reaches for {text}")
     for path, layer in layers(recipe):
         for key in PATHS:
             value = layer.get(key)
@@ -137,11 +138,11 @@ def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
             yield node, "" if node.level else str(node.module)
 
 
-def texts(path: Path) -> Iterator[tuple[ast.Constant, str]]:
-    """Every text constant of one line: docstrings of more may name what they like."""
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """The line and value of every text constant of one line: docstrings of more may name what they like."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
-            yield node, node.value
+            yield node.lineno, node.value
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -221,10 +222,8 @@ def without(recipe: Path, path: Path, key: Key, board: hardware.Hardware) -> dic
             shutil.copytree(recipe, Path(scratch) / recipe.name, ignore=shutil.ignore_patterns("data", "results"))
         )
         tree = read_file(path).tree
-        section = tree
-        for part in key[:-1]:
-            section = section[part]
-        del section[key[-1]]
+        *above, last = map(str, key)
+        functools.reduce(lambda section, name: section[name], above, tree).pop(last)
         (copy / path.relative_to(recipe)).write_text(to_yaml(tree), encoding="utf-8")
         return dump(copy, board)
 
