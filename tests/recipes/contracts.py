@@ -71,9 +71,7 @@ def folder(recipe: Path) -> None:
     missing = [name for name in FILES if not (recipe / name).is_file()]
     need(not missing, f"{', '.join(missing)} missing")
     first = (recipe / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    need(
-        re.match(r"# \S", first), f"config.yaml:1: a comment that says what the recipe does, not {first!r}"
-    )
+    need(re.match(r"# \S", first), f"config.yaml:1: a comment that says what the recipe does, not {first!r}")
     results.load(recipe)
 
 
@@ -101,10 +99,7 @@ def licence(recipe: Path) -> None:
             for card in cards
             if card.is_file()
         )
-        need(
-            named,
-            f"nothing names a licence of {data}: a line `License: ...` in its folder's README.md, or the recipe's",
-        )
+        need(named, f"nothing names a licence of {data}: write a line `License: ...` into the README.md beside it")
 
 
 def independent(recipe: Path) -> None:
@@ -113,9 +108,8 @@ def independent(recipe: Path) -> None:
     for path in sorted(recipe.rglob("*.py")):
         for node, module in imports(path):
             where, top = f"{path.name}:{node.lineno}", module.partition(".")[0]
-            need(
-                top not in ("", *OF_OTHERS), f"{where}: it imports {module or 'relatively'}; a recipe imports `common`"
-            )
+            need(top, f"{where}: it imports relatively; a recipe is no package and imports `common`")
+            need(top not in OF_OTHERS, f"{where}: it imports {module}; a recipe imports `common`")
             need(top not in NOT_PLAIN, f"{where}: it imports {module}; a recipe imports `common`, and that plainly")
             need(top not in NOT_ON_A_BOARD, f"{where}: it imports {module}, which a board's image does not have")
             need(top not in [name.replace("-", "_") for name in others], f"{where}: it imports the recipe {module}")
@@ -187,9 +181,8 @@ def dry_runs(recipe: Path) -> None:
     for board, _ in resolved(recipe):
         with mock.patch.object(dry_run, "connect", side_effect=MachineError("no engine is asked")):
             lines = list(dry_run.describe(recipe, recipe.name, {**asked, "hw": board}, None))
-        need(
-            any(line.startswith("would run: ") for line in lines), f"its dry run on {board} does not say what would run"
-        )
+        says = [line for line in lines if line.startswith("would run: ")]
+        need(says, f"its dry run on {board} does not say what would run")
 
 
 def counted(recipe: Path) -> None:
@@ -205,12 +198,15 @@ def counted(recipe: Path) -> None:
 
 
 def overlays(recipe: Path) -> None:
-    """Every key of hw/<board>.yaml changes something there; what restates the recipe is deleted."""
+    """Every key of hw/<board>.yaml changes something there; what restates the recipe says why, on its line."""
     for path, layer in layers(recipe):
         if path.parent.name != "hw":
             continue
         boards = [board for board in hardware.table().values() if path.stem in (board.name, board.is_cpu and "cpu")]
+        lines = path.read_text(encoding="utf-8").splitlines()
         for key, _ in flatten(layer.tree):
+            if " #" in lines[int(layer.where[key].rpartition(":")[2]) - 1]:
+                continue
             same = [board.name for board in boards if without(recipe, path, key, board) == dump(recipe, board)]
             need(len(same) < len(boards), f"{layer.where[key]}: {dotted(key)} changes nothing on {', '.join(same)}")
 
@@ -218,9 +214,8 @@ def overlays(recipe: Path) -> None:
 def without(recipe: Path, path: Path, key: Key, board: hardware.Hardware) -> dict[str, Any] | str:
     """The resolved config where one file lacks one key; what is wrong with it where it is refused."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(
-            shutil.copytree(recipe, Path(scratch) / recipe.name, ignore=shutil.ignore_patterns("data", "results"))
-        )
+        copy = Path(scratch) / recipe.name
+        shutil.copytree(recipe, copy, ignore=shutil.ignore_patterns("data", "results"))
         tree = read_file(path).tree
         *above, last = map(str, key)
         functools.reduce(lambda section, name: section[name], above, tree).pop(last)

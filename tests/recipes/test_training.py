@@ -120,7 +120,7 @@ def test_it_trains_and_evaluates(unbroken):
     assert manifest(unbroken)["exit_reason"] == "done"
 
 
-def test_every_evaluation_prompt_has_its_answers(recipe, small, unbroken):
+def test_every_evaluation_prompt_has_its_answers(unbroken):
     entries = metrics.read(unbroken / "evaluations.jsonl")
     prompts = [sample["prompt"] for sample in entries[0]["samples"]]
     assert prompts
