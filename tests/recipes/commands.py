@@ -6,6 +6,7 @@ those are parsed by the real command, and a run that names a recipe which is her
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```$", re.MULTILINE | re.DO
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(make [^`\n]+)`")
 RECIPE_WORDS = ("recipe", ".venv/bin/recipe")
-SHELL = {"&&", "||", "|", ";", ">", ">>", "2>&1"}
+TO_A_FILE = re.compile(r"\d?>")
 STUB = "#!/bin/sh\nexit 0\n"
 LISTEN = """#!/bin/sh
 printf '%s\\0' "$@" >>calls
@@ -70,24 +71,28 @@ def shown(page: Path) -> Iterator[Shown]:
     text = page.read_text(encoding="utf-8")
     prose = ANY_BLOCK.sub(lambda block: "\n" * block[0].count("\n"), text)
     for inline in INLINE.finditer(prose):
-        yield Shown(page, prose.count("\n", 0, inline.start()) + 1, tuple(_words(inline[1])))
+        yield from (Shown(page, prose.count("\n", 0, inline.start()) + 1, words) for words in _commands(inline[1]))
     for block in BLOCK.finditer(text):
         first = text.count("\n", 0, block.start(1)) + 1
         lines = block[1].replace("\\\n", "\\\0").split("\n")
         for at, line in enumerate(lines):
-            words = _words(line.replace("\\\0", " ").strip().removeprefix("$ "))
-            if words and words[0] in ("make", *RECIPE_WORDS):
-                before = sum(earlier.count("\0") for earlier in lines[:at])
-                yield Shown(page, first + at + before, tuple(words))
+            before = sum(earlier.count("\0") for earlier in lines[:at])
+            for words in _commands(line.replace("\\\0", " ").strip().removeprefix("$ ")):
+                yield Shown(page, first + at + before, words)
 
 
-def _words(line: str) -> list[str]:
+def _commands(line: str) -> Iterator[tuple[str, ...]]:
+    """The commands of make and recipe in a line of the shell, which may have several."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+    lexer.whitespace_split = True
     try:
-        words = shlex.split(line, comments=True)
+        words = list(lexer)
     except ValueError:  # no command: a quotation mark of prose
-        return []
-    end = next((at for at, word in enumerate(words) if word in SHELL), len(words))
-    return words[:end]
+        return
+    for separated, group in itertools.groupby(words, lambda word: not word.strip(";&|")):
+        command = tuple(itertools.takewhile(lambda word: not TO_A_FILE.match(word), group))
+        if not separated and command and command[0] in ("make", *RECIPE_WORDS):
+            yield command
 
 
 class House:

@@ -70,11 +70,15 @@ def test_a_command_that_does_not_work_is_found(house, tmp_path, text, wrong):
 
 def test_what_a_page_shows_and_what_it_does_not(tmp_path):
     page = tmp_path / "README.md"
-    text = (
-        "make prose\n\n```yaml\nmake: this\n```\n\n```sh\n$ make a X=1 \\\n    Y=2 && make b\nls\nmake c | head\n```\n"
-    )
-    page.write_text(text)
-    assert list(shown(page)) == [Shown(page, 8, ("make", "a", "X=1", "Y=2")), Shown(page, 11, ("make", "c"))]
+    prose, other = "make prose, or `make z`\n\n", "```yaml\nmake: this\n```\n\n"
+    block = "```sh\n$ make a X=1 \\\n    Y='2; 3' && make b; ls\nls\nmake c RUN=runs/<...> 2>x | head  # make d\n```\n"
+    page.write_text(prose + other + block)
+    assert list(shown(page)) == [
+        Shown(page, 1, ("make", "z")),
+        Shown(page, 8, ("make", "a", "X=1", "Y=2; 3")),
+        Shown(page, 8, ("make", "b")),
+        Shown(page, 11, ("make", "c", "RUN=runs/<...>")),
+    ]
 
 
 def test_a_recipe_that_is_not_here_is_told_apart_from_a_mistake(house):
