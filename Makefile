@@ -71,7 +71,7 @@ stop: setup ## end a run on this machine, which saves a checkpoint first: HW= or
 plan: setup ## what a run would need, before it starts: NAME= (the fine-tuning recipe), HW=, STEPS=, SET=
 	@ci/forward.sh plan "$${NAME:-$(MAIN_RECIPE)}"
 
-verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that fail; HW=: is the board right; DDP=1, WEAK=1
+verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that fail; HW=: is the board right; DDP=1, NAME=, WEAK=1
 	@ci/forward.sh verify
 
 grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them

@@ -27,6 +27,7 @@ import numpy as np
 from common.backends.base import BackendInfo, StepStats
 from common.data.order import random_words
 from common.data.tokens import Arrays, Batch, TokenSplit
+from common.recipes import find_recipe
 from common.train import run as runs
 from common.train.plan import Launch
 
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    gaps = loop_gaps(ROOT / "recipes" / arguments.recipe, arguments.steps)
+    gaps = loop_gaps(find_recipe(arguments.recipe), arguments.steps)
     result: dict[str, Any] = {
         "steps": arguments.steps,
         "loop_ms_mean": 1e3 * statistics.fmean(gaps),

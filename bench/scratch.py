@@ -27,9 +27,9 @@ from common.data import vocabulary
 from common.data.build_corpus import windows
 from common.data.corpora import Document
 from common.data.tokens import write_arrays
+from common.recipes import find_recipe
 from common.train.plan import Launch, Plan, make_plan
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "nano-transformer-scratch"
 WARM_UP = 5  # steps that do not count
 
 
@@ -123,6 +123,7 @@ def building_rate(kind: str, megabytes: int, text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="nano-transformer-scratch")
     parser.add_argument("--preset", default="pico")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=40)
@@ -135,7 +136,7 @@ def main() -> None:
         f"device_config.compile={given.compile}",
         "data_config.tokenizer.type=" + ("bpe" if given.preset == "pico" else "char"),
     )
-    launch = Launch(RECIPE, hw="cpu", overrides=overrides, steps=given.steps + WARM_UP)
+    launch = Launch(find_recipe(given.recipe), hw="cpu", overrides=overrides, steps=given.steps + WARM_UP)
     plan = make_plan(launch, lambda _line: None, lambda _line: None)
     result = compare(plan, given.steps)
     text = "".join(plan.tokenizer.decode(plan.dataset.train.row(row).ids[1:]) for row in range(8000))

@@ -1,6 +1,6 @@
 """make docs: writes the tables of README.md and recipes/README.md from every recipe's results.yaml and configs.
 
-Only what stands between the two markers of a file is written. tests/unit/test_docs.py fails when one is stale.
+Only what stands between a pair of markers is written. tests/unit/test_docs.py fails when one is stale.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common import config, hardware
+from common import config, hardware, llama, models
+from common.config_sections import Model
 from common.errors import RecipeError, UsageError
+from common.hardware import Hardware
 from common.ops.results import FOLDER, HeldOut, Measured, Numbers, Results, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,15 @@ board against stand-ins for `ttml` and `ttnn` on a CPU, which says nothing about
 def recipes(root: Path) -> Recipes:
     """Every recipe folder with its results. Raises UsageError or VerificationError as `results.load` does."""
     return {path.parent: load(path.parent) for path in sorted((root / "recipes").glob("*/config.yaml"))}
+
+
+def overview(found: Recipes) -> str:
+    """What each recipe does, and the model it trains on a CPU and on boards."""
+    rows = [["recipe", "what it does", "on a CPU", "on a board"]]
+    for folder in found:
+        cells = ["; ".join(_sizes(folder, on_cpu)) or "not at all" for on_cpu in (True, False)]
+        rows.append([f"[`{folder.name}`](recipes/{folder.name})", _first_line(folder / "config.yaml"), *cells])
+    return _table(rows)
 
 
 def evidence(found: Recipes) -> str:
@@ -52,21 +63,27 @@ def gallery(found: Recipes) -> str:
     return "\n\n".join([_table(rows), *(f"[{number}] {note}" for number, note in enumerate(notes, 1))])
 
 
-PAGES: dict[str, Callable[[Recipes], str]] = {"README.md": evidence, "recipes/README.md": gallery}
+# What each page's pairs of markers hold, in their order.
+PAGES: dict[str, tuple[Callable[[Recipes], str], ...]] = {
+    "README.md": (overview, evidence),
+    "recipes/README.md": (gallery,),
+}
 
 
 def pages(root: Path) -> dict[Path, str]:
     """Each page with its text as it should be. Raises UsageError where the markers are not there."""
     found = recipes(root)
-    return {root / name: _between(root / name, body(found)) for name, body in PAGES.items()}
+    return {root / name: _between(root / name, [body(found) for body in bodies]) for name, bodies in PAGES.items()}
 
 
-def _between(path: Path, body: str) -> str:
+def _between(path: Path, bodies: list[str]) -> str:
     text = path.read_text(encoding="utf-8")
     parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", text)
-    if parts[1::2] != [BEGIN, END]:
-        raise UsageError("the page needs both markers once, in order", where=str(path), todo=f"{BEGIN} ... {END}")
-    return f"{parts[0]}{BEGIN}\n\n{body}\n\n{END}{parts[4]}"
+    if parts[1::2] != [BEGIN, END] * len(bodies):
+        what = f"the page needs both markers in turns, {len(bodies)} of each"
+        raise UsageError(what, where=str(path), todo=f"{BEGIN} ... {END}")
+    parts[2::4] = [f"\n\n{body}\n\n" for body in bodies]
+    return "".join(parts)
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -82,20 +99,37 @@ def _first_line(path: Path) -> str:
     return line.removeprefix("# ")
 
 
-def _models(folder: Path) -> Iterable[str]:
-    """What is trained on which boards; a board that the recipe's batch or mesh does not fit is left out."""
-    boards: dict[str, list[str]] = {}
+def _sizes(folder: Path, on_cpu: bool) -> Iterable[str]:
+    """The models that are trained on CPUs, or on boards, with their numbers of parameters."""
+    found: dict[str, str] = {}
+    for model in (model for board, model in _trained(folder).items() if board.is_cpu == on_cpu):
+        shape, base = model.architecture, models.locked().get(model.base or "")
+        count = llama.parameters(shape.model_dump()) if shape else base["parameters"] if base else None
+        name = model.base or model.preset or "a shape of its own"
+        found[name] = f"`{name}`" + (f", {count / 1e6:,.{0 if count >= 1e8 else 1}f} M parameters" if count else "")
+    return found.values()
+
+
+def _trained(folder: Path) -> dict[Hardware, Model]:
+    """The model that is trained on each board; a board that the recipe's batch or mesh does not fit is left out."""
+    found: dict[Hardware, Model] = {}
     for board in hardware.table().values():
         try:
-            model = config.load(folder, board).model
+            found[board] = config.load(folder, board).model
         except UsageError as error:
             mistake = error
-            continue
-        boards.setdefault(model.base or model.preset or "a shape of its own", []).append(f"`{board.name}`")
-    if not boards:
+    if not found:
         raise mistake
-    groups = sorted(boards.items(), key=lambda group: len(group[1]))
+    return found
+
+
+def _models(folder: Path) -> Iterable[str]:
+    """What is trained on which boards."""
+    boards: dict[str, list[str]] = {}
+    for board, model in _trained(folder).items():
+        boards.setdefault(model.base or model.preset or "a shape of its own", []).append(f"`{board.name}`")
     everywhere = sum(map(len, boards.values())) == len(hardware.table())
+    groups = sorted(boards.items(), key=lambda group: len(group[1]))
     for name, where in groups:
         rest = everywhere and name == groups[-1][0]
         others = "every board" if len(groups) == 1 else "every other board"

@@ -86,6 +86,7 @@ verify)
     else
         switch --ddp DDP --bring-up
         [ -n "${DDP:-}" ] || command+=(--bring-up)
+        [ -z "${DDP:-}" ] || value --recipe NAME
         switch --weak WEAK
         value --world WORLD
         value --hw HW

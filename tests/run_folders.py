@@ -14,9 +14,8 @@ from typing import Any
 from common import config as configs
 from common import hardware
 from common.config import Config
-from common.recipes import RECIPES
+from tests.tiny_recipe import FROM_SCRATCH as RECIPE
 
-RECIPE = RECIPES / "nano-transformer-scratch"
 HELD_OUT = {"sha256": "e" * 64, "documents": ["a play"], "characters": 900}
 
 
@@ -28,7 +27,7 @@ def config(*overrides: str) -> Config:
 
 def write_run(
     out: Path,
-    name: str = "20260101T000000Z-nano-transformer-scratch-cpu-0000",
+    name: str = "20260101T000000Z-from_scratch-cpu-0000",
     *,
     steps: int = 40,
     every: int = 10,
@@ -43,9 +42,9 @@ def write_run(
     facts = {
         "format": 1,
         "run": name,
-        "recipe": "nano-transformer-scratch",
+        "recipe": RECIPE.name,
         "recipe_dir": str(RECIPE),
-        "command": ["recipe", "run", "nano-transformer-scratch"],
+        "command": ["recipe", "run", RECIPE.name],
         "overrides": list(overrides),
         "start": "2026-01-01T00:00:00Z",
         "end": "2026-01-01T00:01:00Z",

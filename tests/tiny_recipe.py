@@ -1,4 +1,7 @@
-"""A recipe small enough to be trained in a test: two dozen rows, four answers, the loop of the main recipe."""
+"""Recipes small enough to be trained in a test: two dozen rows, four answers; or a written text.
+
+The tests have recipes of their own, so that no folder of recipes/ is needed to test the rest of the repository.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from unittest import mock
 from common.train.plan import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOP = ROOT / "recipes" / "tinyllama-finetune"
+OWN = Path(__file__).parent / "own_recipes"
+FINE_TUNE, FROM_SCRATCH = OWN / "fine_tune", OWN / "from_scratch"  # from rows and a base, and from a text and nothing
 TOPICS = (
     "gradient",
     "loss",
@@ -28,25 +32,12 @@ TOPICS = (
     "prior",
     "bias",
 )
-PROMPTS = ["What is a fox?", "Explain the slope.", "Why does a batch help?", "Who knows the loss?"]
+PROMPTS = [json.loads(line)["prompt"] for line in (FINE_TUNE / "data" / "prompts.jsonl").read_text().splitlines()]
 
 
 def make_tiny_recipe(folder: Path, base: Path) -> Path:
-    """Write a recipe over the base model in `base` to `folder`; return it. One step of it takes milliseconds."""
-    (folder / "data").mkdir(parents=True)
-    for name in ("train.py", "dataset.py"):
-        shutil.copy(LOOP / name, folder / name)
-    rows = [
-        {
-            "topic": topic,
-            "prompt": f"What does {ask} {topic} do?",
-            "response": f"The {topic} of a {ask} fox steps downhill, " + "again and " * number + "then rests.",
-        }
-        for number, topic in enumerate(TOPICS)
-        for ask in ("a", "the old")
-    ]
-    write_lines(folder / "data" / "rows.jsonl", rows)
-    write_lines(folder / "data" / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    """The tests' recipe of rows in `folder`, over the base model in `base`. One step of it takes milliseconds."""
+    shutil.copytree(FINE_TUNE, folder, ignore=shutil.ignore_patterns("__pycache__", "results.yaml"))
     settings = {
         "training_config": {
             "seed": 1,
@@ -145,7 +136,3 @@ def load_loop(recipe_dir: Path) -> ModuleType:
 def newest_run(out: Path) -> Path:
     """The run folder in `out` that was written to last."""
     return max(out.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns).parent
-
-
-def write_lines(path: Path, records: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -17,6 +17,7 @@ from common.ops import image_verify, images
 from common.ops.image_build import Inputs, build, build_variables, unpacked
 from common.ops.images import Image
 from tests.containers.conftest import ROOT, docker, recipe
+from tests.tiny_recipe import FINE_TUNE
 
 BAKE = ("buildx", "bake", "--file", "docker/docker-bake.hcl")
 
@@ -72,11 +73,11 @@ def test_it_runs_the_checkout_that_is_mounted(cpu_image: Image) -> None:
         cpu_image.reference,
         "config",
         "show",
-        "tinyllama-finetune",
+        str(FINE_TUNE.relative_to(ROOT)),
         "--hw",
         "cpu",
     )
-    assert "recipe: tinyllama-finetune" in shown
+    assert f"recipe: {FINE_TUNE.name}" in shown
     assert (
         docker("image", "inspect", "--format", "{{json .Config.Entrypoint}}", cpu_image.reference)
         == '["python","-m","common"]'

@@ -20,18 +20,22 @@ import pytest
 
 pytest.importorskip("torch", reason="the double computes with torch")
 
-from common import cli
+from common import cli, hardware
+from common import config as configs
 from common.train import checkpoint, metrics
 from common.train.checkpoint import Tensors
 from tests import boards
 from tests.boards import DESCRIPTOR, machine
 from tests.runs import folders, log, manifest, outcome
+from tests.shipped import that_name
 from tests.tiny import write_tiny_base
-from tests.tiny_recipe import make_tiny_recipe, tiny_scratch
+from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tests.unit.test_hardware import MACHINES, fake_machine
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
+HERE = "tests/e2e/test_boards.py"
+SCRATCH = str(FROM_SCRATCH)
 QUICK = ("eval_config.every=0", "eval_config.max_new_tokens=2", "checkpoint_config.every=2", "device_config.threads=1")
 
 
@@ -83,11 +87,14 @@ def ended(done: Ended, code: int = 0) -> str:
     return done.screen
 
 
-@pytest.mark.parametrize("hw", ["n150", "n300"])
-def test_tinyllama_finetune_trains_resumes_and_exports(run, base, tmp_path, hw):
-    small = sets(*QUICK, f"model_config.base={base}", "data_config.max_length=64")
-    ended(run("tinyllama-finetune", hw, "--steps", "4", "--stop-at", "2", *small), 75)
-    screen = ended(run("tinyllama-finetune", hw, "--steps", "4", *small))
+@pytest.mark.parametrize(
+    ("recipe", "hw"), [pytest.param(*found, id=f"{found[0].name}-{found[1]}") for found in that_name(HERE)]
+)
+def test_a_recipe_whose_results_name_this_file_trains_resumes_and_exports(run, base, tmp_path, recipe, hw):
+    from_rows = configs.load(recipe, hardware.get(hw)).model.base
+    small = (f"model_config.base={base}", "data_config.max_length=64") if from_rows else tiny_scratch(tmp_path / "play")
+    ended(run(recipe.name, hw, "--steps", "4", "--stop-at", "2", *sets(*QUICK, *small)), 75)
+    screen = ended(run(recipe.name, hw, "--steps", "4", *sets(*QUICK, *small)))
     (folder,) = folders(tmp_path / "runs")
     values = manifest(folder)
     assert "resuming" in screen
@@ -103,9 +110,9 @@ def test_tinyllama_finetune_trains_resumes_and_exports(run, base, tmp_path, hw):
 
 
 @pytest.mark.parametrize("generation", ["B", "C"])
-def test_nano_transformer_scratch_trains_and_exports(run, tmp_path, generation):
+def test_random_weights_train_and_are_exported(run, tmp_path, generation):
     small = sets(*QUICK, *tiny_scratch(tmp_path / "play.txt"))
-    ended(run("nano-transformer-scratch", "n150", "--steps", "4", *small, generation=generation))
+    ended(run(SCRATCH, "n150", "--steps", "4", *small, generation=generation))
     (folder,) = folders(tmp_path / "runs")
     first = metrics.read(folder / "metrics.jsonl")[1]
     assert first["step"] == 1
@@ -143,7 +150,7 @@ def test_two_devices_and_one_train_the_same(run, tmp_path):
     full = sets("training_config.optimizer.type=AdamWFullPrecision")
     losses = {}
     for hw in ("n150", "n300"):
-        ended(run("nano-transformer-scratch", hw, "--steps", "4", "--resume", "never", *small, *full))
+        ended(run(SCRATCH, hw, "--steps", "4", "--resume", "never", *small, *full))
         newest = max(folders(tmp_path / "runs"), key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
         assert manifest(newest)["hw"] == hw
         losses[hw] = [record["loss"] for record in outcome(newest)["metrics"] if "loss" in record]
@@ -151,8 +158,6 @@ def test_two_devices_and_one_train_the_same(run, tmp_path):
 
 
 # --- what is refused, before data is touched ------------------------------------------------------------------------
-
-SCRATCH = "nano-transformer-scratch"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from common.backends.ttml import TTML
 from common.data.tokens import Batch
 from tests.boards import machine
 from tests.engines import make_batch
-from tests.tiny_recipe import tiny_scratch
+from tests.shipped import that_name
+from tests.tiny_recipe import FROM_SCRATCH, tiny_scratch
 from tests.unit.test_hardware import MACHINES, fake_machine
 
 pytestmark = pytest.mark.e2e
+PROMISED = [recipe for recipe, _board in that_name("tests/e2e/test_verify_ddp.py")]
 LINES = ("losses", "gradients", "replicas", "held-out", "control")
 Verify = Callable[..., tuple[int, str]]
 
@@ -32,8 +35,9 @@ def verify(tmp_path, monkeypatch, capsys) -> Verify:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
     overrides = [word for text in tiny_scratch(tmp_path / "play.txt") for word in ("--set", text)]
 
-    def command(*options: str, **faults: Any) -> tuple[int, str]:
-        words = ["recipe", "verify", "--ddp", "--hw", "n300", "--steps", "3", *overrides, *options]
+    def command(*options: str, recipe: Path = FROM_SCRATCH, **faults: Any) -> tuple[int, str]:
+        words = ["recipe", "verify", "--ddp", "--recipe", str(recipe), "--hw", "n300", "--steps", "3"]
+        words += [*overrides, *options]
         monkeypatch.setattr(sys, "argv", words)
         with machine(tmp_path, 2, "C", **faults), pytest.raises(SystemExit) as ended:
             cli.main()
@@ -47,8 +51,10 @@ def verdicts(said: str) -> dict[str, str]:
     return {line["id"]: line["verdict"] for line in json.loads(said[: said.rindex("}") + 1])["lines"]}
 
 
-def test_two_chips_train_as_one(verify):
-    code, said = verify()
+@pytest.mark.parametrize("recipe", PROMISED or [FROM_SCRATCH], ids=lambda path: path.name)
+def test_two_chips_train_as_one(verify, recipe):
+    """Every recipe whose results name this file; without one, the tests' own."""
+    code, said = verify(recipe=recipe)
     assert code == 0, said
     assert "PASS: the same bits on 2 devices after each of 3 steps" in said
     assert "PASS: the devices' parameters differ after step 1" in said

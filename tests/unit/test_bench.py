@@ -12,6 +12,7 @@ import pytest
 
 from bench import loop, throughput
 from bench.throughput import BENCH, LOCK, ROOT
+from tests.tiny_recipe import FINE_TUNE
 
 
 def measured(seconds: list[float], rows: list[int], peak: float = 100.0) -> dict[str, Any]:
@@ -161,4 +162,4 @@ def test_a_job_of_full_fine_tuning_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("common.train.plan.make_plan", lambda *_: Plan)
     with pytest.raises(SystemExit, match="LoRA"):
-        throughput.make_job(argparse.Namespace(warmup=1, steps=1, recipe="x", set=[]))
+        throughput.make_job(argparse.Namespace(warmup=1, steps=1, recipe=str(FINE_TUNE), set=[]))

@@ -15,9 +15,9 @@ from common.config import Config
 from common.data.build_corpus import UNKNOWN_ALLOWED, build_corpus
 from common.data.tokens import TokenDataset
 from common.errors import DataError
-from tests.tiny_recipe import ROOT, tiny_scratch
+from tests.tiny_recipe import FROM_SCRATCH as RECIPE
+from tests.tiny_recipe import tiny_scratch
 
-RECIPE = ROOT / "recipes" / "nano-transformer-scratch"
 T = 64
 
 

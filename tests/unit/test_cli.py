@@ -22,6 +22,7 @@ from common.errors import (
     VerificationError,
 )
 from common.recipes import find_recipe
+from tests.tiny_recipe import FINE_TUNE
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "peft", "safetensors", "ttnn", "ttml", "numpy", "pydantic")
@@ -34,6 +35,11 @@ def recipe(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
         cli.main()
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def own_recipes(monkeypatch) -> None:
+    monkeypatch.setattr("common.recipes.RECIPES", FINE_TUNE.parent)
 
 
 @pytest.fixture
@@ -161,13 +167,13 @@ def test_debug_shows_the_traceback(monkeypatch):
     [
         ["nonsense"],
         ["run"],
-        ["run", "tinyllama-finetune", "--steps", "0"],
-        ["run", "tinyllama-finetune", "--steps", "many"],
-        ["run", "tinyllama-finetune", "--stop-at", "-1"],
-        ["run", "tinyllama-finetune", "--epochs", "3"],
+        ["run", "fine_tune", "--steps", "0"],
+        ["run", "fine_tune", "--steps", "many"],
+        ["run", "fine_tune", "--stop-at", "-1"],
+        ["run", "fine_tune", "--epochs", "3"],
         ["run", "no-such-recipe"],
-        ["run", "tinyllama-finetune", "--hw", "n151"],
-        ["config", "show", "tinyllama-finetune", "--set", "nonsense"],
+        ["run", "fine_tune", "--hw", "n151"],
+        ["config", "show", "fine_tune", "--set", "nonsense"],
         ["export", "/no/such/run"],
         ["generate", "/no/such/run"],
     ],
@@ -181,9 +187,9 @@ def test_a_wrong_command_line_is_code_2_with_one_message(command, arguments):
 
 
 def test_an_unknown_recipe_lists_the_known(command):
-    code, _, err = command("run", "tinylama")
+    code, _, err = command("run", "finetun")
     assert code == 2
-    assert "tinyllama-finetune" in err
+    assert "fine_tune" in err
 
 
 def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
@@ -193,13 +199,13 @@ def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
     settings = ("training_config.seed=1", "eval_config.every=1")
     arguments = [*"--hw cpu --steps 7 --stop-at 3 --resume never --accept-changes".split()]
     arguments += [word for setting in settings for word in ("--set", setting)]
-    assert command("run", "tinyllama-finetune", *arguments, "--out", str(tmp_path))[0] == 0
+    assert command("run", "fine_tune", *arguments, "--out", str(tmp_path))[0] == 0
     (launch,) = launches
-    assert launch.recipe_dir == ROOT / "recipes" / "tinyllama-finetune"
+    assert launch.recipe_dir == FINE_TUNE
     assert (launch.hw, launch.steps, launch.stop_at) == ("cpu", 7, 3)
     assert launch.overrides == settings
     assert (launch.resume, launch.accept_changes, launch.out) == ("never", True, tmp_path)
-    assert launch.command[:3] == ("recipe", "run", "tinyllama-finetune")
+    assert launch.command[:3] == ("recipe", "run", "fine_tune")
 
 
 def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command, monkeypatch):
@@ -207,9 +213,9 @@ def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command,
     script = type("Script", (), {"train": staticmethod(launches.append)})
     monkeypatch.setattr(cli, "load_script", lambda path: script)
     monkeypatch.setenv("HW", "n300")
-    command("run", "tinyllama-finetune", "--no-container")
+    command("run", "fine_tune", "--no-container")
     monkeypatch.setenv("HW", "")
-    command("run", "tinyllama-finetune", "--no-container")
+    command("run", "fine_tune", "--no-container")
     assert [launch.hw or None for launch in launches] == ["n300", None]
     assert {launch.resume for launch in launches} == {"auto"}
     assert {launch.out for launch in launches} == {ROOT / "runs"}, "whatever the working directory"
@@ -237,7 +243,7 @@ def test_config_show_prints_the_resolved_config_of_any_board(command):
     pytest.importorskip("pydantic")
     import yaml
 
-    code, out, _ = command("config", "show", "tinyllama-finetune", "--hw", "galaxy", "--steps", "5")
+    code, out, _ = command("config", "show", "fine_tune", "--hw", "galaxy", "--steps", "5")
     assert code == 0
     shown = yaml.safe_load(out)
     assert shown["hw"] == "galaxy"
@@ -252,12 +258,12 @@ def test_config_schema_is_json(command):
 
 def test_dry_run_trains_nothing(command, monkeypatch):
     monkeypatch.setattr(cli, "load_script", pytest.fail)
-    code, out, _ = command("run", "tinyllama-finetune", "--hw", "n150", "--steps", "7", "--set", "a_b.c=1", "--dry-run")
+    code, out, _ = command("run", "fine_tune", "--hw", "n150", "--steps", "7", "--set", "a_b.c=1", "--dry-run")
     assert code == 2, "a config that a run would refuse"
     seed = "training_config.seed=1"
-    code, out, _ = command("run", "tinyllama-finetune", "--hw", "n150", "--steps", "7", "--set", seed, "--dry-run")
+    code, out, _ = command("run", "fine_tune", "--hw", "n150", "--steps", "7", "--set", seed, "--dry-run")
     assert code == 0
-    printed = next(line for line in out.splitlines() if line.startswith("would run: recipe run tinyllama-finetune"))
+    printed = next(line for line in out.splitlines() if line.startswith("would run: recipe run fine_tune"))
     assert "--hw n150 --steps 7" in printed
     assert f"--set {seed}" in printed
 
@@ -266,14 +272,14 @@ def test_a_container_without_an_image_says_how_to_make_one(command, monkeypatch)
     from common.ops import images
 
     monkeypatch.setattr(images, "read_local", dict)
-    code, _, err = command("run", "tinyllama-finetune", "--hw", "cpu", "--container")
+    code, _, err = command("run", "fine_tune", "--hw", "cpu", "--container")
     assert code == 4
     assert "no image for cpu" in err
     assert "image" in err.partition("to do: ")[2]
 
 
 def test_several_hosts_are_no_matter_for_a_container(command):
-    code, _, err = command("run", "ddp-n300", "--hw", "cpu-x2", "--container", "--nnodes", "2")
+    code, _, err = command("run", "fine_tune", "--hw", "cpu-x2", "--container", "--nnodes", "2")
     assert code == 2
     assert "--no-container" in err
 
@@ -287,7 +293,7 @@ def test_python_m_common_is_the_same_command():
 
 
 def test_a_reader_that_goes_away_is_no_bug():
-    command = f"{sys.executable} -m common config show tinyllama-finetune --hw cpu | head -1"
+    command = f"{sys.executable} -m common config show {FINE_TUNE} --hw cpu | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "bug" not in done.stderr
     assert "Traceback" not in done.stderr

@@ -28,12 +28,12 @@ from common.ops.container import Run, command_line, configuration, host_settings
 from common.ops.images import Image
 from common.recipes import ROOT
 from tests.hosts import fake_host
+from tests.tiny_recipe import FINE_TUNE as RECIPE
 from tests.unit.test_hardware import MACHINES
 
 IMAGE = Image("n150", "sha256:" + "ab" * 32, "local", "cd" * 32)
 ASKED: dict[str, Any] = {"hw": None, "overrides": (), "steps": None, "stop_at": None, "resume": "auto"}
 ASKED |= {"accept_changes": False, "out": ROOT / "runs"}
-RECIPE = ROOT / "recipes/tinyllama-finetune"
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def launched(monkeypatch) -> Callable[..., Any]:
 
 def test_inside_the_same_command_is_resolved(place, launched, monkeypatch):
     fake_host(place / "machine", "n150")
-    words = ["run", "tinyllama-finetune", "--hw", "n150", "--steps", "7", "--stop-at", "3", "--out", "here/runs"]
+    words = ["run", str(RECIPE), "--hw", "n150", "--steps", "7", "--stop-at", "3", "--out", "here/runs"]
     words += [
         "--set",
         "training_config.seed=1",
@@ -244,7 +244,7 @@ def test_a_board_goes_into_its_container_by_itself_and_no_further(monkeypatch):
 @pytest.mark.parametrize("board", MACHINES)
 def test_a_dry_run_prints_the_whole_line_for_a_board_that_is_not_here(board, monkeypatch):
     monkeypatch.setattr(dry_run, "connect", lambda: None)
-    lines = list(dry_run.describe(RECIPE, "tinyllama-finetune", {**ASKED, "hw": board}, None))
+    lines = list(dry_run.describe(RECIPE, RECIPE.name, {**ASKED, "hw": board}, None))
     (line,) = (line for line in lines if line.startswith("in the container: docker run "))
     words = shlex.split(line.partition(": ")[2])
     given = [words[at + 1] for at, word in enumerate(words) if word == "--device"]
@@ -261,7 +261,7 @@ def test_a_dry_run_names_the_image_where_it_is_built_and_a_lack_of_an_engine(mon
 
     monkeypatch.setattr(dry_run, "connect", none)
     monkeypatch.setattr(dry_run, "image_for", lambda hw: IMAGE)
-    lines = list(dry_run.describe(RECIPE, "tinyllama-finetune", {**ASKED, "hw": "cpu"}, True))
+    lines = list(dry_run.describe(RECIPE, RECIPE.name, {**ASKED, "hw": "cpu"}, True))
     assert any(f" {IMAGE.reference} run " in line for line in lines)
     assert "  no Docker engine answers here" in lines
 

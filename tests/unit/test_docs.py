@@ -100,6 +100,7 @@ def test_a_recipe_that_is_deleted_leaves_the_tables_at_the_next_make_docs(root: 
     refresh(root)
     assert not stale(root)
     assert folder.name not in (root / "recipes/README.md").read_text()
+    assert f"(recipes/{folder.name}" not in (root / "README.md").read_text(), "no link to what is gone"
 
 
 def test_a_page_without_its_markers_is_refused(root: Path) -> None:

@@ -30,7 +30,7 @@ from common.ops import trained
 from common.ops.hf_folder import export_dtype
 from tests.runs import manifest, outcome
 from tests.tiny import write_tiny_base
-from tests.tiny_recipe import ROOT, make_tiny_recipe, run_tiny, write_play
+from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, run_tiny, write_play
 
 SCRATCH: dict[str, Any] = {
     "model_config.init": "random",
@@ -138,8 +138,8 @@ def recipe(tiny_base, tmp_path_factory) -> Path:
     write_tiny_base(folder.parent / "other", seed=5)
     write_play(folder / "data" / "play.txt")
     write_play(folder / "data" / "other.txt", scenes=70)
-    loop = ROOT / "recipes" / "nano-transformer-scratch" / "dataset.py"
-    both = (folder / "dataset.py").read_text() + loop.read_text().partition("import annotations")[2]
+    of_text = FROM_SCRATCH / "dataset.py"
+    both = (folder / "dataset.py").read_text() + of_text.read_text().partition("import annotations")[2]
     (folder / "dataset.py").write_text(both)
     config = json.loads((folder / "config.yaml").read_text())
     config["training_config"]["max_steps"] = 3

@@ -30,6 +30,7 @@ from common.ops.container import process
 from common.ops.findings import Finding
 from common.ops.lease import Owner
 from tests import hosts
+from tests.tiny_recipe import FROM_SCRATCH
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / ".github/workflows/hardware.yml"
@@ -78,7 +79,7 @@ def host(tmp_path, monkeypatch) -> Host:
         "RECIPES_SYSFS_ROOT": str(found.root),
         "RECIPES_QUARANTINE": str(found.quarantine),
         "HW": "n150",
-        "NAME": "nano-transformer-scratch",
+        "NAME": FROM_SCRATCH.name,
         "OUT": str(tmp_path / "out"),
         "CONTAINER": "0",
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -87,6 +88,7 @@ def host(tmp_path, monkeypatch) -> Host:
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("common.recipes.RECIPES", FROM_SCRATCH.parent)
 
     def examine(job: Job, name: str) -> list[Finding]:
         """As `recipe doctor` in a process of its own would find it, of the board alone."""
@@ -391,7 +393,7 @@ def test_a_run_that_its_watchdog_ends_says_why(train):
 def test_the_command_is_that_of_the_job(train, host, monkeypatch, capfd):
     monkeypatch.setenv("STEPS", "20")
     train("import sys; print(sys.argv[1:])")
-    words = ["run", "nano-transformer-scratch", "--hw", "n150", "--resume", "never", "--out", f"{host.folder}/out/runs"]
+    words = ["run", "from_scratch", "--hw", "n150", "--resume", "never", "--out", f"{host.folder}/out/runs"]
     assert str([*words, "--no-container", "--steps", "20"]) in capfd.readouterr().out
 
 
@@ -496,7 +498,7 @@ LOST: dict[str, dict[str, Any]] = {
 def test_a_board_without_figures_is_ungraded_and_warned_of(grade, said, monkeypatch, capfd):
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     words = grade(2 if said["verdict"] == "ungraded" else 0, **said)
-    assert words.startswith("UNGRADED: nothing of nano-transformer-scratch is recorded on n150")
+    assert words.startswith("UNGRADED: nothing of from_scratch is recorded on n150")
     assert "::warning title=UNGRADED::" in capfd.readouterr().out
 
 
@@ -554,7 +556,7 @@ def test_the_summary_begins_with_what_the_job_comes_to(host, phases, verdict, mo
     job.note(phases=phases)
     summary.add(job, list(summary.summary(job, [])))
     text = (job.out / "summary.md").read_text()
-    assert text.startswith(f"# nano-transformer-scratch on n150: {verdict}\n")
+    assert text.startswith(f"# from_scratch on n150: {verdict}\n")
     assert (host.folder / "page.md").read_text() == text
 
 

@@ -16,15 +16,14 @@ from common import config as configs
 from common.config import Config
 from common.errors import UsageError
 from common.ops import plan
-from common.recipes import find_recipe
+from tests.tiny_recipe import FINE_TUNE, FROM_SCRATCH, make_tiny_recipe
 
 TINYLLAMA: dict[str, Any] = models.locked()["tinyllama-1.1b-chat"]["architecture"]
-FINETUNE = find_recipe("tinyllama-finetune")
 FULL = ("model_config.lora=null",)
 
 
 def config_of(board: str, *overrides: str) -> Config:
-    return configs.load(FINETUNE, hardware.get(board), overrides)
+    return configs.load(FINE_TUNE, hardware.get(board), overrides)
 
 
 def needed(board: str, *overrides: str, length: int = 128, **architecture: int) -> memory.Memory:
@@ -121,7 +120,6 @@ def test_what_fits_and_what_runs_on_the_host_is_not_refused(board, overrides):
 def test_a_run_is_refused_before_its_engine_starts(monkeypatch, tmp_path, tiny_base):
     """The hook: make_plan asks for what the chip has not."""
     from common.train.plan import Launch, make_plan
-    from tests.tiny_recipe import make_tiny_recipe
 
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     small = dataclasses.replace(hardware.get("cpu"), dram_gib_per_chip=1e-4)
@@ -142,26 +140,24 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path / "home"
 
 
-def text_of(recipe: str, board: str, *overrides: str, steps: int | None = None) -> str:
+def text_of(recipe: Path, board: str, *overrides: str, steps: int | None = None) -> str:
     said: list[str] = []
-    plan.report(find_recipe(recipe), board, overrides, steps, False, said.append)
+    plan.report(recipe, board, overrides, steps, False, said.append)
     return "\n".join(said)
 
 
 def test_a_plan_without_base_and_corpus_downloads_nothing_and_says_what_it_assumed(home):
-    text = text_of("tinyllama-finetune", "n300")
+    text = text_of(FINE_TUNE, "n300")
     assert "effective batch 32 = batch_size 16 (8 rows on each of 2 devices) x 2 accumulated" in text
     assert "the base tinyllama-1.1b-chat is not here; lengths estimated at 3 characters a token" in text
-    assert "300 training rows, 35 held out: 9.4 steps an epoch" in text
+    assert "14 training rows, 10 held out: 0.4 steps an epoch" in text
     assert "8,279 MiB" in text, "the published peak, as context"
     assert "no speed of this model on n300 is recorded or published: nothing is guessed" in text
-    assert "rows of 256 tokens (the corpus shakespeare is not here" in text_of("nano-transformer-scratch", "p300c")
+    assert "rows of 256 tokens (the corpus shakespeare is not here" in text_of(FROM_SCRATCH, "p300c")
     assert not home.exists()
 
 
 def test_a_plan_of_rows_that_are_here_counts_their_tokens(tiny_base, tmp_path, monkeypatch):
-    from tests.tiny_recipe import make_tiny_recipe
-
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
     entry = {
@@ -191,12 +187,12 @@ def test_a_plan_of_rows_that_are_here_counts_their_tokens(tiny_base, tmp_path, m
 
 
 def test_a_published_speed_is_called_published(home):
-    text = text_of("nano-transformer-scratch", "p300c", steps=3000)
-    assert "time: 3m21s of training steps, published: 244,854 tokens/s on one Blackhole chip of a p300c" in text
+    text = text_of(FROM_SCRATCH, "p300c", steps=3000)
+    assert "time: 8m12s of training steps, published: 100,000 tokens/s on one chip" in text
 
 
 def test_a_plan_that_cannot_fit_prints_it_and_ends_with_2(home, monkeypatch, capsys):
-    command = ["recipe", "plan", "tinyllama-finetune", "--hw", "n150", "--json"]
+    command = ["recipe", "plan", str(FINE_TUNE), "--hw", "n150", "--json"]
     for override in (*FULL, "training_config.batch_size=32", "data_config.max_length=1024"):
         command += ["--set", override]
     monkeypatch.setattr("sys.argv", command)
@@ -211,7 +207,7 @@ def test_a_plan_that_cannot_fit_prints_it_and_ends_with_2(home, monkeypatch, cap
 
 
 def test_an_unknown_recipe_and_a_wrong_key_have_their_messages(monkeypatch, capsys):
-    for words, text in ((["tinylama"], "did you mean tinyllama-finetune"), ([FINETUNE.name, "--set", "a=1"], "a")):
+    for words, text in ((["no-such-recipe"], "no recipe called"), ([str(FINE_TUNE), "--set", "a=1"], "a")):
         monkeypatch.setattr("sys.argv", ["recipe", "plan", *words])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -220,6 +216,6 @@ def test_an_unknown_recipe_and_a_wrong_key_have_their_messages(monkeypatch, caps
 
 
 def test_a_copied_folder_plans_as_well(home, tmp_path):
-    copied = Path(shutil.copytree(FINETUNE, tmp_path / "mine"))
+    copied = Path(shutil.copytree(FINE_TUNE, tmp_path / "mine"))
     (copied / "results.yaml").write_text("format: 1\nrecipe: mine\nentries: []\n")
     assert plan.outlook(copied, "n150", (), 5).steps == 5

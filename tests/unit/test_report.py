@@ -101,7 +101,7 @@ def test_it_stands_beside_the_recipe_s_own_figures(tmp_path, undrawn):
     record = run_record.read(write_run(tmp_path, "other", steps=100))
     first = facts.standing(record)[0][0]
     loss = next(step["loss"] for step in record.steps if step["step"] == 1)
-    assert first.figures[0] == ("training loss at 1", "4.6875", f"{loss:.4f}")
+    assert first.figures[0] == ("training loss at 1", "5.2500", f"{loss:.4f}")
 
 
 def test_the_same_training_as_an_entry_s_is_called_that(tmp_path):

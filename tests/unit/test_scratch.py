@@ -26,9 +26,9 @@ from common.train.evaluate import held_out
 from common.train.run import Run
 from common.weights import InitialWeights
 from tests.runs import log, manifest, outcome
-from tests.tiny_recipe import ROOT, run_tiny, tiny_scratch
+from tests.tiny_recipe import FROM_SCRATCH as RECIPE
+from tests.tiny_recipe import run_tiny, tiny_scratch
 
-RECIPE = ROOT / "recipes" / "nano-transformer-scratch"
 QUICK = (
     "training_config.precision=fp32",
     "training_config.scheduler.warmup_steps=0",
@@ -292,7 +292,7 @@ def test_a_run_outlives_the_cache(finished, tmp_path, monkeypatch):
 
 
 def test_initial_weights_hang_on_seed_and_name_alone():
-    config = configs.load(RECIPE, hardware.get("cpu"), ("model_config.preset=nano",))
+    config = configs.load(RECIPE, hardware.get("cpu"), ("model_config.preset=small",))
     assert config.model.architecture is not None
     shape = llama.hf_config(config.model.architecture.model_dump())
     first, other = InitialWeights(shape, "ttml", 1), InitialWeights(shape, "ttml", 2)

@@ -102,13 +102,13 @@ importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in
 
 from common.train.plan import Launch
 from tests.tiny import write_tiny_base
-from tests.tiny_recipe import load_loop, make_tiny_recipe, tiny_scratch
+from tests.tiny_recipe import FROM_SCRATCH, load_loop, make_tiny_recipe, tiny_scratch
 from tests.unit.test_hardware import fake_machine
 
-folder, recipe = Path(sys.argv[1]), Path(sys.argv[2])
+folder, recipe = Path(sys.argv[1]), FROM_SCRATCH
 os.environ.update(RECIPES_HOME=str(folder / "home"), RECIPES_SYSFS_ROOT=str(fake_machine(folder / "n150", ["n150"])))
 small = ["training_config.precision=bf16", "eval_config.every=0", "eval_config.max_new_tokens=2"]
-if "scratch" in recipe.name:
+if sys.argv[2] == "from_scratch":
     small += tiny_scratch(folder / "play.txt")
 else:
     recipe = make_tiny_recipe(folder / "tiny", write_tiny_base(folder / "base"))
@@ -146,7 +146,7 @@ def test_training_checkpoints_and_answers_need_no_torch(tmp_path, lora, generati
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the doubles of ttml are torch")
-@pytest.mark.parametrize("recipe", ["tinyllama-finetune", "nano-transformer-scratch"])
+@pytest.mark.parametrize("recipe", ["fine_tune", "from_scratch"])
 def test_a_whole_run_on_a_board_needs_no_torch(tmp_path, recipe):
     """Config, data, tokenizer, weights, loop, checkpoint, samples, export and card."""
-    run(RECIPE, "C", str(tmp_path), str(ROOT / "recipes" / recipe))
+    run(RECIPE, "C", str(tmp_path), recipe)

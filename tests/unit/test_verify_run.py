@@ -18,7 +18,7 @@ from common.errors import VerificationError
 from common.ops import calibrate, verify_run
 from common.ops.calibrate import DEFECTS, Defect
 from common.ops.specimen import Specimen, specimen
-from tests.tiny_recipe import ROOT, run_tiny, tiny_scratch
+from tests.tiny_recipe import FROM_SCRATCH, run_tiny, tiny_scratch
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_run_from_random_weights_over_a_text_passes_too(tmp_path, monkeypatch)
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     small = tiny_scratch(tmp_path / "play.txt")
     more = ("device_config.threads=1", "eval_config.max_new_tokens=1", "training_config.scheduler.warmup_steps=0")
-    run = run_tiny(ROOT / "recipes" / "nano-transformer-scratch", tmp_path / "out", *small, *more, steps=2)
+    run = run_tiny(FROM_SCRATCH, tmp_path / "out", *small, *more, steps=2)
     found = verdicts(run)
     assert {name for name, verdict in found.items() if verdict != "pass"} == {"frozen", "replicas"}
     assert found["frozen"] == found["replicas"] == "not checkable"

@@ -1,31 +1,37 @@
-"""Every recipe: a run that was stopped, however it was stopped, and resumed equals the unbroken run bit for bit."""
+"""Every recipe, made small: what one command leaves, and that a run which was stopped, however it was stopped, and
+resumed equals the unbroken run bit for bit.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
+from common import cli, hardware
 from common import config as configs
-from common import hardware
 from common.backends.torch_cpu import TorchCPU
 from common.errors import Stopped
-from common.train import checkpoint
+from common.recipes import ROOT
+from common.train import checkpoint, metrics
+from tests.recipes.reads import of_other_boards, recorded, unread
 from tests.runs import folders, log, manifest, outcome
+from tests.shipped import FOLDERS
 from tests.tiny import write_tiny_base
 from tests.tiny_recipe import run_tiny, tiny_scratch
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(path.parent for path in (ROOT / "recipes").glob("*/config.yaml"))
 STEPS = 6
 SMALL = (
     "training_config.precision=fp32",
@@ -34,14 +40,20 @@ SMALL = (
     "checkpoint_config.every=4",
     "device_config.threads=1",
     "device_config.compile=never",
+    "training_config.scheduler.warmup_steps=1",
     "device_config.mesh_shape=[1,1]",  # several processes: tests/e2e/test_data_parallel.py
     "data_config.max_length=64",
 )
 
 
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda path: path.name)
+def recipe(request) -> Path:
+    return request.param
+
+
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory) -> Iterator[None]:
-    """Token files are made once for all runs of this module."""
+def home(recipe, tmp_path_factory) -> Iterator[None]:
+    """Token files are made once for all runs of a recipe, whose builder is seen at work."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
@@ -50,24 +62,37 @@ def home(tmp_path_factory) -> Iterator[None]:
         gc.unfreeze()
 
 
-@pytest.fixture(scope="module", params=RECIPES, ids=lambda path: path.name)
-def recipe(request) -> Path:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def small(recipe, tmp_path_factory) -> tuple[str, ...]:
     """What makes the recipe small: a tiny base where it starts from one, else a tiny model and corpus."""
     config = configs.load(recipe, hardware.get("cpu"))
     if config.model.init == "random":
         return (*SMALL, *tiny_scratch(tmp_path_factory.mktemp("corpus") / "play.txt"))
+    if (config.data.source or "").startswith("hub:"):
+        pytest.skip("its rows come from the Hub, and no test uses the network")
     base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny", context=512)
     return (*SMALL, f"model_config.base={base}")
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run by `recipe run`, and the keys of its config that were read on the way."""
+
+    folder: Path
+    read: set[str]
+
+
 @pytest.fixture(scope="module")
-def unbroken(recipe, small, tmp_path_factory) -> Path:
-    return run_tiny(recipe, tmp_path_factory.mktemp("unbroken"), *small, steps=STEPS, export=False)
+def trained(recipe, small, tmp_path_factory) -> Trained:
+    out = tmp_path_factory.mktemp("unbroken")
+    with recorded() as read:
+        command("run", str(recipe), "--hw", "cpu", "--steps", str(STEPS), "--out", str(out), *sets(small))
+    return Trained(folders(out)[0], read)
+
+
+@pytest.fixture(scope="module")
+def unbroken(trained) -> Path:
+    return trained.folder
 
 
 @pytest.fixture
@@ -76,6 +101,60 @@ def go(recipe, small, tmp_path) -> Callable[..., Path]:
         return run_tiny(recipe, tmp_path, *small, *overrides, steps=STEPS, resume=resume, export=False, **options)
 
     return run
+
+
+# --- what one command leaves ------------------------------------------------------------------------------------------
+
+
+def test_its_data_is_built_once_and_holds_no_error(recipe, small, trained):
+    """Errors only: a fork may be born with warnings, of a licence that is still to be named, say."""
+    assert "reused (sources unchanged)" in command("data", "build", str(recipe), "--hw", "cpu", *sets(small))
+    assert command("data", "check", str(recipe), "--hw", "cpu", *sets(small))
+
+
+def test_it_trains_and_evaluates(unbroken):
+    records = outcome(unbroken)["metrics"]
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 2, 4, 6]
+    assert all(math.isfinite(record.get("loss", record.get("eval_loss"))) for record in records)
+    assert manifest(unbroken)["exit_reason"] == "done"
+
+
+def test_every_evaluation_prompt_has_its_answers(unbroken):
+    entries = metrics.read(unbroken / "evaluations.jsonl")
+    prompts = [sample["prompt"] for sample in entries[0]["samples"]]
+    assert prompts
+    assert all([sample["prompt"] for sample in entry["samples"]] == prompts for entry in entries)
+    text = (unbroken / "samples.md").read_text()
+    assert all(prompt.splitlines()[0] in text for prompt in prompts)
+
+
+def test_the_trained_model_answers(unbroken):
+    assert command("generate", str(unbroken), "--prompt", "What is it?", "--max-new-tokens", "2").strip()
+
+
+def test_its_export_is_proven_and_checks_again(unbroken):
+    assert manifest(unbroken)["export"]["status"] == "verified"
+    assert command("export", str(unbroken), "--check")
+
+
+def test_its_report_is_written(recipe, unbroken):
+    assert recipe.name in (unbroken / "report.html").read_text()
+
+
+def test_no_key_of_its_config_is_dead(recipe, small, trained, tmp_path):
+    """Every key that a layer sets is read by engine, loop or builder: here, or with the settings of some board."""
+    read = set(trained.read)
+    for overrides in of_other_boards(recipe, small):
+        if not unread(recipe, read, small):
+            break
+        with recorded() as more:
+            run_tiny(recipe, tmp_path, *overrides, *small, steps=4, export=False)
+        read |= more
+    assert not unread(recipe, read, small), "nothing reads what is set here: delete it"
+
+
+# --- stopped and resumed ----------------------------------------------------------------------------------------------
 
 
 def test_resume_never_twice_gives_the_same_numbers(unbroken, go):
@@ -166,6 +245,19 @@ def test_one_batch_of_8_equals_4_times_2_accumulated(go):
     assert manifest(whole)["training_digest"] == manifest(parts)["training_digest"], "the split is no other training"
 
 
+def sets(overrides: Iterable[str]) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def command(*words: str) -> str:
+    """What `recipe WORDS` prints, in this process. Raises what it raises."""
+    done = CliRunner().invoke(cli.recipe, words, env={"HW": None})
+    if done.exception:
+        raise done.exception
+    assert done.exit_code == 0
+    return done.output
+
+
 def reopen(folder: Path) -> None:
     """As if the run had been killed after its last checkpoint."""
     path = folder / "manifest.json"
@@ -174,7 +266,7 @@ def reopen(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(path, marks=() if path == RECIPES[-1] else pytest.mark.slow) for path in RECIPES],
+    [pytest.param(path, marks=() if path == FOLDERS[-1] else pytest.mark.slow) for path in FOLDERS],
     ids=lambda path: path.name,
     indirect=True,
 )

@@ -1,0 +1,28 @@
+"""The loop as a recipe has it; tests/recipes looks at those of the recipes themselves."""
+
+from __future__ import annotations
+
+from common.ops.card import write_card
+from common.ops.export import export_run
+from common.train.plan import Launch
+from common.train.run import open_run
+
+
+def train(launch: Launch) -> None:
+    with open_run(launch) as run:
+        config, rows = run.config, run.dataset.train
+        run.evaluate(step=0)
+
+        for step in run.steps():
+            batch = rows.batch(step, config.training.seed, config.effective_batch)
+            micro_batches = batch.split(config.training.gradient_accumulation_steps)
+            stats = run.backend.train_step(micro_batches, run.learning_rate(step), step)
+            run.record(step, stats)
+            if run.evaluation_due(step):
+                run.evaluate(step)
+            if run.checkpoint_due(step):
+                run.save(step)
+
+        run.finish()
+        export_run(run)
+        write_card(run)
