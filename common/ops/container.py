@@ -164,6 +164,7 @@ def spec_of(run: Run, lent: Sequence[Path] = ()) -> Spec:
         "USER": "recipe",  # a user id without a name has none to look up
         "RECIPES_HOME": str(cache()),
         "HF_HOME": str(Path(outside["HF_HOME"]).absolute() if outside.get("HF_HOME") else cache() / "hub"),
+        "MPLCONFIGDIR": "/tmp/matplotlib",  # below HOME, .cache is the engine's: a parent of what is mounted there
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         **(board_environment(run.hw, kernels) if not run.hw.is_cpu else {}),
