@@ -32,7 +32,7 @@ from common.yaml_layers import shown
 Say = Callable[[str], None]
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 LONGEST_NAME = 50
-LEFT_BEHIND = ("README.md", results.FILE, results.FOLDER, "__pycache__", ".*")  # the parent's own words and figures
+OF_THE_PARENT = ("README.md", results.FILE, results.FOLDER)  # at the top: its own words and figures
 # What the data decides. A layer over config.yaml loses these keys, so that it cannot undo what the fork sets there.
 OF_THE_DATA = (
     *(f"data_config.{key}" for key in ("source", "corpus", "format", "map", "revision", "control")),
@@ -63,17 +63,27 @@ def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
     source = recipes.find_recipe(parent)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent.parent) as scratch:
         made = Path(scratch) / name
-        shutil.copytree(source, made, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        shutil.copytree(source, made, ignore=left_behind(source))
         scaffold_pages.rename(made, source.name, name)
         notes: list[str] = []
         facts = fork(made, source, own, notes.append) if own else copied(made, source)
         write_pages(made, facts)
-        check(made, source)
+        check(made, source, own is not None)
         refuse_existing(target)
         made.rename(target)
     for line in [*notes, *farewell(target, own is not None)]:
         say(line)
     return target
+
+
+def left_behind(source: Path) -> Callable[[str, list[str]], set[str]]:
+    """What of a recipe's folder no fork takes over, as shutil's `ignore`."""
+
+    def names(folder: str, found: list[str]) -> set[str]:
+        hidden = {name for name in found if name.startswith(".") or name == "__pycache__"}
+        return hidden | (set(OF_THE_PARENT) & set(found) if Path(folder) == source else set())
+
+    return names
 
 
 def refuse_name(name: str) -> Path:
@@ -228,7 +238,7 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
     return Facts(
         name=made.name,
         parent=source.name,
-        what=f"Fine-tune an instruction model on {own.path.name}: {len(rows)} rows.",
+        what=f"Fine-tune an instruction model on {scaffold_pages.short(own.path.name)}: {len(rows)} rows.",
         split=scaffold_split.points(found),
         data=own.path.name,
         sha256=hashlib.sha256(own.path.read_bytes()).hexdigest(),
@@ -266,7 +276,8 @@ def fork_corpus(made: Path, source: Path, data: Path, say: Say) -> Facts:
     return Facts(
         name=made.name,
         parent=source.name,
-        what=f"Train a transformer from random weights on {data.name}: {text.characters():,} characters.",
+        what="Train a transformer from random weights on "
+        f"{scaffold_pages.short(data.name)}: {text.characters():,} characters.",
         split=scaffold_corpus.points(text, len(prompts)),
         data=data.name,
         sha256=corpora.text_sha256([part for split in text.splits.values() for part in split]),
@@ -299,8 +310,10 @@ def resolved(recipe: Path, board: Hardware) -> Config | str:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def check(made: Path, source: Path) -> None:
-    """The fork on every board that its parent fits, and what its dataset.py makes of the data.
+def check(made: Path, source: Path, own_data: bool) -> None:
+    """The fork on every board that its parent fits, and what its dataset.py makes of the user's data.
+
+    The parent's data is not looked at: it may have to be fetched first.
 
     Raises UsageError or DataError for what is wrong.
     """
@@ -308,6 +321,8 @@ def check(made: Path, source: Path) -> None:
     for board in hardware.table().values():
         if isinstance(resolved(source, board), Config):
             configs.load(made, board)
+    if not own_data:
+        return
     builder = Builder(configs.load(made, hardware.get("cpu")), made)
     prompts = builder.prompts()
     if builder.config.data.corpus is not None:

@@ -13,7 +13,7 @@ from common.yaml_layers import to_yaml
 
 SAFE_PROMPT = re.compile(r"[\w ,.?'()-]{1,100}")  # what can stand between double quotes in any shell
 
-
+LONGEST_FILE = 60  # characters of a name in the one line that says what a recipe does
 LICENCE_STUB = f"License: {STUB} (for example Apache-2.0, CC-BY-4.0, or: not for others)"
 
 
@@ -46,9 +46,16 @@ def head(facts: Facts) -> list[str]:
         f"  make recipe NAME={facts.name}                on the board found here, else on the CPU",
         f"  make recipe NAME={facts.name} HW=n150        on one Wormhole chip",
         "",
-        f"Forked from {facts.parent}, with {origin}. hw/<board>.yaml holds what differs on a board;",
-        f"`recipe config show {facts.name}` prints the result.",
+        *wrapped(
+            f"Forked from {facts.parent}, with {origin}. hw/<board>.yaml holds what differs on a board; "
+            f"`recipe config show {facts.name}` prints the result."
+        ),
     ]
+
+
+def short(name: str) -> str:
+    """The name of a file, for a line that must not wrap."""
+    return name if len(name) <= LONGEST_FILE else f"{name[: LONGEST_FILE - 3]}..."
 
 
 def empty_results(name: str) -> str:
@@ -157,8 +164,12 @@ def data_card(facts: Facts) -> str:
 
 
 def rename(folder: Path, old: str, new: str) -> None:
-    """In every text of the fork, the parent's name and its `make recipe-...` become the new recipe's."""
-    name = re.compile(rf"(?<![\w-]){re.escape(old)}(?![\w-])")
+    """In every text of the fork, the parent's name and its `make recipe-...` become the new recipe's.
+
+    A name of one word, such as `train`, is one only where a command or a path says so: elsewhere it is code.
+    """
+    named = r"(?<![\w-])" if "-" in old else r"(?:(?<=NAME=)|(?<=recipes/)|(?<=recipe run )|(?<=data check ))"
+    name = re.compile(rf"{named}{re.escape(old)}(?![\w-])")
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".py", ".yaml", ".md", ".sh") or not path.is_file():
             continue

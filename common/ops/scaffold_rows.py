@@ -82,10 +82,12 @@ def marked(data: Path) -> bool:
 
 
 def likely_mapping(records: Sequence[Mapping[str, object]]) -> str:
-    """How to name the columns: the two with the longest texts, in their order."""
+    """How to name the columns: the two with the longest texts, in their order; without a record, how to write one."""
+    if not records:
+        return "give each line as many fields as the header; a field that holds the separator stands in double quotes"
     sizes = {
         name: statistics.fmean(len(str(record.get(name) or "")) for record in records)
-        for name in (records[0] if records else ())
+        for name in records[0]
         if any(isinstance(record.get(name), str) for record in records)
     }
     longest = sorted(sizes, key=lambda name: -sizes[name])[:2]
@@ -194,7 +196,8 @@ def described(found: Share, sizes: Lengths) -> list[str]:
     lines = [f"tokens a row: p50 {middle}, p95 {high}, longest {max(sizes.rows)} ({sizes.evidence})"]
     kept = sorted({key for row in found.rows for key in row.extra} - {found.split_by.value})
     if kept:
-        lines.append(f"kept beside prompt and response, not trained on, part of the recipe: {', '.join(kept)}")
+        names = ", ".join(key or "a column without a name" for key in kept)
+        lines.append(f"kept beside prompt and response, not trained on, part of the recipe: {names}")
     return lines
 
 

@@ -70,7 +70,7 @@ def small(recipe, tmp_path_factory) -> tuple[str, ...]:
         return (*SMALL, *tiny_scratch(tmp_path_factory.mktemp("corpus") / "play.txt"))
     if (config.data.source or "").startswith("hub:"):
         pytest.skip("its rows come from the Hub, and no test uses the network")
-    base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny", context=512)
+    base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny", context=16384)  # a fork may ask what is long
     return (*SMALL, f"model_config.base={base}")
 
 

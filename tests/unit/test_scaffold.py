@@ -23,7 +23,7 @@ from common.ops.results import load as load_results
 from common.ops.scaffold_rows import Lengths, max_length, schedule
 from common.ops.scaffold_yaml import Setting, YamlFile
 
-ROWS_BUILDER = '''"""The rows of parent."""
+ROWS_BUILDER = '''"""The rows of recipes/parent."""
 from common.data.convert import read_source
 from common.data.rows import evaluation_prompts, split_held_out
 
@@ -167,7 +167,7 @@ def test_nothing_of_the_parent_s_data_results_or_name_stays(root, tmp_path):
         *("data/README.md", "data/rows.jsonl", "data/prompts.jsonl"),
     }
     assert (recipe / "train.py").read_text() == '"""make recipe NAME=young, or recipe run young"""\n'
-    assert "The rows of young" in (recipe / "dataset.py").read_text()
+    assert "The rows of recipes/young" in (recipe / "dataset.py").read_text()
     readme = (recipe / "README.md").read_text()
     assert readme.startswith("# young\n")
     assert "3.1" not in readme
@@ -541,6 +541,55 @@ def test_without_data_it_is_a_copy_with_the_parent_s_data_and_licence_and_no_res
     assert (recipe / "config.yaml").read_text().startswith("# Teach a fox to talk: a copy of parent.\n")
     assert "3.1" not in (recipe / "README.md").read_text()
     assert "written: " in said
+
+
+def test_a_copy_of_a_fork_keeps_what_is_written_of_its_data(root, tmp_path):
+    recipe, _ = fork(root, table(tmp_path / "my.csv"))
+    (recipe / "train.py").write_text("kept = 1\n")
+    scaffold.new("grandchild", "young", None, print)
+    card = (recipe.with_name("grandchild") / "data/README.md").read_text()
+    assert "License: TO FILL IN" in card
+    assert "`my.csv`, sha256" in card
+
+
+def test_a_copy_fetches_nothing(root, monkeypatch):
+    """Not even the data of its parent, which may be a corpus that is not here yet."""
+    config = root / "recipes/tale/config.yaml"
+    config.write_text(config.read_text().replace("data/tale.txt", "shakespeare"))
+    monkeypatch.setattr("common.data.corpora.fetched", lambda *words: pytest.fail("it is fetched"))
+    recipe, _ = fork(root, None, "tale")
+    assert config_of(recipe, "cpu").data.corpus == "shakespeare"
+
+
+@pytest.mark.parametrize("name", ["train", "run", "data"])
+def test_a_parent_whose_name_is_a_word_of_code_stays_code(root, name):
+    code = "from common.train.run import data\n\nwith data() as run:\n    train = run  # recipes/{0}, NAME={0}\n"
+    (root / "recipes/parent").rename(root / "recipes" / name)
+    (root / f"recipes/{name}/train.py").write_text(code.format(name))
+    (root / f"recipes/{name}/results.yaml").write_text(f"format: 1\nrecipe: {name}\nentries: []\n")
+    recipe, _ = fork(root, None, name)
+    assert (recipe / "train.py").read_text() == code.format("young")
+
+
+def test_no_line_is_longer_for_a_long_name_of_a_file(root, tmp_path):
+    name = "customer_support_tickets_export_2026-11-23_final_v2_cleaned_and_translated_by_hand.csv"
+    recipe, _ = fork(root, table(tmp_path / name))
+    text = (recipe / "config.yaml").read_text()
+    assert text.startswith(
+        "# Fine-tune an instruction model on customer_support_tickets_export_2026-11-23_final_v2_clean...: 64"
+    )
+    assert max(map(len, text.splitlines())) <= 160
+
+
+def test_lines_that_have_too_many_fields_are_no_matter_of_columns(root, tmp_path):
+    path = tmp_path / "my.csv"
+    path.write_text(
+        "question;answer\n" + "".join(f"{question};one; two; three {at}\n" for at, question in enumerate(QUESTIONS))
+    )
+    with pytest.raises(DataError) as error:
+        fork(root, path)
+    assert "double quotes" in str(error.value.todo)
+    assert "--map" not in str(error.value.todo)
 
 
 def test_a_fork_can_be_forked(root, tmp_path):
