@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -202,6 +203,10 @@ def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]
     Two sets of words that alike share one of each other's rarest words (prefix filtering: Chaudhuri et al.,
     "A primitive operator for similarity joins in data cleaning", ICDE 2006), so few pairs are compared.
     """
+    once: dict[str, tuple[str, str]] = {}
+    for text, where in theirs:
+        once.setdefault(canonical(text), (text, where))
+    theirs = list(once.values())
     our_words, their_words = [words(text) for text, _ in ours], [words(text) for text, _ in theirs]
     for (text, where), part, candidates in zip(ours, our_words, sharing(our_words, their_words), strict=True):
         for at in candidates:
@@ -221,23 +226,30 @@ def sharing(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) ->
         yield sorted({at for word in rarest(part, frequency) for at in index[word]})
 
 
+def same(texts: Sequence[str]) -> list[int]:
+    """For each text, the index of the first one that is the same in its canonical form."""
+    first: dict[str, int] = {}
+    return [first.setdefault(canonical(text), at) for at, text in enumerate(texts)]
+
+
 def alike(texts: Sequence[str]) -> list[int]:
     """For each text, the index of the first one that it is the same as or near to, over any chain of near ones."""
-    found, parts = list(range(len(texts))), [words(text) for text in texts]
-    same: dict[str, int] = {}
+    firsts = same(texts)
+    different = sorted(set(firsts))
+    found, parts = {at: at for at in different}, [words(texts[at]) for at in different]
 
     def first(at: int) -> int:
         while found[at] != at:
             found[at] = at = found[found[at]]
         return at
 
-    for at, candidates in enumerate(sharing(parts, parts)):
-        twin = same.setdefault(canonical(texts[at]), at)
-        for other in [twin, *candidates]:
-            if other < at and first(other) != first(at) and (other == twin or overlap(parts[at], parts[other]) >= NEAR):
-                high, low = sorted((first(other), first(at)), reverse=True)
-                found[high] = low
-    return [first(at) for at in range(len(texts))]
+    for number, candidates in enumerate(sharing(parts, parts)):
+        root = different[number]
+        for other in candidates[: bisect_left(candidates, number)]:
+            theirs = first(different[other])
+            if theirs != root and overlap(parts[number], parts[other]) >= NEAR:
+                found[max(root, theirs)] = root = min(root, theirs)
+    return [first(at) for at in firsts]
 
 
 def words(text: str) -> frozenset[str]:
