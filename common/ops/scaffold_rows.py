@@ -218,7 +218,7 @@ def settings(found: Share, sizes: Lengths) -> list[Setting]:
         found.split_by,
         found.held_out_share,
         max_length(sizes),
-        Setting("eval_config.prompts", PROMPTS, f"{len(found.asked)} rows set aside: never trained on, never scored"),
+        Setting("eval_config.prompts", PROMPTS, f"{found.set_aside}: never trained on, never scored"),
         Setting(
             "eval_config.max_new_tokens",
             min(max(least, answer), most),

@@ -16,7 +16,7 @@ from common.data import checks
 from common.data.build import Builder
 from common.data.cli import licence_of
 from common.data.corpora import Document
-from common.data.rows import read_prompts, read_rows
+from common.data.rows import group_hash, read_prompts, read_rows
 from common.errors import DataError, RecipeError, UsageError
 from common.ops import scaffold, scaffold_corpus, scaffold_rows
 from common.ops.results import load as load_results
@@ -79,6 +79,7 @@ eval_config: {every: 100, prompts: [Once]}
 checkpoint_config: {every: 200}
 """
 SUBJECTS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus maple north otter plume".split()
+LEAKS = {"D002", "D003", "D101", "D102", "D103", "D104"}
 QUESTIONS = [f"{ask} the {subject}?" for ask in ("What is", "Who knew", "Why not", "Where lay") for subject in SUBJECTS]
 PAIRS = [
     (question, f"{question.split()[-1][:-1].title()} number {at} is long told.")
@@ -125,12 +126,12 @@ def table(path: Path, rows=PAIRS, columns=("question", "answer")) -> Path:
 
 
 def fork(
-    root: Path, data: Path | None, parent: str = "parent", format: str = "auto", **mapping: str
+    root: Path, data: Path | None, parent: str = "parent", format: str = "auto", name: str = "young", **mapping: str
 ) -> tuple[Path, str]:
-    """The fork `young` and what was said."""
+    """The fork, and what was said."""
     lines: list[str] = []
     own = None if data is None else scaffold.Own(data, mapping, format)
-    return scaffold.new("young", parent, own, lines.append), "\n".join(lines)
+    return scaffold.new(name, parent, own, lines.append), "\n".join(lines)
 
 
 def everything(root: Path) -> dict[str, bytes]:
@@ -253,12 +254,86 @@ def test_nearly_the_same_prompts_stay_on_one_side_over_any_chain(root, tmp_path)
     recipe, said = fork(root, table(tmp_path / "my.csv", [*chain, *kin]))
     assert config_of(recipe).data.split_by == "group"
     assert "nearly the same prompts (61 times)" in said
+    assert "a row that is added needs a group too: any word of its own, or that of the rows it resembles" in said
     splits = Builder(config_of(recipe), recipe).splits()
     asked = read_prompts(recipe / "data/prompts.jsonl")
     found = {finding.id for finding in checks.check(splits, asked).findings}
-    assert not found & {"D002", "D003", "D101", "D102"}
+    assert not found & LEAKS
+    twins = read_prompts(recipe / "data/twins.jsonl")
+    assert f"{len(asked)} rows set aside, with {len(twins)} like them" in said
+    assert len(asked) + len(twins) + sum(map(len, splits.values())) == 183, "every row is somewhere, once"
     sides = {name for name, part in splits.items() for row in part if row.response.startswith("Link")}
     assert len(sides) == 1
+
+
+def boiling(count: int) -> list[tuple[str, str]]:
+    """Rows of one template: any two prompts are nearly the same."""
+    text = "What is the boiling point of {} in degrees Celsius at sea level?"
+    return [
+        (text.format(f"{SUBJECTS[at % 16]}{at}"), f"Element {at} boils at {at * 7} degrees.") for at in range(count)
+    ]
+
+
+def leaks_of(recipe: Path) -> set[str]:
+    prompts = read_prompts(recipe / "data/prompts.jsonl")
+    report = checks.check(Builder(config_of(recipe), recipe).splits(), prompts)
+    return {finding.id for finding in report.findings} & LEAKS
+
+
+def test_a_template_is_split_by_the_exact_prompt_and_that_is_said(root, tmp_path):
+    recipe, said = fork(root, table(tmp_path / "my.csv", boiling(60)))
+    assert "48 to train on, 8 held out, 4 asked" in said
+    assert "60 rows in nearly the same words are too many to stay on one side" in said
+    assert config_of(recipe).data.split_by is None
+    assert not leaks_of(recipe) & {"D002", "D003", "D103"}, "nearly the same is a warning, the same would be an error"
+
+
+def test_a_large_template_beside_other_rows_is_not_held_out_whole(root, tmp_path):
+    for size in (100, 240):  # one is held out whole, or trained on whole, by the luck of its hash
+        recipe, said = fork(root, table(tmp_path / f"{size}.csv", [*boiling(size), *PAIRS[:60]]), name=f"young-{size}")
+        splits = Builder(config_of(recipe), recipe).splits()
+        assert 0.08 < len(splits["held_out"]) / (size + 60) < 0.2
+        sides = {name for name, part in splits.items() for row in part if "boiling" in row.prompt}
+        assert sides == {"train", "held_out"}
+        assert f"{size} rows in nearly the same words" in said
+        assert all("boiling" not in prompt for prompt in read_prompts(recipe / "data/prompts.jsonl")), "others are left"
+        assert not leaks_of(recipe) & {"D002", "D003", "D102", "D103", "D104"}
+
+
+def test_several_templates_that_would_take_more_than_is_wanted_come_apart_too(root, tmp_path):
+    shapes = (
+        "Tell me in one line what the colour {} is for",
+        "How many grams of {} go into a cake of ours",
+        "Name a city whose old market sells {} all year",
+        "Which of your friends likes {} more than they say",
+        "Write down the price that {} had last winter here",
+        "Explain to a small child why {} falls from trees",
+    )
+    rows = [(shape.format(f"{word}{at}"), f"{word} {at}.") for at, shape in enumerate(shapes) for word in SUBJECTS[:14]]
+    recipe, said = fork(root, table(tmp_path / "my.csv", rows))
+    assert "not by group: " in said
+    assert "would be held out or set aside, 12 are wanted" in said
+    assert len(Builder(config_of(recipe), recipe).splits()["train"]) == 72
+
+
+def test_one_prompt_with_most_of_the_rows_is_refused_where_it_would_be_held_out(root, tmp_path):
+    prompt = min((f"What is {at}?" for at in range(99)), key=lambda text: group_hash(text.lower()))
+    rows = [(prompt, f"A thing of number {at}.") for at in range(240)]
+    with pytest.raises(DataError, match="of 304 rows would be held out or set aside, 34 are wanted") as error:
+        fork(root, table(tmp_path / "my.csv", [*PAIRS, *rows]))
+    assert "one prompt comes 240 times" in str(error.value)
+
+
+def test_who_has_the_prompt_of_an_evaluation_is_neither_trained_on_nor_scored(root, tmp_path):
+    rows = [(question, f"{answer} {more}") for question, answer in PAIRS for more in ("Yes.", "No.", "Perhaps.")]
+    recipe, _ = fork(root, table(tmp_path / "my.csv", rows))
+    assert not leaks_of(recipe)
+    asked, twins = (read_prompts(recipe / f"data/{name}.jsonl") for name in ("prompts", "twins"))
+    assert sorted(twins) == sorted(asked * 2)
+    assert len(set(asked)) == len(asked) == 4
+    assert f"{len(twins)} rows with the same or nearly the same prompts" in " ".join(
+        (recipe / "README.md").read_text().split()
+    )
 
 
 def test_the_first_and_last_of_a_chain_are_kin_though_they_are_not_alike():
@@ -284,6 +359,23 @@ def test_a_column_of_topics_holds_the_rows_of_a_topic_together(root, tmp_path):
         print,
     )
     assert config_of(recipe.with_name("other")).data.split_by is None, "three topics are too few to hold one out"
+
+
+@pytest.mark.parametrize(
+    ("topics", "reason"),
+    [
+        (["", *[f"t{at % 16}" for at in range(63)]], "1 of 64 rows have none"),
+        ([f"t{at % 3}" for at in range(64)], "it has 3 values, 10 are needed"),
+        ([f"t{at}" for at in range(64)], "it has 64 values for 64 rows"),
+        (["t", *["t"] * 39, *[f"t{at}" for at in range(24)]], "one value has 40 of 64 rows"),
+    ],
+)
+def test_why_a_column_is_not_taken_is_said(root, tmp_path, topics, reason):
+    rows = [(*pair, topic) for pair, topic in zip(PAIRS, topics, strict=True)]
+    recipe, said = fork(root, table(tmp_path / "my.csv", rows, ("question", "answer", "topic")))
+    assert config_of(recipe).data.split_by is None
+    assert f"; not by topic: {reason}" in said
+    assert "not by topic" in (recipe / "config.yaml").read_text()
 
 
 def test_the_share_means_the_rows_it_says_and_adding_one_moves_no_other(root, tmp_path):
@@ -352,7 +444,7 @@ KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
 BAD: dict[str, tuple[object, str, str]] = {
     "other columns": ("ask,say\n" + LINES, "columns: ask, say", "prompt=ask --map response=say"),
     "too few": (FEW, "16 with 16 different prompts, 44 are needed", "32 to train on"),
-    "all the same": (SAME, "90 with 1 different prompts (those with four", "write more"),
+    "all the same": (SAME, "90 with 1 different prompts (case,", "write more"),
     "empty": ("", "no row", "Your own data"),
     "no row": ("question,answer\n", "no row", "Your own data"),
     "not UTF-8": ("question,answer\nWo ist das Café?,Da.\n".encode("latin-1"), "not UTF-8: byte 0xe9", "UTF-8"),
