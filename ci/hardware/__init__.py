@@ -8,6 +8,8 @@ requirements/launcher.txt, no torch. From the environment:
     OUT                  a folder for this job alone; all that is in it after `collect` may be published
     CONTAINER=0          without the image, on this machine's own Python (as for make)
     TRAIN_MINUTES        what training may take, 180; then it is asked to save and stop
+    RECIPES_LEFT_OUT     a folder that outlives the job, for what is too large to publish. Nobody clears it but its
+                         owner. Without one it goes beside OUT, and on a runner with the checkout
     RECIPES_QUARANTINE   the file that takes this machine out of service: /var/lib/recipes-runner/quarantine
 
 `OUT/job.json` tells each phase what the earlier ones did. Exit codes are those of `recipe`. What runs when is STEPS:
@@ -21,10 +23,12 @@ phase (`run: exec ci/hardware.sh train`): a runner signals the step's shell alon
                 A board without any is UNGRADED: green, as nothing failed, with a warning and that word in the summary
                 in place of "passed". It must not be red: nobody could then tell a board that broke from one that
                 nobody has graded yet, and the first graded run would have to come from a red job
+    recover     only after a failure, and before collect: after a cancel, GitHub gives all that is left five minutes. A
+                board that this job did not train on, or that somebody else has, is never reset. Else the run is
+                stopped; a board whose run did not close it is reset by PCI address, up to three times, each followed
+                by preflight's look at the board, then quarantined (4), as it is where the run cannot be killed. What
+                a reset would wipe is written down first: dmesg-failed.txt, doctor-failed.json
     collect     figures, report, logs, the machine before and after, summary.md; large files are left out, and listed
-    recover     only after a failure. A board that this job did not train on, or that somebody else has, is never
-                reset. Else the run is stopped; a board whose run did not close it is reset by PCI address, up to three
-                times, each followed by preflight's look at the board, then quarantined (4)
 """
 
 from __future__ import annotations
@@ -55,6 +59,6 @@ STEPS = (
     Step("preflight", "", 5),
     Step("train", "", TRAIN_MINUTES + 8),  # stopping takes two minutes, killing what does not listen as long again
     Step("grade", "", 15),
-    Step("collect", ALWAYS, 10),
     Step("recover", AFTER_FAILURE, 20),
+    Step("collect", ALWAYS, 10),
 )

@@ -19,8 +19,8 @@ PHASES: Mapping[str, Callable[[Job], str]] = {
     "preflight": preflight,
     "train": train,
     "grade": grade,
-    "collect": collect,
     "recover": recover,
+    "collect": collect,
 }
 
 

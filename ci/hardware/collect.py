@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-import re
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ci.hardware.commands import ended, recipe, snapshot
+from ci.hardware.commands import ended, kernel_log, recipe, snapshot
 from ci.hardware.job import Job, say
 from ci.hardware.own import end_own
 from ci.hardware.preflight import examine
 from ci.hardware.summary import add, summary
 from common.errors import RecipeError
+from common.train.manifest import utc_now
 
 ROOM_MB = 200  # that OUT may have; weights of a fine-tuned model alone are gigabytes
-KERNEL = re.compile(r"tenstorrent|iommu|hugetlb|pcieport|aer:|out of memory|oom-kill", re.IGNORECASE)
-KERNEL_LINES = 200  # about a board, the last ones: the rest of a host's log is nobody's business
 
 
 def collect(job: Job) -> str:
     """Gather, write summary.md, move aside what makes OUT too large. What cannot be had is said, and fails nothing."""
-    end_own(job)  # else its files would still change
-    for what, gather in (("doctor", machine), ("the kernel's log", kernel_log), ("the report", report)):
+    for what, gather in GATHERED.items():
         try:
             gather(job)
         except (RecipeError, OSError) as error:
@@ -33,18 +31,19 @@ def collect(job: Job) -> str:
     return f"{job.out / 'summary.md'}" + (f"; left out: {'; '.join(left_out)}" if left_out else "")
 
 
+def rest(job: Job) -> None:
+    """A run that goes on would still change its files. What `recover` could not end, nobody can."""
+    if "recover" not in job.phases:
+        end_own(job)
+
+
 def machine(job: Job) -> None:
     examine(job, "after")
     snapshot(job.out / "tt-smi-after.json")
 
 
-def kernel_log(job: Job) -> None:
-    """Many hosts let only root read it."""
-    path = job.out / "dmesg.txt"
-    code = ended(["dmesg"], 20, path) if shutil.which("dmesg") else 127
-    printed = path.read_text("utf-8", "replace").splitlines() if code == 0 else []
-    lines = [line for line in printed if KERNEL.search(line)][-KERNEL_LINES:]
-    path.write_text("\n".join(lines or [f"nothing of a board (dmesg ends with {code})"]) + "\n")
+def kernel(job: Job) -> None:
+    kernel_log(job.out / "dmesg.txt")
 
 
 def report(job: Job) -> None:
@@ -57,23 +56,35 @@ def report(job: Job) -> None:
     ended(recipe("report", str(job.run)), 120, job.out / "report.txt")
 
 
+GATHERED = {"the run's end": rest, "doctor": machine, "the kernel's log": kernel, "the report": report}
+
+
 def lighten(job: Job) -> Iterator[str]:
-    """Move the largest files of OUT to a folder beside it until ROOM_MB are not exceeded; say which."""
+    """Move the largest files of OUT elsewhere until ROOM_MB are not exceeded; say which, and where they are."""
+    folder, stays = aside(job)
     files = sorted((path for path in job.out.rglob("*") if path.is_file()), key=size, reverse=True)
     total = sum(map(size, files))
     for path in files:
         if total <= ROOM_MB * 1e6:
             return
-        place = aside(job) / path.relative_to(job.out)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
+        name = path.relative_to(job.out)
+        place = folder / name
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, place)
+        except OSError as error:
+            yield f"{name} is too large, and cannot be moved to {place.parent}: {os.strerror(error.errno or 0)}"
+            return
         total -= size(place)
-        yield f"{path.relative_to(job.out)} ({size(place) / 1e6:.0f} MB, now in {place.parent})"
+        yield f"{name} ({size(place) / 1e6:.0f} MB, now in {place.parent}{stays})"
 
 
-def aside(job: Job) -> Path:
-    """Beside OUT, on the same disk."""
-    return job.out.with_name(f"{job.out.name}.left-out")
+def aside(job: Job) -> tuple[Path, str]:
+    """Where large files go, a folder for this job alone; and how long they stay."""
+    if named := os.environ.get("RECIPES_LEFT_OUT"):
+        began = utc_now().replace(":", "")
+        return Path(named).expanduser().absolute() / f"{job.board.name}-{began}", ""
+    return job.out.with_name(f"{job.out.name}.left-out"), ", and only as long as this checkout is kept"
 
 
 def size(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 from common.ops.findings import Finding
 from common.recipes import ROOT
 
+KILL_SECONDS = 10  # a killed process that has not gone by then waits in the kernel for a card, perhaps for ever
+KERNEL = re.compile(r"tenstorrent|iommu|hugetlb|pcieport|aer:|out of memory|oom-kill", re.IGNORECASE)
+KERNEL_LINES = 200  # about a board, the last ones: the rest of a host's log is nobody's business
 SNAPSHOT_SECONDS = 30  # a card that does not answer makes tt-smi wait for ever
 
 
@@ -38,10 +42,19 @@ def ended(command: Sequence[str], seconds: float, output: Path, errors: Path | N
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that leads a session, and whatever of its session is left."""
+    """Kill a process that leads a session, and what is left of that; does not wait for what cannot be killed."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILL_SECONDS)
+
+
+def kernel_log(output: Path) -> None:
+    """What the kernel says about boards and memory, into a file. Many hosts let only root read it."""
+    code = ended(["dmesg"], 20, output) if shutil.which("dmesg") else 127
+    printed = output.read_text("utf-8", "replace").splitlines() if code == 0 else []
+    lines = [line for line in printed if KERNEL.search(line)][-KERNEL_LINES:]
+    output.write_text("\n".join(lines or [f"nothing of a board (dmesg ends with {code})"]) + "\n")
 
 
 def tt_smi() -> str | None:

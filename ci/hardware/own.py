@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 from ci.hardware.job import Job, say
 from common import hardware, host
 from common.errors import MachineError
 from common.ops import launcher, stop
-from common.ops.container import process
+from common.ops.container import STOP_SECONDS, process
 from common.ops.engine import connect
 
 
 def end_own(job: Job, now: bool = False) -> None:
-    """End this job's run if it goes on: asked to save first, killed where it does not listen. Nobody else's."""
+    """End this job's run if it goes on: asked to save first, killed where it does not listen. Nobody else's.
+
+    Raises MachineError where it cannot even be killed, as it waits in the kernel for a card.
+    """
     for running in stop.going_on(say):
-        if not is_own(job, running):
-            continue
-        try:
-            stop.finish(running, now, say)
-        except MachineError as error:
-            say(str(error))
+        if is_own(job, running) and (now or not ends(job, running)):
             stop.finish(running, now=True, say=say)
     if not job.native:
         with contextlib.suppress(MachineError):  # no engine, no containers
             launcher.remove_ended(connect())
+
+
+def ends(job: Job, running: stop.Native | stop.Contained) -> bool:
+    """Ask the run to save and end, and wait; whether it did. Asked once more than `train` has, it would not save."""
+    try:
+        if not job.record.get("asked"):
+            stop.finish(running, now=False, say=say)
+            return True
+        say(f"waiting for {running}, which was asked to end")
+        until = time.monotonic() + STOP_SECONDS
+        while not running.ended() and time.monotonic() < until:
+            time.sleep(0.1)
+    except MachineError as error:
+        say(str(error))
+    return running.ended()
 
 
 def is_own(job: Job, running: stop.Native | stop.Contained) -> bool:
@@ -35,7 +49,10 @@ def is_own(job: Job, running: stop.Native | stop.Contained) -> bool:
 
 
 def strangers(job: Job) -> list[int]:
-    """Processes that have a card of this job open, with a lease or without; its own run left out."""
+    """Processes that have a card of this job open, with a lease or without; its own run left out.
+
+    `end_own` came first: no container of this job is left, or it could not be ended, and there is no reset.
+    """
     own, keys = job.record.get("process"), set(job.record["cards"])
     cards = host.cards([node.path for node in hardware.detect().nodes])
     pids = [pid for card in cards if card.pci in keys for pid in card.holders]

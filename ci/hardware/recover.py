@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 
-from ci.hardware.commands import ended, snapshot, tt_smi
+from ci.hardware.commands import ended, kernel_log, snapshot, tt_smi
 from ci.hardware.job import Job, say
 from ci.hardware.own import end_own, strangers
 from ci.hardware.preflight import examine, quarantine_file
-from ci.hardware.summary import add
 from common.errors import MachineError
 from common.ops import lease
 from common.ops.findings import Finding
@@ -26,22 +25,17 @@ RESET_SECONDS = 180
 
 def recover(job: Job) -> str:
     """Raises MachineError where the machine is not fit for the next job; it is quarantined then, or somebody else's."""
+    kernel_log(job.out / "dmesg-failed.txt")  # a reset says much there
     try:
-        said = recovered(job)
+        end_own(job)
     except MachineError as error:
-        add(job, ["## Recovery", "", f"**{error.what}**"])
-        raise
-    add(job, ["## Recovery", "", said])
-    return said
-
-
-def recovered(job: Job) -> str:
-    end_own(job)
+        raise quarantined(job, f"its run cannot be ended: {error.what}") from error
     if job.run is None:
         return "this job did not come to train on the board: it is left as it is"
-    if job.closed and not (bad := unfit(job, "after-stop")):
+    if not job.closed:
+        examine(job, "failed")  # for whoever looks into it; no reason for or against a reset
+    elif not unfit(job, "failed"):
         return "the run closed the board, and nothing is wrong with it: no reset"
-    why = "a run did not close the board" if not job.closed else worded(bad)
     for attempt in range(1, RESETS + 1):
         why = reset(job, attempt) or worded(unfit(job, f"after-reset-{attempt}"))
         if not why:

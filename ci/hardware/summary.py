@@ -103,8 +103,8 @@ def run_lines(job: Job) -> Iterator[str]:
 
 
 def machine_lines(job: Job) -> Iterator[str]:
-    """What doctor found wrong or could not tell, before and after."""
-    for name in ("before", "after"):
+    """What doctor found wrong or could not tell, before, where it failed, and after."""
+    for name in ("before", "failed", "after"):
         for item in read(job, f"doctor-{name}.json").get("findings", ()):
             if item["ok"] is not True:
                 yield f"- {name}: {findings.VERDICTS[item['ok']]}: {item['id']}: {cell(item['evidence'])}"

@@ -6,14 +6,13 @@ import contextlib
 import signal
 import subprocess
 import sys
-import threading
 import time
-from typing import IO
+from typing import BinaryIO
 
 from ci.hardware.commands import kill_group, recipe
 from ci.hardware.job import Failed, Job, say
 from ci.hardware.own import end_own
-from common.errors import TrainingError
+from common.errors import MachineError, TrainingError
 from common.handlers import handled
 from common.ops.container import STOP_SECONDS, process
 from common.recipes import ROOT
@@ -27,20 +26,24 @@ def train(job: Job) -> str:
     words += ["--steps", str(job.steps)] if job.steps else []
     say(f"+ recipe {' '.join(words)}")
     signals: list[int] = []
-    with handled(SIGNALS, lambda number, _frame: signals.append(number)):
+    path = job.out / "screen.txt"  # a file: at a pipe whose reader is killed, the run would break off when it speaks
+    with (
+        handled(SIGNALS, lambda number, _frame: signals.append(number)),
+        path.open("wb") as written,
+        path.open("rb") as screen,
+    ):
         child = subprocess.Popen(
-            recipe(*words), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            recipe(*words), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         job.note(process=process(child.pid))
-        assert child.stdout is not None
-        shown = threading.Thread(target=show, args=(child.stdout, job), daemon=True)
-        shown.start()
-        why = attend(job, child, signals)
-        shown.join(10)
+        why = attend(job, child, screen, signals)
+        show(screen)
     code = child.returncode
     if code == 0:
         return f"{job.run.name if job.run else 'no run folder'}: {job.manifest.get('exit_reason')}"
+    if code is None:
+        raise Failed(TrainingError.code, f"recipe run goes on{why}, and cannot be killed: it waits for a card")
     if code < 0:
         raise Failed(TrainingError.code, f"recipe run was killed by {signal.Signals(-code).name}{why}")
     raise Failed(code, f"recipe run ended with {code}{why}: {reason(job)}")
@@ -58,35 +61,42 @@ def reason(job: Job) -> str:
     return "\n".join(lines[begin:end]).removeprefix("error: ")
 
 
-def attend(job: Job, child: subprocess.Popen[bytes], signals: list[int]) -> str:
-    """Wait for the run; hand signals on; stop it at its limit, and kill it if it does not listen. Says why it ended."""
-    until, why = time.monotonic() + 60 * job.minutes, ""
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.5)
+def attend(job: Job, child: subprocess.Popen[bytes], screen: BinaryIO, signals: list[int]) -> str:
+    """Wait for the run; ask it to end at a signal or its limit; kill it if it does not listen. Says why it ended.
+
+    It is asked once, whatever comes: a second time would end it without saving, and a runner that cancels a job sends
+    SIGINT, then SIGTERM.
+    """
+    limit = time.monotonic() + 60 * job.minutes
+    while not signals and time.monotonic() < limit:
+        if over(child, screen):
+            return ""
+    why = f", at its limit of {job.minutes:g} minutes"
+    if signals:
+        why = f", asked to by {signal.Signals(signals[0]).name}"
+    say(f"stopping the run{why}")
+    job.note(asked=True)
+    child.send_signal(signal.SIGTERM)
+    patience = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < patience:
+        if over(child, screen):
             return why
-        now = time.monotonic()
-        if signals:
-            name = signal.Signals(signals.pop(0)).name
-            why = why or f", asked to by {name}"
-        elif now < until:
-            continue
-        elif not why:
-            why = f", at its limit of {job.minutes:g} minutes"
-        else:
-            end_own(job, now=True)
-            kill_group(child)
-            return f"{why}, killed as it had not ended {STOP_SECONDS} s later"
-        say(f"stopping the run{why}")
-        child.send_signal(signal.SIGTERM)  # a second one ends it without saving
-        until = now + STOP_SECONDS
+    try:
+        end_own(job, now=True)
+    except MachineError as error:
+        say(str(error))
+    kill_group(child)
+    return f"{why}, killed as it had not ended {STOP_SECONDS} s later"
 
 
-def show(output: IO[bytes], job: Job) -> None:
-    """What the run prints: to this screen, and into screen.txt."""
-    with (job.out / "screen.txt").open("wb") as copy:
-        for line in output:
-            copy.write(line)
-            copy.flush()
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
+def over(child: subprocess.Popen[bytes], screen: BinaryIO) -> bool:
+    """Whether it has ended; waits for that a moment, and shows what it has printed."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    show(screen)
+    return child.returncode is not None
+
+
+def show(screen: BinaryIO) -> None:
+    sys.stdout.buffer.write(screen.read())
+    sys.stdout.buffer.flush()

@@ -177,7 +177,77 @@ def test_resets_are_capped_and_then_the_machine_goes_out_of_service(host):
     assert re.search(r"^board: n150\nwhen: \d{4}-\d\d-\d\dT\S+Z\nrun: a-run\nwhy: 3 resets did not help", text)
     with pytest.raises(MachineError, match="out of service: board: n150; when: "):
         preflight.refuse_quarantined()
-    assert "out of service" in (host.folder / "out/summary.md").read_text()
+
+
+class InTheKernel:
+    """A run of the job that no signal ends."""
+
+    run, asked = "a-run", 0
+
+    def end(self, now: bool) -> None:
+        self.asked += 1
+
+    def ended(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def unkillable(monkeypatch) -> InTheKernel:
+    run = InTheKernel()
+    monkeypatch.setattr(stop, "going_on", lambda _say: [run])
+    monkeypatch.setattr(own, "is_own", lambda _job, _running: True)
+    monkeypatch.setattr(stop, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(own, "STOP_SECONDS", 0.2)
+    return run
+
+
+def test_a_run_that_cannot_be_killed_takes_the_machine_out_of_service(host, unkillable):
+    with pytest.raises(MachineError, match=r"out of service: its run cannot be ended: a-run has not ended after"):
+        recover.recover(host.job(5))
+    assert "why: its run cannot be ended" in host.quarantine.read_text()
+    assert host.resets == []
+    assert unkillable.asked == 2
+
+
+def test_what_the_phase_has_asked_to_end_is_not_asked_again_but_killed(host, unkillable, capsys):
+    with pytest.raises(MachineError):
+        own.end_own(host.job(75, asked=True))
+    assert unkillable.asked == 1
+    assert "which was asked to end\nkilling " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recovered", [True, False])
+def test_a_run_that_cannot_be_killed_hides_nothing_from_collect(host, unkillable, monkeypatch, recovered):
+    monkeypatch.setattr(collect, "examine", lambda job, _name: (job.out / "doctor-after.json").write_text("{}"))
+    job = host.job(5)
+    job.note(phases={"preflight": {"code": 0, "said": ""}, "train": {"code": 5, "said": "it hung"}})
+    hosts.write(job.runs / "a-run/report.html", "")
+    if recovered:
+        assert __main__.main(["recover"]) == 4
+    asked = unkillable.asked
+    assert __main__.main(["collect"]) == 0
+    assert (unkillable.asked == asked) is recovered  # its time is short after a cancel, and this is done
+    assert (job.out / "doctor-after.json").is_file()
+    assert (job.out / "dmesg.txt").is_file()
+    text = (job.out / "summary.md").read_text()
+    assert text.startswith("# ")
+    assert ("| recover | 4 | the machine is out of service: its run cannot" in text) is recovered
+
+
+def test_what_a_reset_would_wipe_is_written_down_first(host, monkeypatch):
+    hosts.write(host.folder / "bin/dmesg", "#!/bin/sh\necho 'tenstorrent 0: hung'\n")
+    (host.folder / "bin/dmesg").chmod(0o755)
+    seen: list[tuple[str, int]] = []
+
+    def examine(_job: Job, name: str) -> list[Finding]:
+        seen.append((name, len(host.resets)))
+        return []
+
+    monkeypatch.setattr(recover, "examine", examine)
+    job = host.job(5)
+    recover.recover(job)
+    assert seen == [("failed", 0), ("after-reset-1", 1)]
+    assert (job.out / "dmesg-failed.txt").read_text() == "tenstorrent 0: hung\n"
 
 
 def test_a_reset_that_helps_only_the_second_time_is_two_resets(host):
@@ -411,7 +481,7 @@ def test_a_run_that_does_not_listen_is_killed(train, monkeypatch):
 
 
 def send_once_training(host: Host, *numbers: signal.Signals) -> None:
-    """Signals to this process, from a thread, once the run has printed `training`."""
+    """Signals to this process, from a thread, half a second apart, once the run has printed `training`."""
     screen = host.folder / "out/screen.txt"
 
     def send() -> None:
@@ -419,27 +489,74 @@ def send_once_training(host: Host, *numbers: signal.Signals) -> None:
             time.sleep(0.05)
         for number in numbers:
             os.kill(os.getpid(), number)
-            time.sleep(0.8)
+            time.sleep(0.6)
 
     threading.Thread(target=send, daemon=True).start()
 
 
-def test_a_second_signal_is_handed_on_once(train, host):
-    """Twice asked, a run ends without saving; asked on and on, it would be killed."""
+def test_a_runner_that_cancels_sends_two_signals_and_the_run_is_asked_once(train, host):
+    """Twice asked, it would end without saving."""
     code = """
         import signal, sys, time
         asked = []
         signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
         print("training")
-        while len(asked) < 2:
+        while not asked:
             time.sleep(0.1)
         time.sleep(2)
-        sys.exit(130 + len(asked))
+        sys.exit(74 + len(asked))
     """
 
-    send_once_training(host, signal.SIGTERM, signal.SIGTERM)
-    with pytest.raises(RecipeError, match="ended with 132, asked to by SIGTERM"):
+    send_once_training(host, signal.SIGINT, signal.SIGTERM)
+    with pytest.raises(RecipeError, match="ended with 75, asked to by SIGINT"):
         train(code)
+    assert Job.from_environment().record["asked"] is True
+
+
+def test_a_run_outlives_the_phase_that_a_runner_kills(host, monkeypatch):
+    """It must still save and close its device, and to speak must not break it off."""
+    monkeypatch.setenv("NAME", str(FROM_SCRATCH))
+    code = """
+        import signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print("saved"), sys.exit(75)))
+        print("training")
+        time.sleep(60)
+    """
+    phase = f"""
+        import sys
+        from ci.hardware import train
+        from ci.hardware.job import Job
+        train.recipe = lambda *_: [sys.executable, "-uc", {textwrap.dedent(code)!r}]
+        train.train(Job.from_environment())
+    """
+    job, screen = host.job(), host.folder / "out/screen.txt"
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(phase)], cwd=ROOT) as child:
+        until(lambda: screen.is_file() and "training" in screen.read_text())
+        child.send_signal(signal.SIGINT)
+        until(lambda: "asked" in job.record)
+        child.kill()
+    until(lambda: "saved" in screen.read_text())
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+def test_a_run_that_cannot_be_killed_does_not_hold_the_phase(train, monkeypatch):
+    def cannot(*_words: object, **_options: object) -> None:
+        raise MachineError("it has not ended")
+
+    monkeypatch.setattr(training, "end_own", cannot)
+    killed: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(training, "kill_group", killed.append)
+    monkeypatch.setattr(training, "STOP_SECONDS", 0.2)
+    with pytest.raises(RecipeError, match=r"goes on, at its limit .* cannot be killed") as ended:
+        train("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", minutes=0.01)
+    assert ended.value.code == 5
+    commands.kill_group(killed[0])
 
 
 def test_a_signal_to_the_phase_is_handed_on(train, host):
@@ -518,7 +635,11 @@ def test_a_grade_that_says_nothing_is_no_pass(host, monkeypatch):
 # --- what is left behind ----------------------------------------------------------------------------------------------
 
 
-def test_large_files_are_moved_aside_and_listed(host, monkeypatch):
+@pytest.mark.parametrize("kept", [True, False])
+def test_large_files_are_moved_aside_and_listed(host, monkeypatch, kept):
+    monkeypatch.delenv("RECIPES_LEFT_OUT", raising=False)
+    if kept:
+        monkeypatch.setenv("RECIPES_LEFT_OUT", str(host.folder / "kept"))
     monkeypatch.setattr(collect, "ROOM_MB", 0.01)
     job = host.job(0)
     large, small = job.runs / "a/checkpoints/step-1/model.safetensors", job.runs / "a/metrics.jsonl"
@@ -528,7 +649,20 @@ def test_large_files_are_moved_aside_and_listed(host, monkeypatch):
     assert line.startswith("runs/a/checkpoints/step-1/model.safetensors (0 MB, now in ")
     assert not large.exists()
     assert small.is_file()
-    assert (host.folder / "out.left-out/runs/a/checkpoints/step-1/model.safetensors").read_text() == "w" * 20_000
+    (folder,) = (host.folder / "kept").iterdir() if kept else [host.folder / "out.left-out"]
+    assert (folder / "runs/a/checkpoints/step-1/model.safetensors").read_text() == "w" * 20_000
+    assert line.endswith("step-1)" if kept else "step-1, and only as long as this checkout is kept)")
+
+
+def test_a_large_file_that_cannot_be_moved_stays_and_is_said(host, monkeypatch):
+    monkeypatch.setattr(collect, "ROOM_MB", 0.01)
+    hosts.write(host.folder / "a-file", "")
+    monkeypatch.setenv("RECIPES_LEFT_OUT", str(host.folder / "a-file/kept"))
+    large = host.job(0).runs / "a/model.safetensors"
+    hosts.write(large, "w" * 20_000)
+    (line,) = collect.lighten(Job.from_environment())
+    assert "cannot be moved" in line
+    assert large.is_file()
 
 
 def test_the_kernels_log_is_taken_for_what_is_of_a_board(host):
@@ -536,7 +670,7 @@ def test_the_kernels_log_is_taken_for_what_is_of_a_board(host):
     hosts.write(host.folder / "bin/dmesg", "#!/bin/sh\necho 'eth0: address 1'; echo 'tenstorrent 0000:01:00.0: hung'\n")
     (host.folder / "bin/dmesg").chmod(0o755)
     job = host.job(0)
-    collect.kernel_log(job)
+    commands.kernel_log(job.out / "dmesg.txt")
     assert (job.out / "dmesg.txt").read_text() == "tenstorrent 0000:01:00.0: hung\n"
 
 
@@ -591,7 +725,7 @@ def test_phases_come_in_order_and_once(host, capsys):
     assert __main__.main(["preflight"]) == 2
     assert "a job on n150 has had its preflight here" in capsys.readouterr().out
     assert __main__.main(["polish"]) == 2
-    assert "preflight|train|grade|collect|recover" in capsys.readouterr().out
+    assert "preflight|train|grade|recover|collect" in capsys.readouterr().out
 
 
 def test_a_phase_that_breaks_is_our_bug_and_written_down(host, monkeypatch, capsys):
@@ -604,11 +738,11 @@ def test_a_phase_that_breaks_is_our_bug_and_written_down(host, monkeypatch, caps
     assert Job.from_environment().phases["collect"]["code"] == 1
 
 
-def test_after_a_failure_only_collect_and_recover_are_due():
+def test_after_a_failure_only_recover_and_collect_are_due():
     due = {flags: [step.phase for step in STEPS if step.due(*flags)] for flags in ((False, False), (True, False))}
     assert due[False, False] == ["preflight", "train", "grade", "collect"]
-    assert due[True, False] == ["collect", "recover"]
-    assert [step.phase for step in STEPS if step.due(False, True)] == ["collect", "recover"]
+    assert due[True, False] == ["recover", "collect"]  # after a cancel both have five minutes, and a hung board waits
+    assert [step.phase for step in STEPS if step.due(False, True)] == ["recover", "collect"]
     assert [step.phase for step in STEPS] == list(__main__.PHASES)
 
 
