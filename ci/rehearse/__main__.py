@@ -40,12 +40,13 @@ class Done:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job: its steps, what tt-smi was asked to reset, and the quarantine file's text."""
+    """What came of a job: its steps, what tt-smi was asked to reset, the quarantine file's text, and the verdict."""
 
     done: Sequence[Done]
     resets: Sequence[str]
     quarantine: str | None
     next_preflight: int | None  # the exit code of the next job's, on a machine that was taken out of service
+    verdict: str | None  # as the summary's title has it; None: there is no summary
 
     @property
     def failed(self) -> Done | None:
@@ -54,11 +55,12 @@ class Outcome:
     def is_that_of(self, fault: Fault) -> bool:
         failed = (self.failed.step.phase, self.failed.code) if self.failed else ("", 0)
         wanted = (fault.phase, fault.code), fault.resets, fault.quarantined, 4 if fault.quarantined else None
-        return (failed, len(self.resets), self.quarantine is not None, self.next_preflight) == wanted
+        found = failed, len(self.resets), self.quarantine is not None, self.next_preflight
+        return (found, self.verdict) == (wanted, fault.verdict)
 
 
 def main() -> int:
-    """Rehearse; 0 where the job is green, 1 where a planted fault is not caught as it must be."""
+    """Rehearse; 0 where the job is green, 1 where it comes to something else than it must."""
     name, board = os.environ.get("FAULT") or "", os.environ.get("HW") or "n300"
     try:
         if name and name not in FAULTS:
@@ -93,7 +95,13 @@ def perform(ground: Ground, fault: Fault) -> Outcome:
     if quarantine is not None:
         say("\nthe next job on this machine:")
         following = run(ground, STEPS[0], environment | {"OUT": f"{ground.out}-of-the-next"}, NOTHING).code
-    return Outcome(done, ground.resets, quarantine, following)
+    return Outcome(done, ground.resets, quarantine, following, verdict(ground))
+
+
+def verdict(ground: Ground) -> str | None:
+    """The last word of the title that `collect` has written."""
+    path = ground.out / "summary.md"
+    return path.read_text("utf-8").partition("\n")[0].rpartition(": ")[2] if path.is_file() else None
 
 
 def run(ground: Ground, step: Step, environment: Mapping[str, str], fault: Fault) -> Done:
@@ -114,6 +122,7 @@ def report(outcome: Outcome, fault: Fault) -> int:
     for each in outcome.done:
         code = "not due" if each.code is None else str(each.code)
         say(f"{each.step.phase:10}  {each.step.when or 'success()':26}  {code:9}  {each.seconds:7.0f}")
+    say(f"the summary says: {outcome.verdict or 'nothing'}")
     say(f"tt-smi was asked to reset: {'; '.join(outcome.resets) or 'nothing'}")
     if outcome.quarantine is not None:
         say(f"the machine is out of service; the next job's preflight ended with {outcome.next_preflight}")
@@ -121,16 +130,16 @@ def report(outcome: Outcome, fault: Fault) -> int:
     say(f"{PROVEN}\n{NOT_PROVEN}")
     failed, as_it_must = outcome.failed, outcome.is_that_of(fault)
     say(f"RED: {failed.step.phase} ended with {failed.code}" if failed else "GREEN")
-    if fault is not NOTHING or not failed:
-        say("as it must be" if as_it_must else f"NOT as it must be, which is: {wanted(fault)}")
-    if fault is not NOTHING and not as_it_must:
-        return 1
-    return failed.code or 1 if failed else 0
+    if fault is NOTHING and failed:
+        return failed.code or 1
+    say("as it must be" if as_it_must else f"NOT as it must be, which is: {wanted(fault)}")
+    return (failed.code or 1 if failed else 0) if as_it_must else 1
 
 
 def wanted(fault: Fault) -> str:
     red = f"{fault.phase} ends with {fault.code}" if fault.phase else "green"
-    return f"{red}, {fault.resets} resets, {'' if fault.quarantined else 'not '}taken out of service"
+    service = f"{'' if fault.quarantined else 'not '}taken out of service"
+    return f"{red}, {fault.resets} resets, {service}, the summary says {fault.verdict}"
 
 
 if __name__ == "__main__":

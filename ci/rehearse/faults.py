@@ -45,6 +45,11 @@ class Fault:
     environment: Mapping[str, str] = field(default_factory=dict)
     in_training: Callable[[subprocess.Popen[bytes], Ground], None] | None = None  # once the first step is done
 
+    @property
+    def verdict(self) -> str:
+        """What the summary must say."""
+        return f"FAILED in {self.phase}" if self.phase else "pass"
+
 
 def around(plant: Callable[[Ground], object]) -> Surroundings:
     """Surroundings that are made before the job, and stay."""
@@ -90,8 +95,10 @@ def kill_the_run(_job: subprocess.Popen[bytes], ground: Ground) -> None:
 
 
 def cancel(job: subprocess.Popen[bytes], _ground: Ground) -> None:
-    """As a runner does: a signal to the step's process, which is the phase."""
+    """As a runner does, to the step's process, which is the phase: two signals, though not seconds apart."""
     job.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
 
 
 NOTHING = Fault("nothing", "", 0)

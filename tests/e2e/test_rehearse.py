@@ -67,7 +67,10 @@ def test_the_job_is_green_and_says_what_was_held(recorded, tmp_path):
 def test_a_board_of_which_nothing_is_recorded_is_green_and_ungraded(bare, tmp_path):
     ground = again(bare, tmp_path)
     (ground.recipe / "results.yaml").write_text("format: 1\nrecipe: tiny\nentries: []\n")
-    assert rehearsal.perform(ground, NOTHING).is_that_of(NOTHING)
+    outcome = rehearsal.perform(ground, NOTHING)
+    assert outcome.failed is None
+    assert not outcome.is_that_of(NOTHING)  # a rehearsal has recorded figures: green is a pass
+    assert outcome.verdict == "UNGRADED"
     assert f"{STEPS} steps: UNGRADED\n" in (ground.out / "summary.md").read_text()
 
 
@@ -87,8 +90,24 @@ def test_every_other_fault_is_red_in_its_phase_and_recovered_from(recorded, tmp_
 
 def test_a_fault_that_is_not_caught_is_our_bug(bare, capsys):
     green = [rehearsal.Done(step, 0) for step in JOB]
-    assert rehearsal.report(rehearsal.Outcome(green, [], None, None), FAULTS["hung-step"]) == 1
+    assert rehearsal.report(rehearsal.Outcome(green, [], None, None, "pass"), FAULTS["hung-step"]) == 1
     assert "NOT as it must be, which is: train ends with 5, 1 resets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("resets", "quarantine", "verdict", "code"),
+    [
+        ([], None, "pass", 0),
+        (["-r x"], None, "pass", 1),
+        ([], "why", "pass", 1),
+        ([], None, "UNGRADED", 1),
+        ([], None, None, 1),
+    ],
+)
+def test_green_is_a_pass_without_reset_or_quarantine(capsys, resets, quarantine, verdict, code):
+    green = [rehearsal.Done(step, 0) for step in JOB]
+    assert rehearsal.report(rehearsal.Outcome(green, resets, quarantine, None, verdict), NOTHING) == code
+    assert ("NOT as it must be" in capsys.readouterr().out) is bool(code)
 
 
 def test_what_cannot_be_rehearsed_says_why(monkeypatch, capsys, tmp_path):
