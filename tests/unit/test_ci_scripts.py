@@ -162,6 +162,34 @@ def test_a_golden_of_another_lock_is_named(tmp_path: Path) -> None:
         assert len(list(golden_record.stale(tmp_path))) == found
 
 
+@pytest.mark.parametrize(("there", "code"), [(True, 0), (False, 9)])
+def test_a_lock_whose_pull_request_is_open_is_not_recorded_again(
+    there: bool, code: int, tools: Path, tmp_path: Path
+) -> None:
+    home, origin = tmp_path / "home", tmp_path / "origin.git"
+    for folder in ("ci", "docker", ".venv/bin"):
+        (home / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "ci/lock-pull-request.sh", home / "ci")
+    (home / "docker/images.lock.json").write_text("{}\n")
+    tool(tools, "gh")
+    tool(home / ".venv/bin", "recipe", "echo new >docker/images.lock.json")
+    tool(home / ".venv/bin", "python", "exit 9")  # records goldens: far enough
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    branch = "image-lock/" + hashlib.sha256(b"new\n").hexdigest()[:12]
+    for words in (
+        ["init", "-q"],
+        ["add", "ci", "docker"],
+        [*who, "commit", "-qm", "a"],
+        ["init", "-q", "--bare", str(origin)],
+        ["remote", "add", "origin", str(origin)],
+        ["push", "-q", "origin", f"HEAD:refs/heads/{branch if there else 'main'}"],
+    ):
+        subprocess.run(["git", *words], cwd=home, check=True, capture_output=True)
+    done = subprocess.run([home / "ci/lock-pull-request.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, f"{branch} is there already" in done.stdout) == (code, there), done.stderr
+    assert bool([line for line in calls(home / ".venv/bin") if "golden" in line]) is not there
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
