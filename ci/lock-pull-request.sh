@@ -6,7 +6,7 @@
 #   GH_TOKEN=                     may write contents and pull requests; gh and git are the machine's own
 #
 # Lock and goldens change together, so that what a new image does to the figures is read in one place. Nothing to renew
-# is no error and no pull request.
+# is no error and no pull request; nor is what an open one renews already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,6 +25,19 @@ if git diff --quiet -- docker/images.lock.json; then
 fi
 
 branch=image-lock/$(sha256sum docker/images.lock.json | cut -c 1-12) # the same content twice is the same branch
+if [ -z "${DRY:-}" ]; then # before the goldens take their minutes
+    gh auth setup-git
+    code=0
+    git ls-remote --exit-code origin "refs/heads/$branch" >/dev/null || code=$?
+    case $code in
+    0)
+        echo "lock: $branch is there already: merge its pull request; to have it made anew, delete the branch"
+        exit 0
+        ;;
+    2) ;; # none
+    *) exit $code ;;
+    esac
+fi
 body=$(mktemp)
 commit() { # MESSAGE FILE...
     local message=$1
@@ -57,6 +70,5 @@ if [ -n "${DRY:-}" ]; then
     cat "$body"
     exit 0
 fi
-gh auth setup-git
 git push --quiet origin "$branch"
 gh pr create --head "$branch" --title "$what" --body-file "$body"

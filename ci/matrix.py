@@ -5,12 +5,14 @@ recipe belongs on every board that its config resolves for. Needs what a board's
 
     .venv/bin/python -m ci.matrix                             every recipe on every board with chips
     .venv/bin/python -m ci.matrix --board "n150 qb2"          on these boards only
-    .venv/bin/python -m ci.matrix --cpu                       every recipe as far as it is recorded on a CPU: weekly.yml
+    .venv/bin/python -m ci.matrix --board n150 --rows JSON    what another commit's code printed, held to names and n150
+    .venv/bin/python -m ci.matrix --cpu                       every recipe, whole, on a CPU: weekly.yml
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from common.hardware import Hardware
 from common.ops.results import Measured, load
 
 ROOT = Path(__file__).resolve().parent.parent
-LABELS = ("self-hosted", "tenstorrent")
+NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 Row = dict[str, Any]
 
 
@@ -62,37 +64,57 @@ def on_boards(folders: list[Path], where: list[Hardware]) -> Iterator[Row]:
             except UsageError as error:  # its batch does not divide by the devices, say
                 click.echo(f"{folder.name} is left out on {board.name}: {error.what}", err=True)
                 continue
-            yield {"board": board.name, "recipe": folder.name, "labels": [*LABELS, board.name]}
+            yield {"board": board.name, "recipe": folder.name}
+
+
+def allowed(line: str, where: list[Hardware]) -> Iterator[Row]:
+    """The rows of a matrix that another commit's code made, as a line of JSON: a board of these, and a recipe's name.
+
+    A row chooses a runner, and its words are environment, artifacts and groups of a job. Raises UsageError for others.
+    """
+    try:
+        rows = [(str(row["board"]), str(row["recipe"])) for row in json.loads(line)["include"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError("no matrix of boards and recipes", where="--rows", todo="what ci.matrix prints") from error
+    for board, recipe in rows:
+        if board not in [known.name for known in where] or not NAME.fullmatch(recipe):
+            asked = ", ".join(known.name for known in where)
+            raise UsageError(f"{recipe!r} on {board!r} is not for a board", where="--rows", todo=f"recipes on {asked}")
+        yield {"board": board, "recipe": recipe}
 
 
 def on_cpu(folders: list[Path]) -> Iterator[Row]:
-    """A row for each recipe: where and how long its figures as it stands were measured on a CPU, if they were."""
+    """A row for each recipe, whole: where it was measured on a CPU as it stands, graded where that was to its end."""
     for folder in folders:
-        entry = next((entry for entry in load(folder).numbers if as_it_stands(entry)), None)
-        steps = entry.steps if isinstance(entry, Measured) else None
+        found = [entry for entry in load(folder).numbers if isinstance(entry, Measured) and as_it_stands(entry)]
+        whole = [entry for entry in found if entry.steps is None]  # a run is never cut short to be graded
         yield {
-            "board": entry.board if entry else "cpu",
+            "board": (whole or found)[0].board if found else "cpu",
             "recipe": folder.name,
-            "steps": str(steps or ""),
-            "grade": "1" if entry else "",
+            "grade": "1" if whole else "",
         }
 
 
-def as_it_stands(entry: object) -> bool:
-    """A run of the recipe on a CPU with nothing set."""
-    return isinstance(entry, Measured) and hardware.get(entry.board).is_cpu and not entry.overrides
+def as_it_stands(entry: Measured) -> bool:
+    """A run of the recipe on a CPU with nothing set, if perhaps not to its end."""
+    return hardware.get(entry.board).is_cpu and not entry.overrides
 
 
 @click.command()
 @click.option("--board", "names", multiple=True, help="Boards, with blanks between them; none: all that have chips.")
 @click.option("--recipe", default="", help="This recipe only.")
 @click.option("--cpu", is_flag=True, help="Recipes on hosted runners instead of boards.")
+@click.option("--rows", metavar="JSON", help="Another commit's matrix, to be checked.")
 @click.option("--output", metavar="NAME", help="Print it as the output NAME of a workflow's step.")
-def main(names: tuple[str, ...], recipe: str, cpu: bool, output: str | None) -> None:
+def main(names: tuple[str, ...], recipe: str, cpu: bool, rows: str | None, output: str | None) -> None:
     """Print the matrix as one line of JSON."""
-    folders = recipes(recipe)
-    rows = list(on_cpu(folders) if cpu else on_boards(folders, boards(" ".join(names).split())))
-    line = json.dumps({"include": rows}, separators=(",", ":"))
+    where = boards(" ".join(names).split())
+    if rows is not None:
+        made = allowed(rows, where)
+    else:
+        folders = recipes(recipe)
+        made = on_cpu(folders) if cpu else on_boards(folders, where)
+    line = json.dumps({"include": list(made)}, separators=(",", ":"))
     click.echo(f"{output}={line}" if output else line)
 
 

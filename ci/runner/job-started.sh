@@ -38,8 +38,12 @@ for pids in "$root"/proc/driver/tenstorrent/*/pids; do
     [ -z "${holders// /}" ] || refuse "node $(basename "$(dirname "$pids")") is held by the processes $holders" "end them"
 done
 for lease in "$root"/run/lock/recipes-*.lock; do
-    if ! flock --shared --nonblock "$lease" true; then
+    # Opened here, as `flock FILE` would also make the file, which a kernel refuses for another user's in /run/lock.
+    if ! { exec 8<"$lease"; } 2>/dev/null; then
+        refuse "the lease $(basename "$lease") cannot be opened" "look at $lease: every user of the board must read it"
+    elif ! flock --shared --nonblock 8; then
         refuse "the lease $(basename "$lease") is taken: $(head -c 300 "$lease")" "wait for that run, or: recipe stop"
     fi
+    exec 8<&-
 done
 echo "free: no quarantine, no holder, no lease"

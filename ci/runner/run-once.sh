@@ -21,7 +21,16 @@ cp -R "$program/." "$home/"
 cd "$home"
 # In the environment, where only this user can read it, and not on the command line, where everybody can. The runner
 # takes every ACTIONS_RUNNER_INPUT_* for the option of that name, and drops it before a job begins.
+# A stop of the unit reaches it as Ctrl-C in a terminal would: SIGINT to its whole process group. It has one of its own by
+# `set -m`; without, a shell starts what is in the background with SIGINT ignored.
+set -m
 HOME=$home ACTIONS_RUNNER_INPUT_JITCONFIG=$config ./run.sh &
 runner=$!
-trap 'kill -INT $runner 2>/dev/null || true' INT TERM
-wait $runner || wait $runner # a signal ends the first wait, not the runner
+trap 'kill -INT -- -$runner 2>/dev/null || true' INT TERM
+code=0
+wait $runner || code=$?
+while kill -0 $runner 2>/dev/null; do # a signal has ended the wait, not the runner
+    code=0
+    wait $runner || code=$?
+done
+exit $code

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# ci/runner/setup.sh [--check] BOARD...: makes this machine a runner for its boards. As root; what is there is kept, so it
+# ci/runner/setup.sh [--check] BOARD: makes this machine the runner of its board. As root; what is there is kept, so it
 # can be run again. --check changes nothing, lists what would change, and ends with 4 where that is anything.
+#
+# One machine, one board, one runner: the hooks before and after a job look at all nodes of the machine, so a second
+# board's job would be refused for the first one's, or end it.
 #
 #   RUNNER_REPOSITORY=owner/name    whose hardware.yml, at main, this machine serves
 #   RUNNER_TARBALL=file RUNNER_VERSION=x.y.z RUNNER_SHA256=...
@@ -20,27 +23,34 @@ die() {
 
 check=''
 [ "${1:-}" != --check ] || { check=1 && shift; }
-[ $# -gt 0 ] || { echo "which boards? ci/runner/setup.sh [--check] n300" >&2 && exit 2; }
-for board in "$@"; do
-    if [ "$board" = cpu ] || ! [[ $board =~ ^[a-z0-9]+$ ]] || ! grep -q "^$board:" "$source/../../common/hardware.yaml"; then
-        echo "runner: $board is no board of common/hardware.yaml" >&2
-        exit 2
-    fi
-done
+[ $# = 1 ] || { echo "which board? A machine is the runner of one: ci/runner/setup.sh [--check] n300" >&2 && exit 2; }
+board=$1
+if [ "$board" = cpu ] || ! [[ $board =~ ^[a-z0-9]+$ ]] || ! grep -q "^$board:" "$source/../../common/hardware.yaml"; then
+    echo "runner: $board is no board of common/hardware.yaml" >&2
+    exit 2
+fi
 
 root=${DESTDIR:-}
 repository=${RUNNER_REPOSITORY:-} tarball=${RUNNER_TARBALL:-} version=${RUNNER_VERSION:-} sha256=${RUNNER_SHA256:-}
-have_settings='' have_runner=''
-[ ! -e "$root/etc/recipes-runner.env" ] || have_settings=1
+env=/etc/recipes-runner.env
+workflow='' have_runner='' serves=''
+if [ -e "$root$env" ]; then
+    workflow=$(sed -n 's/^RECIPES_RUNNER_WORKFLOW=//p' "$root$env")
+    serves=$(sed -n 's/^RECIPES_RUNNER_BOARD=//p' "$root$env")
+fi
+[ "${serves:-$board}" = "$board" ] ||
+    die "this machine is the runner of $serves, and a machine has one" \
+        "for $board instead: systemctl disable --now recipes-runner@$serves.path; take RECIPES_RUNNER_BOARD out of $env"
 [ ! -e "$root/opt/recipes-runner/current" ] || have_runner=1
 if [ -z "$check" ]; then # all that is asked of you, before anything is touched
     [ -n "$root" ] || [ "$(id -u)" = 0 ] || die "as root, or with --check"
-    [ -n "$repository$have_settings" ] || die "whose hardware.yml does this machine serve? RUNNER_REPOSITORY=owner/name"
+    [ -n "$repository$workflow" ] || die "whose hardware.yml does this machine serve? RUNNER_REPOSITORY=owner/name"
     [ -n "$tarball$have_runner" ] ||
         die "no runner here, and none is fetched by itself" "RUNNER_TARBALL=file RUNNER_VERSION=x.y.z RUNNER_SHA256=..."
 fi
 if [ -n "$repository" ]; then
     [[ $repository =~ ^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$ ]] || die "RUNNER_REPOSITORY=$repository is no owner/name"
+    workflow=$repository/.github/workflows/hardware.yml
 fi
 if [ -n "$tarball" ]; then
     [[ $version =~ ^[0-9]+\.[0-9]+\.[0-9]+$ ]] || die "RUNNER_VERSION= the version of $tarball, as 2.0.0"
@@ -95,6 +105,7 @@ fi
 folder /var/lib/recipes-runner 1770 root:recipes-runner # sticky: what is root's there stays there
 folder /var/lib/recipes-runner/jit 2770 root:recipes-runner
 folder /var/lib/recipes-runner/work 0700 recipes-runner:recipes-runner
+folder /var/lib/recipes-runner/home 0700 recipes-runner:recipes-runner # RECIPES_HOME of every job
 for name in job-started.sh job-completed.sh run-once.sh; do
     file "$source/$name" "/usr/local/lib/recipes-runner/$name" 0755
 done
@@ -105,11 +116,16 @@ file "$source/99-tenstorrent-runner.rules" /etc/udev/rules.d/99-tenstorrent-runn
 
 settings=$(mktemp)
 trap 'rm -f "$settings"' EXIT
-if [ -n "$repository" ]; then
-    echo "RECIPES_RUNNER_WORKFLOW=$repository/.github/workflows/hardware.yml" >"$settings"
-    file "$settings" /etc/recipes-runner.env 0644
-elif [ -z "$have_settings" ]; then
-    change "/etc/recipes-runner.env: RUNNER_REPOSITORY=owner/name"
+if [ -n "$workflow" ]; then # two lines are ours; the others are yours, a proxy's address say, and so is the file's mode
+    mode=0644
+    printf 'RECIPES_RUNNER_WORKFLOW=%s\nRECIPES_RUNNER_BOARD=%s\n' "$workflow" "$board" >"$settings"
+    if [ -e "$root$env" ]; then
+        mode=$(stat --format %a "$root$env")
+        sed '/^RECIPES_RUNNER_\(WORKFLOW\|BOARD\)=/d' "$root$env" >>"$settings"
+    fi
+    file "$settings" "$env" "$mode"
+else
+    change "$env: RUNNER_REPOSITORY=owner/name"
 fi
 
 if [ -n "$tarball" ] && [ "$(readlink "$root/opt/recipes-runner/current" || true)" != "$version" ]; then
@@ -123,7 +139,7 @@ if [ $changes -gt 0 ] && [ -z "$check" ]; then
     system udevadm control --reload
     system udevadm trigger --subsystem-match=tenstorrent
     system systemctl enable --now recipes-quarantine.path
-    for board in "$@"; do system systemctl enable --now "recipes-runner@$board.path"; done
+    system systemctl enable --now "recipes-runner@$board.path"
 fi
 
 # --- what a person sets up -----------------------------------------------------------------------------------------
@@ -139,6 +155,6 @@ else
     echo "memory:  neither an IOMMU that translates nor 1 GiB pages at /dev/hugepages-1G: README.md"
 fi
 driver=$(cat "$proc/sys/module/tenstorrent/version" 2>/dev/null || echo none)
-echo "driver:  $driver; firmware, nodes and the rest: recipe doctor --hw $1"
+echo "driver:  $driver; firmware, nodes and the rest: recipe doctor --hw $board"
 if [ $changes = 0 ]; then echo "nothing to do"; fi
 [ -z "$check" ] || [ $changes = 0 ] || exit 4

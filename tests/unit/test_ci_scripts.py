@@ -67,10 +67,26 @@ def script(name: str, *words: str, **environment: str) -> subprocess.CompletedPr
 # --- whose code reaches a board ---------------------------------------------------------------------------------------
 
 
+TRUSTED = {"GITHUB_REF": "refs/heads/main", "GITHUB_SHA": "f" * 40, "PROTECTED": "true", "BOARDS": "n150"}
+
+
 @pytest.mark.parametrize(("asked", "gets"), [("", "f" * 40), (SHA, SHA), ("main", None), (SHA[:12], None)])
 def test_boards_run_one_commit_by_all_its_digits(asked: str, gets: str | None) -> None:
-    done = script("trust.sh", COMMIT=asked, GITHUB_SHA="f" * 40)
+    done = script("trust.sh", COMMIT=asked, **TRUSTED)
     assert (done.returncode, done.stdout) == ((0, f"commit={gets}\n") if gets else (2, ""))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"BOARDS": ""}, "TT_BOARDS"),
+        ({"PROTECTED": "false"}, "main is not protected"),
+        ({"GITHUB_REF": "refs/heads/other"}, "not that of refs/heads/other"),
+    ],
+)
+def test_who_asks_for_boards_is_told_what_is_missing(changed: dict[str, str], says: str) -> None:
+    done = script("trust.sh", COMMIT=SHA, **TRUSTED | changed)
+    assert (done.returncode, done.stdout, says in done.stderr) == (2, "", True), done.stderr
 
 
 LABELLED = {"LABEL": "hardware:n150", "PULL": "7", "SHA": SHA, "SENDER": "ada", "REPOSITORY": "o/r"}
@@ -128,6 +144,47 @@ def test_what_is_no_board_is_refused(board: str, says: str) -> None:
     assert says in str(error.value)
 
 
+def test_of_anothers_matrix_only_names_on_asked_boards_are_taken() -> None:
+    where = matrix.boards(["n300"])
+    line = '{"include":[{"board":"n300","recipe":"tiny-2","labels":["self-hosted","other"]}]}'
+    assert list(matrix.allowed(line, where)) == [{"board": "n300", "recipe": "tiny-2"}]
+    for board, recipe in (("n150", "tiny"), ("n300", "../tiny"), ("n300", "Tiny"), ("n300", "tiny\n"), ("", "tiny")):
+        with pytest.raises(UsageError, match="is not for a board"):
+            list(matrix.allowed(json.dumps({"include": [{"board": board, "recipe": recipe}]}), where))
+    for nothing in ("", "[]", '{"include":[1]}', '{"include":[{"board":"n300"}]}'):
+        with pytest.raises(UsageError, match="no matrix"):
+            list(matrix.allowed(nothing, where))
+
+
+FIGURES = """  - board: {board}
+    evidence: measured
+    what: a run
+    overrides: []
+    {steps}date: 2026-11-23
+    commit: "0123abc"
+    machine: a CPU
+    loss_at: {{1: 5.5}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("entries", "row"),
+    [
+        ([], ("cpu", "")),
+        ([("cpu-x2", "steps: 8\n    ")], ("cpu-x2", "")),
+        ([("cpu-x2", "steps: 8\n    "), ("cpu", "")], ("cpu", "1")),
+    ],
+)
+def test_a_weekly_run_is_whole_whatever_was_measured(
+    entries: list[tuple[str, str]], row: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = write_recipe(tmp_path)
+    figures = "".join(FIGURES.format(board=board, steps=steps) for board, steps in entries)
+    (folder / "results.yaml").write_text(f"format: 1\nrecipe: tiny\nentries:{chr(10) + figures if figures else ' []'}")
+    assert list(matrix.on_cpu([folder])) == [{"board": row[0], "recipe": "tiny", "grade": row[1]}]
+    assert "STEPS" not in (ROOT / ".github/workflows/weekly.yml").read_text()
+
+
 def test_weekly_runs_are_graded_where_figures_stand() -> None:
     rows = {row["recipe"]: row for row in matrix.on_cpu(matrix.recipes(None))}
     assert len(rows) == len(list((ROOT / "recipes").glob("*/config.yaml")))
@@ -160,6 +217,34 @@ def test_a_golden_of_another_lock_is_named(tmp_path: Path) -> None:
     for lock, found in ((today, 0), ("b" * 64, 1)):
         (folder / "results.yaml").write_text(ENTRY.format(lock=lock, any="c" * 64))
         assert len(list(golden_record.stale(tmp_path))) == found
+
+
+@pytest.mark.parametrize(("there", "code"), [(True, 0), (False, 9)])
+def test_a_lock_whose_pull_request_is_open_is_not_recorded_again(
+    there: bool, code: int, tools: Path, tmp_path: Path
+) -> None:
+    home, origin = tmp_path / "home", tmp_path / "origin.git"
+    for folder in ("ci", "docker", ".venv/bin"):
+        (home / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "ci/lock-pull-request.sh", home / "ci")
+    (home / "docker/images.lock.json").write_text("{}\n")
+    tool(tools, "gh")
+    tool(home / ".venv/bin", "recipe", "echo new >docker/images.lock.json")
+    tool(home / ".venv/bin", "python", "exit 9")  # records goldens: far enough
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    branch = "image-lock/" + hashlib.sha256(b"new\n").hexdigest()[:12]
+    for words in (
+        ["init", "-q"],
+        ["add", "ci", "docker"],
+        [*who, "commit", "-qm", "a"],
+        ["init", "-q", "--bare", str(origin)],
+        ["remote", "add", "origin", str(origin)],
+        ["push", "-q", "origin", f"HEAD:refs/heads/{branch if there else 'main'}"],
+    ):
+        subprocess.run(["git", *words], cwd=home, check=True, capture_output=True)
+    done = subprocess.run([home / "ci/lock-pull-request.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, f"{branch} is there already" in done.stdout) == (code, there), done.stderr
+    assert bool([line for line in calls(home / ".venv/bin") if "golden" in line]) is not there
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import signal
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -94,25 +96,45 @@ def test_a_board_that_is_held_or_leased_is_refused(machine: Path) -> None:
     assert started(machine).returncode == 0, "a lease ends with its process"
 
 
+def test_a_lease_that_cannot_be_opened_is_not_called_taken_nor_made(machine: Path) -> None:
+    # A stand-in for a file that only its owner may open, as root may open every one.
+    (machine / "run/lock/recipes-0000:02:00.0.lock").symlink_to(machine / "nowhere")
+    done = started(machine)
+    assert (done.returncode, "the lease recipes-0000:02:00.0.lock cannot be opened" in done.stderr) == (4, True)
+    assert not (machine / "nowhere").exists(), "O_CREAT, which a kernel refuses for another user's file in /run/lock"
+
+
 # --- after a job ------------------------------------------------------------------------------------------------------
 
 
-def docker(folder: Path, containers: str) -> str:
+OWN = f"{os.getuid()}:{os.getgid()}"
+
+
+def docker(folder: Path, users: dict[str, str]) -> str:
+    """A PATH with an engine that has these containers of these users."""
     folder.mkdir()
-    body = f'echo "$*" >>{folder}/calls; case $1 in ps) printf "{containers}" ;; esac'
+    asked = " ".join(f"{name}) echo {user} ;;" for name, user in users.items())
+    listed = f'ps) echo "{" ".join(users)}" ;;'
+    inspected = f"inspect) case $4 in {asked} *) exit 1 ;; esac ;;"
+    body = f'[ "$1" = inspect ] || echo "$*" >>{folder}/calls; case $1 in {listed} {inspected} esac'
     (folder / "docker").write_text(f"#!/bin/sh\n{body}\n")
     (folder / "docker").chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
 
 @pytest.mark.parametrize(
-    ("containers", "stopped"),
-    [("", []), ("abc\\ndef\\n", ["stop --time 120 abc def", "rm --force abc def"])],
+    ("users", "stopped"),
+    [
+        ({}, []),
+        ({"abc": OWN, "def": OWN}, ["stop --time 120 abc def", "rm --force abc def"]),
+        ({"abc": "4242:4242", "def": OWN}, ["stop --time 120 def", "rm --force def"]),
+        ({"abc": "4242:4242"}, []),
+    ],
 )
-def test_what_a_job_left_behind_is_stopped_then_removed(
-    containers: str, stopped: list[str], machine: Path, tmp_path: Path
+def test_what_a_job_left_behind_is_stopped_then_removed_and_nobody_elses(
+    users: dict[str, str], stopped: list[str], machine: Path, tmp_path: Path
 ) -> None:
-    path = docker(tmp_path / "bin", containers)
+    path = docker(tmp_path / "bin", users)
     done = run("job-completed.sh", RECIPES_SYSFS_ROOT=str(machine), PATH=path)
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "bin/calls").read_text().splitlines()
@@ -121,7 +143,7 @@ def test_what_a_job_left_behind_is_stopped_then_removed(
 
 def test_a_board_that_is_still_held_after_a_job_is_said(machine: Path, tmp_path: Path) -> None:
     (machine / "proc/driver/tenstorrent/0/pids").write_text("99\n")
-    done = run("job-completed.sh", RECIPES_SYSFS_ROOT=str(machine), PATH=docker(tmp_path / "bin", ""))
+    done = run("job-completed.sh", RECIPES_SYSFS_ROOT=str(machine), PATH=docker(tmp_path / "bin", {}))
     assert (done.returncode, "node 0 by the processes 99" in done.stderr) == (4, True)
 
 
@@ -149,6 +171,30 @@ def test_a_configuration_starts_one_runner_and_is_gone(tmp_path: Path) -> None:
     assert (state / "jit/n300").exists()
 
 
+def test_a_stop_of_the_unit_cancels_the_job_and_waits_for_it(tmp_path: Path) -> None:
+    program, state = tmp_path / "program", tmp_path / "state"
+    for folder in (program, state / "jit", state / "work"):
+        folder.mkdir(parents=True)
+    seen = tmp_path / "seen"
+    (program / "run.sh").write_text(
+        "#!/bin/bash\n"
+        f"trap 'sleep 0.2; echo cancelled >>{seen}; exit 3' INT\n"
+        f"echo begun >{seen}\n"
+        "for _ in $(seq 300); do sleep 0.1; done\n"
+    )
+    (program / "run.sh").chmod(0o755)
+    (state / "jit/n300").write_text("once")
+    given = {"RECIPES_RUNNER_PROGRAM": str(program), "RECIPES_RUNNER_STATE": str(state), "PATH": os.environ["PATH"]}
+    with subprocess.Popen(["bash", str(RUNNER / "run-once.sh"), "n300"], env=given, start_new_session=True) as unit:
+        while not (seen.exists() and seen.read_text()):
+            assert unit.poll() is None, "it ended before its runner began"
+            time.sleep(0.02)
+        unit.send_signal(signal.SIGINT)  # as systemd does: to the main process alone, by KillSignal and KillMode
+        assert unit.wait(timeout=20) == 3
+    assert seen.read_text() == "begun\ncancelled\n"
+    assert {*state.rglob("*")} == {state / "jit", state / "work"}
+
+
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
 
@@ -171,13 +217,15 @@ def test_set_up_asks_first_then_sets_up_once(tmp_path: Path, tarball: dict[str, 
     place.mkdir()
     asked = run("setup.sh", "--check", "n300", DESTDIR=str(place))
     assert (asked.returncode, files(place)) == (4, {}), "a look changes nothing"
-    done = run("setup.sh", "n300", "n150", DESTDIR=str(place), **tarball)
+    done = run("setup.sh", "n300", DESTDIR=str(place), **tarball)
     assert done.returncode == 0, done.stderr
     for name in ("job-started.sh", "job-completed.sh", "run-once.sh"):
         assert (place / "usr/local/lib/recipes-runner" / name).read_text() == (RUNNER / name).read_text()
-    assert (place / "etc/recipes-runner.env").read_text() == f"RECIPES_RUNNER_WORKFLOW={OURS}\n"
+    assert (
+        place / "etc/recipes-runner.env"
+    ).read_text() == f"RECIPES_RUNNER_WORKFLOW={OURS}\nRECIPES_RUNNER_BOARD=n300\n"
     assert (place / "opt/recipes-runner/current/run.sh").is_file()
-    assert "enable --now recipes-runner@n150.path" in done.stdout
+    assert "enable --now recipes-runner@n300.path" in done.stdout
     assert (place / "var/lib/recipes-runner").stat().st_mode & 0o7777 == 0o1770
     before = files(place)
     again = run("setup.sh", "n300", DESTDIR=str(place))
@@ -205,6 +253,34 @@ def test_set_up_touches_nothing_before_it_has_all(
     assert (done.returncode, says in done.stderr, files(place)) == (code, True, {}), done.stderr
 
 
+def test_set_up_again_keeps_the_users_lines_and_the_files_mode(tmp_path: Path, tarball: dict[str, str]) -> None:
+    place = tmp_path / "place"
+    settings = place / "etc/recipes-runner.env"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("# ours\nHTTPS_PROXY=http://a:b@proxy:3128\nRECIPES_RUNNER_WORKFLOW=x/y\n")
+    settings.chmod(0o600)
+    for _ in range(2):
+        assert run("setup.sh", "n300", DESTDIR=str(place), **tarball).returncode == 0
+        assert settings.read_text().splitlines() == [
+            f"RECIPES_RUNNER_WORKFLOW={OURS}",
+            "RECIPES_RUNNER_BOARD=n300",
+            "# ours",
+            "HTTPS_PROXY=http://a:b@proxy:3128",
+        ]
+        assert settings.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_machine_is_the_runner_of_one_board(tmp_path: Path, tarball: dict[str, str]) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    both = run("setup.sh", "n300", "n150", DESTDIR=str(place), **tarball)
+    assert (both.returncode, "the runner of one" in both.stderr, files(place)) == (2, True, {})
+    assert run("setup.sh", "n300", DESTDIR=str(place), **tarball).returncode == 0
+    before = files(place)
+    second = run("setup.sh", "n150", DESTDIR=str(place), **tarball)
+    assert (second.returncode, "is the runner of n300" in second.stderr, files(place)) == (4, True, before)
+
+
 @pytest.mark.parametrize("board", ["n30", "cpu", "n300; id", ""])
 def test_set_up_is_for_boards_of_the_table(board: str, tmp_path: Path) -> None:
     assert run("setup.sh", "--check", board, DESTDIR=str(tmp_path)).returncode == 2
@@ -214,6 +290,9 @@ def test_the_units_and_the_set_up_name_the_same_paths() -> None:
     units = "".join(path.read_text() for path in RUNNER.glob("recipes-*"))
     setup = (RUNNER / "setup.sh").read_text()
     assert "ConditionPathExists=!/var/lib/recipes-runner/quarantine" in units
-    for path in ("/var/lib/recipes-runner/jit", "/usr/local/lib/recipes-runner", "/etc/recipes-runner.env"):
+    for path in ("jit", "home"):
+        assert f"/var/lib/recipes-runner/{path}" in units
+        assert f"folder /var/lib/recipes-runner/{path}" in setup
+    for path in ("/usr/local/lib/recipes-runner", "/etc/recipes-runner.env"):
         assert path in units
         assert path in setup

@@ -158,6 +158,11 @@ def test_every_pull_request_runs_what_a_contributor_is_told_to_run() -> None:
     assert versions == offered
 
 
+def test_what_is_too_slow_for_a_pull_request_runs_every_week() -> None:
+    for command in ("make test-all", "ci/without-recipe.sh", "ci/weekly.sh"):
+        assert re.search(rf"run: (?:ci/with-base\.sh )?{command}$", TEXTS["weekly.yml"], re.MULTILINE), command
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "says"),
     [
@@ -205,12 +210,30 @@ def test_what_breaks_a_rule_is_seen(name: str, old: str, new: str, says: str) ->
     assert any(says in line for line in complaints(TEXTS[name].replace(old, new)))
 
 
+def test_a_board_is_chosen_by_mains_code_not_by_the_commits() -> None:
+    jobs = yaml.safe_load(TEXTS["hardware.yml"])["jobs"]
+    assert jobs["board"]["strategy"]["matrix"] == "${{ fromJSON(needs.allow.outputs.matrix) }}"
+    assert refs({"jobs": {"allow": jobs["allow"]}}) == ["main"]
+    assert '--board "$BOARDS" --rows "$ROWS"' in jobs["allow"]["steps"][-1]["run"]
+    assert "${{ matrix.labels }}" not in TEXTS["hardware.yml"]
+
+
+def test_a_run_that_was_asked_for_is_never_skipped_in_silence() -> None:
+    jobs = yaml.safe_load(TEXTS["hardware.yml"])["jobs"]
+    assert jobs["trust"]["if"] == "github.event_name == 'workflow_dispatch' || vars.TT_BOARDS"
+    assert {"COMMIT", "BOARDS", "PROTECTED"} <= jobs["trust"]["env"].keys()
+    assert jobs["status"]["if"] == "always() && inputs.commit"
+    assert set(jobs["status"]["needs"]) == jobs.keys() - {"status"}, "it waits for all that can fail"
+    assert jobs["status"]["env"]["COMMIT"] == "${{ inputs.commit }}"
+
+
 # --- the matrix and its labels ----------------------------------------------------------------------------------------
 
 
 def test_every_board_with_chips_has_a_runner_label_and_every_recipe() -> None:
     rows = list(matrix.on_boards(matrix.recipes(None), matrix.boards([])))
     assert list(dict.fromkeys(row["board"] for row in rows)) == BOARDS
-    assert all(row["labels"] == ["self-hosted", "tenstorrent", row["board"]] for row in rows)
+    job = yaml.safe_load(TEXTS["hardware.yml"])["jobs"]["board"]
+    assert job["runs-on"] == ["self-hosted", "tenstorrent", "${{ matrix.board }}"]
     declared = yaml.safe_load((ROOT / ".github/actionlint.yaml").read_text())["self-hosted-runner"]["labels"]
     assert declared == ["tenstorrent", *BOARDS]
