@@ -91,7 +91,7 @@ image: setup ## build a board's image with docker buildx: HW=, BASE_IMAGE=, WHEE
 image-verify: setup ## build it twice and compare the layers; compare what it holds with the lock: the same variables
 	@ci/forward.sh image verify
 
-test: setup ## the tests, with one tiny run from data to export; some six minutes on two cores, no network
+test: setup ## the tests, with one tiny run from data to export; some seven minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests
 
 test-all: setup ## the slow tests too; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
