@@ -27,7 +27,7 @@ from common.data import vocabulary
 from common.data.build_corpus import windows
 from common.data.corpora import Document
 from common.data.tokens import write_arrays
-from common.recipes import find_recipe
+from common.paths import find_recipe
 from common.train.plan import Launch, Plan, make_plan
 
 WARM_UP = 5  # steps that do not count

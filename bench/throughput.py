@@ -99,7 +99,7 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, log
 def make_job(arguments: argparse.Namespace) -> Job:
     """Everything that both sides must have in common, from the recipe's own config and rows."""
     from common.data.order import rows_of_step
-    from common.recipes import find_recipe
+    from common.paths import find_recipe
     from common.train.plan import Launch, make_plan
 
     total = arguments.warmup + arguments.steps

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common import config, hardware, llama, models
-from common.config_sections import Model
+from common import config, hardware
+from common.config.schema import Model
 from common.errors import RecipeError, UsageError
 from common.hardware import Hardware
+from common.model import bases, llama
 from common.ops.results import FOLDER, HeldOut, Measured, Numbers, Results, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def _sizes(folder: Path, on_cpu: bool) -> Iterable[str]:
     """The models that are trained on CPUs, or on boards, with their numbers of parameters."""
     found: dict[str, str] = {}
     for model in (model for board, model in _trained(folder).items() if board.is_cpu == on_cpu):
-        shape, base = model.architecture, models.locked().get(model.base or "")
+        shape, base = model.architecture, bases.locked().get(model.base or "")
         count = llama.parameters(shape.model_dump()) if shape else base["parameters"] if base else None
         name = model.base or model.preset or "a shape of its own"
         found[name] = f"`{name}`" + (f", {count / 1e6:,.{0 if count >= 1e8 else 1}f} M parameters" if count else "")

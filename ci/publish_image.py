@@ -22,11 +22,11 @@ import click
 
 from ci.command import run
 from common.errors import MachineError, UsageError, VerificationError
+from common.files import write_json
 from common.ops.docker_cli import bake, docker, inspect_image
 from common.ops.image_build import Inputs, build_variables, fill_wheelhouse
 from common.ops.images import LOCK, Json, read_lock, target_of
-from common.recipes import ROOT
-from common.train.files import write_json
+from common.paths import ROOT
 
 BUILDER = "recipes-publish"
 

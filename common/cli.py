@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import click
 
 from common.errors import RecipeError, Stopped, UsageError
-from common.recipes import ROOT, find_recipe, options_of_config
+from common.paths import ROOT, find_recipe, options_of_config
 
 Function = Callable[..., Any]
 
@@ -198,7 +198,7 @@ def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | Non
     resolved = configs.load(find_recipe(name), board, overrides, steps)
     click.echo(resolved.to_yaml(), nl=False)
     if shape := resolved.model.architecture:
-        from common.llama import parameters_by_component
+        from common.model.llama import parameters_by_component
 
         counts = parameters_by_component(shape.model_dump())
         parts = " + ".join(f"{name} {count:,}" for name, count in counts.items() if count)

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common import llama
 from common.config import Config
 from common.errors import UsageError
 from common.hardware import Hardware
+from common.model import llama
 
 TILE = 32
 MIB = 2**20

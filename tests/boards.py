@@ -10,7 +10,7 @@ from typing import Any
 
 from common.config import Config
 from common.hardware import get
-from common.models import resolve
+from common.model.bases import resolve
 from tests.doubles import doubles
 from tests.engines import config_for
 

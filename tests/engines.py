@@ -14,7 +14,7 @@ from common.backends.base import Backend, open_backend
 from common.config import Config
 from common.data.tokens import Batch
 from common.hardware import get
-from common.models import resolve
+from common.model.bases import resolve
 
 LENGTHS = (5, 90, 17, 44, 8, 63, 30, 71)  # tokens that a row predicts
 

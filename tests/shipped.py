@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.ops.results import DoubleOnly, load
-from common.recipes import RECIPES
+from common.paths import RECIPES
 
 FOLDERS = sorted(path.parent for path in RECIPES.glob("*/config.yaml"))
 

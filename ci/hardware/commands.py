@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.ops.findings import Finding
-from common.recipes import ROOT
+from common.paths import ROOT
 
 KILL_SECONDS = 10  # a killed process that has not gone by then waits in the kernel for a card, perhaps for ever
 KERNEL = re.compile(r"tenstorrent|iommu|hugetlb|pcieport|aer:|out of memory|oom-kill", re.IGNORECASE)

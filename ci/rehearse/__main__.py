@@ -17,7 +17,7 @@ from ci.hardware.job import say
 from ci.rehearse.faults import FAULTS, NOTHING, Fault, watch
 from ci.rehearse.ground import Ground, prepare, record_figures
 from common.errors import RecipeError, UsageError
-from common.recipes import ROOT
+from common.paths import ROOT
 
 PROVEN = (
     "proven here: the phases run in this order and under these conditions, with these codes; what is refused, killed,"

@@ -17,7 +17,7 @@ from typing import Any
 
 from ci.rehearse.ground import Ground
 from common import host
-from common.recipes import ROOT
+from common.paths import ROOT
 from tests import hosts
 
 HOLD = """

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from common.config_sections import Lora
+from common.config.schema import Lora
 from common.errors import MachineError, UsageError
-from common.llama import EMBEDDING, HEAD
+from common.model.llama import EMBEDDING, HEAD
 
 Array = np.ndarray[Any, Any]
 PREFIX = "base_model.model."  # PEFT's, in adapter_model.safetensors
@@ -312,6 +312,6 @@ def lora_linears(linears: Iterable[str], lora: Lora) -> list[str]:
 
 
 def tie_key(linear: str, lora: Lora) -> str:
-    """The name of a layer's A in `common.backends.init`, under its module: every engine draws the same values."""
+    """The name of a layer's A in `common.model.init`, under its module: every engine draws the same values."""
     projections = LINEARS[linear]
     return next(("+".join(group) for group in lora.tie_groups if set(group) == set(projections)), projections[0])

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.backends.init import uniform
-from common.config_sections import Lora
+from common.config.schema import Lora
 from common.errors import UsageError
+from common.model.init import uniform
 
 
 class Frozen(nn.Module):

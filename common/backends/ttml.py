@@ -29,7 +29,6 @@ import numpy as np
 from common.backends import hf_map, ttml_state
 from common.backends.base import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.backends.hf_map import Entry, Llama
-from common.backends.init import uniform
 from common.backends.ttml_build import Build, explained, probe
 from common.backends.ttml_limits import TILE, mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
 from common.backends.ttml_mesh import prepare_environment
@@ -37,8 +36,9 @@ from common.backends.ttml_tensors import Tensors
 from common.config import Config
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, VerificationError
-from common.handlers import handled
 from common.hardware import Hardware
+from common.model.init import uniform
+from common.signals import handled
 
 NO_LIMIT = 1e20  # a gradient norm that is never reached: clipping there only measures
 

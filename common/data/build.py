@@ -20,18 +20,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.data import tokens
+from common.data.chat import ChatTokenizer
 from common.data.corpora import Document
 from common.data.rows import Row, control_rows
-from common.data.text import ChatTokenizer
 from common.data.tokens import Encoded, TokenDataset
 from common.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from common.config import Config
-    from common.config_sections import Data
+    from common.config.schema import Data
 
 SPLITS = ("train", "held_out")
-SHAPERS = ("rows.py", "convert.py", "text.py", "tokens.py", "order.py", "build.py")
+SHAPERS = ("rows.py", "convert.py", "chat.py", "tokens.py", "order.py", "build.py")
 CUTS_SHOWN = 10
 
 

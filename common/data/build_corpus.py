@@ -18,8 +18,8 @@ import numpy as np
 
 from common.data import build, tokens, vocabulary
 from common.data.build import Builder, BuildReport, file_sha256, refuse_too_small, reopen
+from common.data.chat import ChatTokenizer
 from common.data.corpora import Document, text_sha256
-from common.data.text import ChatTokenizer
 from common.data.tokens import Arrays, TokenDataset
 from common.errors import DataError
 

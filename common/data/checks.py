@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from common.data.build import supervised_share
+from common.data.chat import ChatTokenizer
 from common.data.order import permutation
 from common.data.rows import Problem, Row, plain
-from common.data.text import ChatTokenizer
 from common.data.tokens import TILE, Encoded, round_up
 from common.errors import DataError
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from common.errors import DataError, UsageError
-from common.recipes import find_recipe, options_of_config
+from common.paths import find_recipe, options_of_config
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from common.config import Config
+    from common.data.chat import ChatTokenizer
     from common.data.rows import Problem, Row
-    from common.data.text import ChatTokenizer
     from common.data.tokens import Batch, TokenDataset
 
 CARDS = ("README.md", "DATASET_CARD.md", "LICENSE", "LICENSE.md")
@@ -250,10 +250,10 @@ def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe:
 
 def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:
     """The tokenizer of a base model. What its fetching says goes to stderr."""
-    from common import models
-    from common.data.text import ChatTokenizer
+    from common.data.chat import ChatTokenizer
+    from common.model import bases
 
-    found = models.resolve(base, recipe_dir=recipe_dir, say=lambda line: click.echo(line, err=True))
+    found = bases.resolve(base, recipe_dir=recipe_dir, say=lambda line: click.echo(line, err=True))
     return ChatTokenizer.load(found.folder)
 
 

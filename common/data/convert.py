@@ -33,7 +33,7 @@ from common.data.rows import (
 from common.errors import DataError, MachineError, UsageError
 
 if TYPE_CHECKING:
-    from common.config_sections import Data
+    from common.config.schema import Data
 
 FORMATS = ("auto", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "text")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}

@@ -13,11 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common import llama
 from common.backends import hf_map
 from common.backends.ttml import open_ttml
 from common.data.tokens import Batch
 from common.errors import DataError, TrainingError
+from common.model import llama
 from common.ops import small_llama
 from common.ops.bring_up_bench import (
     BETA1,

@@ -20,14 +20,14 @@ import numpy as np
 from common.backends.hf_map import to_pairs
 from common.data.tokens import Batch
 from common.errors import VerificationError
-from common.llama import EMBEDDING
+from common.files import write_atomic, write_json
+from common.model.llama import EMBEDDING
 from common.ops.checklist import Result
 from common.ops.specimen import Specimen, edit_tensors, newest_checkpoint, rehash, specimen
 from common.ops.tiny_base import HEADS
 from common.ops.verify_run import LINES, verify
-from common.recipes import ROOT
+from common.paths import ROOT
 from common.train import checkpoint, metrics
-from common.train.files import write_atomic, write_json
 
 FORMAT = 1  # of the JSON
 

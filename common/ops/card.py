@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from common.data.text import ChatTokenizer
+from common.config.layers import shown
+from common.data.chat import ChatTokenizer
 from common.errors import DataError
+from common.files import write_atomic
 from common.ops import trained
 from common.ops.model_card import quoted
 from common.ops.trained import TrainedRun
 from common.train.evaluate import from_rows
-from common.train.files import write_atomic
 from common.train.run import Run
-from common.yaml_layers import shown
 
 VERBATIM = 8  # words in a row out of one training response: more than chance gives, so it was learned by heart
 PHRASE = 5  # words of the phrases that are looked up in the training responses

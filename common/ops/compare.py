@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.config.layers import dotted, flatten
 from common.ops.run_record import RunRecord
-from common.yaml_layers import dotted, flatten
 
 NOISE = 2.0  # standard errors: 19 gaps of 20 that chance alone makes are smaller
 SEED_NOTE = (

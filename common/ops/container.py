@@ -20,8 +20,8 @@ from common.backends.ttml_mesh import DESCRIPTOR
 from common.config import Config
 from common.hardware import Hardware, system_root
 from common.ops.images import Image
-from common.recipes import ROOT, run_words
-from common.recipes import home as cache
+from common.paths import ROOT, run_words
+from common.paths import home as cache
 from common.train.manifest import code_facts
 
 LABEL = "training-recipes."

@@ -15,12 +15,12 @@ from common import hardware, host
 from common.backends.ttml_mesh import check_descriptor, find_descriptor
 from common.errors import MachineError, RecipeError
 from common.hardware import Choice, Hardware
-from common.models import sha256_file
+from common.model.bases import sha256_file
 from common.ops import findings, launcher, lease
 from common.ops.engine import connect, explained
 from common.ops.findings import Finding
 from common.ops.images import image_for, pins_of, read_lock, requirements_of
-from common.recipes import ROOT, home
+from common.paths import ROOT, home
 
 MINIMUM_DRIVER = "2.0.0"  # tt-umd refuses older ones
 TTNN_PYTHONS = ((3, 10), (3, 12))  # that ttnn 0.81.1 has wheels for

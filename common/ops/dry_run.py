@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint, llama, models
+from common import hardware, lint
 from common.backends.base import precision_for, refuse_without_engine
 from common.backends.ttml_mesh import find_descriptor
 from common.config import Config
 from common.data import corpora
 from common.errors import MachineError, RecipeError
+from common.model import bases, llama
 from common.ops import launcher
 from common.ops.container import Run, command_line, spec_of
 from common.ops.engine import connect
 from common.ops.images import Image, image_for
-from common.recipes import run_words
+from common.paths import run_words
 from common.train.manifest import run_name
 from common.train.plan import batch_equation
 
@@ -103,8 +104,8 @@ def lacks(board: hardware.Hardware, config: Config) -> Iterator[str]:
 def lacks_downloads(config: Config) -> Iterator[str]:
     """What a run would fetch first."""
     base, corpus = config.model.base or "", config.data.corpus or ""
-    entry = models.locked().get(base)
-    if entry and not models.folder_of(base, entry).is_dir():
+    entry = bases.locked().get(base)
+    if entry and not bases.folder_of(base, entry).is_dir():
         yield f"the base {base}: {entry['download_mb']} MB are downloaded once"
     entry = corpora.locked().get(corpus)
     if entry and not corpora.folder_of(corpus, entry).is_dir():

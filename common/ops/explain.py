@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import models, signatures
+from common import signatures
 from common.errors import UsageError
-from common.llama import EMBEDDING, HEAD
+from common.model import bases
+from common.model.llama import EMBEDDING, HEAD
+from common.model.weights import Weights
 from common.signatures import Signature
 from common.train import checkpoint, metrics
 from common.train.run import BEGINS, ENDS
-from common.weights import Weights
 
 LINES = 200_000  # of a log that are looked at, the last ones
 FLAT = 20  # steps, and the nats around ln(vocabulary) that count as guessing
@@ -117,7 +118,7 @@ def vocabulary_of(target: Path) -> int | None:
     """Rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
     saved = checkpoint.newest(target / "checkpoints", [])
     base = manifest_of(target).get("base", {"name": "", "origin": ""})
-    if entry := models.locked().get(base["name"]):
+    if entry := bases.locked().get(base["name"]):
         return int(entry["architecture"]["vocab_size"])
     for folder in ([saved.folder] if saved else []) + [Path(base["origin"])]:
         shapes = Weights(sorted(folder.glob("model*.safetensors"))).shapes

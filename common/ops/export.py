@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError, UsageError, VerificationError
-from common.models import sha256_file
+from common.files import disk_errors, sync, write_json
+from common.model.bases import sha256_file
 from common.ops import trained
 from common.ops.export_check import Outcome, check
 from common.ops.hf_folder import export_dtype, write_adapter, write_merged
 from common.ops.model_card import adapter_card, merged_card
 from common.ops.trained import TrainedRun
 from common.train.checkpoint import set_aside
-from common.train.files import disk_errors, sync, write_json
 from common.train.manifest import Manifest
 from common.train.resume import try_lock
 from common.train.run import Run

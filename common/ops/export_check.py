@@ -19,12 +19,12 @@ import numpy as np
 from common.backends.hf_map import PREFIX
 from common.data.tokens import TokenSplit, spread
 from common.errors import DataError
-from common.llama import HEAD
+from common.model.llama import HEAD
+from common.model.weights import Shapes, Weights
 from common.ops import trained
 from common.ops.hf_folder import merged_shapes
 from common.ops.trained import TrainedRun
 from common.train.evaluate import HeldOut, from_rows, held_out
-from common.weights import Shapes, Weights
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from common.errors import UsageError, VerificationError
 from common.ops import figures
 from common.ops.figures import RunFigures
 from common.ops.results import FILE, Measured, Numbers, Results, load
-from common.recipes import find_recipe
+from common.paths import find_recipe
 
 FORMAT = 1  # of the JSON
 UNGRADED = "ungraded"  # the verdict on a run of which nothing is recorded

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from common import models
 from common.backends.hf_map import PREFIX
 from common.errors import MachineError
-from common.llama import HEAD
+from common.files import write_json
+from common.model import bases
+from common.model.llama import HEAD
+from common.model.weights import SafetensorsWriter, Shapes, Weights
 from common.ops.trained import TrainedRun
 from common.train.checkpoint import Tensors
-from common.train.files import write_json
-from common.weights import SafetensorsWriter, Shapes, Weights
 
 Array = np.ndarray[Any, Any]
 
@@ -141,7 +141,7 @@ def write_adapter(folder: Path, run: TrainedRun) -> None:
 
 def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
     """(name, revision) of the very weights the adapter belongs to: on the Hub, or this machine's folder of them."""
-    entry = models.locked().get(run.config.model.base or "", {})
+    entry = bases.locked().get(run.config.model.base or "", {})
     if entry.get("source") == "hub":
         return str(entry["repo"]), str(entry["revision"])
     return str(run.base.folder), None

@@ -16,7 +16,7 @@ from pathlib import Path
 from common.errors import MachineError, UsageError
 from common.ops.docker_cli import bake, inspect_image
 from common.ops.images import LOCK, Json, pins_of, pins_sha256, record_local, requirements_of, unknown_pins
-from common.recipes import ROOT
+from common.paths import ROOT
 from common.train.manifest import utc_now
 
 Say = Callable[[str], None]

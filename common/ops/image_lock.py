@@ -7,9 +7,9 @@ import re
 import subprocess
 from collections.abc import Callable
 
+from common.files import write_json
 from common.ops.images import LOCK, Json, read_lock
-from common.recipes import ROOT
-from common.train.files import write_json
+from common.paths import ROOT
 
 TT_METAL = "https://github.com/tenstorrent/tt-metal.git"
 SECONDS = 60

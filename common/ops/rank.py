@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import cli
-from common import config as configs
 from common.config import Config
+from common.config.layers import dotted, flatten
 from common.errors import RankLost, RecipeError
 from common.ops.torchrun import FOLDER
-from common.yaml_layers import dotted, flatten
+from common.paths import ROOT
 
 if TYPE_CHECKING:
     from common.backends.ranks import Ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OUR_BUG, INTERRUPTED = 1, 130  # exit codes, as common/cli.py has them
-CODE = Path(configs.__file__).parent
+CODES = [ROOT / room for room in ("common",)]
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def facts(config: Config, recipe_dir: Path) -> Mapping[str, Any]:
     packages = ("torch", "transformers", "numpy")
     return {
         **{dotted(key): value for key, value in flatten(config.dump())},
-        **{f"the files of {folder.name}/": sha256_of(folder) for folder in (CODE, recipe_dir)},
+        **{f"the files of {folder.name}/": sha256_of(folder) for folder in (*CODES, recipe_dir)},
         **{package: importlib.metadata.version(package) for package in packages},
     }
 

@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 from common.errors import UsageError
+from common.files import write_atomic
 from common.ops import figures
 from common.ops.figures import RunFigures
 from common.ops.grade import recipe_of
 from common.ops.results import FILE, load
-from common.recipes import ROOT
-from common.train.files import write_atomic
+from common.paths import ROOT
 
 STEPS = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of which the training loss is kept, besides the last
 SPREAD = 3  # a band is so many times the largest deviation that was seen

@@ -28,7 +28,7 @@ from common.errors import DataError, MachineError, Stopped, TrainingError, Usage
 from common.ops import figures, grade, results, trained
 from common.ops.figures import HISTORY, RunFigures
 from common.ops.images import LOCAL, image_for
-from common.recipes import ROOT
+from common.paths import ROOT
 from common.train import checkpoint
 from common.train.manifest import code_facts
 

@@ -16,7 +16,7 @@ from typing import Any
 from common import config as configs
 from common.config import Config
 from common.errors import RecipeError, UsageError
-from common.recipes import RECIPES
+from common.paths import RECIPES
 from common.train import metrics
 from common.train.evaluate import HeldOut, from_rows
 from common.train.manifest import FORMAT

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.errors import UsageError
-from common.recipes import ROOT
+from common.paths import ROOT
 
 if TYPE_CHECKING:
     from common.ops.compare import Verdict
@@ -123,9 +123,9 @@ def prune(folders: tuple[Path, ...], out: Path, keep: int, exports: bool, yes: b
 
     Metrics, config, manifest, log, samples and reports stay as they are; a run that is going on is not touched.
     """
+    from common.files import disk_errors
     from common.ops import run_record
     from common.ops.prune import locked, removable, remove, shown_size
-    from common.train.files import disk_errors
 
     records = [run_record.read(folder) for folder in folders] or list(run_record.runs_in(out))
     with disk_errors("delete checkpoints", out), contextlib.ExitStack() as held:

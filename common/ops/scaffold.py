@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import config as configs
-from common import hardware, recipes
+from common import hardware, paths
 from common.config import Config
+from common.config.layers import shown
 from common.data import checks, corpora
 from common.data.build import Builder
 from common.data.cli import LICENCE_LINE, licence_of
@@ -27,7 +28,6 @@ from common.hardware import Hardware
 from common.ops import results, scaffold_corpus, scaffold_pages, scaffold_rows, scaffold_split
 from common.ops.scaffold_pages import Facts
 from common.ops.scaffold_yaml import Setting, YamlFile
-from common.yaml_layers import shown
 
 Say = Callable[[str], None]
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
@@ -60,7 +60,7 @@ def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
     names and options, DataError for the data; then nothing was written.
     """
     target = refuse_name(name)
-    source = recipes.find_recipe(parent)
+    source = paths.find_recipe(parent)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent.parent) as scratch:
         made = Path(scratch) / name
         shutil.copytree(source, made, ignore=left_behind(source))
@@ -94,7 +94,7 @@ def refuse_name(name: str) -> Path:
             todo="lower-case letters, digits and single hyphens between them, a letter first, at most "
             f"{LONGEST_NAME} characters: support-tickets",
         )
-    target = recipes.RECIPES / name
+    target = paths.RECIPES / name
     refuse_existing(target)
     return target
 
@@ -135,7 +135,7 @@ def config_of(layer: Path) -> Config:
 
 def recipes_of(kind: str) -> str:
     """The recipes that train on `rows`, or on `text`, for a message."""
-    folders = sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
+    folders = sorted(path.parent for path in paths.RECIPES.glob("*/config.yaml"))
     return " or ".join(path.name for path in folders if (some_config(path).data.corpus is not None) == (kind == "text"))
 
 

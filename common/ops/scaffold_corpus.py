@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import llama
 from common.config import Config
-from common.config_sections import Architecture
+from common.config.layers import read_file
+from common.config.schema import Architecture
 from common.data import corpora, vocabulary
 from common.data.corpora import Document
 from common.data.rows import group_hash
 from common.errors import DataError
+from common.model import llama
 from common.ops.scaffold_yaml import Setting
-from common.yaml_layers import read_file
 
 CORPUS, PROMPTS = "data/corpus", "data/prompts.jsonl"
 ROW_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".json")

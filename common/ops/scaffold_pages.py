@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Config
+from common.config.layers import to_yaml
 from common.data.cli import STUB
-from common.yaml_layers import to_yaml
 
 SAFE_PROMPT = re.compile(r"[\w ,.?'()-]{1,100}")  # what can stand between double quotes in any shell
 

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import models
 from common.config import Config
 from common.data import checks, convert
+from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
 from common.data.rows import Problem, Row, collect, refuse, split_held_out
-from common.data.text import ChatTokenizer
 from common.data.tokens import TILE, Encoded, round_up
 from common.errors import DataError
+from common.model import bases as models
 from common.ops.plan import CHARACTERS_A_TOKEN
 from common.ops.scaffold_split import PROMPTS, SOURCE, Share
 from common.ops.scaffold_yaml import Setting

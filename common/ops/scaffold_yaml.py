@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from common.yaml_layers import nest, read_override, to_yaml
+from common.config.layers import nest, read_override, to_yaml
 
 WIDTH = 120  # columns of a line
 COMMENTS_AT = 34  # where comments begin in the recipes' configs

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from common.data.tokens import Batch
-from common.models import sha256_file
+from common.files import write_json
+from common.model.bases import sha256_file
+from common.model.weights import SafetensorsWriter, Weights
 from common.ops.export import export_run
 from common.ops.tiny_base import write_tiny_base
 from common.train import checkpoint
-from common.train.files import write_json
 from common.train.plan import Launch
 from common.train.run import open_run
-from common.weights import SafetensorsWriter, Weights
 
 STEPS = 6
 TOPICS = ("gradient", "loss", "attention", "token", "batch", "epoch", "margin", "kernel", "tree", "forest")

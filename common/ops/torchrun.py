@@ -29,8 +29,8 @@ from common import config as configs
 from common import hardware
 from common.config import Config
 from common.errors import MachineError, RankLost, UsageError
-from common.handlers import handled
-from common.recipes import run_words
+from common.paths import run_words
+from common.signals import handled
 from common.train.plan import Launch
 
 Say = Callable[[str], None]

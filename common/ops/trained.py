@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, models
+from common import hardware
 from common.backends.base import Backend, open_backend, refuse_without_engine
 from common.config import Config
 from common.data import build
 from common.data.build_corpus import build_corpus
-from common.data.text import ChatTokenizer
+from common.data.chat import ChatTokenizer
 from common.data.tokens import TokenDataset, TokenSplit
 from common.errors import DataError, MachineError, UsageError
+from common.model import bases
+from common.model.weights import Weights
 from common.train import checkpoint, metrics, resume
 from common.train.checkpoint import Checkpoint, Tensors
 from common.train.evaluate import from_rows
 from common.train.manifest import ROOT
 from common.train.run import Run
-from common.weights import Weights
 
 Say = Callable[[str], None]
 
@@ -35,7 +36,7 @@ class TrainedRun:
     folder: Path
     config: Config
     manifest: Mapping[str, Any]
-    base: models.Base
+    base: bases.Base
     tokenizer: ChatTokenizer
     checkpoint: Checkpoint
     open_dataset: TokenDataset | None = field(default=None, repr=False)
@@ -54,7 +55,7 @@ class TrainedRun:
         if self.open_dataset is not None:
             return self.open_dataset
         facts = self.manifest["data"]
-        folder = models.home() / "tokens" / facts["source_key"][:16]
+        folder = bases.home() / "tokens" / facts["source_key"][:16]
         try:
             dataset = TokenDataset.open(folder)
         except DataError:
@@ -70,8 +71,8 @@ class TrainedRun:
 
     def _build_again(self) -> TokenDataset:
         if self.config.data.corpus:
-            return build_corpus(self.config, self.recipe_dir, models.home())[1]
-        return build.build(self.config, self.recipe_dir, self.tokenizer, models.home())
+            return build_corpus(self.config, self.recipe_dir, bases.home())[1]
+        return build.build(self.config, self.recipe_dir, self.tokenizer, bases.home())
 
     def held_out(self) -> TokenSplit:
         """The rows that this run evaluates."""
@@ -153,13 +154,13 @@ def result(folder: Path, config: Config, say: Say) -> Checkpoint:
     return found
 
 
-def find_base(config: Config, manifest: Mapping[str, Any], folder: Path, say: Say) -> models.Base:
+def find_base(config: Config, manifest: Mapping[str, Any], folder: Path, say: Say) -> bases.Base:
     """What the run in `folder` started from. Raises MachineError if its weights are others now."""
     name = config.model.base or ""
     if config.model.init == "random":
-        base = models.random_base(config.model, config.training.seed, folder / "tokenizer")
+        base = bases.random_base(config.model, config.training.seed, folder / "tokenizer")
     else:
-        base = models.resolve(name if name in models.locked() else manifest["base"]["origin"], say=say)
+        base = bases.resolve(name if name in bases.locked() else manifest["base"]["origin"], say=say)
     if base.identity != manifest["base"]["identity"]:
         raise MachineError(
             "the base model's weights changed since this run",

@@ -25,12 +25,12 @@ from common.config import Config
 from common.data.tokens import TokenDataset
 from common.errors import UsageError, VerificationError
 from common.hardware import Hardware
-from common.models import Base
+from common.model.bases import Base
 from common.ops.checklist import Line, Outcome, Result, failed, go_through, hold
 from common.ops.launcher import native_lease
 from common.ops.record import machine_of, refuse_changed_tree, write
 from common.ops.torchrun import Hosts, in_processes
-from common.recipes import find_recipe
+from common.paths import find_recipe
 from common.train.evaluate import HeldOut, held_out
 from common.train.manifest import code_facts, utc_now
 from common.train.plan import prepare

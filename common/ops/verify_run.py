@@ -20,7 +20,8 @@ from common.data.checks import leaks
 from common.data.order import rows_of_step
 from common.data.tokens import TokenDataset
 from common.errors import DataError, VerificationError
-from common.models import sha256_file
+from common.model.bases import sha256_file
+from common.model.weights import Weights
 from common.ops import export, export_check, figures, trained
 from common.ops.checklist import Line, Outcome, Result, failed, go_through, hold
 from common.ops.figures import RunFigures
@@ -32,7 +33,6 @@ from common.train.checkpoint import Tensors
 from common.train.evaluate import held_out
 from common.train.run import check_first_loss
 from common.train.schedule import learning_rate
-from common.weights import Weights
 
 if TYPE_CHECKING:
     import torch

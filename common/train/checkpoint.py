@@ -20,9 +20,9 @@ import numpy as np
 
 from common.config import Config
 from common.errors import MachineError
-from common.models import sha256_file
-from common.train.files import disk_errors, sync, write_atomic, write_json
-from common.weights import SafetensorsWriter, Weights
+from common.files import disk_errors, sync, write_atomic, write_json
+from common.model.bases import sha256_file
+from common.model.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
 PRUNED = ".pruned-"  # begins the name of what is being deleted

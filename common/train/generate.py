@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.backends.base import Backend
-from common.config_sections import Evaluation
+from common.config.schema import Evaluation
 
 Array = np.ndarray[Any, Any]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common import host
+from common.files import write_json
 from common.hardware import cpu_class
-from common.train.files import write_json
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError
-from common.train.files import disk_errors, write_atomic
+from common.files import disk_errors, write_atomic
 
 
 class JsonLines:

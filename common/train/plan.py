@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint, llama, memory, models
+from common import hardware, lint, memory
 from common.backends.base import precision_for, refuse_model, refuse_without_engine
 from common.config import Config
 from common.data import build
 from common.data.build_corpus import build_corpus
+from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
-from common.data.text import ChatTokenizer
 from common.data.tokens import TokenDataset
 from common.errors import DataError, UsageError
 from common.hardware import Hardware
-from common.models import Base
+from common.model import bases, llama
+from common.model.bases import Base
 from common.train.schedule import warmup_steps
 
 AtEnd = Callable[[Path, Callable[[str], None]], None]  # gets the folder of a run that ended, and how to say a line
@@ -102,14 +103,14 @@ def prepare(
     """What the config starts from and trains on: a fetched base and rows, or random weights and a corpus."""
     if config.model.architecture is not None:
         refuse_model(hw, llama.hf_config(config.model.architecture.model_dump()))
-        folder, dataset = build_corpus(config, recipe_dir, models.home())
-        base = models.random_base(config.model, config.training.seed, folder)
+        folder, dataset = build_corpus(config, recipe_dir, bases.home())
+        base = bases.random_base(config.model, config.training.seed, folder)
         return base, ChatTokenizer.load(folder), dataset
     assert config.model.base is not None, "a pretrained base has a name"
-    base = models.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
+    base = bases.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
     refuse_model(hw, base.architecture)
     tokenizer = ChatTokenizer.load(base.folder)
-    return base, tokenizer, build.build(config, recipe_dir, tokenizer, models.home())
+    return base, tokenizer, build.build(config, recipe_dir, tokenizer, bases.home())
 
 
 def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:

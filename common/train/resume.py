@@ -12,10 +12,10 @@ from typing import IO, Any
 
 from common import config as configs
 from common.errors import DataError, MachineError, UsageError
+from common.files import disk_errors
 from common.host import launched
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
-from common.train.files import disk_errors
 from common.train.manifest import FORMAT, run_name
 from common.train.plan import Plan
 

@@ -22,18 +22,18 @@ import numpy as np
 
 from common import signatures
 from common.backends.base import Array, Backend, BackendInfo, StepStats, open_backend
-from common.backends.init import logit_variance
 from common.config import Config
 from common.data.build_corpus import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
 from common.errors import RankLost, RecipeError, Stopped, TrainingError, VerificationError
-from common.handlers import handled
-from common.models import Base, sha256_file
+from common.files import disk_errors, write_atomic
+from common.model.bases import Base, sha256_file
+from common.model.init import logit_variance
+from common.signals import handled
 from common.train import checkpoint, metrics
 from common.train.checkpoint import Checkpoint
 from common.train.console import LEVELS, Console, Progress, clock
 from common.train.evaluate import HeldOut, from_rows, held_out
-from common.train.files import disk_errors, write_atomic
 from common.train.generate import generate
 from common.train.manifest import Manifest, code_facts, peak_memory_mib, utc_now
 from common.train.metrics import JsonLines

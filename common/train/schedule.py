@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from common.config_sections import Training
+from common.config.schema import Training
 
 
 def warmup_steps(training: Training) -> int:

@@ -25,7 +25,7 @@ from common.ops import launcher, lease
 from common.ops.container import LABEL, process
 from common.ops.engine import connect
 from common.ops.images import Image
-from common.recipes import ROOT
+from common.paths import ROOT
 from common.train import metrics
 from tests.hosts import fake_host, pci, real_nodes
 from tests.runs import folders, manifest, outcome

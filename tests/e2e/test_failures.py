@@ -22,7 +22,8 @@ import yaml
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common import cli, models
+from common import cli
+from common.model import bases
 from common.train import checkpoint
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe
@@ -156,7 +157,7 @@ def test_a_base_that_does_not_exist(run):
 def pinned(tiny_base, tmp_path, monkeypatch) -> Path:
     """A base called `pinned` in the lock, cached in the home; returns its folder."""
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
-    weights = models.sha256_file(tiny_base / "model.safetensors")
+    weights = bases.sha256_file(tiny_base / "model.safetensors")
     names = [path.name for path in tiny_base.iterdir()]
     entry = {
         "source": "hub",
@@ -169,10 +170,10 @@ def pinned(tiny_base, tmp_path, monkeypatch) -> Path:
         "download_mb": 1,
     }
     (tmp_path / "lock.yaml").write_text(yaml.safe_dump({"format": 1, "bases": {"pinned": entry}}))
-    monkeypatch.setattr(models, "LOCK", tmp_path / "lock.yaml")
-    folder = models.folder_of("pinned", entry)
+    monkeypatch.setattr(bases, "LOCK", tmp_path / "lock.yaml")
+    folder = bases.folder_of("pinned", entry)
     shutil.copytree(tiny_base, folder)
-    models._seal(folder, "pinned", entry)
+    bases._seal(folder, "pinned", entry)
     return folder
 
 

@@ -16,7 +16,7 @@ from ci.hardware import STEPS as JOB
 from ci.rehearse import __main__ as rehearsal
 from ci.rehearse.faults import FAULTS, NOTHING
 from ci.rehearse.ground import STEPS, Ground, again, prepare, record_figures
-from common.recipes import ROOT
+from common.paths import ROOT
 from tests.hosts import pci
 
 pytestmark = [

@@ -23,7 +23,7 @@ from common import cli, hardware
 from common import config as configs
 from common.errors import MachineError, RecipeError, UsageError
 from common.ops import dry_run
-from common.recipes import ROOT, find_recipe
+from common.paths import ROOT, find_recipe
 
 FOLDERS = ("recipes", "docs", "docker", "bench", "ci")  # besides the pages of the root
 BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -16,12 +16,13 @@ from typing import Any
 from unittest import mock
 
 from common import config as configs
-from common import hardware, llama
+from common import hardware
+from common.config.layers import Key, Layer, dotted, flatten, read_file, to_yaml
 from common.data import corpora
 from common.data.cli import CARDS, LICENCE_LINE
 from common.errors import MachineError, RecipeError, UsageError
+from common.model import llama
 from common.ops import dry_run, results
-from common.yaml_layers import Key, Layer, dotted, flatten, read_file, to_yaml
 from tests.recipes.commands import House, Wrong, shown
 
 FILES = ("config.yaml", "dataset.py", "train.py", "README.md", "results.yaml")

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 from common import hardware
 from common.config import Config
-from common.config_sections import Architecture, Section
-from common.yaml_layers import dotted, flatten
+from common.config.layers import dotted, flatten
+from common.config.schema import Architecture, Section
 from tests.recipes.contracts import layers, resolved
 
 # They look at a key to judge it or to show it, which is no effect of the key.

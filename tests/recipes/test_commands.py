@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.recipes import RECIPES, ROOT
+from common.paths import RECIPES, ROOT
 from tests.recipes.commands import House, NotHere, Shown, Wrong, pages, shown
 from tests.tiny_recipe import FINE_TUNE
 

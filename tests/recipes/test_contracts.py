@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import llama
+from common.model import llama
 from tests.recipes import contracts
 from tests.recipes.contracts import CONTRACTS, Broken, hold, layers
 from tests.shipped import FOLDERS

@@ -24,7 +24,7 @@ from common import cli, hardware
 from common import config as configs
 from common.backends.torch_cpu import TorchCPU
 from common.errors import Stopped
-from common.recipes import ROOT
+from common.paths import ROOT
 from common.train import checkpoint, metrics
 from tests.recipes.reads import of_other_boards, recorded, unread
 from tests.runs import folders, log, manifest, outcome

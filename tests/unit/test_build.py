@@ -9,7 +9,7 @@ import pytest
 
 from common import config, hardware
 from common.data import build
-from common.data.text import ChatTokenizer
+from common.data.chat import ChatTokenizer
 from common.errors import DataError, UsageError
 
 DATASET = """

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from common.data import checks
+from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Problem, Row
-from common.data.text import ChatTokenizer
 from common.data.tokens import Encoded
 from common.errors import DataError
 

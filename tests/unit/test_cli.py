@@ -21,7 +21,7 @@ from common.errors import (
     UsageError,
     VerificationError,
 )
-from common.recipes import find_recipe
+from common.paths import find_recipe
 from tests.tiny_recipe import FINE_TUNE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def recipe(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture(autouse=True)
 def own_recipes(monkeypatch) -> None:
-    monkeypatch.setattr("common.recipes.RECIPES", FINE_TUNE.parent)
+    monkeypatch.setattr("common.paths.RECIPES", FINE_TUNE.parent)
 
 
 @pytest.fixture

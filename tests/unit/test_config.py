@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from common import config as configs
 from common import hardware
 from common.config import Config, load, load_resolved
+from common.config.layers import read_file, read_override, to_yaml
 from common.errors import UsageError
-from common.yaml_layers import read_file, read_override, to_yaml
 
 CONFIG = """\
 training_config:

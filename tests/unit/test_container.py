@@ -26,7 +26,7 @@ from common.errors import EngineLost, MachineError, TrainingError
 from common.ops import container, dry_run, engine, images, launcher, lending
 from common.ops.container import Run, command_line, configuration, host_settings, spec_of
 from common.ops.images import Image
-from common.recipes import ROOT
+from common.paths import ROOT
 from tests.hosts import fake_host
 from tests.tiny_recipe import FINE_TUNE as RECIPE
 from tests.unit.test_hardware import MACHINES

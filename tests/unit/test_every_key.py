@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from common import config as configs
+from common.config.load import Config, _keys
 from common.data import vocabulary
 from common.errors import RecipeError
 from common.ops import trained
@@ -122,7 +122,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def test_the_table_has_every_key():
-    keys = {".".join(path) for path in configs._keys(configs.Config)}
+    keys = {".".join(path) for path in _keys(Config)}
     sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
     shapes = {key for key in keys if key.startswith("model_config.architecture.")}  # all of them refused together
     assert set(CHANGES) == keys - sections - shapes | {"model_config.lora", "model_config.architecture"}

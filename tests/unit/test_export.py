@@ -11,14 +11,14 @@ import yaml
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.data.text import ChatTokenizer
+from common.data.chat import ChatTokenizer
 from common.errors import MachineError, Stopped, UsageError, VerificationError
+from common.model.weights import Weights
 from common.ops import export_check, hf_folder
 from common.ops.export import check_export, export_folder
 from common.ops.hf_folder import plain_config
 from common.train import metrics
 from common.train.resume import try_lock
-from common.weights import Weights
 from tests.tiny import write_tiny_base
 from tests.tiny_recipe import make_tiny_recipe, newest_run, run_tiny
 

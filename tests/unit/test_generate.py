@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config_sections import Evaluation
+from common.config.schema import Evaluation
 from common.train.generate import choose, generate, penalise, uniforms
 
 LOGITS = np.log(np.array([0.4, 0.05, 0.3, 0.2, 0.05]))

@@ -23,7 +23,7 @@ from common.backends.hf_map import (
     to_halves,
     to_pairs,
 )
-from common.config_sections import Lora
+from common.config.schema import Lora
 from common.errors import MachineError, UsageError
 
 ARCHITECTURE = {

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from common.backends.init import normal, uniform
+from common.model.init import normal, uniform
 
 GOLDEN = [
     "0x1.b027dc0000000p-4",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import llama
+from common.model import llama
 
 TIED = {
     "vocab_size": 256,

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from common import cli, hardware, llama, memory, models
+from common import cli, hardware, memory
 from common import config as configs
 from common.config import Config
 from common.errors import UsageError
+from common.model import bases, llama
 from common.ops import plan
 from tests.tiny_recipe import FINE_TUNE, FROM_SCRATCH, make_tiny_recipe
 
-TINYLLAMA: dict[str, Any] = models.locked()["tinyllama-1.1b-chat"]["architecture"]
+TINYLLAMA: dict[str, Any] = bases.locked()["tinyllama-1.1b-chat"]["architecture"]
 FULL = ("model_config.lora=null",)
 
 
@@ -42,7 +43,7 @@ def test_moments_of_tinyllama_s_body_are_the_published_ones(vocabulary, publishe
 
 @pytest.mark.parametrize("name", ["tinyllama-1.1b-chat", "smollm2-135m-instruct"])
 def test_a_locked_base_has_the_shape_of_its_parameters(name):
-    entry = models.locked()[name]
+    entry = bases.locked()[name]
     assert llama.parameters(entry["architecture"]) == entry["parameters"]
 
 
@@ -136,7 +137,7 @@ def test_a_run_is_refused_before_its_engine_starts(monkeypatch, tmp_path, tiny_b
 def home(tmp_path, monkeypatch) -> Path:
     """Nothing is downloaded: an attempt to is an error."""
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(models, "_pinned", lambda *arguments: pytest.fail("it fetches a base"))
+    monkeypatch.setattr(bases, "_pinned", lambda *arguments: pytest.fail("it fetches a base"))
     return tmp_path / "home"
 
 

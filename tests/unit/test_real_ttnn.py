@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from common.fetch import move_into_place
-from common.models import home
+from common.model.bases import home
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ("3.10", "3.12")  # ttnn has no wheel for 3.11

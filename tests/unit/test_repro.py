@@ -18,7 +18,7 @@ from common import cli
 from common.errors import UsageError, VerificationError
 from common.ops import figures, images, repro
 from common.ops.images import Image
-from common.recipes import ROOT
+from common.paths import ROOT
 from common.train.manifest import code_facts
 from tests.runs import manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny

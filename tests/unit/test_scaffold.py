@@ -11,7 +11,7 @@ import pytest
 
 from common import cli, hardware
 from common import config as configs
-from common.config_sections import Architecture
+from common.config.schema import Architecture
 from common.data import checks
 from common.data.build import Builder
 from common.data.cli import licence_of
@@ -91,7 +91,7 @@ PAIRS = [
 def root(tmp_path, tiny_base, monkeypatch) -> Path:
     """A repository with two recipes: `parent` trains on rows, `tale` on a text."""
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("common.recipes.RECIPES", tmp_path / "root/recipes")
+    monkeypatch.setattr("common.paths.RECIPES", tmp_path / "root/recipes")
     files = {
         "parent/config.yaml": ROWS_CONFIG.replace("BASE", str(tiny_base)),
         "parent/hw/cpu.yaml": "training_config:\n  batch_size: 8\n",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from common.config_sections import Scheduler, Training
+from common.config.schema import Scheduler, Training
 from common.train.schedule import learning_rate, warmup_steps
 
 

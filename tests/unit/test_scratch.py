@@ -16,15 +16,16 @@ import pytest
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common import config as configs
-from common import hardware, llama
+from common import hardware
 from common.backends.torch_cpu import TorchCPU
 from common.errors import Stopped, VerificationError
+from common.model import llama
+from common.model.weights import InitialWeights
 from common.ops import moved, trained
 from common.ops.export import check_export, export_folder
 from common.train import metrics
 from common.train.evaluate import held_out
 from common.train.run import Run
-from common.weights import InitialWeights
 from tests.runs import log, manifest, outcome
 from tests.tiny_recipe import FROM_SCRATCH as RECIPE
 from tests.tiny_recipe import run_tiny, tiny_scratch

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.data.text import ChatTokenizer
+from common.data.chat import ChatTokenizer
 from common.errors import DataError, UsageError
 from common.ops.talk import Stream, talk
 from common.train import metrics

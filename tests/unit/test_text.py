@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
-from common.data.text import ChatTokenizer
 from common.errors import DataError
 from tests.tiny import CORPUS, write_tiny_base
 
@@ -347,7 +347,7 @@ def test_supervise_all_is_a_mask_of_ones(tiny_base):
 
 def test_no_torch_and_no_transformers_is_imported(tiny_base):
     code = (
-        "import sys; from pathlib import Path; from common.data.text import ChatTokenizer;"
+        "import sys; from pathlib import Path; from common.data.chat import ChatTokenizer;"
         f"ChatTokenizer.load(Path({str(tiny_base)!r})).prompt_ids('hi');"
         "assert not {'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)"
     )

@@ -18,7 +18,7 @@ from common.backends.base import precision_for
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, UsageError
 from common.hardware import get
-from common.models import resolve
+from common.model.bases import resolve
 from tests.engines import config_for, engine, fingerprint, gradients_of, make_batch, state_of
 from tests.tiny import write_tiny_base
 

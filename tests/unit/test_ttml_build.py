@@ -21,7 +21,7 @@ from common.backends.ttml_limits import refuse_architecture, refuse_config, rope
 from common.backends.ttml_mesh import check_descriptor, read_descriptor
 from common.errors import MachineError, RecipeError, TrainingError, UsageError
 from common.hardware import get
-from common.models import resolve
+from common.model.bases import resolve
 from tests.boards import DESCRIPTOR, TIES, board, board_config, machine
 from tests.engines import make_batch, state_of
 

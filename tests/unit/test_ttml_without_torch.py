@@ -65,7 +65,7 @@ import numpy as np
 
 from common.backends.ttml import open_ttml
 from common.hardware import get
-from common.models import resolve
+from common.model.bases import resolve
 from common.train import checkpoint
 from common.train.generate import generate
 from tests.boards import board_config

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from common.data import vocabulary
+from common.data.chat import ChatTokenizer
 from common.data.corpora import Document
-from common.data.text import ChatTokenizer
 from common.data.vocabulary import UNKNOWN
 from common.errors import DataError
 from tests.tiny_recipe import ROOT, write_play

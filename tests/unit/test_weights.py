@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common import llama
 from common.config import Config
 from common.errors import MachineError
+from common.model import llama
+from common.model.weights import SafetensorsWriter, Weights
 from common.train import checkpoint
-from common.weights import SafetensorsWriter, Weights
 from tests.engines import config_for
 
 TINYLLAMA = {

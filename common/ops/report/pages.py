@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UsageError
+from common.files import disk_errors, write_atomic
 from common.ops import run_record
 from common.ops.run_record import RunRecord
-from common.train.files import disk_errors, write_atomic
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from common import llama
 from common.errors import MachineError
+from common.model import llama
 
 Array = np.ndarray[Any, Any]
 HEADER_ROOM = 1 << 19  # bytes: some 3,500 tensors; moments of a Llama of 80 layers are 1,446
@@ -61,7 +61,7 @@ class Weights(Mapping[str, Array]):
 class InitialWeights(Mapping[str, Array]):
     """Random weights of a Llama, made on the host when asked for: the same bits for every engine.
 
-    Each tensor hangs on the seed and its own name, by the rules of `common.backends.init`.
+    Each tensor hangs on the seed and its own name, by the rules of `common.model.init`.
     """
 
     def __init__(self, architecture: Mapping[str, Any], initializer: str, seed: int) -> None:
@@ -71,7 +71,7 @@ class InitialWeights(Mapping[str, Array]):
         self.initializer, self.seed = initializer, seed
 
     def __getitem__(self, name: str) -> Array:
-        from common.backends.init import initial
+        from common.model.init import initial
 
         return initial(self.initializer, self.seed, name, self.shapes[name], self.layers)
 

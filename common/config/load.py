@@ -29,20 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from common import hardware
-from common.config_sections import (
-    Checkpoint,
-    Data,
-    Device,
-    Evaluation,
-    Export,
-    Logging,
-    Model,
-    Section,
-    Training,
-)
-from common.errors import UsageError
-from common.hardware import Hardware
-from common.yaml_layers import (
+from common.config.layers import (
     Key,
     Layer,
     Problem,
@@ -56,7 +43,10 @@ from common.yaml_layers import (
     refuse,
     shown,
 )
-from common.yaml_layers import to_yaml as _to_yaml
+from common.config.layers import to_yaml as _to_yaml
+from common.config.schema import Checkpoint, Data, Device, Evaluation, Export, Logging, Model, Section, Training
+from common.errors import UsageError
+from common.hardware import Hardware
 
 FORMAT = 1  # of config.resolved.yaml
 

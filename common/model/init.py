@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from common import llama
+from common.model import llama
 
 FORMAT = 1  # of the rules below; another one makes another training
 EMBEDDING_STD = 0.02

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import llama
 from common.errors import MachineError, UsageError
 from common.fetch import move_into_place, pip_download
-from common.recipes import home as home
+from common.model import llama
+from common.paths import home as home
 
 if TYPE_CHECKING:
-    from common.config_sections import Model
-    from common.weights import InitialWeights, Weights
+    from common.config.schema import Model
+    from common.model.weights import InitialWeights, Weights
 
-LOCK = Path(__file__).with_name("models.lock.yaml")
+LOCK = Path(__file__).parents[1] / "models.lock.yaml"
 Say = Callable[[str], None]
 
 
@@ -64,7 +64,7 @@ class Base:
 
     def weights(self) -> Weights | InitialWeights:
         """Name -> array, read or made one at a time. Raises MachineError for a damaged file."""
-        from common.weights import Weights
+        from common.model.weights import Weights
 
         return self.initial or Weights(sorted(self.folder.glob("*.safetensors")))
 
@@ -103,8 +103,8 @@ def resolve(base: str, *, recipe_dir: Path | None = None, say: Say = print) -> B
 
 def random_base(model: Model, seed: int, tokenizer: Path) -> Base:
     """The untrained model of a config with `init: random`, with the tokenizer in the folder `tokenizer`."""
-    from common.backends import init
-    from common.weights import InitialWeights
+    from common.model import init
+    from common.model.weights import InitialWeights
 
     assert model.architecture is not None, "init: random has an architecture"
     architecture = llama.hf_config(model.architecture.model_dump())

@@ -169,7 +169,7 @@ class Model(Section):
     architecture: Architecture | None = None
     """The model's shape; only with init: random."""
     initializer: Literal["ttml", "gpt2"] = "ttml"
-    """Random weights as tt-train's or as GPT-2's (init: random): see common/backends/init.py."""
+    """Random weights as tt-train's or as GPT-2's (init: random): see common/model/init.py."""
     lora: Lora | None = None
     """Low-rank adapters over a pretrained base; null trains all weights."""
     gradient_checkpointing: bool = False
