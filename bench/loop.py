@@ -24,9 +24,9 @@ from unittest import mock
 
 import numpy as np
 
-from common.backends.base import BackendInfo, StepStats
 from common.data.order import random_words
 from common.data.tokens import Arrays, Batch, TokenSplit
+from common.engine import BackendInfo, StepStats
 from common.paths import find_recipe
 from common.train import run as runs
 from common.train.plan import Launch

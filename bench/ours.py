@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.backends.base import Backend, open_backend
+from common.engine import Backend
 from common.train.plan import Launch, make_plan
+from engines.registry import open_backend
 
 
 def watch_precision(backend: Any, evidence: dict[str, Any]) -> Any:

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.backends.base import open_backend
 from common.data import vocabulary
 from common.data.build_corpus import windows
 from common.data.corpora import Document
 from common.data.tokens import write_arrays
 from common.paths import find_recipe
 from common.train.plan import Launch, Plan, make_plan
+from engines.registry import open_backend
 
 WARM_UP = 5  # steps that do not count
 

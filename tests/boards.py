@@ -59,7 +59,7 @@ def machine(tmp_path: Path, devices: int = 1, generation: str = "B", **switches:
 @contextlib.contextmanager
 def board(config: Config, tmp_path: Path, devices: int = 1, generation: str = "B", **switches: Any) -> Iterator[Any]:
     """The backend of `config` with its base loaded, on a machine of its own."""
-    from common.backends.ttml import open_ttml
+    from engines.ttml.engine import open_ttml
 
     with machine(tmp_path, devices, generation, **switches) as name:
         config = config.with_values(**{"hw": name, "device.mesh_shape": (1, devices)})

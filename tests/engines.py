@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.base import Backend, open_backend
 from common.config import Config
 from common.data.tokens import Batch
+from common.engine import Backend
 from common.hardware import get
 from common.model.bases import resolve
+from engines.registry import open_backend
 
 LENGTHS = (5, 90, 17, 44, 8, 63, 30, 71)  # tokens that a row predicts
 

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-import common.backends.torch_cpu  # noqa: F401  imported before the forks
+import engines.cpu.engine  # noqa: F401  imported before the forks
 from common.train import checkpoint
 from tests.runs import folders, manifest
 from tests.tiny_recipe import run_tiny

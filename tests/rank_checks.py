@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from common.backends import ranks
-from common.backends.torch_cpu import follow
 from common.config import Config
 from common.data.tokens import Batch
 from common.errors import TrainingError
+from engines.cpu import ranks
+from engines.cpu.engine import follow
 from tests.engines import config_for, engine, fingerprint, make_batch, state_of
 
 ROWS = (5, 90, 17, 44, 8, 63)  # two for each rank

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.backends import ttml_build
-from common.backends.ttml_mesh import UPSTREAM, check_descriptor, read_descriptor
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware, get, table
+from engines.ttml import contract
+from engines.ttml.mesh import UPSTREAM, check_descriptor, read_descriptor
 
-BACKEND = ("ttml", "ttml_build", "ttml_limits", "ttml_mesh", "ttml_state", "ttml_tensors")
+BACKEND = ("engine", "contract", "limits", "mesh", "state", "tensors")
 ENUMS = ("Layout", "DataType")
 DOUBLE = Path(__file__).parent / "doubles/ttnn/__init__.py"  # read as text: it needs torch
 TOOLS = {"fatal", "host", "as_numpy"}  # the double's own, which ttnn need not have
@@ -25,15 +25,15 @@ TOOLS = {"fatal", "host", "as_numpy"}  # the double's own, which ttnn need not h
 
 def report() -> dict[str, Any]:
     for name in BACKEND:
-        importlib.import_module(f"common.backends.{name}")
+        importlib.import_module(f"engines.ttml.{name}")
     ttnn: Any = importlib.import_module("ttnn")
     folder = Path(ttnn.__file__).parent
     descriptors = sorted((folder / UPSTREAM).glob("*.textproto"))
     return {
-        "versions": {name: ttml_build._version(name) for name in ("ttnn", "numpy")},
+        "versions": {name: contract._version(name) for name in ("ttnn", "numpy")},
         "torch": "torch" in sys.modules,
-        "contract": {row["name"]: row["found"] for row in ttml_build.contract() if row["name"].startswith("ttnn.")},
-        "planted": ttml_build._find("ttnn.no_such_name"),
+        "contract": {row["name"]: row["found"] for row in contract.contract() if row["name"].startswith("ttnn.")},
+        "planted": contract._find("ttnn.no_such_name"),
         "doubled": {name: hasattr(ttnn, name) for name in _doubled()},
         "enums": {name: _members(getattr(ttnn, name)) for name in ENUMS},
         "descriptors": {path.name: _read(path.read_text(encoding="utf-8")) for path in descriptors},
@@ -82,7 +82,7 @@ def _counting(ttnn: Any) -> str:
     if Path("/dev/tenstorrent").exists():
         return "there may be one"
     try:
-        with ttml_build.explained("counting the devices", get("n150")):
+        with contract.explained("counting the devices", get("n150")):
             return f"{ttnn.get_num_devices()} devices"
     except RecipeError as error:
         return error.what

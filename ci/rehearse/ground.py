@@ -14,13 +14,13 @@ from typing import Any
 from unittest import mock
 
 from common import hardware
-from common.backends.ttml_mesh import OURS
 from common.cli import load_script
 from common.errors import UsageError
 from common.hardware import Hardware
 from common.ops import figures, record
 from common.ops.tiny_base import write_tiny_base
 from common.train.plan import Launch
+from engines.ttml.mesh import OURS
 from tests import doubles, hosts
 from tests.tiny_recipe import make_tiny_recipe, newest_run
 

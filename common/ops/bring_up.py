@@ -11,14 +11,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 
-from common.backends.ttml_build import Build, probe
-from common.backends.ttml_mesh import prepare_environment
 from common.errors import MachineError, VerificationError
 from common.hardware import Hardware
 from common.ops import bring_up_lines as one
 from common.ops import bring_up_mesh as several
 from common.ops.bring_up_bench import Bench
 from common.ops.checklist import Line, Result, failed, go_through
+from engines.ttml.contract import Build, probe
+from engines.ttml.mesh import prepare_environment
 
 FORMAT = 1  # of the JSON
 BASE_LOSS = "needs a pretrained base: compare a run's held-out loss before training on this board and with HW=cpu"

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.base import StepStats
-from common.backends.ttml import TTML, open_ttml
-from common.backends.ttml_build import Build
 from common.config import Config
 from common.data.tokens import Batch
+from common.engine import StepStats
 from common.hardware import Hardware
 from common.ops.small_llama import ARCHITECTURE, config_for, weights_for
+from engines.ttml.contract import Build
+from engines.ttml.engine import TTML, open_ttml
 
 Array = np.ndarray[Any, Any]
 SAME_GRADIENT, NATS = 0.03, 0.02  # gradients and losses that only bf16 keeps apart

@@ -13,8 +13,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common.backends import hf_map
-from common.backends.ttml import open_ttml
 from common.data.tokens import Batch
 from common.errors import DataError, TrainingError
 from common.model import llama
@@ -38,6 +36,8 @@ from common.ops.bring_up_bench import (
 )
 from common.ops.checklist import Outcome, hold
 from common.ops.small_llama import ARCHITECTURE, WIDTH, batch_of, rounded, weights_for
+from engines.ttml import hf_map
+from engines.ttml.engine import open_ttml
 
 Array = np.ndarray[Any, Any]
 VOCAB = int(ARCHITECTURE["vocab_size"])

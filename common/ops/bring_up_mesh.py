@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.backends.ttml import TTML, open_ttml
 from common.data.tokens import Batch
 from common.ops.bring_up_bench import NATS, SAME_GRADIENT, Bench, difference, first_step
 from common.ops.checklist import Outcome, hold
 from common.ops.small_llama import batch_of, rows_for
+from engines.ttml.engine import TTML, open_ttml
 
 CURVE = 5  # steps
 CURVE_NATS = 0.05  # after which bf16 noise has gone through as many updates

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.hf_map import to_pairs
 from common.data.tokens import Batch
 from common.errors import VerificationError
 from common.files import write_atomic, write_json
@@ -28,6 +27,7 @@ from common.ops.tiny_base import HEADS
 from common.ops.verify_run import LINES, verify
 from common.paths import ROOT
 from common.train import checkpoint, metrics
+from engines.ttml.hf_map import to_pairs
 
 FORMAT = 1  # of the JSON
 

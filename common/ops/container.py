@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from common import host
-from common.backends.ttml_mesh import DESCRIPTOR
 from common.config import Config
 from common.hardware import Hardware, system_root
 from common.ops.images import Image
 from common.paths import ROOT, run_words
 from common.paths import home as cache
 from common.train.manifest import code_facts
+from engines.ttml.mesh import DESCRIPTOR
 
 LABEL = "training-recipes."
 NOT_BUILT = "<not built>"

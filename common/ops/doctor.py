@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import hardware
-from common.backends import hf_map
-from common.backends.ttml import open_ttml
-from common.backends.ttml_build import ALL, contract, probe
-from common.backends.ttml_mesh import image_hint, prepare_environment
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
 from common.ops import findings
 from common.ops.findings import Finding
 from common.ops.small_llama import ARCHITECTURE, config_for
+from engines.ttml import hf_map
+from engines.ttml.contract import ALL, contract, probe
+from engines.ttml.engine import open_ttml
+from engines.ttml.mesh import image_hint, prepare_environment
 
 STATUS = {True: "present", False: "missing", None: "cannot be told"}
 NO_DEVICE = "not looked at: that needs an open device (without --no-device)"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import hardware, host
-from common.backends.ttml_mesh import check_descriptor, find_descriptor
 from common.errors import MachineError, RecipeError
 from common.hardware import Choice, Hardware
 from common.model.bases import sha256_file
@@ -21,6 +20,7 @@ from common.ops.engine import connect, explained
 from common.ops.findings import Finding
 from common.ops.images import image_for, pins_of, read_lock, requirements_of
 from common.paths import ROOT, home
+from engines.ttml.mesh import check_descriptor, find_descriptor
 
 MINIMUM_DRIVER = "2.0.0"  # tt-umd refuses older ones
 TTNN_PYTHONS = ((3, 10), (3, 12))  # that ttnn 0.81.1 has wheels for

@@ -10,8 +10,6 @@ from typing import Any
 
 from common import config as configs
 from common import hardware, lint
-from common.backends.base import precision_for, refuse_without_engine
-from common.backends.ttml_mesh import find_descriptor
 from common.config import Config
 from common.data import corpora
 from common.errors import MachineError, RecipeError
@@ -23,6 +21,8 @@ from common.ops.images import Image, image_for
 from common.paths import run_words
 from common.train.manifest import run_name
 from common.train.plan import batch_equation
+from engines.registry import precision_for, refuse_without_engine
+from engines.ttml.mesh import find_descriptor
 
 
 def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any], container: bool | None) -> Iterator[str]:
@@ -80,7 +80,7 @@ def lacks_contained(board: hardware.Hardware) -> Iterator[str]:
 def lacks(board: hardware.Hardware, config: Config) -> Iterator[str]:
     """What a run on this machine's own Python needs and this machine does not have."""
     if not board.is_cpu:
-        from common.backends.ttml_limits import mesh_of
+        from engines.ttml.limits import mesh_of
 
         try:
             hardware.choose(board.name)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.backends.hf_map import PREFIX
 from common.data.tokens import TokenSplit, spread
 from common.errors import DataError
 from common.model.llama import HEAD
@@ -25,6 +24,7 @@ from common.ops import trained
 from common.ops.hf_folder import merged_shapes
 from common.ops.trained import TrainedRun
 from common.train.evaluate import HeldOut, from_rows, held_out
+from engines.ttml.hf_map import PREFIX
 
 if TYPE_CHECKING:
     import torch

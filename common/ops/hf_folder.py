@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.hf_map import PREFIX
 from common.errors import MachineError
 from common.files import write_json
 from common.model import bases
@@ -21,6 +20,7 @@ from common.model.llama import HEAD
 from common.model.weights import SafetensorsWriter, Shapes, Weights
 from common.ops.trained import TrainedRun
 from common.train.checkpoint import Tensors
+from engines.ttml.hf_map import PREFIX
 
 Array = np.ndarray[Any, Any]
 

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, memory
+from common import hardware
 from common.config import Config
 from common.data import build, corpora
 from common.data.order import steps_for
 from common.data.tokens import round_up
 from common.hardware import Hardware
-from common.memory import MIB, Memory
 from common.model import bases, llama
 from common.ops.grade import config_of, subject
 from common.ops.results import Numbers, load
 from common.train.console import clock
 from common.train.plan import batch_equation, prepare
+from engines.ttml import memory
+from engines.ttml.memory import MIB, Memory
 
 FORMAT = 1  # of the JSON
 CHARACTERS_A_TOKEN = 3  # of English under a Llama tokenizer there are about 4; 3 leaves room

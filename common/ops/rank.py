@@ -24,11 +24,11 @@ from common.ops.torchrun import FOLDER
 from common.paths import ROOT
 
 if TYPE_CHECKING:
-    from common.backends.ranks import Ranks
+    from engines.cpu.ranks import Ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OUR_BUG, INTERRUPTED = 1, 130  # exit codes, as common/cli.py has them
-CODES = [ROOT / room for room in ("common",)]
+CODES = [ROOT / room for room in ("common", "engines")]
 
 
 def main() -> None:
@@ -49,8 +49,8 @@ def main() -> None:
 
 def take_part(config: Config, recipe_dir: Path, lead: Callable[[], None]) -> int:
     """Join the other ranks of this run; call `lead` on rank 0, follow on every other. Returns rank 0's exit code."""
-    from common.backends import ranks
-    from common.backends.torch_cpu import follow
+    from engines.cpu import ranks
+    from engines.cpu.engine import follow
 
     first_here = os.environ["LOCAL_RANK"] == "0"
     try:

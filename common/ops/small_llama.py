@@ -13,12 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common.backends.ttml_limits import rope_of
 from common.config import Config
 from common.data.tokens import Batch
 from common.hardware import Hardware
 from common.model import llama
 from common.model.init import normal
+from engines.ttml.limits import rope_of
 
 Array = np.ndarray[Any, Any]
 WIDTH = 32  # tokens in a row: one tile

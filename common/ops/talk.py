@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import hardware
-from common.backends.base import Backend, open_backend, refuse_without_engine
 from common.config import Config
 from common.config.schema import Evaluation
 from common.data.chat import ChatTokenizer
+from common.engine import Backend
 from common.errors import DataError, RecipeError, UsageError
 from common.model.weights import Weights
 from common.ops import trained
 from common.ops.hf_folder import ANSWER_TOKENS
 from common.train.generate import generate
+from engines.registry import open_backend, refuse_without_engine
 
 Say = Callable[[str], None]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from common import config as configs
 from common import hardware
-from common.backends.base import Backend, open_backend, refuse_without_engine
 from common.config import Config
 from common.data import build
 from common.data.build_corpus import build_corpus
 from common.data.chat import ChatTokenizer
 from common.data.tokens import TokenDataset, TokenSplit
+from common.engine import Backend
 from common.errors import DataError, MachineError, UsageError
 from common.model import bases
 from common.model.weights import Weights
@@ -25,6 +25,7 @@ from common.train.checkpoint import Checkpoint, Tensors
 from common.train.evaluate import from_rows
 from common.train.manifest import ROOT
 from common.train.run import Run
+from engines.registry import open_backend, refuse_without_engine
 
 Say = Callable[[str], None]
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from common import config as configs
 from common import hardware
-from common.backends.base import Backend, open_backend, precision_for
 from common.config import Config
 from common.data.tokens import TokenDataset
+from common.engine import Backend
 from common.errors import UsageError, VerificationError
 from common.hardware import Hardware
 from common.model.bases import Base
@@ -35,6 +35,7 @@ from common.train.evaluate import HeldOut, held_out
 from common.train.manifest import code_facts, utc_now
 from common.train.plan import prepare
 from common.train.schedule import learning_rate
+from engines.registry import open_backend, precision_for
 
 FORMAT = 1
 ON_A_CPU = "cpu-x2"

@@ -11,7 +11,7 @@ from rich.console import Console as Screen
 from rich.live import Live
 from rich.text import Text
 
-from common.backends.base import StepStats
+from common.engine import StepStats
 
 LEVELS = {"DEBUG": 0, "INFO": 1, "WARNING": 2}
 

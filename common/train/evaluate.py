@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.base import Backend
 from common.data.tokens import TokenSplit
+from common.engine import Backend
 
 Array = np.ndarray[Any, Any]
 EVAL_ROWS = 8  # rows at a time

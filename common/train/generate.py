@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.base import Backend
 from common.config.schema import Evaluation
+from common.engine import Backend
 
 Array = np.ndarray[Any, Any]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint, memory
-from common.backends.base import precision_for, refuse_model, refuse_without_engine
+from common import hardware, lint
 from common.config import Config
 from common.data import build
 from common.data.build_corpus import build_corpus
@@ -21,6 +20,8 @@ from common.hardware import Hardware
 from common.model import bases, llama
 from common.model.bases import Base
 from common.train.schedule import warmup_steps
+from engines.registry import precision_for, refuse_model, refuse_without_engine
+from engines.ttml import memory
 
 AtEnd = Callable[[Path, Callable[[str], None]], None]  # gets the folder of a run that ended, and how to say a line
 

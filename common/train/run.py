@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from common import signatures
-from common.backends.base import Array, Backend, BackendInfo, StepStats, open_backend
 from common.config import Config
 from common.data.build_corpus import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
+from common.engine import Array, Backend, BackendInfo, StepStats
 from common.errors import RankLost, RecipeError, Stopped, TrainingError, VerificationError
 from common.files import disk_errors, write_atomic
 from common.model.bases import Base, sha256_file
@@ -42,6 +42,7 @@ from common.train.resume import Start, find_start
 from common.train.schedule import learning_rate
 from common.train.trackers import Trackers
 from common.train.watchdog import Watchdog
+from engines.registry import open_backend
 
 MEMORISING_MARGIN = 0.2  # nats per token: two texts of one kind differ by less
 BEGINS, ENDS = "run begins:", "run ends:"  # in train.log; without the second one, the process was killed

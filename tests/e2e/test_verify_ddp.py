@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("torch", reason="the double computes with torch")
 
 from common import cli
-from common.backends.ttml import TTML
 from common.data.tokens import Batch
+from engines.ttml.engine import TTML
 from tests.boards import machine
 from tests.engines import make_batch
 from tests.shipped import that_name

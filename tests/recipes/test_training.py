@@ -22,10 +22,10 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common import cli, hardware
 from common import config as configs
-from common.backends.torch_cpu import TorchCPU
 from common.errors import Stopped
 from common.paths import ROOT
 from common.train import checkpoint, metrics
+from engines.cpu.engine import TorchCPU
 from tests.recipes.reads import of_other_boards, recorded, unread
 from tests.runs import folders, log, manifest, outcome
 from tests.shipped import FOLDERS

@@ -23,16 +23,16 @@ pytest.importorskip("torch", reason="the doubles of ttml are torch")
 
 import torch
 
-from common.backends import ttml as backend
-from common.backends.hf_map import Entry
-from common.backends.ttml import TTML
-from common.backends.ttml_tensors import Tensors
 from common.data.tokens import Batch
 from common.errors import MachineError, VerificationError
 from common.hardware import get
 from common.ops import small_llama
 from common.ops.bring_up import LINES, bring_up, report
 from common.ops.checklist import Line, Result, go_through
+from engines.ttml import engine as backend
+from engines.ttml.engine import TTML
+from engines.ttml.hf_map import Entry
+from engines.ttml.tensors import Tensors
 from tests.boards import machine
 from tests.doubles import environment
 from tests.engines import config_for, engine

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
+from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 
 
 def a_case(rows: int, dtype: Any = torch.float32) -> tuple[Any, Any, Any]:
@@ -23,7 +23,7 @@ CHUNK = 64  # rows at a time in these tests
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("common.backends.cross_entropy.CHUNK_BYTES", 0)
+    monkeypatch.setattr("engines.cpu.cross_entropy.CHUNK_BYTES", 0)
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])

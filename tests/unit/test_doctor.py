@@ -14,10 +14,10 @@ import pytest
 pytest.importorskip("torch", reason="the doubles of ttml are torch")
 
 from common import cli
-from common.backends.ttml_build import NEEDS
 from common.errors import MachineError
 from common.hardware import get
 from common.ops.doctor import Ttml, examine_ttml, report
+from engines.ttml.contract import NEEDS
 from tests.boards import machine
 from tests.unit.test_hardware import fake_machine
 

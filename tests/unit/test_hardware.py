@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from common import hardware
-from common.backends.ttml_mesh import OURS, check_descriptor
 from common.errors import MachineError, UsageError
+from engines.ttml.mesh import OURS, check_descriptor
 
 ALL = ["cpu", "cpu-x2", "n150", "n300", "t3k", "p100", "p150", "p300c", "qb2", "galaxy"]
 # The cards of each board as its driver names them, one per node.

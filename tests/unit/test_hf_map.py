@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from common.backends.hf_map import (
+from common.config.schema import Lora
+from common.errors import MachineError, UsageError
+from engines.ttml.hf_map import (
     LINEARS,
     PREFIX,
     Entry,
@@ -23,8 +25,6 @@ from common.backends.hf_map import (
     to_halves,
     to_pairs,
 )
-from common.config.schema import Lora
-from common.errors import MachineError, UsageError
 
 ARCHITECTURE = {
     "vocab_size": 70,  # no multiple of 32: padded to 96

@@ -8,10 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.backends.lora import LoraLinear, lora_layers
 from common.config.schema import Lora
 from common.errors import MachineError, UsageError
 from common.train.checkpoint import write_tensors
+from engines.cpu.lora import LoraLinear, lora_layers
 from tests.engines import config_for, engine, gradients_of, make_batch, state_of
 
 LORA = {"rank": 4, "alpha": 8.0}

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from common import cli, hardware, memory
+from common import cli, hardware
 from common import config as configs
 from common.config import Config
 from common.errors import UsageError
 from common.model import bases, llama
 from common.ops import plan
+from engines.ttml import memory
 from tests.tiny_recipe import FINE_TUNE, FROM_SCRATCH, make_tiny_recipe
 
 TINYLLAMA: dict[str, Any] = bases.locked()["tinyllama-1.1b-chat"]["architecture"]

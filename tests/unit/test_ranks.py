@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.backends.ranks import Ranks, ranks_of
 from common.data.tokens import Batch
 from common.errors import MachineError
+from engines.cpu.ranks import Ranks, ranks_of
 from tests.engines import config_for, make_batch
 from tests.tiny import write_tiny_base
 

@@ -18,11 +18,11 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.backends.torch_cpu import TorchCPU
 from common.errors import DataError, MachineError, Stopped, TrainingError, UsageError
 from common.train import checkpoint, metrics
 from common.train.resume import try_lock
 from common.train.run import Run
+from engines.cpu.engine import TorchCPU
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
 

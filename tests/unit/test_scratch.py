@@ -17,7 +17,6 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common import config as configs
 from common import hardware
-from common.backends.torch_cpu import TorchCPU
 from common.errors import Stopped, VerificationError
 from common.model import llama
 from common.model.weights import InitialWeights
@@ -26,6 +25,7 @@ from common.ops.export import check_export, export_folder
 from common.train import metrics
 from common.train.evaluate import held_out
 from common.train.run import Run
+from engines.cpu.engine import TorchCPU
 from tests.runs import log, manifest, outcome
 from tests.tiny_recipe import FROM_SCRATCH as RECIPE
 from tests.tiny_recipe import run_tiny, tiny_scratch

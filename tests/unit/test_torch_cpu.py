@@ -13,12 +13,13 @@ torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 
 import transformers
 
-from common.backends import ragged, torch_cpu
-from common.backends.base import precision_for
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, UsageError
 from common.hardware import get
 from common.model.bases import resolve
+from engines.cpu import engine as torch_cpu
+from engines.cpu import ragged
+from engines.registry import precision_for
 from tests.engines import config_for, engine, fingerprint, gradients_of, make_batch, state_of
 from tests.tiny import write_tiny_base
 

@@ -20,13 +20,13 @@ import pytest
 
 pytest.importorskip("torch", reason="the doubles of ttml are torch")
 
-from common.backends.ttml import open_ttml
 from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, VerificationError
 from common.hardware import get
 from common.model.bases import resolve
 from common.model.init import uniform
 from common.train import checkpoint
+from engines.ttml.engine import open_ttml
 from tests.boards import TIES, board, board_config, machine
 from tests.engines import config_for, engine, fingerprint, make_batch, state_of
 from tests.tiny import write_tiny_base

@@ -15,13 +15,13 @@ import pytest
 
 pytest.importorskip("torch", reason="the doubles of ttml are torch")
 
-from common.backends import ttml_build
-from common.backends.ttml import open_ttml, refuse_without_ttml
-from common.backends.ttml_limits import refuse_architecture, refuse_config, rope_of, rope_scaling
-from common.backends.ttml_mesh import check_descriptor, read_descriptor
 from common.errors import MachineError, RecipeError, TrainingError, UsageError
 from common.hardware import get
 from common.model.bases import resolve
+from engines.ttml import contract
+from engines.ttml.engine import open_ttml, refuse_without_ttml
+from engines.ttml.limits import refuse_architecture, refuse_config, rope_of, rope_scaling
+from engines.ttml.mesh import check_descriptor, read_descriptor
 from tests.boards import DESCRIPTOR, TIES, board, board_config, machine
 from tests.engines import make_batch, state_of
 
@@ -236,7 +236,7 @@ def test_rope_is_read_from_either_form_of_config():
 @generations
 def test_every_name_the_backend_relies_on_is_looked_for(tmp_path, tiny_base, generation):
     with board(board_config(tiny_base), tmp_path, 1, generation) as backend:
-        rows = ttml_build.contract(backend.weights)
+        rows = contract.contract(backend.weights)
         assert backend.facts.generation == generation
         assert backend.info.versions["ttml"].startswith(f"API generation {generation}, with ")
         assert ("qkv_linear" in backend.info.versions["ttml linears"]) == (generation == "C")
@@ -249,10 +249,10 @@ def test_every_name_the_backend_relies_on_is_looked_for(tmp_path, tiny_base, gen
 def test_a_build_is_refused_by_what_it_lacks_and_nothing_else(tmp_path, tiny_base):
     with machine(tmp_path, without=["close_device_mesh"]) as name:
         assert refuse_without_ttml(get(name), board_config(tiny_base)).has == {"ttnn.get_num_devices"}
-        rows = {row["name"]: row for row in ttml_build.contract()}
+        rows = {row["name"]: row for row in contract.contract()}
         assert rows["ttml.close_device_mesh"]["found"] is False
         assert rows["blocks/0/mlp/w2/weight"]["found"] is None, "without a model it cannot be told"
-    for need in ttml_build.NEEDS:
+    for need in contract.NEEDS:
         if need.required and need.kind == "attribute" and need.name.startswith("ttml.autograd.Tensor."):
             with machine(tmp_path, without=[need.name.removeprefix("ttml.")]) as name:
                 refusal(lambda: refuse_without_ttml(get("n150"), board_config(tiny_base)), MachineError, need.name)
@@ -260,7 +260,7 @@ def test_a_build_is_refused_by_what_it_lacks_and_nothing_else(tmp_path, tiny_bas
 
 def test_nothing_of_ttml_is_used_that_the_contract_does_not_name(tmp_path, tiny_base):
     """The names that the backend's own code takes from ttml's modules while it trains, on two devices, with LoRA."""
-    named = {need.name.partition("(")[0] for need in ttml_build.NEEDS}
+    named = {need.name.partition("(")[0] for need in contract.NEEDS}
     prefixes = {name.rsplit(".", i)[0] for name in named for i in range(name.count(".") + 1)}
     used: set[str] = set()
     with machine(tmp_path, 2) as name:
@@ -283,9 +283,9 @@ def test_nothing_of_ttml_is_used_that_the_contract_does_not_name(tmp_path, tiny_
 
 def test_a_binding_tells_its_arguments_in_its_docstring_or_not_at_all():
     to_numpy = SimpleNamespace(__doc__="to_numpy(self, composer: object = None, precision: Precision = ...) -> ndarray")
-    assert ttml_build._accepts(to_numpy, "precision") is True
-    assert ttml_build._accepts(to_numpy, "layout") is False
-    assert ttml_build._accepts(SimpleNamespace(__doc__="Read to the host"), "precision") is None, "not refused for it"
+    assert contract._accepts(to_numpy, "precision") is True
+    assert contract._accepts(to_numpy, "layout") is False
+    assert contract._accepts(SimpleNamespace(__doc__="Read to the host"), "precision") is None, "not refused for it"
 
 
 def test_the_manifest_says_which_tree_ttml_was_built_from(tmp_path, tiny_base, monkeypatch):

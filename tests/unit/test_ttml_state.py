@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from common.backends import ttml_state
-from common.backends.hf_map import Llama, map_parameters
-from common.backends.ttml_tensors import Tensors
+from engines.ttml import state as ttml_state
+from engines.ttml.hf_map import Llama, map_parameters
+from engines.ttml.tensors import Tensors
 
 LAYERS = 2  # the other twenty are the same again
 LLAMA = Llama(vocab=32000, hidden=2048, intermediate=5632, layers=LAYERS, heads=32, kv_heads=4, tied=False)

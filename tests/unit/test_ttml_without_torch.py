@@ -63,7 +63,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.backends.ttml import open_ttml
+from engines.ttml.engine import open_ttml
 from common.hardware import get
 from common.model.bases import resolve
 from common.train import checkpoint

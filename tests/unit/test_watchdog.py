@@ -127,7 +127,7 @@ def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path
     code = f"""
         import time
         from pathlib import Path
-        from common.backends.torch_cpu import TorchCPU
+        from engines.cpu.engine import TorchCPU
         from tests.tiny_recipe import run_tiny
         step_of = TorchCPU.train_step
         def stuck(self, batches, rate, step):

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from common.backends.hf_map import tail_of
-from common.backends.ttml_mesh import HOME, ROOT, image_hint
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
+from engines.ttml.hf_map import tail_of
+from engines.ttml.mesh import HOME, ROOT, image_hint
 
 ALL, LATE, NEW = "B, C", "late B, C", "C"  # API generations: B is about v0.74 to v0.79, C is newer
 

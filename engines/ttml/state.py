@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from common.backends.hf_map import Entry
-from common.backends.ttml_tensors import Array, Tensors
 from common.errors import MachineError
+from engines.ttml.hf_map import Entry
+from engines.ttml.tensors import Array, Tensors
 
 SLOTS = {"master_weights": "master"}  # ttml's key in an optimizer's state dict, and ours where it is another
 ALWAYS = ("exp_avg", "exp_avg_sq")  # slots that every engine writes

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.backends.base import Array
 from common.config import Config
 from common.data.tokens import Batch
+from common.engine import Array
 from common.errors import MachineError, RankLost, UsageError
 
 # How long ranks wait in a step for the slowest: less than the watchdog's shortest allowance, so that what was trained

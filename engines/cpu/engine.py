@@ -34,15 +34,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from common.backends import ragged
-from common.backends.base import Array, BackendInfo, StepStats, not_finite, supervised_tokens
-from common.backends.cross_entropy import LinearCrossEntropy, nll_rows
-from common.backends.hf_map import PREFIX, misfit
-from common.backends.lora import add_lora, lora_layers
-from common.backends.ranks import Ranks, losing_ranks, ranks_of
 from common.config import Config
 from common.data.tokens import Batch
+from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.errors import MachineError, RankLost, RecipeError, UsageError
+from engines.cpu import ragged
+from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
+from engines.cpu.lora import add_lora, lora_layers
+from engines.cpu.ranks import Ranks, losing_ranks, ranks_of
+from engines.ttml.hf_map import PREFIX, misfit
 
 TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
 FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits
@@ -87,7 +87,7 @@ def give_back_memory() -> None:
 
 
 class TorchCPU:
-    """Implements `common.backends.base.Backend`."""
+    """Implements `common.engine.Backend`."""
 
     def __init__(self, config: Config, threads: int, ranks: Ranks) -> None:
         training = config.training

@@ -26,19 +26,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common.backends import hf_map, ttml_state
-from common.backends.base import Array, BackendInfo, StepStats, not_finite, supervised_tokens
-from common.backends.hf_map import Entry, Llama
-from common.backends.ttml_build import Build, explained, probe
-from common.backends.ttml_limits import TILE, mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
-from common.backends.ttml_mesh import prepare_environment
-from common.backends.ttml_tensors import Tensors
 from common.config import Config
 from common.data.tokens import Batch
+from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.errors import DataError, MachineError, TrainingError, VerificationError
 from common.hardware import Hardware
 from common.model.init import uniform
 from common.signals import handled
+from engines.ttml import hf_map
+from engines.ttml import state as ttml_state
+from engines.ttml.contract import Build, explained, probe
+from engines.ttml.hf_map import Entry, Llama
+from engines.ttml.limits import TILE, mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
+from engines.ttml.mesh import prepare_environment
+from engines.ttml.tensors import Tensors
 
 NO_LIMIT = 1e20  # a gradient norm that is never reached: clipping there only measures
 
@@ -81,7 +82,7 @@ def unwinding_signals() -> Iterator[None]:
 
 
 class TTML:
-    """Implements `common.backends.base.Backend`."""
+    """Implements `common.engine.Backend`."""
 
     def __init__(self, hw: Hardware, config: Config, build: Build) -> None:
         self.hw, self.config, self.facts = hw, config, build

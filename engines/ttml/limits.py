@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from common.backends.hf_map import Llama
 from common.config import Config
 from common.errors import MachineError, UsageError
 from common.hardware import Hardware
+from engines.ttml.hf_map import Llama
 
 TILE = 32  # rows and columns of a device tile
 LARGEST_HEAD = 256

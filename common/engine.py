@@ -1,4 +1,4 @@
-"""The protocol every engine implements, and the choice of the engine.
+"""The protocol every engine implements.
 
 Parameters cross this border as numpy arrays in Hugging Face Llama names and layout, so that a checkpoint written
 by one engine continues on another.
@@ -6,22 +6,17 @@ by one engine continues on another.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from common.errors import DataError, MachineError, TrainingError
+from common.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from common.config import Config
     from common.data.tokens import Batch
-    from common.hardware import Hardware
 
 Array: TypeAlias = "np.ndarray[Any, Any]"  # in words: a board's host asks this module without numpy
 
@@ -119,50 +114,3 @@ def not_finite(loss: float, norm: float, learning_rate: float, step: int) -> Tra
         where=f"step {step}, learning rate {learning_rate:.3g}",
         todo="resume with a lower learning rate, or look at the batch: recipe data show --step",
     )
-
-
-def open_backend(hw: Hardware, config: Config) -> AbstractContextManager[Backend]:
-    """The engine for `hw`, opened; closed on leaving the context, whatever happened."""
-    if hw.is_cpu:
-        from common.backends.torch_cpu import open_cpu
-
-        return open_cpu(config)
-    from common.backends.ttml import open_ttml
-
-    return open_ttml(hw, config)
-
-
-def refuse_without_engine(hw: Hardware, config: Config) -> None:
-    """Raise where this machine cannot train `config` on `hw`; asked before data or weights are fetched.
-
-    MachineError for what the machine lacks, UsageError for a key that the engine cannot honour.
-    """
-    if not hw.is_cpu:
-        from common.backends.ttml import refuse_without_ttml
-
-        refuse_without_ttml(hw, config)
-    elif importlib.util.find_spec("torch") is None:
-        raise MachineError(
-            "the CPU twin needs torch, which is not in this environment",
-            where=sys.executable,
-            todo="make setup PYTHON=python3.11; or, with PyTorch's index in reach, make lock and make setup",
-        )
-
-
-def refuse_model(hw: Hardware, architecture: Mapping[str, Any]) -> None:
-    """Raise MachineError where the engine for `hw` cannot compute a Llama of `architecture`."""
-    if not hw.is_cpu:
-        from common.backends.ttml_limits import refuse_architecture
-
-        refuse_architecture(architecture)
-
-
-def precision_for(hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:
-    """What `precision: auto` means on `hw`, and the sentence why."""
-    if hw.arch != "cpu":
-        return "bf16", f"{hw.name} trains in bf16"
-    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
-    found = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    if found:
-        return "bf16-mixed", f"this CPU multiplies bf16 in hardware ({found[0]})"
-    return "fp32", "this CPU has no bf16 matrix units"

@@ -1,1 +1,0 @@
-"""The engines a recipe can train on, behind one protocol."""

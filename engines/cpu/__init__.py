@@ -1,0 +1,1 @@
+"""The CPU twin: PyTorch, one process or several."""

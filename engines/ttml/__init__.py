@@ -1,0 +1,1 @@
+"""Tenstorrent boards: ttml (tt-train) over ttnn."""
