@@ -149,7 +149,7 @@ def main() -> None:
         "supply_tokens_per_second": {
             f"{batch_size}x{length}": supply(batch_size, length) for batch_size, length in ((32, 128), (64, 256))
         },
-        "help_seconds": command_seconds([sys.executable, "-m", "common", "--help"], times=5),
+        "help_seconds": command_seconds([sys.executable, "-m", "tools.cli", "--help"], times=5),
     }
     if arguments.json:
         print(json.dumps(result, indent=1))

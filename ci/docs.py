@@ -14,7 +14,7 @@ from common.config.schema import Model
 from common.errors import RecipeError, UsageError
 from common.hardware import Hardware
 from common.model import bases, llama
-from common.ops.results import FOLDER, HeldOut, Measured, Numbers, Results, load
+from tools.results.schema import FOLDER, HeldOut, Measured, Numbers, Results, load
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- made by `make docs`: do not edit -->", "<!-- end of what `make docs` made -->"

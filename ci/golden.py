@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ci.docs import ROOT, recipes
 from common import hardware
-from common.ops.results import Measured
+from tools.results.schema import Measured
 
 LONGEST = 50  # steps
 
@@ -37,7 +37,7 @@ def golden_runs(root: Path) -> Iterator[tuple[str, list[str]]]:
 def recipe(*words: str) -> None:
     """`recipe WORDS`; ends this process with its code where that is not 0."""
     print("+ recipe", shlex.join(words), flush=True)
-    code = subprocess.run([sys.executable, "-m", "common", *words], cwd=ROOT, check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "tools.cli", *words], cwd=ROOT, check=False).returncode
     if code:
         raise SystemExit(code)
 

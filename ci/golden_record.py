@@ -21,8 +21,8 @@ from ci.command import run
 from ci.golden import golden_runs, recipe
 from common import hardware
 from common.errors import VerificationError
-from common.ops import images
-from common.ops.results import Measured
+from tools.containers import images
+from tools.results.schema import Measured
 
 STRAYS = ("device_config.threads=2", "training_config.precision=bf16-mixed")  # what the band of a golden is taken from
 

@@ -15,8 +15,8 @@ import click
 
 from ci.command import run
 from common.errors import MachineError, UsageError, VerificationError
-from common.ops.docker_cli import inspect_image
-from common.ops.images import read_local
+from tools.containers.docker_cli import inspect_image
+from tools.containers.images import read_local
 
 
 def added(target: str) -> list[str]:

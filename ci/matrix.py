@@ -23,7 +23,7 @@ from ci.command import run
 from common import config, hardware
 from common.errors import UsageError
 from common.hardware import Hardware
-from common.ops.results import Measured, load
+from tools.results.schema import Measured, load
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")

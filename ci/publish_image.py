@@ -23,10 +23,10 @@ import click
 from ci.command import run
 from common.errors import MachineError, UsageError, VerificationError
 from common.files import write_json
-from common.ops.docker_cli import bake, docker, inspect_image
-from common.ops.image_build import Inputs, build_variables, fill_wheelhouse
-from common.ops.images import LOCK, Json, read_lock, target_of
 from common.paths import ROOT
+from tools.containers.build import Inputs, build_variables, fill_wheelhouse
+from tools.containers.docker_cli import bake, docker, inspect_image
+from tools.containers.images import LOCK, Json, read_lock, target_of
 
 BUILDER = "recipes-publish"
 

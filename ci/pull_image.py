@@ -6,9 +6,9 @@ import click
 
 from ci.command import run
 from common import hardware
-from common.ops.docker_cli import docker
-from common.ops.image_verify import present
-from common.ops.images import image_for
+from tools.containers.docker_cli import docker
+from tools.containers.images import image_for
+from tools.containers.verify import present
 
 
 @click.command()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.ops.results import DoubleOnly, load
 from common.paths import RECIPES
+from tools.results.schema import DoubleOnly, load
 
 FOLDERS = sorted(path.parent for path in RECIPES.glob("*/config.yaml"))
 

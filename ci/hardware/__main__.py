@@ -12,8 +12,8 @@ from ci.hardware.job import Job, say
 from ci.hardware.preflight import preflight
 from ci.hardware.recover import recover
 from ci.hardware.train import train
-from common import host
 from common.errors import RecipeError, UsageError
+from tools.machine import host
 
 PHASES: Mapping[str, Callable[[Job], str]] = {
     "preflight": preflight,

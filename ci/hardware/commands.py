@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.ops.findings import Finding
 from common.paths import ROOT
+from tools.doctor.findings import Finding
 
 KILL_SECONDS = 10  # a killed process that has not gone by then waits in the kernel for a card, perhaps for ever
 KERNEL = re.compile(r"tenstorrent|iommu|hugetlb|pcieport|aer:|out of memory|oom-kill", re.IGNORECASE)
@@ -23,7 +23,7 @@ SNAPSHOT_SECONDS = 30  # a card that does not answer makes tt-smi wait for ever
 
 def recipe(*words: str) -> list[str]:
     """The command `recipe`, by this Python."""
-    return [sys.executable, "-m", "common", *words]
+    return [sys.executable, "-m", "tools.cli", *words]
 
 
 def ended(command: Sequence[str], seconds: float, output: Path, errors: Path | None = None) -> int | None:

@@ -6,11 +6,13 @@ import contextlib
 import time
 
 from ci.hardware.job import Job, say
-from common import hardware, host
+from common import hardware
 from common.errors import MachineError
-from common.ops import launcher, stop
-from common.ops.container import STOP_SECONDS, process
-from common.ops.engine import connect
+from tools.containers import launcher
+from tools.containers.engine import connect
+from tools.containers.spec import STOP_SECONDS, process
+from tools.launch import stop
+from tools.machine import host
 
 
 def end_own(job: Job, now: bool = False) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from ci.hardware.commands import ended, recipe, snapshot
 from ci.hardware.job import Job
 from common.errors import MachineError
-from common.ops import findings
-from common.ops.doctor_host import room
-from common.ops.findings import Finding
+from tools.doctor import findings
+from tools.doctor.findings import Finding
+from tools.doctor.machine import room
 
 DOCTOR_SECONDS = 60
 

@@ -12,10 +12,10 @@ from ci.hardware.job import Job, say
 from ci.hardware.own import end_own, strangers
 from ci.hardware.preflight import examine, quarantine_file
 from common.errors import MachineError
-from common.ops import lease
-from common.ops.findings import Finding
-from common.ops.lease import Owner
 from common.train.manifest import utc_now
+from tools.doctor.findings import Finding
+from tools.machine import lease
+from tools.machine.lease import Owner
 
 # A doctor that does not end has perhaps asked a card that does not answer.
 OF_THE_BOARD = ("board.nodes", "board.driver", "board.firmware", "board.memory", "board.answers", "doctor")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ci.hardware.job import Job
 from common import signatures
-from common.ops import findings
+from tools.doctor import findings
 
 
 def add(job: Job, lines: list[str]) -> None:

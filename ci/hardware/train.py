@@ -13,9 +13,9 @@ from ci.hardware.commands import kill_group, recipe
 from ci.hardware.job import Failed, Job, say
 from ci.hardware.own import end_own
 from common.errors import MachineError, TrainingError
-from common.ops.container import STOP_SECONDS, process
 from common.paths import ROOT
 from common.signals import handled
+from tools.containers.spec import STOP_SECONDS, process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

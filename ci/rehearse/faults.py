@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ci.rehearse.ground import Ground
-from common import host
 from common.paths import ROOT
 from tests import hosts
+from tools.machine import host
 
 HOLD = """
 import os, sys
-from common.ops import lease
-from common.ops.lease import Owner
+from tools.machine import lease
+from tools.machine.lease import Owner
 with lease.taken(sys.argv[2:], Owner(sys.argv[1], os.getpid(), "somebody-elses-run")):
     print("taken", flush=True)
     sys.stdin.read()

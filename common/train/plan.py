@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware, lint
+from common import hardware
 from common.config import Config
 from common.data import build
 from common.data.build_corpus import build_corpus
@@ -22,6 +22,7 @@ from common.model.bases import Base
 from common.train.schedule import warmup_steps
 from engines.registry import precision_for, refuse_model, refuse_without_engine
 from engines.ttml import memory
+from tools.plan import lint
 
 AtEnd = Callable[[Path, Callable[[str], None]], None]  # gets the folder of a run that ended, and how to say a line
 

@@ -13,11 +13,11 @@ from typing import IO, Any
 from common import config as configs
 from common.errors import DataError, MachineError, UsageError
 from common.files import disk_errors
-from common.host import launched
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
 from common.train.manifest import FORMAT, run_name
 from common.train.plan import Plan
+from tools.machine.host import launched
 
 INEXACT = (
     "training_config.batch_size",

@@ -12,10 +12,10 @@ number of devices changes no gradient. How: engines/cpu/ranks.py for processes o
 
 from __future__ import annotations
 
-from common.ops.export import export_run
-from common.ops.moved import report_unmoved
 from common.train.plan import Launch
 from common.train.run import open_run
+from tools.export.export import export_run
+from tools.export.unmoved import report_unmoved
 
 
 def train(launch: Launch) -> None:

@@ -9,10 +9,10 @@ Every number is in config.yaml; the corpus is read in dataset.py; what the calls
 
 from __future__ import annotations
 
-from common.ops.export import export_run
-from common.ops.moved import report_unmoved
 from common.train.plan import Launch
 from common.train.run import open_run
+from tools.export.export import export_run
+from tools.export.unmoved import report_unmoved
 
 
 def train(launch: Launch) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.config import Config
-from common.data.convert import read_source
 from common.data.rows import Row, evaluation_prompts, split_held_out
+from tools.data.convert import read_source
 
 
 def splits(config: Config, recipe_dir: Path) -> dict[str, list[Row]]:

@@ -17,10 +17,10 @@ pytest.importorskip(
 
 from playwright.sync_api import sync_playwright
 
-from common.ops import run_record
-from common.ops.report import pages
 from common.train import metrics
 from tests.run_folders import write_lines, write_run
+from tools.report import pages
+from tools.runs import run_record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

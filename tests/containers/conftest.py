@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from common.hardware import get
-from common.ops.image_build import LOCAL_BASE
-from common.ops.images import Image, image_for
+from tools.containers.build import LOCAL_BASE
+from tools.containers.images import Image, image_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def recipe(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The `recipe` command with these words, and these variables beside the caller's."""
-    command = [sys.executable, "-m", "common", *words]
+    command = [sys.executable, "-m", "tools.cli", *words]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import resource
 import sys
 
-from common import cli
-from common.ops import container, launcher
-from common.ops.images import Image
+from tools.cli import main
+from tools.containers import launcher, spec
+from tools.containers.images import Image
 
 if __name__ == "__main__":
     reference, pins = sys.argv.pop(1), sys.argv.pop(1)
-    container.MEMLOCK = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    spec.MEMLOCK = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     launcher.image_for = lambda hw: Image(hw.image, reference, "local", pins)  # type: ignore[attr-defined]
-    cli.main()
+    main.main()

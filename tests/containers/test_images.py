@@ -13,11 +13,11 @@ import pytest
 
 from common import hardware
 from common.errors import VerificationError
-from common.ops import image_verify, images
-from common.ops.image_build import Inputs, build, build_variables, unpacked
-from common.ops.images import Image
 from tests.containers.conftest import ROOT, docker, recipe
 from tests.tiny_recipe import FINE_TUNE
+from tools.containers import images, verify
+from tools.containers.build import Inputs, build, build_variables, unpacked
+from tools.containers.images import Image
 
 BAKE = ("buildx", "bake", "--file", "docker/docker-bake.hcl")
 
@@ -203,11 +203,11 @@ def test_verify_tells_layers_that_are_the_same_from_others(
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "one"]):
         subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr(image_verify, "ROOT", tmp_path)
-    monkeypatch.setattr(image_verify, "fill_wheelhouse", lambda *_: [])
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    monkeypatch.setattr(verify, "fill_wheelhouse", lambda *_: [])
     lines: list[str] = []
     with contextlib.nullcontext() if same else pytest.raises(VerificationError, match="different layers"):
-        image_verify.verify_layers(hardware.get("cpu"), Inputs(base_image=base_image), lines.append)
+        verify.verify_layers(hardware.get("cpu"), Inputs(base_image=base_image), lines.append)
     assert ("the same 2 layers" in lines[-1]) is same
 
 

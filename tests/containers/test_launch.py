@@ -21,15 +21,16 @@ from typing import Any
 import pytest
 
 from common.errors import MachineError
-from common.ops import launcher, lease
-from common.ops.container import LABEL, process
-from common.ops.engine import connect
-from common.ops.images import Image
 from common.paths import ROOT
 from common.train import metrics
 from tests.hosts import fake_host, pci, real_nodes
 from tests.runs import folders, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe
+from tools.containers import launcher
+from tools.containers.engine import connect
+from tools.containers.images import Image
+from tools.containers.spec import LABEL, process
+from tools.machine import lease
 
 SECONDS = 90  # until something must have happened
 

@@ -20,8 +20,8 @@ import pytest
 
 pytest.importorskip("torch", reason="the double computes with torch")
 
-from common import cli, hardware
 from common import config as configs
+from common import hardware
 from common.train import checkpoint, metrics
 from common.train.checkpoint import Tensors
 from tests import boards
@@ -31,6 +31,7 @@ from tests.shipped import that_name
 from tests.tiny import write_tiny_base
 from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tests.unit.test_hardware import MACHINES, fake_machine
+from tools.cli import main
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +71,7 @@ def run(tmp_path, monkeypatch, capsys) -> Run:
         monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(root))
         here = machine(tmp_path, {"n300": 2}.get(hw, 1), generation, **faults)
         with here if hw in MACHINES else contextlib.nullcontext(), pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         said = capsys.readouterr()
         return Ended(int(ended.value.code or 0), said.out + said.err)
 
@@ -180,7 +181,18 @@ def test_a_ttml_that_cannot_train_is_refused_before_the_data(run, tmp_path, hw, 
 def test_no_ttml_at_all_says_where_it_is(tmp_path):
     """In a process of its own, where nothing stands for ttml."""
     values = os.environ | {"RECIPES_SYSFS_ROOT": str(fake_machine(tmp_path / "n150", MACHINES["n150"]))}
-    command = [sys.executable, "-m", "common", "run", SCRATCH, "--hw", "n150", "--no-container", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.cli",
+        "run",
+        SCRATCH,
+        "--hw",
+        "n150",
+        "--no-container",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True, check=False)
     said = ended(Ended(done.returncode, done.stdout + done.stderr), 4)
     assert "is not in this environment" in said

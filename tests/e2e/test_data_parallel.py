@@ -22,10 +22,10 @@ import pytest
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.errors import MachineError, Stopped, UsageError
-from common.ops.torchrun import Hosts, answers, meeting_of
 from common.train import metrics
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tools.launch.processes import Hosts, answers, meeting_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def start(recipe, tmp_path) -> Callable[..., subprocess.Popen[str]]:
     """Start `recipe run` on `world` processes of this host; options by keyword."""
 
     def run(*overrides: str, world: int = 2, prefix: tuple[str, ...] = (), out: str = "out", **options: object):
-        words = [sys.executable, "-m", "common", "run", str(recipe), "--hw", "cpu-x2", "--out", str(tmp_path / out)]
+        words = [sys.executable, "-m", "tools.cli", "run", str(recipe), "--hw", "cpu-x2", "--out", str(tmp_path / out)]
         words += ["--world", str(world)]
         for name, value in options.items():
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -22,11 +22,11 @@ import yaml
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common import cli
 from common.model import bases
 from common.train import checkpoint
 from tests.runs import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe
+from tools.cli import main
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def run(recipe, tmp_path, monkeypatch, capsys) -> Callable[..., Ended]:
         typed = ["recipe", "run", str(recipe), "--hw", hw, "--out", str(tmp_path / "out"), *arguments]
         monkeypatch.setattr(sys, "argv", typed)
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return Ended(int(ended.value.code or 0), captured.out, captured.err)
 
@@ -73,7 +73,7 @@ def run(recipe, tmp_path, monkeypatch, capsys) -> Callable[..., Ended]:
 def typed(recipe: Path, *arguments: str) -> list[str]:
     """The same command, for a process of its own."""
     out = str(recipe.parent / "out")
-    return [sys.executable, "-m", "common", "run", str(recipe), "--hw", "cpu", "--out", out, *arguments]
+    return [sys.executable, "-m", "tools.cli", "run", str(recipe), "--hw", "cpu", "--out", out, *arguments]
 
 
 def real(recipe: Path, *arguments: str, **environment: str) -> Ended:

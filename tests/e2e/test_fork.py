@@ -42,7 +42,7 @@ class Clone:
         self.root = Path(shutil.copytree(ROOT, folder / "clone", ignore=shutil.ignore_patterns(*NOT_COPIED)))
         self.home = folder / "home"
         self.script("ci/setup.sh", "exit 0")
-        self.script(".venv/bin/recipe", f'exec {shlex.quote(sys.executable)} -m common "$@"')
+        self.script(".venv/bin/recipe", f'exec {shlex.quote(sys.executable)} -m tools.cli "$@"')
         self.script(".venv/bin/python", f'exec {shlex.quote(sys.executable)} "$@"')
 
     def script(self, name: str, body: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("torch", reason="the double computes with torch")
 
-from common import cli
 from common.data.tokens import Batch
 from engines.ttml.engine import TTML
 from tests.boards import machine
@@ -21,6 +20,7 @@ from tests.engines import make_batch
 from tests.shipped import that_name
 from tests.tiny_recipe import FROM_SCRATCH, tiny_scratch
 from tests.unit.test_hardware import MACHINES, fake_machine
+from tools.cli import main
 
 pytestmark = pytest.mark.e2e
 PROMISED = [recipe for recipe, _board in that_name("tests/e2e/test_verify_ddp.py")]
@@ -40,7 +40,7 @@ def verify(tmp_path, monkeypatch, capsys) -> Verify:
         words += [*overrides, *options]
         monkeypatch.setattr(sys, "argv", words)
         with machine(tmp_path, 2, "C", **faults), pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         said = capsys.readouterr()
         return int(ended.value.code or 0), said.out + said.err
 

@@ -19,11 +19,12 @@ from unittest import mock
 
 import click
 
-from common import cli, hardware
 from common import config as configs
+from common import hardware
 from common.errors import MachineError, RecipeError, UsageError
-from common.ops import dry_run
 from common.paths import ROOT, find_recipe
+from tools.cli import main
+from tools.launch import dry_run
 
 FOLDERS = ("recipes", "docs", "docker", "bench", "ci")  # besides the pages of the root
 BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -167,7 +168,7 @@ def check_words(words: Sequence[str]) -> None:
 
 def parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The verb and its parameters; files that are named need not exist. Raises click's errors."""
-    command: click.Command = cli.recipe
+    command: click.Command = main.recipe
     rest, context = list(words), None
     with mock.patch.object(click.Path, "convert", lambda self, value, param, context: value):
         while isinstance(command, click.Group):

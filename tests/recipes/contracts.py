@@ -19,11 +19,12 @@ from common import config as configs
 from common import hardware
 from common.config.layers import Key, Layer, dotted, flatten, read_file, to_yaml
 from common.data import corpora
-from common.data.cli import CARDS, LICENCE_LINE
 from common.errors import MachineError, RecipeError, UsageError
 from common.model import llama
-from common.ops import dry_run, results
 from tests.recipes.commands import House, Wrong, shown
+from tools.cli.data import CARDS, LICENCE_LINE
+from tools.launch import dry_run
+from tools.results import schema as results
 
 FILES = ("config.yaml", "dataset.py", "train.py", "README.md", "results.yaml")
 SPLITS_BADLY = re.compile(r"does not divide by the \d+ devices|the mesh \[.*\] has \d+ devices")

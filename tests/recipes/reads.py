@@ -20,7 +20,14 @@ from common.config.schema import Architecture, Section
 from tests.recipes.contracts import layers, resolved
 
 # They look at a key to judge it or to show it, which is no effect of the key.
-JUDGES = ("common.config", "common.lint", "common.ops.report", "common.ops.facts", "common.ops.card", "pydantic")
+JUDGES = (
+    "common.config",
+    "tools.plan.lint",
+    "tools.report",
+    "tools.report.facts",
+    "tools.export.before_after",
+    "pydantic",
+)
 # Replaced by --steps in a test; and those that choose what the schema and the layers make of the others.
 NOT_ASKED = ("training_config.max_steps", "training_config.num_epochs", "model_config.preset", "model_config.init")
 

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common import cli, hardware
 from common import config as configs
+from common import hardware
 from common.errors import Stopped
 from common.paths import ROOT
 from common.train import checkpoint, metrics
@@ -31,6 +31,7 @@ from tests.runs import folders, log, manifest, outcome
 from tests.shipped import FOLDERS
 from tests.tiny import write_tiny_base
 from tests.tiny_recipe import run_tiny, tiny_scratch
+from tools.cli import main
 
 STEPS = 6
 SMALL = (
@@ -251,7 +252,7 @@ def sets(overrides: Iterable[str]) -> list[str]:
 
 def command(*words: str) -> str:
     """What `recipe WORDS` prints, in this process. Raises what it raises."""
-    done = CliRunner().invoke(cli.recipe, words, env={"HW": None})
+    done = CliRunner().invoke(main.recipe, words, env={"HW": None})
     if done.exception:
         raise done.exception
     assert done.exit_code == 0

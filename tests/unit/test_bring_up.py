@@ -26,9 +26,6 @@ import torch
 from common.data.tokens import Batch
 from common.errors import MachineError, VerificationError
 from common.hardware import get
-from common.ops import small_llama
-from common.ops.bring_up import LINES, bring_up, report
-from common.ops.checklist import Line, Result, go_through
 from engines.ttml import engine as backend
 from engines.ttml.engine import TTML
 from engines.ttml.hf_map import Entry
@@ -38,6 +35,9 @@ from tests.doubles import environment
 from tests.engines import config_for, engine
 from tests.tiny import write_tiny_base
 from tests.unit.test_ttml_without_torch import GUARD, ROOT
+from tools.bringup import reference_llama
+from tools.bringup.run import LINES, bring_up, report
+from tools.checklist import Line, Result, go_through
 
 Patch = pytest.MonkeyPatch
 Defect = Callable[[Patch], None]
@@ -100,16 +100,16 @@ def test_larger_meshes_have_rows_for_every_device(tmp_path, devices):
 @pytest.mark.parametrize("shape", [{}, {"tied": True}, {"rope": True}], ids=["", "tied", "Llama 3's RoPE"])
 def test_numpy_computes_what_the_cpu_twin_computes(tmp_path, shape):
     """The judge of a board is judged once, where there is torch."""
-    architecture = {**small_llama.ARCHITECTURE, "tie_word_embeddings": bool(shape.get("tied"))}
+    architecture = {**reference_llama.ARCHITECTURE, "tie_word_embeddings": bool(shape.get("tied"))}
     if shape.get("rope"):
-        architecture["rope_scaling"] = {**small_llama.SCALED_ROPE, "rope_theta": 10000.0}
-    weights = small_llama.weights_for(architecture)
-    batch = small_llama.batch_of()
+        architecture["rope_scaling"] = {**reference_llama.SCALED_ROPE, "rope_theta": 10000.0}
+    weights = reference_llama.weights_for(architecture)
+    batch = reference_llama.batch_of()
     with engine(config_for(write_tiny_base(tmp_path / "base"))) as twin:
         twin.build(architecture)
         twin.load(weights)
         sums, tokens = twin.eval_nll(batch)
-    expected = (small_llama.nll(weights, architecture, batch) * batch.loss_mask).sum(axis=1)
+    expected = (reference_llama.nll(weights, architecture, batch) * batch.loss_mask).sum(axis=1)
     assert sums == pytest.approx(expected, rel=1e-5)
     assert tokens.tolist() == batch.loss_mask.sum(axis=1).tolist()
 
@@ -423,7 +423,7 @@ def test_the_list_needs_no_torch(tmp_path):
 import gc
 gc.collect = lambda: 0
 from common.hardware import get
-from common.ops.bring_up import bring_up
+from tools.bringup.run import bring_up
 print(*(result.id for result in bring_up(get("n150"))[1] if result.verdict == "fail"))
 print("done")
 """
@@ -469,9 +469,7 @@ def test_the_list_goes_on_after_a_failure_and_whatever_is_raised():
 @pytest.fixture
 def short(monkeypatch) -> None:
     """A list of two lines, the second of which fails where the loss shifts labels."""
-    monkeypatch.setattr(
-        "common.ops.bring_up.LINES", tuple(BY_ID[name] for name in ("build", "open", "reopen", "labels"))
-    )
+    monkeypatch.setattr("tools.bringup.run.LINES", tuple(BY_ID[name] for name in ("build", "open", "reopen", "labels")))
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -13,7 +13,7 @@ from common.data.chat import ChatTokenizer
 from common.errors import DataError, UsageError
 
 DATASET = """
-from common.data.convert import read_source
+from tools.data.convert import read_source
 from common.data.rows import evaluation_prompts, split_held_out
 
 def splits(config, recipe_dir):

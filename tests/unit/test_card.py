@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.ops import trained
-from common.ops.card import TrainingText, card_of_folder, repeated_share, responses
 from common.train import metrics
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tools.export.before_after import TrainingText, card_of_folder, repeated_share, responses
+from tools.runs import trained
 
 TEXT = TrainingText(
     [

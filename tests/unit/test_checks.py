@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from common.data import checks
 from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Problem, Row
 from common.data.tokens import Encoded
 from common.errors import DataError
+from tools.data import checks
 
 WORDS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus maple north otter plume".split()
 

@@ -16,7 +16,7 @@ import pytest
 
 from ci import golden_record, layers, matrix, publish_image
 from common.errors import MachineError, UsageError, VerificationError
-from common.ops import image_build, images
+from tools.containers import build, images
 
 ROOT = Path(__file__).resolve().parents[2]
 SHA = "0123456789abcdef" * 2 + "01234567"
@@ -281,7 +281,7 @@ def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytes
         publish_image.push("cpu", "r/x")
     for pin in lock["tools"].values():
         pin["digest"] = DIGEST
-    monkeypatch.setattr(image_build, "inspect_image", lambda name: {})
+    monkeypatch.setattr(build, "inspect_image", lambda name: {})
     assert publish_image.push("cpu", "r/x") == DIGEST
     assert (
         "cpu.output=type=image,name=r/x,push=true,push-by-digest=true,name-canonical=true,oci-mediatypes=true" in said

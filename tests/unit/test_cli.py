@@ -11,7 +11,6 @@ from typing import Any
 import click
 import pytest
 
-from common import cli
 from common.errors import (
     DataError,
     MachineError,
@@ -23,6 +22,7 @@ from common.errors import (
 )
 from common.paths import find_recipe
 from tests.tiny_recipe import FINE_TUNE
+from tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "peft", "safetensors", "ttnn", "ttml", "numpy", "pydantic")
@@ -32,7 +32,7 @@ def recipe(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Run the console script in this process: its exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
 
@@ -55,7 +55,7 @@ def failing(command, monkeypatch):
         def fail() -> None:
             raise error
 
-        monkeypatch.setitem(cli.recipe.commands, "fail", click.Command("fail", callback=fail))
+        monkeypatch.setitem(main.recipe.commands, "fail", click.Command("fail", callback=fail))
         return command(*options, "fail")
 
     return run
@@ -71,7 +71,9 @@ def imported_by(code: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stderr.splitlines()[-1].split()}
 
 
-HELP = "import sys; sys.argv = ['recipe', '--help']\ntry: __import__('common.cli').cli.main()\nexcept SystemExit: pass"
+HELP = (
+    "import sys; sys.argv = ['recipe', '--help']\ntry: __import__('tools.cli.main').cli.main()\nexcept SystemExit: pass"
+)
 
 
 def test_help_imports_nothing_heavy():
@@ -83,18 +85,19 @@ def test_help_imports_nothing_heavy():
 
 def test_the_training_path_is_planned_without_an_engine():
     """Whatever a config, its data and a resume need is there without torch: errors come within a second or two."""
-    modules = ["config", "hardware", "lint", "models", "backends.base", "train.plan", "train.resume", "train.run"]
-    code = "\n".join(f"import common.{name}" for name in modules)
+    modules = ["common.train.run", "common.train.resume", "engines.registry", "tools.plan.lint"]
+    code = "\n".join(f"import {name}" for name in modules)
     assert not imported_by(code) & {"torch", "transformers", "datasets", "pyarrow", "peft", "ttnn", "ttml"}
 
 
 def test_every_module_but_the_engine_s_imports_without_torch():
     names = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (ROOT / "common").rglob("*.py")
-        if (path.parent.name != "backends" or path.stem in ("base", "init")) and not path.stem.startswith("__")
+        for room in ("common", "tools")
+        for path in (ROOT / room).rglob("*.py")
+        if not path.stem.startswith("__")
     )
-    assert "common.ops.export" in names
+    assert "tools.export.export" in names
     code = "\n".join(f"import {name}" for name in names)
     assert not imported_by(code) & {"torch", "transformers", "datasets", "pyarrow", "peft", "ttnn", "ttml"}
 
@@ -151,12 +154,12 @@ def test_debug_shows_the_traceback(monkeypatch):
     def fail() -> None:
         raise DataError("x")
 
-    monkeypatch.setitem(cli.recipe.commands, "fail", click.Command("fail", callback=fail))
+    monkeypatch.setitem(main.recipe.commands, "fail", click.Command("fail", callback=fail))
     for argv, variable in ((["recipe", "--debug", "fail"], "0"), (["recipe", "fail"], "1")):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setenv("RECIPES_DEBUG", variable)
         with pytest.raises(DataError):
-            cli.main()
+            main.main()
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def test_an_unknown_recipe_lists_the_known(command):
 def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
-    monkeypatch.setattr(cli, "load_script", lambda path: script)
+    monkeypatch.setattr(main, "load_script", lambda path: script)
     settings = ("training_config.seed=1", "eval_config.every=1")
     arguments = [*"--hw cpu --steps 7 --stop-at 3 --resume never --accept-changes".split()]
     arguments += [word for setting in settings for word in ("--set", setting)]
@@ -211,7 +214,7 @@ def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
 def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command, monkeypatch):
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
-    monkeypatch.setattr(cli, "load_script", lambda path: script)
+    monkeypatch.setattr(main, "load_script", lambda path: script)
     monkeypatch.setenv("HW", "n300")
     command("run", "fine_tune", "--no-container")
     monkeypatch.setenv("HW", "")
@@ -231,12 +234,12 @@ def test_a_script_may_hold_a_dataclass(tmp_path):
     (tmp_path / "train.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    b: int\n"
     )
-    assert cli.load_script(tmp_path / "train.py").A(1).b == 1
+    assert main.load_script(tmp_path / "train.py").A(1).b == 1
 
 
 def test_a_recipe_without_a_script_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"no train.py"):
-        cli.load_script(tmp_path / "train.py")
+        main.load_script(tmp_path / "train.py")
 
 
 def test_config_show_prints_the_resolved_config_of_any_board(command):
@@ -257,7 +260,7 @@ def test_config_schema_is_json(command):
 
 
 def test_dry_run_trains_nothing(command, monkeypatch):
-    monkeypatch.setattr(cli, "load_script", pytest.fail)
+    monkeypatch.setattr(main, "load_script", pytest.fail)
     code, out, _ = command("run", "fine_tune", "--hw", "n150", "--steps", "7", "--set", "a_b.c=1", "--dry-run")
     assert code == 2, "a config that a run would refuse"
     seed = "training_config.seed=1"
@@ -269,7 +272,7 @@ def test_dry_run_trains_nothing(command, monkeypatch):
 
 
 def test_a_container_without_an_image_says_how_to_make_one(command, monkeypatch):
-    from common.ops import images
+    from tools.containers import images
 
     monkeypatch.setattr(images, "read_local", dict)
     code, _, err = command("run", "fine_tune", "--hw", "cpu", "--container")
@@ -286,14 +289,14 @@ def test_several_hosts_are_no_matter_for_a_container(command):
 
 def test_python_m_common_is_the_same_command():
     done = subprocess.run(
-        [sys.executable, "-m", "common", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tools.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
     assert "Exit codes" in done.stdout
 
 
 def test_a_reader_that_goes_away_is_no_bug():
-    command = f"{sys.executable} -m common config show {FINE_TUNE} --hw cpu | head -1"
+    command = f"{sys.executable} -m tools.cli config show {FINE_TUNE} --hw cpu | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "bug" not in done.stderr
     assert "Traceback" not in done.stderr

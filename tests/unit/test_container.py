@@ -21,15 +21,18 @@ import pytest
 import requests
 from docker.client import DockerClient
 
-from common import cli, hardware
+from common import hardware
 from common.errors import EngineLost, MachineError, TrainingError
-from common.ops import container, dry_run, engine, images, launcher, lending
-from common.ops.container import Run, command_line, configuration, host_settings, spec_of
-from common.ops.images import Image
 from common.paths import ROOT
 from tests.hosts import fake_host
 from tests.tiny_recipe import FINE_TUNE as RECIPE
 from tests.unit.test_hardware import MACHINES
+from tools.cli import main
+from tools.containers import engine, images, launcher, ownership
+from tools.containers import spec as container
+from tools.containers.images import Image
+from tools.containers.spec import Run, command_line, configuration, host_settings, spec_of
+from tools.launch import dry_run
 
 IMAGE = Image("n150", "sha256:" + "ab" * 32, "local", "cd" * 32)
 ASKED: dict[str, Any] = {"hw": None, "overrides": (), "steps": None, "stop_at": None, "resume": "auto"}
@@ -198,10 +201,10 @@ def launched(monkeypatch) -> Callable[..., Any]:
 
     def run(*words: str) -> Any:
         seen: list[Any] = []
-        monkeypatch.setattr(cli, "load_script", lambda path: type("Script", (), {"train": staticmethod(seen.append)}))
+        monkeypatch.setattr(main, "load_script", lambda path: type("Script", (), {"train": staticmethod(seen.append)}))
         monkeypatch.setattr(sys, "argv", ["recipe", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         assert not ended.value.code
         return seen[0]
 
@@ -302,7 +305,7 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
         return {str(Path(path).relative_to(out)) for path, uid in owned.items() if uid == user and str(out) in path}
 
     def run() -> None:
-        with lending.lent(lending.candidates(out, "new", "r")):
+        with ownership.lent(ownership.candidates(out, "new", "r")):
             assert of(1000) == {"new", "open", "open/checkpoints", "open/manifest.json"}
             (out / "open/made inside").touch()
             owned[str(out / "open/made inside")] = 1000
@@ -313,7 +316,7 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
     assert of(1000) == set()
     assert of(4711) == {"theirs"}
     assert not (out / "new").exists(), "nothing came into it"
-    with pytest.raises(EngineLost), lending.lent(lending.candidates(out, "new", "r")):
+    with pytest.raises(EngineLost), ownership.lent(ownership.candidates(out, "new", "r")):
         raise EngineLost("and its container may write on")
     assert "open/manifest.json" in of(1000), "until the container is cleared away"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from common.data import convert
 from common.data.rows import read_rows
 from common.errors import DataError, MachineError, UsageError
+from tools.data import convert
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from common.data import cli
 from common.errors import DataError, UsageError
 from tests.unit.test_build import make_recipe
+from tools.cli import data
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def recipe(tmp_path, tiny_base, monkeypatch) -> Path:
 
 
 def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.data, [str(word) for word in words])
+    return CliRunner().invoke(data.data, [str(word) for word in words])
 
 
 def done(*words: object) -> str:

@@ -13,7 +13,7 @@ import yaml
 from ci import docs
 from common import hardware
 from common.errors import RecipeError, UsageError, VerificationError
-from common.ops.results import DoubleOnly, load
+from tools.results.schema import DoubleOnly, load
 
 ROOT = Path(__file__).resolve().parents[2]
 

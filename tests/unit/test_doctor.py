@@ -13,13 +13,13 @@ import pytest
 
 pytest.importorskip("torch", reason="the doubles of ttml are torch")
 
-from common import cli
 from common.errors import MachineError
 from common.hardware import get
-from common.ops.doctor import Ttml, examine_ttml, report
 from engines.ttml.contract import NEEDS
 from tests.boards import machine
 from tests.unit.test_hardware import fake_machine
+from tools.cli import main
+from tools.doctor.ttml import Ttml, examine_ttml, report
 
 ROOT = Path(__file__).resolve().parents[2]
 UNFUSED, FUSED = "attention/q_linear", "attention/qkv_linear"
@@ -143,7 +143,7 @@ def recipe(monkeypatch, capsys, tmp_path):
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 
@@ -201,6 +201,6 @@ def test_a_verb_without_its_option_says_what_there_is(recipe):
 
 
 def test_neither_imports_torch():
-    code = "import sys, common.ops.doctor, common.ops.bring_up; print(*sorted(sys.modules))"
+    code = "import sys, tools.doctor.ttml, tools.bringup.run; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "transformers", "peft", "ttml", "ttnn"}

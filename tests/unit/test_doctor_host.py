@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from common import cli
 from common.errors import MachineError
 from common.hardware import get
-from common.ops import doctor_host, images, lease
-from common.ops.doctor_host import numbers
-from common.ops.lease import Owner
 from tests.hosts import descriptor, fake_host, pci, remove_card, remove_node, write
 from tests.unit.test_hardware import MACHINES
+from tools.cli import main
+from tools.containers import images
+from tools.doctor import machine as doctor_host
+from tools.doctor.machine import numbers
+from tools.machine import lease
+from tools.machine.lease import Owner
 
 LINES = ["t3k", "qb2", "galaxy", "n300", "p300c"]
 
@@ -50,7 +52,7 @@ def doctor(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, dict[str, 
             monkeypatch.setenv("TT_MESH_GRAPH_DESC_PATH", str(descriptor(tmp_path, mesh or board)))
         monkeypatch.setattr(sys, "argv", ["recipe", "doctor", "--json", "--hw", board, *options])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         said = capsys.readouterr()
         body = json.loads(said.out)
         assert body["hw"] == board

@@ -14,13 +14,13 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common.data.chat import ChatTokenizer
 from common.errors import MachineError, Stopped, UsageError, VerificationError
 from common.model.weights import Weights
-from common.ops import export_check, hf_folder
-from common.ops.export import check_export, export_folder
-from common.ops.hf_folder import plain_config
 from common.train import metrics
 from common.train.resume import try_lock
 from tests.tiny import write_tiny_base
 from tests.tiny_recipe import make_tiny_recipe, newest_run, run_tiny
+from tools.export import check, hf_folder
+from tools.export.export import check_export, export_folder
+from tools.export.hf_folder import plain_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,7 +157,7 @@ def test_a_wrong_adapter_is_caught(run, monkeypatch):
         path = folder / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 4}))
 
-    monkeypatch.setattr("common.ops.export.write_adapter", with_another_alpha)
+    monkeypatch.setattr("tools.export.export.write_adapter", with_another_alpha)
     with pytest.raises(VerificationError, match="adapter/ has a held-out loss"):
         export_again(run)
 
@@ -261,7 +261,7 @@ def test_checking_an_export_measures_it_again_and_finds_one_changed_byte(run):
 
 def test_without_torch_an_export_is_unverified_until_a_machine_with_torch_checks_it(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(export_check, "installed", lambda package: package != "torch")
+        patch.setattr(check, "installed", lambda package: package != "torch")
         export_again(run)
     assert manifest(run)["export"]["status"] == "unverified"
     assert "no torch here" in record(run)["reason"]
@@ -271,7 +271,7 @@ def test_without_torch_an_export_is_unverified_until_a_machine_with_torch_checks
 
 
 def test_without_torch_a_missing_tensor_is_still_found(run, monkeypatch):
-    monkeypatch.setattr(export_check, "installed", lambda package: package != "torch")
+    monkeypatch.setattr(check, "installed", lambda package: package != "torch")
     real = hf_folder.merged_shapes
     monkeypatch.setattr(hf_folder, "merged_shapes", lambda run: dict(list(real(run).items())[1:]))
     with pytest.raises(VerificationError, match="is missing"):
@@ -279,7 +279,7 @@ def test_without_torch_a_missing_tensor_is_still_found(run, monkeypatch):
 
 
 def test_a_large_held_out_set_is_sampled(run, monkeypatch):
-    monkeypatch.setattr(export_check, "CHECKED_ROWS", 3)
+    monkeypatch.setattr(check, "CHECKED_ROWS", 3)
     (line,) = export_again(run)
 
     assert "on 3 of 10 held-out rows" in line

@@ -17,12 +17,13 @@ import yaml
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from ci import docs
-from common import cli
 from common.errors import UsageError, VerificationError
-from common.ops import figures, grade, record
-from common.ops.results import load
 from tests.runs import manifest
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tools.cli import main
+from tools.results import grade, record
+from tools.results.schema import load
+from tools.runs import figures
 
 FAILS = pytest.raises(VerificationError, match="graded fail")
 
@@ -168,7 +169,7 @@ def test_what_is_not_recorded_is_ungraded_for_machines_too(recorded, go, monkeyp
     monkeypatch.setattr(sys, "argv", ["recipe", "grade", str(go("training_config.max_steps=4")), "--json"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 2
     said = json.loads(capsys.readouterr().out)
     assert said["verdict"] == "ungraded"
@@ -179,7 +180,7 @@ def test_grading_where_no_bits_are_expected_needs_no_numpy(recorded, tmp_path):
     """As on a board's host, which has requirements/launcher.txt alone."""
     run = elsewhere(shutil.copytree(recorded, tmp_path / "run"))
     bare = "import sys; sys.modules |= dict.fromkeys(('numpy', 'torch', 'safetensors', 'transformers'))"
-    command = [sys.executable, "-c", f"{bare}; from common.cli import main; main()", "grade", str(run)]
+    command = [sys.executable, "-c", f"{bare}; from tools.cli.main import main; main()", "grade", str(run)]
     done = subprocess.run(command, cwd=docs.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "PASS          held-out at 6" in done.stdout
@@ -276,6 +277,6 @@ def test_no_run_and_no_step_are_said(tmp_path, monkeypatch, capsys):
         figures.read(tmp_path)
     monkeypatch.setattr("sys.argv", ["recipe", "grade", str(tmp_path), "--speed"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 2
     assert "add --record" in capsys.readouterr().err

@@ -25,12 +25,14 @@ from ci.hardware import train as training
 from ci.hardware.job import Job
 from common import hardware
 from common.errors import MachineError, RecipeError, VerificationError
-from common.ops import doctor_host, lease, stop
-from common.ops.container import process
-from common.ops.findings import Finding
-from common.ops.lease import Owner
 from tests import hosts
 from tests.tiny_recipe import FROM_SCRATCH
+from tools.containers.spec import process
+from tools.doctor import machine as doctor_host
+from tools.doctor.findings import Finding
+from tools.launch import stop
+from tools.machine import lease
+from tools.machine.lease import Owner
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / ".github/workflows/hardware.yml"
@@ -334,8 +336,8 @@ def test_the_process_of_this_very_job_is_nobody_else(host):
 
 RUNS_ON = """
 import os, signal, sys
-from common.ops import lease
-from common.ops.lease import Owner
+from tools.machine import lease
+from tools.machine.lease import Owner
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 with lease.taken(sys.argv[1:], Owner("n150", os.getpid(), "a-run")):
     print("taken", flush=True)

@@ -15,10 +15,11 @@ import pytest
 
 from common import hardware
 from common.errors import MachineError, UsageError
-from common.ops import image_build, image_lock, image_verify, images
-from common.ops.docker_cli import docker
-from common.ops.image_build import Inputs
-from common.ops.images import Image
+from tools.containers import build, images, verify
+from tools.containers import lock as image_lock
+from tools.containers.build import Inputs
+from tools.containers.docker_cli import docker
+from tools.containers.images import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = images.read_lock()
@@ -238,7 +239,7 @@ def test_another_format_is_refused_by_name(place: Path) -> None:
 @pytest.mark.parametrize("board", ["n150", "galaxy"])
 def test_a_build_names_every_pin_that_is_not_known(board: str) -> None:
     with pytest.raises(MachineError) as error:
-        image_build.build_variables(LOCK, board, Inputs())
+        build.build_variables(LOCK, board, Inputs())
     assert re.findall(r"^    (\S+): ", str(error.value), re.MULTILINE) == [
         "base.digest",
         "apt_snapshot.timestamp",
@@ -248,11 +249,11 @@ def test_a_build_names_every_pin_that_is_not_known(board: str) -> None:
 
 def test_a_base_that_is_given_replaces_the_unknown_one_and_no_other_pin() -> None:
     base = f"example.org/python@{DIGEST}"
-    assert image_build.build_variables(LOCK, "cpu", Inputs(base_image=base))["CPU_BASE"] == base
+    assert build.build_variables(LOCK, "cpu", Inputs(base_image=base))["CPU_BASE"] == base
     with pytest.raises(MachineError, match=r"base\.digest(?s:.*)BASE_IMAGE="):
-        image_build.build_variables(LOCK, "cpu", Inputs())
+        build.build_variables(LOCK, "cpu", Inputs())
     with pytest.raises(MachineError, match=r"known\n    apt_snapshot.timestamp"):
-        image_build.build_variables(LOCK, "n150", Inputs(base_image=base))
+        build.build_variables(LOCK, "n150", Inputs(base_image=base))
 
 
 def test_with_every_pin_known_the_bake_file_gets_them_all() -> None:
@@ -260,7 +261,7 @@ def test_with_every_pin_known_the_bake_file_gets_them_all() -> None:
     lock["pins"]["ttml"]["base"]["digest"] = DIGEST
     lock["pins"]["ttml"]["apt_snapshot"]["timestamp"] = "20261101T000000Z"
     lock["pins"]["ttml"]["tt_metal"]["commit"] = "c" * 40
-    variables = image_build.build_variables(lock, "n150", Inputs())
+    variables = build.build_variables(lock, "n150", Inputs())
     assert variables["TTML_BASE"] == f"ubuntu:22.04@{DIGEST}"
     assert set(variables) <= set(re.findall(r'^variable "(\w+)"', BAKE, re.MULTILINE))
     assert all(value for name, value in variables.items() if name != "CA_BUNDLE")
@@ -270,12 +271,12 @@ def test_requirements_that_the_lock_does_not_know_are_refused() -> None:
     lock = copy.deepcopy(LOCK)
     lock["pins"]["cpu"]["python"]["requirements/cpu-3.11.txt"] = "b" * 64
     with pytest.raises(MachineError, match=r"cpu-3.11.txt has changed(?s:.*)recipe lock"):
-        image_build.build_variables(lock, "cpu", Inputs(base_image=f"a@{DIGEST}"))
+        build.build_variables(lock, "cpu", Inputs(base_image=f"a@{DIGEST}"))
 
 
 def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no wheels in the folder"):
-        image_build.fill_wheelhouse(LOCK, "cpu", tmp_path, tmp_path / "into", print)
+        build.fill_wheelhouse(LOCK, "cpu", tmp_path, tmp_path / "into", print)
 
 
 def test_the_wheels_of_a_user_stay_where_they_are(tmp_path: Path) -> None:
@@ -284,8 +285,8 @@ def test_the_wheels_of_a_user_stay_where_they_are(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / name).write_text(name)
     both = [into / "new.whl", into / "old.whl"]
-    assert image_build.fill_wheelhouse(LOCK, "cpu", given, into, print) == both, "the build takes those with a hash"
-    assert image_build.fill_wheelhouse(LOCK, "cpu", into, into, print) == both
+    assert build.fill_wheelhouse(LOCK, "cpu", given, into, print) == both, "the build takes those with a hash"
+    assert build.fill_wheelhouse(LOCK, "cpu", into, into, print) == both
     assert (given / "new.whl").read_text() == (into / "new.whl").read_text() == "new.whl"
 
 
@@ -330,12 +331,12 @@ def test_what_docker_says_comes_with_its_cure(command: Path, said: str, cure: st
 def test_a_base_by_tag_alone_is_refused(command: Path) -> None:
     script(command, "docker", "echo 'Error: No such image: python:3.11' >&2; exit 1")
     with pytest.raises(UsageError, match="neither an image of this engine nor named by digest"):
-        image_build.build_variables(LOCK, "cpu", Inputs(base_image="python:3.11"))
+        build.build_variables(LOCK, "cpu", Inputs(base_image="python:3.11"))
 
 
 # --- verifying ------------------------------------------------------------------------------------------------------
 
-LOCKED = dict(image_verify.LOCKED.findall((ROOT / "requirements/cpu-3.11.txt").read_text()))
+LOCKED = dict(verify.LOCKED.findall((ROOT / "requirements/cpu-3.11.txt").read_text()))
 GOOD: dict[str, Any] = {"Config": {"Labels": {"recipes.lock": "pins"}, "User": "1000:1000"}, "RepoDigests": []}
 IMAGE = Image("cpu", DIGEST, "local", "pins")
 
@@ -356,7 +357,7 @@ IMAGE = Image("cpu", DIGEST, "local", "pins")
 def test_what_differs_from_the_lock_is_said(config: Any, installed: Any, wrong: list[str]) -> None:
     described = GOOD | {"Config": GOOD["Config"] | config}
     found = {name: version for name, version in (LOCKED | installed).items() if version}
-    said = list(image_verify.differences(IMAGE, described, LOCK["pins"]["cpu"], found))
+    said = list(verify.differences(IMAGE, described, LOCK["pins"]["cpu"], found))
     assert len(said) == len(wrong)
     assert all(part in line for part, line in zip(wrong, said, strict=True))
 
@@ -373,7 +374,7 @@ def test_an_image_that_is_gone_or_another_one_is_said(command: Path, source: Any
     body = f"echo '{json.dumps(answer)}'" if answer else "echo 'Error: No such image: a' >&2; exit 1"
     script(command, "docker", body)
     with pytest.raises(MachineError, match=rf"(?s){message}"):
-        image_verify.present(Image("cpu", f"a@{DIGEST}", source, "pins"))
+        verify.present(Image("cpu", f"a@{DIGEST}", source, "pins"))
 
 
 # --- recipe lock ----------------------------------------------------------------------------------------------------

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import MachineError
-from common.ops import lease
-from common.ops.lease import Owner
+from tools.machine import lease
+from tools.machine.lease import Owner
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ["0000:02:00.0", "0000:01:00.0"]
 HOLD = """
 import sys
-from common.ops import lease
-from common.ops.lease import Owner
+from tools.machine import lease
+from tools.machine.lease import Owner
 with lease.taken(sys.argv[1:], Owner("n300", 77, "a-run", "recipes-a-run", "2026-11-22T10:00:00Z")):
     print("taken", flush=True)
     sys.stdin.read()

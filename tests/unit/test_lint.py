@@ -8,7 +8,7 @@ import pytest
 
 from common import config as configs
 from common import hardware
-from common.lint import RULES, lint
+from tools.plan.lint import RULES, lint
 
 SOUND = """\
 training_config: {batch_size: 8, gradient_accumulation_steps: 4, learning_rate: 1e-4, max_steps: 100}

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from common import cli, hardware
 from common import config as configs
+from common import hardware
 from common.config import Config
 from common.errors import UsageError
 from common.model import bases, llama
-from common.ops import plan
 from engines.ttml import memory
 from tests.tiny_recipe import FINE_TUNE, FROM_SCRATCH, make_tiny_recipe
+from tools.cli import main
+from tools.plan import estimate
 
 TINYLLAMA: dict[str, Any] = bases.locked()["tinyllama-1.1b-chat"]["architecture"]
 FULL = ("model_config.lora=null",)
@@ -144,7 +145,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 def text_of(recipe: Path, board: str, *overrides: str, steps: int | None = None) -> str:
     said: list[str] = []
-    plan.report(recipe, board, overrides, steps, False, said.append)
+    estimate.report(recipe, board, overrides, steps, False, said.append)
     return "\n".join(said)
 
 
@@ -174,18 +175,18 @@ def test_a_plan_of_rows_that_are_here_counts_their_tokens(tiny_base, tmp_path, m
     }
     tree = yaml.safe_dump({"format": 1, "recipe": "tiny", "entries": [entry]})
     (recipe / "results.yaml").write_text(tree.replace("'2026-11-22'", "2026-11-22"))
-    found = plan.outlook(recipe, "cpu", (), None)
+    found = estimate.outlook(recipe, "cpu", (), None)
     assert (found.rows.train, found.rows.held_out, found.rows.length) == (14, 10, 96)
     assert found.rows.evidence == "tokenised here"
     assert found.rows.tokens_per_row is not None
     assert found.rows.padding == pytest.approx(1 - found.rows.tokens_per_row / 96)
     assert found.time.seconds == pytest.approx(6 * 4 * found.rows.tokens_per_row / 100)
     assert found.time.evidence == "measured: 100 tokens/s on a toaster"
-    full = plan.outlook(recipe, "cpu", FULL, None)
+    full = estimate.outlook(recipe, "cpu", FULL, None)
     assert full.time.seconds is None, "another model than the recorded one"
     one = found.needed
     assert one is not None
-    assert plan.disk(found)["checkpoints"] == pytest.approx(one.gradients * 3 * 4 / 1e6, abs=0.1)
+    assert estimate.disk(found)["checkpoints"] == pytest.approx(one.gradients * 3 * 4 / 1e6, abs=0.1)
 
 
 def test_a_published_speed_is_called_published(home):
@@ -199,7 +200,7 @@ def test_a_plan_that_cannot_fit_prints_it_and_ends_with_2(home, monkeypatch, cap
         command += ["--set", override]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 2
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -212,7 +213,7 @@ def test_an_unknown_recipe_and_a_wrong_key_have_their_messages(monkeypatch, caps
     for words, text in ((["no-such-recipe"], "no recipe called"), ([str(FINE_TUNE), "--set", "a=1"], "a")):
         monkeypatch.setattr("sys.argv", ["recipe", "plan", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         assert ended.value.code == 2
         assert text in capsys.readouterr().err
 
@@ -220,4 +221,4 @@ def test_an_unknown_recipe_and_a_wrong_key_have_their_messages(monkeypatch, caps
 def test_a_copied_folder_plans_as_well(home, tmp_path):
     copied = Path(shutil.copytree(FINE_TUNE, tmp_path / "mine"))
     (copied / "results.yaml").write_text("format: 1\nrecipe: mine\nentries: []\n")
-    assert plan.outlook(copied, "n150", (), 5).steps == 5
+    assert estimate.outlook(copied, "n150", (), 5).steps == 5

@@ -14,11 +14,11 @@ from markupsafe import Markup
 pytest.importorskip("matplotlib", reason="the plots are matplotlib's")
 
 from common.errors import UsageError
-from common.ops import run_record
-from common.ops.report import facts, pages, plots
-from common.ops.report.curves import Curve, curve, running_mean, thinned
 from common.train import metrics
 from tests.run_folders import held, write_lines, write_run
+from tools.report import facts, pages, plots
+from tools.report.curves import Curve, curve, running_mean, thinned
+from tools.runs import run_record
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>"
 

@@ -14,14 +14,16 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common import cli
 from common.errors import UsageError, VerificationError
-from common.ops import figures, images, repro
-from common.ops.images import Image
 from common.paths import ROOT
 from common.train.manifest import code_facts
 from tests.runs import manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tools.cli import main
+from tools.containers import images
+from tools.containers.images import Image
+from tools.results import repro
+from tools.runs import figures
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +89,7 @@ def test_with_one_row_changed_nothing_is_trained(done, recipe, clean, tmp_path, 
     run = edit(Path(shutil.copytree(done, tmp_path / "run")), recipe_dir=str(changed))
     monkeypatch.setattr(sys, "argv", ["recipe", "repro", str(run), "--out", str(tmp_path / "again")])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 3
     assert "the data changed since the run" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from common.cli import recipe
 from common.errors import UsageError
-from common.ops.compare import groups, verdict
-from common.ops.run_record import read
 from tests.run_folders import held, write_checkpoint, write_lines, write_run
+from tools.cli.main import recipe
+from tools.runs.compare import groups, verdict
+from tools.runs.run_record import read
 
 OTHER_TOKENIZER: dict[str, Any] = {"tokenizer_sha256": "d" * 64}
 

@@ -9,22 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from common import cli, hardware
 from common import config as configs
+from common import hardware
 from common.config.schema import Architecture
-from common.data import checks
 from common.data.build import Builder
-from common.data.cli import licence_of
 from common.data.corpora import Document
 from common.data.rows import group_hash, read_prompts, read_rows
 from common.errors import DataError, RecipeError, UsageError
-from common.ops import scaffold, scaffold_corpus, scaffold_rows
-from common.ops.results import load as load_results
-from common.ops.scaffold_rows import Lengths, max_length, schedule
-from common.ops.scaffold_yaml import Setting, YamlFile
+from tools.cli import main
+from tools.cli.data import licence_of
+from tools.data import checks
+from tools.results.schema import load as load_results
+from tools.scaffold import corpus, new
+from tools.scaffold import rows as scaffold_rows
+from tools.scaffold.rows import Lengths, max_length, schedule
+from tools.scaffold.yaml import Setting, YamlFile
 
 ROWS_BUILDER = '''"""The rows of recipes/parent."""
-from common.data.convert import read_source
+from tools.data.convert import read_source
 from common.data.rows import evaluation_prompts, split_held_out
 
 def splits(config, recipe_dir):
@@ -130,8 +132,8 @@ def fork(
 ) -> tuple[Path, str]:
     """The fork, and what was said."""
     lines: list[str] = []
-    own = None if data is None else scaffold.Own(data, mapping, format)
-    return scaffold.new(name, parent, own, lines.append), "\n".join(lines)
+    own = None if data is None else new.Own(data, mapping, format)
+    return new.new(name, parent, own, lines.append), "\n".join(lines)
 
 
 def everything(root: Path) -> dict[str, bytes]:
@@ -352,10 +354,10 @@ def test_a_column_of_topics_holds_the_rows_of_a_topic_together(root, tmp_path):
     topics = [{row.extra["topic"] for row in part} for part in splits.values()]
     assert not topics[0] & topics[1]
     few = [(q, a, at % 3, at) for at, (q, a) in enumerate(PAIRS)]
-    scaffold.new(
+    new.new(
         "other",
         "parent",
-        scaffold.Own(table(tmp_path / "few.csv", few, ("question", "answer", "topic", "n")), {}, "auto"),
+        new.Own(table(tmp_path / "few.csv", few, ("question", "answer", "topic", "n")), {}, "auto"),
         print,
     )
     assert config_of(recipe.with_name("other")).data.split_by is None, "three topics are too few to hold one out"
@@ -516,7 +518,7 @@ def test_data_that_the_recipe_cannot_train_on_is_refused_with_what_can(root, tmp
 )
 def test_a_name_that_is_no_folder_name_is_refused_with_the_rule(root, name):
     with pytest.raises(UsageError, match="lower-case letters, digits"):
-        scaffold.new(name, "parent", None, print)
+        new.new(name, "parent", None, print)
 
 
 def test_other_usage_that_is_refused(root, tmp_path):
@@ -524,7 +526,7 @@ def test_other_usage_that_is_refused(root, tmp_path):
     with pytest.raises(UsageError, match="did you mean parent"):
         fork(root, data, "parnet")
     with pytest.raises(UsageError, match="there is a tale already"):
-        scaffold.new("tale", "parent", None, print)
+        new.new("tale", "parent", None, print)
     with pytest.raises(UsageError, match="neither columns nor formats"):
         fork(root, data, "tale", prompt="question")
     with pytest.raises(UsageError, match="cannot map to 'promt'"):
@@ -536,7 +538,7 @@ def test_what_appears_meanwhile_is_not_overwritten_and_a_stop_leaves_nothing(roo
         assert {path.parent.name for path in root.glob("recipes/*/config.yaml")} == {"parent", "tale"}, "not yet there"
         (root / "recipes/young").write_text("somebody else's")
 
-    monkeypatch.setattr(scaffold, "check", in_between)
+    monkeypatch.setattr(new, "check", in_between)
     with pytest.raises(UsageError, match="already"):
         fork(root, table(tmp_path / "my.csv"))
     assert (root / "recipes/young").read_text() == "somebody else's"
@@ -546,7 +548,7 @@ def test_what_appears_meanwhile_is_not_overwritten_and_a_stop_leaves_nothing(roo
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scaffold, "check", stop)
+    monkeypatch.setattr(new, "check", stop)
     with pytest.raises(KeyboardInterrupt):
         fork(root, table(tmp_path / "my.csv"))
     assert everything(root) == before
@@ -557,7 +559,7 @@ def test_a_parent_s_data_outside_of_its_folder_is_never_touched(root, tmp_path):
     path = root / "recipes/parent/config.yaml"
     for place in (str(outside), "../../../outside.csv"):
         path.write_text(ROWS_CONFIG.replace("data/foxes.csv", place).replace("BASE", str(tmp_path)))
-        scaffold.forget(root / "recipes/parent", config_of(root / "recipes/parent"))
+        new.forget(root / "recipes/parent", config_of(root / "recipes/parent"))
         assert outside.is_file()
 
 
@@ -600,9 +602,9 @@ def test_of_a_folder_whole_files_are_held_out(root, tmp_path):
 
 
 def test_bpe_must_be_filled_by_the_text(tmp_path):
-    def of(text: str) -> scaffold_corpus.Text:
+    def of(text: str) -> corpus.Text:
         part = [Document("a", text)]
-        return scaffold_corpus.Text("a", {"train": part}, Setting("a", 0.1, ""))
+        return corpus.Text("a", {"train": part}, Setting("a", 0.1, ""))
 
     shape = Architecture(
         vocab_size=320,
@@ -613,8 +615,8 @@ def test_bpe_must_be_filled_by_the_text(tmp_path):
         num_key_value_heads=1,
         max_position_embeddings=64,
     )
-    assert not scaffold_corpus.fits(of("ab " * 99), "bpe", 4, shape)
-    assert scaffold_corpus.fits(of(" ".join(QUESTIONS)), "bpe", 40, shape)
+    assert not corpus.fits(of("ab " * 99), "bpe", 4, shape)
+    assert corpus.fits(of(" ".join(QUESTIONS)), "bpe", 40, shape)
 
 
 # --- a copy -----------------------------------------------------------------------------------------------------------
@@ -638,7 +640,7 @@ def test_without_data_it_is_a_copy_with_the_parent_s_data_and_licence_and_no_res
 def test_a_copy_of_a_fork_keeps_what_is_written_of_its_data(root, tmp_path):
     recipe, _ = fork(root, table(tmp_path / "my.csv"))
     (recipe / "train.py").write_text("kept = 1\n")
-    scaffold.new("grandchild", "young", None, print)
+    new.new("grandchild", "young", None, print)
     card = (recipe.with_name("grandchild") / "data/README.md").read_text()
     assert "License: TO FILL IN" in card
     assert "`my.csv`, sha256" in card
@@ -687,7 +689,7 @@ def test_lines_that_have_too_many_fields_are_no_matter_of_columns(root, tmp_path
 def test_a_fork_can_be_forked(root, tmp_path):
     recipe, _ = fork(root, table(tmp_path / "my.csv"))
     rows = [(f"{q} Really?", a) for q, a in PAIRS]
-    scaffold.new("grandchild", "young", scaffold.Own(table(tmp_path / "other.csv", rows), {}, "auto"), print)
+    new.new("grandchild", "young", new.Own(table(tmp_path / "other.csv", rows), {}, "auto"), print)
     child = recipe.with_name("grandchild")
     assert len(read_rows(child / "data/rows.jsonl")) == 60
     assert all(row.prompt.endswith("Really?") for row in read_rows(child / "data/rows.jsonl"))
@@ -754,7 +756,7 @@ def test_the_command_reads_its_options_and_ends_with_the_error_s_code(root, tmp_
     def command(*words: object) -> int:
         monkeypatch.setattr(sys, "argv", ["recipe", "new", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         return int(ended.value.code or 0)
 
     data = table(tmp_path / "my.csv", columns=("ask", "say"))

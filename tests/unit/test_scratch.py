@@ -20,8 +20,6 @@ from common import hardware
 from common.errors import Stopped, VerificationError
 from common.model import llama
 from common.model.weights import InitialWeights
-from common.ops import moved, trained
-from common.ops.export import check_export, export_folder
 from common.train import metrics
 from common.train.evaluate import held_out
 from common.train.run import Run
@@ -29,6 +27,9 @@ from engines.cpu.engine import TorchCPU
 from tests.runs import log, manifest, outcome
 from tests.tiny_recipe import FROM_SCRATCH as RECIPE
 from tests.tiny_recipe import run_tiny, tiny_scratch
+from tools.export import unmoved
+from tools.export.export import check_export, export_folder
+from tools.runs import trained
 
 QUICK = (
     "training_config.precision=fp32",
@@ -233,13 +234,13 @@ def test_parameters_that_never_moved_are_named(finished, go, monkeypatch):
 
     monkeypatch.setattr(TorchCPU, "_update", frozen)
     run = trained.read(go(), print)
-    assert moved.unmoved(run) == (["model.norm.weight"], 20)
+    assert unmoved.unmoved(run) == (["model.norm.weight"], 20)
 
 
 def test_bf16_gains_that_round_back_are_found(go):
     """A gain of 1 in bf16 moves by steps of 0.0078: smaller updates are rounded away."""
     run = trained.read(go("training_config.precision=bf16", "training_config.learning_rate=1e-4"), print)
-    still, _ = moved.unmoved(run)
+    still, _ = unmoved.unmoved(run)
     assert {name for name in still if "norm" in name} == {
         name for name in llama.shapes(run.base.architecture) if "norm" in name
     }

@@ -10,9 +10,9 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.data.chat import ChatTokenizer
 from common.errors import DataError, UsageError
-from common.ops.talk import Stream, talk
 from common.train import metrics
 from tests.tiny_recipe import PROMPTS, make_tiny_recipe, run_tiny
+from tools.generate.chat import Stream, talk
 
 
 @pytest.fixture(scope="module", autouse=True)

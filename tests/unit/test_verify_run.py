@@ -13,12 +13,13 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common import cli
 from common.errors import VerificationError
-from common.ops import calibrate, verify_run
-from common.ops.calibrate import DEFECTS, Defect
-from common.ops.specimen import Specimen, specimen
 from tests.tiny_recipe import FROM_SCRATCH, run_tiny, tiny_scratch
+from tools.cli import main
+from tools.verify import calibrate
+from tools.verify import run as verify_run
+from tools.verify.calibrate import DEFECTS, Defect
+from tools.verify.specimen import Specimen, specimen
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_the_command_ends_with_6_and_lists_the_lines_for_machines(made, monkeypa
     monkeypatch.setattr(verify_run, "LINES", [line for line in verify_run.LINES if line.id in ("files", "history")])
     monkeypatch.setattr("sys.argv", ["recipe", "verify", str(run), "--json"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     captured = capsys.readouterr()
     assert ended.value.code == 6
     assert [line["verdict"] for line in json.loads(captured.out)["lines"]] == ["fail", "fail"]
@@ -98,7 +99,7 @@ def test_verify_wants_one_thing(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["recipe", "verify", *words])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 2
     assert "one of RUN, --ddp and --calibrate" in capsys.readouterr().err
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from common import cli, signatures
+from common import signatures
 from common.errors import UsageError
-from common.ops import explain
 from common.train.watchdog import AT_LEAST, FIRST_STEP, SETTING, TIMES_MEDIAN, Watchdog
 from tests.tiny_recipe import ROOT
+from tools.cli import main
+from tools.runs import explain
 
 PATIENCE = 60  # seconds a process of these tests may take on a busy machine
 
@@ -218,14 +219,14 @@ def test_the_command_explains_any_log_once_a_signature(tmp_path, monkeypatch, ca
     log.write_bytes(b"\xff\n" + b"ImportError: std::bad_cast\n" * 3 + b"TT_THROW: Fabric Router Sync: Timeout\n")
     monkeypatch.setattr("sys.argv", ["recipe", "explain", str(log)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert out.count("bad-cast (foreign.log:2: ImportError: std::bad_cast)") == 1
     assert "fabric-sync (foreign.log:5" in out
     log.write_text("all is well\n")
     with pytest.raises(SystemExit):
-        cli.main()
+        main.main()
     assert "nothing that is known" in capsys.readouterr().out
     with pytest.raises(UsageError, match="no log there"):
         ids(tmp_path)

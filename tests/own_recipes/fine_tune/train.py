@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.ops.card import write_card
-from common.ops.export import export_run
 from common.train.plan import Launch
 from common.train.run import open_run
+from tools.export.before_after import write_card
+from tools.export.export import export_run
 
 
 def train(launch: Launch) -> None:

@@ -1,5 +1,0 @@
-"""`python -m common` is `recipe`."""
-
-from common.cli import main
-
-main()

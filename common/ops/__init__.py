@@ -1,1 +1,0 @@
-"""What surrounds a run: export, reports, checks. Never imported by the training path."""

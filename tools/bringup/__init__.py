@@ -1,0 +1,1 @@
+"""`recipe verify board`: does this board compute what it should."""

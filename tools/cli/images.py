@@ -1,0 +1,71 @@
+"""`recipe image` and `recipe lock`: the pinned images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def options_of_build(function: F) -> F:
+    """The board, and what a builder may bring instead of what the network has."""
+    for option in (
+        click.option("--ca-bundle", envvar="CA_BUNDLE", type=FILE, help="A private network's certificates, PEM."),
+        click.option(
+            "--wheelhouse", envvar="WHEELHOUSE", type=FOLDER, help="Take the wheels from here; download none."
+        ),
+        click.option(
+            "--base-image", envvar="BASE_IMAGE", help="Build on this one: image@sha256:..., or a local image."
+        ),
+        click.argument("hw", envvar="HW", metavar="BOARD", default="cpu"),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group()
+def image() -> None:
+    """Build and verify the images that containers start from."""
+
+
+@image.command()
+@options_of_build
+@click.option("--no-cache", is_flag=True, help="Every step again.")
+def build(hw: str, no_cache: bool, **inputs: Any) -> None:
+    """Build a board's image with docker buildx, from the pins of docker/images.lock.json."""
+    from common import hardware
+    from tools.containers.build import Inputs, build_and_record
+    from tools.containers.images import read_lock
+
+    build_and_record(hardware.get(hw).image, read_lock(), Inputs(**inputs), click.echo, no_cache=no_cache)
+
+
+@image.command()
+@options_of_build
+@click.option("--rebuild/--no-rebuild", default=True, help="Build twice and compare the layers: minutes.")
+@click.option("--container", metavar="NAME", help="Compare this running container with the lock, too.")
+def verify(hw: str, rebuild: bool, container: str | None, **inputs: Any) -> None:
+    """Prove that a board's image holds what the lock says and can be made again. Exit code 6 where it does not."""
+    from common import hardware
+    from tools.containers.build import Inputs
+    from tools.containers.verify import verify_contents, verify_layers
+
+    board = hardware.get(hw)
+    verify_contents(board, container, click.echo)
+    if rebuild:
+        verify_layers(board, Inputs(**inputs), click.echo)
+
+
+@click.command()
+@click.option("--upgrade", is_flag=True, envvar="UPGRADE", help="Also read again what is known: a tag may have moved.")
+def lock(upgrade: bool) -> None:
+    """Renew docker/images.lock.json as far as the network allows."""
+    from tools.containers.lock import renew
+
+    renew(click.echo, upgrade=upgrade)

@@ -1,0 +1,385 @@
+"""The `recipe` command: parses, calls, and turns every error into one message and its exit code.
+
+Only click is imported here; what a verb needs is imported in the verb.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from common.errors import RecipeError, Stopped, UsageError
+from common.paths import ROOT, find_recipe, options_of_config
+
+Function = Callable[..., Any]
+
+
+class Verbs(click.Group):
+    """A group whose errors have exit codes, and whose sub-groups are imported when they are used."""
+
+    lazy: ClassVar = {  # name: (where it is, its line in the help)
+        "data": ("tools.cli.data:data", "Build, check, look at and convert data sets."),
+        "image": ("tools.cli.images:image", "Build and verify the images that containers start from."),
+        "lock": ("tools.cli.images:lock", "Renew docker/images.lock.json as far as the network allows."),
+        "report": ("tools.cli.runs:report", "Write the page of a run, or one over all runs."),
+        "runs": ("tools.cli.runs:runs", "List, show, compare and prune runs."),
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self.lazy])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        module, name = self.lazy[cmd_name][0].split(":")
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, but without importing the lazy groups for their help lines."""
+        del ctx
+        rows = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+        rows += [(name, line) for name, (_, line) in self.lazy.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def recipe(debug: bool) -> None:
+    """Training recipes for Tenstorrent hardware, and their CPU twin.
+
+    Exit codes: 0 done, 1 our bug, 2 usage or config, 3 data, 4 environment or device, 5 training failed,
+    6 a verification did not hold, 75 stopped on request after saving (the same command goes on).
+    """
+    if debug:
+        os.environ["RECIPES_DEBUG"] = "1"  # for the processes and containers that this one starts, too
+
+
+def main() -> None:
+    """The console script: run, print one message on an error, exit with its code."""
+    debug = "--debug" in sys.argv[1:] or os.environ.get("RECIPES_DEBUG") == "1"
+    try:
+        code = recipe.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.code)
+    except RecipeError as error:
+        if debug and not isinstance(error, Stopped):
+            raise
+        _fail(str(error) if isinstance(error, Stopped) else f"error: {error}", error.code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing more was saved", 130)
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").partition(".")[0] in ("", "common"):
+            raise
+        _fail(
+            f"error: this needs the package {error.name}, which is not here\n  to do: make setup, without LAUNCHER=1", 4
+        )
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `| head` does
+        sys.exit(141)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second is torch's
+            _fail("error: out of memory\n  to do: a smaller training_config.batch_size with more accumulation", 5)
+        _fail(
+            f"bug: {type(error).__name__}: {error}\n  to do: run it with --debug first and report what it prints",
+            1,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+@recipe.command()
+@click.argument("name")
+@options_of_config
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of the run, and so the schedule's horizon.")
+@click.option("--stop-at", type=click.IntRange(min=1), help="Save and end after this step with code 75.")
+@click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH", help="Where to start from.")
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="With --resume PATH: go on with another training or data; recorded.",
+)
+@click.option("--container/--no-container", default=None, help="In the pinned image, or on this machine's Python.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, and what it lacks here; run nothing.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
+@click.option(
+    "--world", type=click.IntRange(min=1), help="Devices, or CPU processes of all hosts: the mesh [1, WORLD]."
+)
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, help="Hosts that share the CPU processes.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the hosts meet; HOST is one of them.")
+@click.option("--rdzv-timeout", type=click.IntRange(min=1), default=300, help="Seconds to wait for the other hosts.")
+def run(
+    name: str,
+    container: bool | None,
+    dry_run: bool,
+    world: int | None,
+    nnodes: int,
+    rdzv_endpoint: str | None,
+    rdzv_timeout: int,
+    **asked: Any,
+) -> int:
+    """Train a recipe: data if stale, train, evaluate, export, report. A board's runs go into its image by default."""
+    recipe_dir = find_recipe(name)
+    if world is not None:
+        asked["overrides"] += (f"device_config.mesh_shape=[1,{world}]",)
+    if dry_run:
+        from tools.launch.dry_run import describe
+
+        for line in describe(recipe_dir, name, asked, container):
+            click.echo(line)
+        return 0
+    from tools.containers import launcher
+
+    if launcher.wanted(container, asked["hw"]):
+        if nnodes > 1:
+            raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
+        return launcher.launch(recipe_dir, asked, click.echo)
+    from common.train.plan import Launch
+    from tools.launch import processes
+    from tools.machine.host import launched
+    from tools.report.pages import write_at_end
+
+    command = tuple(launched().get("command") or processes.typed())
+    launch = Launch(recipe_dir=recipe_dir, command=command, at_end=write_at_end, **asked)
+    hosts = processes.Hosts(nnodes, rdzv_endpoint, rdzv_timeout)
+    with launcher.native_lease(recipe_dir.name, asked["hw"]):
+        return processes.train(launch, hosts, lambda: load_script(recipe_dir / "train.py").train(launch), click.echo)
+
+
+@recipe.command()
+@click.argument("name")
+@click.option("--from", "parent", required=True, metavar="RECIPE", help="The recipe to copy.")
+@click.option("--data", type=click.Path(path_type=Path), help="Your rows or text; without: the recipe's own stay.")
+@click.option(
+    "--map", "pairs", metavar="NAME=COLUMN", multiple=True, help="Column of prompt, response, ...; repeatable."
+)
+@click.option("--format", "format_", default="auto", show_default=True, help="Of the data, as `data convert` takes it.")
+def new(name: str, parent: str, data: Path | None, pairs: tuple[str, ...], format_: str) -> None:
+    """Make a recipe for your own data: the folder recipes/NAME, checked before it is there. Downloads nothing."""
+    from tools.cli.data import parse_map
+    from tools.scaffold.new import Own
+    from tools.scaffold.new import new as make
+
+    if data is None and (pairs or format_ != "auto"):
+        raise UsageError("--map and --format say how to read data of your own", todo="add --data FILE")
+    make(name, parent, None if data is None else Own(data, parse_map(pairs), format_), click.echo)
+
+
+@recipe.group()
+def config() -> None:
+    """Look at a recipe's config."""
+
+
+@config.command()
+@click.argument("name")
+@options_of_config
+@click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
+def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None) -> None:
+    """Print the config with all layers merged, for a board that need not be here."""
+    from common import config as configs
+    from common import hardware
+    from tools.plan import lint
+
+    board = hardware.choose(hw, require_present=False).hardware
+    resolved = configs.load(find_recipe(name), board, overrides, steps)
+    click.echo(resolved.to_yaml(), nl=False)
+    if shape := resolved.model.architecture:
+        from common.model.llama import parameters_by_component
+
+        counts = parameters_by_component(shape.model_dump())
+        parts = " + ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+        click.echo(f"# {sum(counts.values()):,} parameters = {parts}")
+    for finding in lint.lint(resolved, board):
+        click.echo(f"# {finding.id}: {finding.message}", err=True)
+
+
+@config.command()
+def schema() -> None:
+    """Print the config's JSON schema, for editors."""
+    import json
+
+    from common.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=1))
+
+
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--check", is_flag=True, help="Only load the export again and compare its held-out loss.")
+def export(run: Path, check: bool) -> None:
+    """Write a run's Hugging Face folders, and prove them by reloading."""
+    from tools.export.export import check_export, export_folder
+
+    (check_export if check else export_folder)(run, click.echo)
+
+
+@recipe.command()
+@click.argument("target", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--prompt", "prompts", multiple=True, help="Ask this; repeatable. Without: a prompt loop.")
+@click.option("--base", is_flag=True, help="Show the untuned model's answer, too.")
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--max-new-tokens", type=int)
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(target: Path, prompts: tuple[str, ...], base: bool, seed: int, **sampling: float | None) -> None:
+    """Talk to a run, or to any Hugging Face Llama folder."""
+    from tools.generate.chat import talk
+
+    talk(target, prompts, base=base, seed=seed, sampling={k: v for k, v in sampling.items() if v is not None})
+
+
+@recipe.command()
+@click.argument("run", required=False)
+@click.option("--hw", metavar="BOARD", help="The run on this board.")
+@click.option("--now", is_flag=True, help="Kill it: nothing more is saved, and a board may need a reset.")
+def stop(run: str | None, hw: str | None, now: bool) -> None:
+    """End a run on this machine, after it has saved a checkpoint: RUN is its name, needed where several go on."""
+    from tools.launch.stop import stop as end
+
+    end(run, hw, now, click.echo)
+
+
+@recipe.command()
+@click.option("--ttml", is_flag=True, help="Instead: every name of ttml and ttnn that training relies on.")
+@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
+@click.option("--device/--no-device", default=True, help="With --ttml: open one device to see a model's parameters.")
+@click.option("--container/--no-container", default=None, help="For runs in the image, or on this machine's Python.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_json: bool) -> None:
+    """Look for what is wrong with this machine; change nothing."""
+    if ttml:
+        from tools.doctor.ttml import choose_board
+        from tools.doctor.ttml import report as report_ttml
+
+        return report_ttml(*choose_board(hw, require_present=device), device=device, as_json=as_json, say=click.echo)
+    from tools.doctor.machine import report
+
+    return report(hw, container, as_json, click.echo)
+
+
+@recipe.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--bring-up", is_flag=True, help="The checklist for a board or a build that has not trained yet.")
+@click.option("--calibrate", is_flag=True, help="Plant defects in a tiny run and see each one caught.")
+@click.option("--ddp", is_flag=True, help="One device against several: the same losses, the same parameters?")
+@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here, or cpu-x2 for --ddp.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--recipe", "name", default="ddp-n300", show_default=True, help="What --ddp trains.")
+@click.option("--world", type=click.IntRange(min=2), help="Devices that --ddp compares with one; unset: all.")
+@click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="That --ddp compares.")
+@click.option("--weak", is_flag=True, help="For --ddp: measure with a batch for each device.")
+@click.option("--record", is_flag=True, help="For --ddp, from a clean tree: write the figures into results.yaml.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="For --ddp: override one key; repeatable.")
+def verify(
+    run: Path | None, bring_up: bool, calibrate: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any
+) -> int:
+    """Prove that a run holds together, or that a board computes what it should. Exit code 6 where it does not."""
+    if (run is not None) + bring_up + calibrate + ddp != 1:
+        raise UsageError(
+            "verify what?", todo="one of RUN, --ddp and --calibrate, or, for a board: recipe verify --bring-up"
+        )
+    if ddp:
+        from tools.verify.ddp import run as compare
+
+        return compare(hw, as_json=as_json, say=click.echo, **asked)
+    if run is not None:
+        from tools.verify import run as verify_run
+
+        verify_run.report(run, as_json, click.echo)
+    elif calibrate:
+        from tools.verify import calibrate as calibration
+
+        calibration.report(as_json, click.echo)
+    else:
+        from tools.bringup import run as checklist
+        from tools.containers.launcher import native_lease
+        from tools.doctor.ttml import choose_board
+
+        with native_lease("verify --bring-up", hw):
+            checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
+    return 0
+
+
+@recipe.command()
+@click.argument("name")
+@options_of_config
+@click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def plan(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None, as_json: bool) -> None:
+    """Say what a run would need: memory by component, batches, padding, disk and time. Downloads nothing."""
+    from tools.plan.estimate import report
+
+    report(find_recipe(name), hw, overrides, steps, as_json, click.echo)
+
+
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--record", is_flag=True, help="Write the run's figures into the recipe's results.yaml.")
+@click.option(
+    "--band-from",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="With --record: a run that shows how far figures may stray; repeatable.",
+)
+@click.option("--speed", is_flag=True, help="With --record: tokens/s too; this machine did nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def grade(run: Path, record: bool, others: tuple[Path, ...], speed: bool, as_json: bool) -> None:
+    """Hold a run against the recorded figures of its training. Exit code 6 where one fails."""
+    if (others or speed) and not record:
+        raise UsageError("--band-from and --speed say what is recorded", todo="add --record")
+    if record:
+        from tools.results.record import record as write
+
+        write(run, others, speed, click.echo)
+        return
+    from tools.results.grade import report
+
+    report(run, as_json, click.echo)
+
+
+@recipe.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
+def repro(run: Path, out: Path) -> None:
+    """Run a run again from its manifest, and compare: bit for bit where that can be expected."""
+    from tools.results.repro import repro as run_again
+
+    run_again(run, out, click.echo)
+
+
+@recipe.command()
+@click.argument("target", metavar="LOG|RUN", type=click.Path(path_type=Path, exists=True))
+def explain(target: Path) -> None:
+    """Look in a log, or a run's folder, for what is known to go wrong, and say what to do."""
+    from tools.runs.explain import report
+
+    report(target, click.echo)
+
+
+def load_script(path: Path) -> Any:
+    """Import a recipe's script by its path: recipe folders are no packages."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UsageError("the recipe has no train.py", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass in the script looks its annotations up
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,217 @@
+"""`recipe runs` and `recipe report`: look at runs, compare them, make room."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common.errors import UsageError
+from common.paths import ROOT
+
+if TYPE_CHECKING:
+    from tools.runs.compare import Verdict
+    from tools.runs.run_record import RunRecord
+
+RUN = click.Path(path_type=Path, exists=True, file_okay=False)
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
+
+
+@click.command()
+@click.argument("folders", metavar="[RUN]...", type=RUN, nargs=-1)
+@out_option
+def report(folders: tuple[Path, ...], out: Path) -> None:
+    """Write report.html of each RUN; without one, the page over all runs."""
+    from tools.report import pages
+
+    for folder in folders:
+        click.echo(pages.write_run(folder))
+    if not folders:
+        path, count = pages.write_overview(out)
+        click.echo(f"{path} ({count} runs)")
+
+
+@click.group()
+def runs() -> None:
+    """List, show, compare and prune runs."""
+
+
+@runs.command("list")
+@out_option
+@json_option
+def list_runs(out: Path, as_json: bool) -> None:
+    """Print every run, the newest first: how it ended, how far it came, what it reached."""
+    from tools.runs.run_record import runs_in
+
+    records = list(runs_in(out))
+    if as_json:
+        print_json([summary(record) for record in records])
+    elif records:
+        print_table(records)
+    else:
+        click.echo(f"no runs in {out}")
+
+
+@runs.command()
+@click.argument("run", type=RUN)
+def show(run: Path) -> None:
+    """Print a run's figures and draw its loss."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from tools.report import facts, terminal
+    from tools.runs import run_record
+
+    record = run_record.read(run)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(f"{record.name}: {record.state}", style="bold"))
+    if record.state in ("failed", "stopped"):
+        console.print(Text(facts.cause(record), style="yellow"))
+    for name, value, what in facts.tiles(record):
+        console.print(Text(f"{name:<22} {value}  ({what})"))
+    console.print()
+    for line in terminal.loss_lines(record, min(console.width, 110), console.is_terminal):
+        console.print(Text.from_ansi(line))
+    for fault in record.faults:
+        console.print(Text(f"note: {fault}", style="yellow"))
+
+
+@runs.command()
+@click.argument("folders", metavar="RUN RUN...", type=RUN, nargs=-1, required=True)
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the curves, into this file.")
+@json_option
+def compare(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
+    """Compare runs with the first one: figures, config, and whether a gap is more than noise.
+
+    Losses of other tokens, tokenizers or lengths are never compared; bits per byte are, on the same text.
+    """
+    from tools.report import pages
+    from tools.runs import run_record
+    from tools.runs.compare import SEED_NOTE, config_table, verdict
+
+    if len(folders) < 2:
+        raise UsageError("one run has nothing to be compared with", todo="recipe runs compare RUN RUN...")
+    records = [run_record.read(folder) for folder in folders]
+    verdicts = [verdict(records[0], other) for other in records[1:]]
+    if as_json:
+        print_json({"runs": [*map(summary, records)], "verdicts": [*map(as_dict, verdicts)]})
+    else:
+        print_table(records)
+        print_config(config_table(records))
+        for found in verdicts:
+            click.secho(f"\n{found.other.name} beside {records[0].name}:", bold=True)
+            click.secho(found.sentence(), fg="yellow" if found.unlike else None)
+        click.echo(f"\n{SEED_NOTE}")
+    if html:
+        click.echo(pages.write_comparison(records, html), err=as_json)
+
+
+@runs.command()
+@click.argument("folders", metavar="[RUN]...", type=RUN, nargs=-1)
+@out_option
+@click.option("--keep", type=click.IntRange(min=0), default=1, show_default=True, help="Newest checkpoints to keep.")
+@click.option("--exports", is_flag=True, help="Delete export/, too.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def prune(folders: tuple[Path, ...], out: Path, keep: int, exports: bool, yes: bool) -> None:
+    """Delete checkpoints of each RUN, or of all runs: only the newest stays, with keep_best the best, too.
+
+    Metrics, config, manifest, log, samples and reports stay as they are; a run that is going on is not touched.
+    """
+    from common.files import disk_errors
+    from tools.runs import run_record
+    from tools.runs.prune import locked, removable, remove, shown_size
+
+    records = [run_record.read(folder) for folder in folders] or list(run_record.runs_in(out))
+    with disk_errors("delete checkpoints", out), contextlib.ExitStack() as held:
+        going = [
+            folder
+            for record in locked(records, held, click.echo)
+            for folder in removable(record, keep, exports, bool(folders), click.echo)
+        ]
+        if not going:
+            click.echo("nothing to delete")
+            return
+        for folder in going:
+            click.echo(f"{shown_size(folder.size):>9}  {folder.path}")
+        if not yes and not click.confirm(f"delete these {len(going)} folders?"):
+            click.echo("nothing was deleted")
+            return
+        for folder in going:
+            remove(folder)
+    click.echo(f"deleted: {shown_size(sum(folder.size for folder in going))}")
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def summary(record: RunRecord) -> dict[str, Any]:
+    """A run's figures for machines."""
+    return {
+        "run": record.name,
+        "folder": str(record.folder),
+        "recipe": record.manifest.get("recipe"),
+        "hw": record.manifest.get("hw"),
+        "state": record.state,
+        "exit_reason": record.manifest.get("exit_reason"),
+        "step": record.last_step,
+        "steps": record.manifest.get("steps"),
+        "training_loss": record.steps[-1]["loss"] if record.steps else None,
+        "evaluation": record.evaluation or None,
+        "faults": record.faults,
+    }
+
+
+def as_dict(found: Verdict) -> dict[str, Any]:
+    return {
+        "base": found.base.name,
+        "other": found.other.name,
+        "unlike": list(found.unlike),
+        "measure": found.measure or None,
+        "gap": found.gap if found.measure else None,
+        "standard_error": found.error if found.measure else None,
+        "exceeds_noise": found.exceeds_noise,
+        "notes": list(found.notes),
+    }
+
+
+def print_json(value: Any) -> None:
+    """JSON for machines, which knows no NaN: null in its place."""
+    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    click.echo(json.dumps(strict, indent=1, ensure_ascii=False))
+
+
+def print_table(records: list[RunRecord]) -> None:
+    """A line a run; where the terminal is narrower it wraps, and nothing is cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from tools.report import facts
+
+    found = Table(box=None, pad_edge=False)
+    for column in ("run", "state", "steps", "training loss", "held-out loss", "bits per byte"):
+        found.add_column(column, no_wrap=True)
+    for record in records:
+        evaluation = record.evaluation
+        cells = [
+            record.name,
+            record.state,
+            f"{record.last_step} of {record.manifest.get('steps', '–')}",
+            facts.text_of(record.steps[-1]["loss"]) if record.steps else "–",
+            facts.with_error(evaluation.get("eval_loss", "–"), evaluation.get("eval_loss_se")),
+            facts.with_error(evaluation.get("bits_per_byte", "–"), evaluation.get("bits_per_byte_se")),
+        ]
+        found.add_row(*map(Text, cells))  # Text: a name is no markup
+    Console(highlight=False, width=1000).print(found)
+
+
+def print_config(rows: list[tuple[str, list[str]]]) -> None:
+    click.echo("\nconfig, where it is not the same:" if rows else "\nconfig: the same in all")
+    for key, values in rows:
+        click.echo(f"  {key}: {' | '.join(values)}")

@@ -1,0 +1,1 @@
+"""Docker: images, and the container of a run."""

@@ -1,0 +1,85 @@
+"""A root caller's run folder is user 1000's while the run goes on, and root's again when it has ended.
+
+A container never runs as root; what it writes would then not be the caller's. Any other caller's container runs as
+that caller, and nothing is lent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.errors import EngineLost, MachineError
+from common.paths import home
+from tools.containers.spec import USER
+
+CACHES = ("bases", "corpora", "tokens", "tokenizers", "kernels", "hub")  # what a run writes below RECIPES_HOME
+
+
+def candidates(out: Path, new: str, recipe: str) -> list[Path]:
+    """Folders that a run of `recipe` may write to: its own new one, and unfinished ones that it may go on with."""
+    return [out / new, *(path.parent for path in out.glob("*/manifest.json") if _unfinished(path, recipe))]
+
+
+def _unfinished(manifest: Path, recipe: str) -> bool:
+    try:
+        values = json.loads(manifest.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("recipe") == recipe and values.get("exit_reason") != "done"
+
+
+@contextlib.contextmanager
+def lent(folders: Sequence[Path]) -> Iterator[None]:
+    """User 1000 owns `folders` within the block. The first is the new run's; it goes again if nothing came into it.
+
+    Where the engine was lost, the run may go on and write: they stay lent until its container is cleared away.
+    """
+    new = folders[0]
+    new.mkdir(parents=True, exist_ok=True)
+    mine = [folder for folder in folders if folder.stat().st_uid == 0]
+    runs_on = False
+    try:
+        for folder in (*mine, *caches()):
+            give(folder, 0, USER)
+        yield
+    except EngineLost:
+        runs_on = True
+        raise
+    finally:
+        for folder in [] if runs_on else mine:
+            give(folder, USER, 0)
+        with contextlib.suppress(OSError):
+            new.rmdir()
+
+
+def caches() -> list[Path]:
+    """The folders of RECIPES_HOME, made. They stay user 1000's: root can use them all the same."""
+    folders = [home() / name for name in CACHES]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folders
+
+
+def give(folder: Path, before: int, after: int) -> None:
+    """Hand what `before` owns in `folder`, the folder too, to `after`; links are handed over, never followed."""
+    if not folder.is_dir():
+        return
+    for place, names, files in os.walk(folder):
+        for path in (Path(place), *(Path(place, name) for name in (*names, *files))):
+            if path.lstat().st_uid == before:
+                _chown(path, after)
+
+
+def _chown(path: Path, user: int) -> None:
+    try:
+        os.chown(path, user, user, follow_symlinks=False)
+    except PermissionError as error:
+        raise MachineError(
+            "not even root may hand this over, so a container that is not root could not write to it",
+            where=str(path),
+            todo="a file system that squashes root? name another folder with --out or RECIPES_HOME, or do not be root",
+        ) from error

@@ -1,0 +1,318 @@
+"""What a run's container is: one description, said to the Docker engine and printed as the command it amounts to.
+
+Host paths are container paths: checkout, recipe, runs and RECIPES_HOME are mounted where they are, so a config, a
+manifest and a message mean the same on both sides, and a run goes on in and out of the container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.hardware import Hardware, system_root
+from common.paths import ROOT, run_words
+from common.paths import home as cache
+from common.train.manifest import code_facts
+from engines.ttml.mesh import DESCRIPTOR
+from tools.containers.images import Image
+from tools.machine import host
+
+LABEL = "training-recipes."
+NOT_BUILT = "<not built>"
+USER = 1000  # what a root caller's run is inside: a container never runs as root
+MEMLOCK = -1  # without an end: what a card reads and writes by DMA is locked in memory
+STOP_SECONDS = 120  # what a step, a checkpoint and the closing of a device may take before the engine kills
+LOG = {"max-size": "50m", "max-file": "2"}
+# A folder in memory, which ends with the container. As a volume, because the --tmpfs of older engines gives it the mode
+# of the image's folder there: 0700 for /root, which keeps everyone out of what is mounted below it.
+SCRATCH = {"type": "tmpfs", "device": "tmpfs", "o": "mode=1777,nosuid,nodev"}
+# Of the caller's environment, besides TT_*: the rest of it has no business in there.
+HANDED_OVER = (
+    *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY"),
+    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "OMP_NUM_THREADS"),
+    *("RECIPES_DEBUG", "RECIPES_STALL_SECONDS"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TERM", "COLORTERM", "TZ"),
+)
+OF_THE_IMAGE = ("TT_METAL_HOME", "TT_METAL_RUNTIME_ROOT")  # the host's tt-metal is not the image's
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A file or folder, in the container where it is outside (`inside`: elsewhere)."""
+
+    path: Path
+    writable: bool = False
+    inside: Path | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A container, before any engine is asked. `environment` is printed, of `secret` only the names."""
+
+    name: str
+    image: str
+    words: tuple[str, ...]
+    user: tuple[int, int]
+    mounts: tuple[Mount, ...]
+    scratch: tuple[Path, ...]
+    environment: Mapping[str, str]
+    secret: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[tuple[str, str], ...] = ()  # outside, inside
+    cpus: str | None = None
+    terminal: bool = False
+
+    @property
+    def user_name(self) -> str:
+        return f"{self.user[0]}:{self.user[1]}"
+
+
+def configuration(spec: Spec) -> dict[str, Any]:
+    """The keyword arguments of docker's `create_container`, but for its host_config; `command_line` says the same."""
+    return {
+        "image": spec.image,
+        "command": list(spec.words),
+        "name": spec.name,
+        "user": spec.user_name,
+        "working_dir": str(ROOT),
+        "tty": spec.terminal,
+        "stop_timeout": STOP_SECONDS,
+        "environment": {**spec.environment, **spec.secret},
+        "labels": dict(spec.labels),
+    }
+
+
+def host_settings(spec: Spec) -> dict[str, Any]:
+    """The keyword arguments of docker's `create_host_config`."""
+    from docker.types import DriverConfig, LogConfig, Ulimit
+    from docker.types import Mount as Bind
+
+    return {
+        "init": True,
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "ipc_mode": "host",  # tt-umd's locks between processes lie in /dev/shm
+        "devices": [f"{outside}:{inside}:rw" for outside, inside in spec.devices],
+        "ulimits": [Ulimit(name="memlock", soft=MEMLOCK, hard=MEMLOCK)] if spec.devices else [],
+        "mounts": [
+            Bind(str(mount.inside or mount.path), str(mount.path), type="bind", read_only=not mount.writable)
+            for mount in spec.mounts
+        ]
+        + [
+            Bind(str(path), None, type="volume", no_copy=True, driver_config=DriverConfig("local", SCRATCH))
+            for path in spec.scratch
+        ],
+        "cpuset_cpus": spec.cpus,
+        "log_config": LogConfig(type="local", config=LOG),
+    }
+
+
+def command_line(spec: Spec) -> str:
+    """The container as a `docker run` command. Variables of `secret` stand without values: docker takes them over."""
+    words = ["docker", "run", "--rm", "--init", "--name", spec.name, "--user", spec.user_name, "--workdir", str(ROOT)]
+    words += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--ipc", "host"]
+    words += [word for outside, inside in spec.devices for word in ("--device", f"{outside}:{inside}:rw")]
+    words += ["--ulimit", f"memlock={MEMLOCK}"] if spec.devices else []
+    for mount in spec.mounts:
+        bind = f"type=bind,source={mount.path},target={mount.inside or mount.path}"
+        words += ["--mount", bind + ("" if mount.writable else ",readonly")]
+    options = ",".join(["volume-driver=local", *(f'"volume-opt={key}={SCRATCH[key]}"' for key in SCRATCH)])
+    for path in spec.scratch:
+        words += ["--mount", f"type=volume,target={path},volume-nocopy,{options}"]
+    words += [word for name, value in spec.environment.items() for word in ("--env", f"{name}={value}")]
+    words += [word for name in spec.secret for word in ("--env", name)]
+    words += [word for name, value in spec.labels.items() for word in ("--label", f"{name}={value}")]
+    words += ["--cpuset-cpus", spec.cpus] if spec.cpus else []
+    words += ["--tty"] if spec.terminal else []
+    words += ["--stop-timeout", str(STOP_SECONDS)]
+    words += ["--log-driver", "local", *(word for item in LOG.items() for word in ("--log-opt", "=".join(item)))]
+    return shlex.join([*words, spec.image, *spec.words])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A `recipe run` that is to happen in a container. `id` names the container and, if it is new, the run's folder."""
+
+    id: str
+    recipe_dir: Path
+    config: Config
+    hw: Hardware
+    nodes: tuple[str, ...]
+    asked: Mapping[str, Any]  # the options of `run`, by their names in Launch
+    image: Image | None
+
+    @property
+    def out(self) -> Path:
+        return Path(self.asked["out"]).expanduser().absolute()
+
+
+def spec_of(run: Run, lent: Sequence[Path] = ()) -> Spec:
+    """The container of a run. `lent` are folders that are its user's only while it runs."""
+    outside = os.environ
+    user = caller()
+    kernels = cache() / "kernels" / kernels_name(run)
+    environment = {
+        "HOME": str(home()),
+        "USER": "recipe",  # a user id without a name has none to look up
+        "RECIPES_HOME": str(cache()),
+        "HF_HOME": str(Path(outside["HF_HOME"]).absolute() if outside.get("HF_HOME") else cache() / "hub"),
+        "MPLCONFIGDIR": "/tmp/matplotlib",  # below HOME, .cache is the engine's: a parent of what is mounted there
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        **(board_environment(run.hw, kernels) if not run.hw.is_cpu else {}),
+        **users_environment(),
+        host.LAUNCH: json.dumps(said_of(run)),
+    }
+    mounts = tuple(mounts_of(run))
+    scratch = dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(run) else [])])
+    handed_over = {name: outside[name] for name in HANDED_OVER if outside.get(name)}
+    return Spec(
+        name=f"recipes-{run.id}",
+        image=run.image.reference if run.image else NOT_BUILT,
+        words=tuple(words_of(run)),
+        user=user,
+        mounts=mounts,
+        scratch=tuple(path for path in scratch if path not in {mount.path for mount in mounts}),
+        environment=environment,
+        secret=handed_over,
+        labels=labels_of(run, lent),
+        devices=tuple((str(below_root(node)), node) for node in run.nodes),
+        cpus=cpus(),
+        terminal=sys.stdout.isatty() and sys.stderr.isatty(),
+    )
+
+
+def caller() -> tuple[int, int]:
+    """Whom a run's files belong to: the caller, or user 1000 where that is root."""
+    return (os.getuid(), os.getgid()) if os.getuid() else (USER, USER)
+
+
+def home() -> Path:
+    """The caller's home, so that `~` means the same inside; it is empty there but for what is mounted."""
+    return Path.home() if Path.home() != Path("/") else Path("/tmp")
+
+
+def behind_root(run: Run) -> bool:
+    """Whether a mount lies in /root, whose mode in an image keeps every other user out."""
+    return any(Path("/root") in path.parents for path in (ROOT, run.out, cache(), run.recipe_dir))
+
+
+def users_environment() -> dict[str, str]:
+    """What the caller has set of tt-metal's variables: it wins. A path in them is the same inside."""
+    values = {name: value for name, value in os.environ.items() if name.startswith("TT_") and name not in OF_THE_IMAGE}
+    return values | {name: str(Path(values[name]).absolute()) for name in (DESCRIPTOR,) if name in values}
+
+
+def board_environment(hw: Hardware, kernels: Path) -> dict[str, str]:
+    """What tt-metal reads. Its operations may take minutes while kernels are compiled, but not for ever."""
+    return {
+        "ARCH_NAME": hw.arch,
+        "TT_METAL_CACHE": str(kernels),
+        "TT_METAL_LOGS_PATH": "/tmp",
+        "TT_METAL_OPERATION_TIMEOUT_SECONDS": "300",
+    }
+
+
+def kernels_name(run: Run) -> str:
+    """A folder of compiled kernels for one image and architecture, and one card: two writers at once spoil it."""
+    image = run.image.reference.rpartition("sha256:")[2][:12] if run.image else "image"
+    keys = [card.key for card in host.cards(run.nodes)] or ["none"]
+    return f"{image}-{run.hw.arch}-{keys[0].replace(':', '-')}"
+
+
+def mounts_of(run: Run) -> Iterator[Mount]:
+    """Read-only what is read, writable what a run writes; a folder inside another comes after it."""
+    readable = [ROOT, run.recipe_dir, *named_paths(run)]
+    mounts = {path: Mount(path) for path in readable} | {path: Mount(path, True) for path in writable_of(run)}
+    for path in sorted(mounts):
+        covered = [mounts[parent] for parent in path.parents if parent in mounts]
+        if not covered or (mounts[path].writable and not covered[0].writable):
+            yield mounts[path]
+    if needs_hugepages(run):
+        yield Mount(below_root(str(host.HUGEPAGES)), True, host.HUGEPAGES)
+
+
+def writable_of(run: Run) -> list[Path]:
+    """What a run writes to: its runs, the caches, and a Hub cache where the caller has named one."""
+    return [run.out, cache(), *([Path(os.environ["HF_HOME"]).absolute()] if os.environ.get("HF_HOME") else [])]
+
+
+def named_paths(run: Run) -> Iterator[Path]:
+    """What else the command line, the config and the environment name that is here and is to be read."""
+    config, resume = run.config, str(run.asked["resume"])
+    named = [config.model.base, config.data.source, config.data.corpus, users_environment().get(DESCRIPTOR)]
+    if resume not in ("auto", "never"):
+        start = Path(resume).expanduser().absolute()
+        named.append(str(start.parent.parent if (start / "state.json").is_file() else start))  # its run's records, too
+    named += [config.eval.prompts] if isinstance(config.eval.prompts, str) else []
+    for name in named:
+        path = (run.recipe_dir / Path(name).expanduser()) if name else None
+        if path is not None and path.exists():
+            yield path.absolute()
+
+
+def needs_hugepages(run: Run) -> bool:
+    """Whether a card's DMA is not translated by an IOMMU, and the pages for that are mounted."""
+    untranslated = any(card.translated is not True for card in host.cards(run.nodes))
+    return untranslated and host.hugepages().mounted
+
+
+def below_root(path: str) -> Path:
+    """A path of the machine below RECIPES_SYSFS_ROOT, as everything of a board is looked up."""
+    return system_root() / path.lstrip("/")
+
+
+def cpus() -> str | None:
+    """The processors this process may use, where that is not all: threads decide the bits of a CPU run."""
+    mine = sorted(os.sched_getaffinity(0))
+    return ",".join(map(str, mine)) if len(mine) < (os.cpu_count() or 1) else None
+
+
+def words_of(run: Run) -> list[str]:
+    """The words of the same `recipe run`, for inside: the board by name, paths absolute."""
+    resume = run.asked["resume"]
+    if resume not in ("auto", "never"):
+        resume = Path(resume).expanduser().absolute()
+    return run_words(str(run.recipe_dir), {**run.asked, "hw": run.hw.name, "resume": resume, "out": run.out})
+
+
+def said_of(run: Run) -> dict[str, Any]:
+    """What the container cannot see of itself and its manifest is to say."""
+    facts = code_facts(run.nodes)
+    image = run.image and {
+        "target": run.image.target,
+        "reference": run.image.reference,
+        "source": run.image.source,
+        "pins_sha256": run.image.lock_sha256,
+    }
+    kept = ("git_commit", "git_dirty", "host")
+    return {"run": run.id, "image": image, "command": list(sys.argv), **{name: facts[name] for name in kept}}
+
+
+def labels_of(run: Run, lent: Sequence[Path]) -> dict[str, str]:
+    """How a container is found again: by its board's cards, and by who launched it."""
+    values = {
+        "run": run.id,
+        "hw": run.hw.name,
+        "cards": ",".join(card.key for card in host.cards(run.nodes)),
+        "launcher": process(os.getpid()),
+        "lent": json.dumps([str(path) for path in lent]),
+    }
+    return {LABEL + name: value for name, value in values.items()}
+
+
+def process(pid: int) -> str:
+    """A process of this machine, told from a later one of the same number by its start: `pid@ticks`."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        ticks = "gone"
+    return f"{pid}@{ticks}"

@@ -1,0 +1,1 @@
+"""`recipe data`: check, convert and fetch."""

@@ -1,0 +1,1 @@
+"""`recipe doctor`: what is wrong with this machine."""

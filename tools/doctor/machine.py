@@ -1,0 +1,272 @@
+"""`recipe doctor`: what is wrong with this machine for the board asked for; nothing is changed, opened or reset."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import hardware
+from common.errors import MachineError, RecipeError
+from common.hardware import Choice, Hardware
+from common.model.bases import sha256_file
+from common.paths import ROOT, home
+from engines.ttml.mesh import check_descriptor, find_descriptor
+from tools.containers import launcher
+from tools.containers.engine import connect, explained
+from tools.containers.images import image_for, pins_of, read_lock, requirements_of
+from tools.doctor import findings
+from tools.doctor.findings import Finding
+from tools.machine import host, lease
+
+MINIMUM_DRIVER = "2.0.0"  # tt-umd refuses older ones
+TTNN_PYTHONS = ((3, 10), (3, 12))  # that ttnn 0.81.1 has wheels for
+ROOM_GB = 5  # TinyLlama's base (2.2 GB) and the checkpoints of a LoRA run, twice over
+PIN = re.compile(r"^([\w.-]+)==([\w.+!-]+)( *;)?", re.MULTILINE)  # the last part: only for some Pythons
+INSTALLER = "tt-installer (Tenstorrent's) sets up driver, firmware and huge pages"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks look at: the board asked for, its nodes here, and whether its runs go into a container."""
+
+    hw: Hardware
+    nodes: tuple[str, ...]
+    contained: bool
+
+    @property
+    def cards(self) -> tuple[host.Card, ...]:
+        return host.cards(self.nodes)
+
+
+Check = Callable[[Machine], Iterator[Finding]]
+
+
+def report(hw: str | None, container: bool | None, as_json: bool, say: Callable[[str], None]) -> None:
+    """Print every finding. Raises MachineError, with all of them, where something is wrong."""
+    choice = hardware.choose(hw, require_present=False)
+    found = examine(choice, container)
+    if as_json:
+        say(findings.as_json(found, hw=choice.hardware.name, why=choice.reason, host=host.facts(choice.nodes)))
+    else:
+        for line in (choice.reason, *(line for finding in found for line in finding.lines())):
+            say(line)
+    findings.end(found)
+
+
+def examine(choice: Choice, container: bool | None = None) -> list[Finding]:
+    """All findings for a board that need not be here; `container` as for a run: where its runs would go."""
+    machine = Machine(choice.hardware, choice.nodes, launcher.wanted(container, choice.hardware.name))
+    checks = (*(BOARD if not choice.hardware.is_cpu else ()), *ANY)
+    return [finding for check in checks for finding in check(machine)]
+
+
+def attempt(id: str, look: Callable[[], str], untold: bool = False) -> Finding:
+    """The finding of `look`: what it returns, or the error it raises; `untold` where that is no fault."""
+    try:
+        return Finding(id, True, look())
+    except RecipeError as error:
+        return Finding(id, None if untold else False, error.what, error.todo)
+
+
+# --- the board ------------------------------------------------------------------------------------------------------
+
+
+def nodes(machine: Machine) -> Iterator[Finding]:
+    yield attempt("board.nodes", lambda: hardware.choose(machine.hw.name).reason)
+
+
+def driver(_machine: Machine) -> Iterator[Finding]:
+    version = host.driver()
+    if version is None:
+        yield Finding("board.driver", False, "the kernel module tenstorrent is not loaded", INSTALLER)
+        return
+    enough = numbers(version) >= numbers(MINIMUM_DRIVER)
+    yield Finding("board.driver", enough, f"driver {version}, at least {MINIMUM_DRIVER} is needed", INSTALLER)
+
+
+def firmware(machine: Machine) -> Iterator[Finding]:
+    minimum = machine.hw.minimum_firmware or "0"
+    told = {card.node: card.firmware for card in machine.cards}
+    old = [f"{node} has {version}" for node, version in told.items() if version and numbers(version) < numbers(minimum)]
+    if old:
+        yield Finding("board.firmware", False, f"{', '.join(old)}; at least {minimum} is needed", INSTALLER)
+    elif not told or None in told.values():
+        yield Finding("board.firmware", None, "the driver does not say which firmware the cards have", INSTALLER)
+    else:
+        versions = ", ".join(sorted(set(map(str, told.values()))))
+        yield Finding("board.firmware", True, f"firmware {versions}, at least {minimum} is needed")
+
+
+def memory(machine: Machine) -> Iterator[Finding]:
+    """With an IOMMU that translates, DMA takes ordinary memory; without one, or passed through, 1 GiB huge pages."""
+    states, pages = {card.translated for card in machine.cards}, host.hugepages()
+    here, needed = f"{pages.count} huge pages of 1 GiB", len(machine.nodes)
+    if not states or None in states:
+        yield Finding("board.memory", None, "it cannot be read whether an IOMMU translates the cards' DMA")
+    elif len(states) > 1:
+        cure = "set one mode for all PCIe devices on the kernel's command line (iommu=)"
+        yield Finding("board.memory", False, "an IOMMU translates the DMA of some cards and not of others", cure)
+    elif True in states:
+        yield Finding("board.memory", True, "an IOMMU translates the cards' DMA: no huge pages are needed")
+    else:
+        evidence = f"no IOMMU translates the cards' DMA (off, or iommu=pt); {here}, a card needs at least one"
+        where = "mounted" if pages.mounted else "not mounted"
+        cure = f"kernel parameters hugepagesz=1G hugepages={needed}, and hugetlbfs with pagesize=1G on {host.HUGEPAGES}"
+        ok = pages.mounted and pages.count >= needed
+        yield Finding("board.memory", ok, f"{evidence}; {host.HUGEPAGES} is {where}", f"{cure}; or turn the IOMMU on")
+
+
+def owner(machine: Machine) -> Iterator[Finding]:
+    """Who has a card: a run of ours by its lease, or any process that has its node open."""
+    leases = [str(owner) for card in machine.cards if (owner := lease.held(card.key))]
+    others = [f"{card.node} by process {pid} ({name_of(pid)})" for card in machine.cards for pid in card.holders]
+    if found := [*dict.fromkeys(leases), *others]:
+        cure = f"wait, or end it: recipe stop --hw {machine.hw.name} for a run of ours"
+        yield Finding("board.owner", False, f"in use: {'; '.join(found)}", cure)
+    else:
+        yield Finding("board.owner", True, "nobody has the board")
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text("utf-8").strip()
+    except OSError:
+        return "not visible from here"
+
+
+def descriptor(machine: Machine) -> Iterator[Finding]:
+    mesh = machine.hw.mesh_shape
+    if mesh == (1, 1):
+        return
+    try:
+        path = find_descriptor(machine.hw, mesh)
+    except MachineError as error:
+        name = f"{machine.hw.mesh_graph_descriptor} is tt-metal's own: a run looks for it in its image"
+        yield Finding("board.descriptor", None if machine.contained else False, name, error.todo)
+        return
+
+    def look() -> str:
+        check_descriptor(path, mesh)
+        return f"{path} has dims {list(mesh)}"
+
+    yield attempt("board.descriptor", look)
+
+
+# --- containers -----------------------------------------------------------------------------------------------------
+
+
+def engine(machine: Machine) -> Iterator[Finding]:
+    def look() -> str:
+        client = connect()
+        with explained("asking the Docker engine"):
+            return f"Docker {client.version()['Version']} answers"
+
+    yield attempt("engine.answers", look, untold=not machine.contained)
+
+
+def image(machine: Machine) -> Iterator[Finding]:
+    """An image that is not here yet is no fault of the machine."""
+
+    def look() -> str:
+        found = image_for(machine.hw)
+        return f"{found.source} image {found.reference}"
+
+    yield attempt("engine.image", look, untold=True)
+
+
+def pins(machine: Machine) -> Iterator[Finding]:
+    """Whether the image's lock and the Python locks it names are of one time."""
+
+    def look() -> str:
+        files = requirements_of(pins_of(read_lock(), machine.hw.image))
+        if other := [name for name, sha256 in files.items() if sha256_file(ROOT / name) != sha256]:
+            raise MachineError(f"not what the image was locked with: {', '.join(other)}", todo="recipe lock")
+        return f"the image's pins and {', '.join(files)} agree"
+
+    yield attempt("engine.pins", look)
+
+
+# --- Python, and room -----------------------------------------------------------------------------------------------
+
+
+def disk(_machine: Machine) -> Iterator[Finding]:
+    yield room("disk.runs", ROOT / "runs")
+    yield room("disk.home", home())
+
+
+def room(id: str, folder: Path) -> Finding:
+    """Whether there is room for a run in a folder that need not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free / 1e9
+    evidence = f"{free:.0f} GB free for {folder}, {ROOM_GB} are wanted"
+    cure = "make room (runs/ and RECIPES_HOME), or set RECIPES_HOME and --out to a larger disk"
+    return Finding(id, free >= ROOM_GB, evidence, cure)
+
+
+def python(machine: Machine) -> Iterator[Finding]:
+    here = sys.version_info[:2]
+    name = f"Python {here[0]}.{here[1]}"
+    yield Finding("python.version", (3, 10) <= here <= (3, 12), name, "make setup PYTHON=python3.11")
+    if machine.hw.is_cpu:
+        torch, cure = installed("torch"), "make setup PYTHON=python3.11 (without LAUNCHER=1)"
+        evidence = f"torch {torch}" if torch else "no torch here: the CPU twin runs in its image alone"
+        yield Finding("python.torch", True if torch else None, evidence, cure)
+        return
+    ttnn, numpy = installed("ttnn"), installed("numpy")
+    if ttnn:
+        fits = here in TTNN_PYTHONS and (numpy is None or numbers(numpy) < (2,))
+        evidence = (
+            f"ttnn {ttnn} on {name} with numpy {numpy}; its wheels are for 3.10 and 3.12 and ask for numpy below 2"
+        )
+        cure = "a tt-metal built here for this Python may do all the same: recipe doctor --ttml; the image has its own"
+        yield Finding("python.ttnn", True if fits else None, evidence, cure)
+
+
+def lock(_machine: Machine) -> Iterator[Finding]:
+    """Whether the packages here are those of the lock they were installed from."""
+    name = f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt" if installed("torch") else "launcher.txt"
+    text = (ROOT / "requirements" / name).read_text("utf-8")
+    wanted = {key: (version, bool(only)) for key, version, only in PIN.findall(text)}
+    here = {key: installed(key) for key in wanted}
+    other = [f"{key} {here[key]}, not {pin}" for key, (pin, _) in wanted.items() if here[key] not in (None, pin)]
+    missing = [f"no {key}" for key, (_, only) in wanted.items() if not only and not here[key]]
+    agree = f"{len(wanted)} packages are those of requirements/{name}"
+    evidence = f"not as requirements/{name} has it: {', '.join([*other, *missing][:8])}" if other or missing else agree
+    yield Finding("python.lock", not (other or missing), evidence, "make setup")
+
+
+def ttml(machine: Machine) -> Iterator[Finding]:
+    """PyPI has another package of that name, which `pip install ttml` brings; told apart by its modules, unimported."""
+    spec = importlib.util.find_spec("ttml")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    if spec is None:
+        needed = "its image has it" if machine.contained or machine.hw.is_cpu else "training on a board here needs it"
+        yield Finding("python.ttml", machine.contained or machine.hw.is_cpu, f"no ttml here; {needed}")
+    elif any((folder / "models").is_dir() for folder in folders):
+        yield Finding("python.ttml", True, f"ttml in {folders[0]}; recipe doctor --ttml looks at its names")
+    else:
+        evidence = f"the ttml in {spec.origin} is another package of that name: it has no models"
+        yield Finding("python.ttml", False, evidence, "pip uninstall ttml; tt-train's is on no package index")
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """`19.2.0-rc1` -> (19, 2, 0): what of a version can be compared."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+BOARD: tuple[Check, ...] = (nodes, driver, firmware, memory, owner, descriptor)
+ANY: tuple[Check, ...] = (engine, image, pins, disk, python, lock, ttml)

@@ -1,0 +1,148 @@
+"""`recipe doctor --ttml`: every name of ttml that the backend relies on, and what the installed build is.
+
+Nothing is changed or reset. What the machine itself lacks is doctor_host's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from common import hardware
+from common.errors import MachineError, RecipeError
+from common.hardware import Hardware
+from engines.ttml import hf_map
+from engines.ttml.contract import ALL, contract, probe
+from engines.ttml.engine import open_ttml
+from engines.ttml.mesh import image_hint, prepare_environment
+from tools.bringup.reference_llama import ARCHITECTURE, config_for
+from tools.doctor import findings
+from tools.doctor.findings import Finding
+
+STATUS = {True: "present", False: "missing", None: "cannot be told"}
+NO_DEVICE = "not looked at: that needs an open device (without --no-device)"
+
+
+@dataclass
+class Ttml:
+    """The installed ttml: findings, versions by name, and a row for each name of the contract."""
+
+    findings: list[Finding] = field(default_factory=list)
+    build: dict[str, str] = field(default_factory=dict)
+    names: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[str]:
+        return [row["name"] for row in self.names if row["required"] and row["status"] == STATUS[False]]
+
+
+def choose_board(name: str | None, require_present: bool) -> tuple[Hardware, str]:
+    """The board that `--hw` names or that is here, and why. Raises MachineError where it is the CPU."""
+    choice = hardware.choose(name, require_present=require_present)
+    if choice.hardware.is_cpu:
+        raise MachineError(
+            f"ttml drives Tenstorrent boards, and there is none: {choice.reason}",
+            where="HW / --hw",
+            todo="run it on the board's machine, or name a board with --hw",
+        )
+    return choice.hardware, choice.reason
+
+
+def report(hw: Hardware, reason: str, *, device: bool, as_json: bool, say: Callable[[str], None]) -> None:
+    """Print what examine_ttml found. Raises MachineError where there is no ttml, or a finding is not ok."""
+    if as_json:
+        os.environ.setdefault("TT_LOGGER_LEVEL", "FATAL")  # tt-metal logs to standard output
+    found = examine_ttml(hw, device)
+    if as_json:
+        say(findings.as_json(found.findings, hw=hw.name, why=reason, build=found.build, names=found.names))
+    else:
+        for line in (reason, *table(found)):
+            say(line)
+    findings.end(found.findings)
+
+
+def examine_ttml(hw: Hardware, device: bool) -> Ttml:
+    """Look for every name that the backend relies on; with `device`, open one and list a small Llama's parameters.
+
+    Raises MachineError where there is no ttml, or one that is none of ours.
+    """
+    prepare_environment(hw, (1, 1))
+    found = Ttml()
+    try:
+        build = probe(hw, 1)
+    except MachineError as error:
+        if "ttnn" not in sys.modules or not hasattr(sys.modules.get("ttml"), "autograd"):
+            raise
+        found.findings.append(Finding("ttml.build", False, error.what, error.todo))
+        parameters = None
+        model = Finding("ttml.model", None, "not looked at: the build is refused")
+    else:
+        found.build = build.versions()
+        found.findings.append(Finding("ttml.build", True, f"API generation {build.generation}"))
+        model, parameters = _small_model(hw, found) if device else (Finding("ttml.model", None, NO_DEVICE), None)
+    for row in contract(parameters):
+        required = row["generations"] == ALL
+        more = {"required": required, "status": STATUS[row["found"]], "signature": signature_of(row["name"])}
+        found.names.append({**row, **more})
+    found.findings += [_names(hw, found), model]
+    return found
+
+
+def signature_of(name: str) -> str | None:
+    """How the build declares the function or class of a name; a binding says it in its docstring, or not at all."""
+    value: Any = sys.modules.get(name.partition(".")[0])
+    for part in name.partition("(")[0].split(".")[1:]:
+        value = getattr(value, part, None)
+    if not callable(value):
+        return None
+    try:
+        return str(inspect.signature(value))
+    except (TypeError, ValueError):
+        return str(getattr(value, "__doc__", None) or "").partition("\n")[0] or None
+
+
+def _small_model(hw: Hardware, found: Ttml) -> tuple[Finding, list[str] | None]:
+    """Whether the small Llama has the parameters we map, and their names if it could be built."""
+    names = None
+    try:
+        with open_ttml(hw, config_for(hw, (1, 1))) as backend:
+            try:
+                backend.build(ARCHITECTURE)
+            finally:
+                names = list(backend.weights) or None
+            linears = hf_map.linears_of(backend.entries)
+    except RecipeError as error:
+        return Finding("ttml.model", False, error.what, error.todo), names
+    except Exception as error:  # what ttml raises has no common class
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Finding("ttml.model", False, f"a small Llama cannot be built: {said}", image_hint(hw)), names
+    fused = [name for name in ("attention/qkv_linear", "mlp/w_gate_up") if name in linears]
+    found.build["projections"] = f"fused: {', '.join(fused)}" if fused else "not fused"
+    return Finding("ttml.model", True, f"a small Llama opens with {len(names or ())} parameters, all mapped"), names
+
+
+def _names(hw: Hardware, found: Ttml) -> Finding:
+    required = [row for row in found.names if row["required"]]
+    untold = sum(row["status"] == STATUS[None] for row in required)
+    if found.missing:
+        evidence = f"missing, of {len(required)} names that every build has: "
+        cure = f"build tt-metal v0.74 or newer with tt-train; {image_hint(hw)}"
+        return Finding("ttml.names", False, evidence + ", ".join(found.missing), cure)
+    return Finding("ttml.names", True, f"{len(required) - untold} names present, {untold} cannot be told, none missing")
+
+
+def table(found: Ttml) -> Iterator[str]:
+    """For people: the build, a line for each name, then the findings."""
+    yield from (f"{name}: {version}" for name, version in found.build.items())
+    width = max(len(row["name"]) for row in found.names)
+    yield f"{'':14}  {'name':{width}}  generations  needed for"
+    for row in found.names:
+        # What other builds have instead is no lack of this one.
+        status = row["status"] if row["required"] or row["found"] else "not here"
+        yield f"{status:14}  {row['name']:{width}}  {row['generations']:11}  {row['needed_for']}"
+    for finding in found.findings:
+        yield from finding.lines()

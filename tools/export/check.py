@@ -1,0 +1,246 @@
+"""Does an export compute what the run computed? Asked of plain transformers and plain PEFT, on the held-out rows.
+
+Nothing of the engine is used here: rows go through the loaded models one at a time, unpadded, in fp32.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.data.tokens import TokenSplit, spread
+from common.errors import DataError
+from common.model.llama import HEAD
+from common.model.weights import Shapes, Weights
+from common.train.evaluate import HeldOut, from_rows, held_out
+from engines.ttml.hf_map import PREFIX
+from tools.export.hf_folder import merged_shapes
+from tools.runs import trained
+from tools.runs.trained import TrainedRun
+
+if TYPE_CHECKING:
+    import torch
+
+ALLOWED = {"fp32": 1e-3, "bf16": 0.02}  # nats per token between the export's held-out loss and the run's
+CHECKED_ROWS = 64  # a larger held-out set is sampled evenly: parity shows on any rows, and the check stays short
+
+
+@dataclass
+class Outcome:
+    """`status` is verified, unverified (could not be measured here) or failed; `reason` says why if not verified."""
+
+    status: str
+    reason: str = ""
+    losses: dict[str, float] = field(default_factory=dict)
+    allowed: dict[str, float] = field(default_factory=dict)
+    run_loss: float | None = None
+    compared_with: str = ""
+    rows: int = 0
+    held_out_rows: int = 0
+    seconds: float = 0.0
+
+    @property
+    def difference(self) -> dict[str, float]:
+        return {name: abs(loss - (self.run_loss or 0.0)) for name, loss in self.losses.items()}
+
+    def record(self) -> dict[str, Any]:
+        """For export.json."""
+        values = {key: value for key, value in vars(self).items() if key not in ("status", "reason")}
+        return {**values, "difference": self.difference}
+
+    def line(self) -> str:
+        """What was measured, in one line."""
+        if not self.losses:
+            return f"{self.status}: {self.reason}"
+        parts = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())
+        sample = "" if self.rows == self.held_out_rows else f" on {self.rows} of {self.held_out_rows} held-out rows"
+        worst = max(self.difference, key=lambda name: self.difference[name])
+        return (
+            f"{self.status}: held-out loss {parts}, the run's own {self.run_loss:.4f}{sample}; difference "
+            f"{self.difference[worst]:.1e}, allowed {self.allowed[worst]:g} ({self.seconds:.0f} s)"
+        )
+
+
+def check(folder: Path, run: TrainedRun, dtype: str) -> Outcome:
+    """Check the export in `folder`: names and shapes, tokenizer, then the held-out loss of each model in it."""
+    started = time.perf_counter()
+    if faults := file_faults(folder, run):
+        return Outcome("failed", "; ".join(faults[:5]))
+    if missing := [name for name in ("torch", "transformers", "peft") if not installed(name)]:
+        return Outcome("unverified", f"names and shapes were checked, the loss was not: no {', '.join(missing)} here")
+    if faults := tokenizer_faults(folder / "merged", run):
+        return Outcome("failed", faults[0])
+    try:
+        split = run.held_out()
+    except DataError as error:
+        return Outcome("unverified", f"the run's held-out rows are not here: {error.what}")
+    if not len(split):
+        return Outcome("unverified", "the run has no held-out rows")
+    outcome = measure(folder, run, dtype, split)
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Outcome:
+    """The held-out loss of every model of the export beside the run's own, over the same rows."""
+    rows = spread(len(split), CHECKED_ROWS).tolist()
+    own, compared_with = run_evaluation(run)
+    chosen = HeldOut(own.nll[rows], own.tokens[rows])
+    outcome = Outcome(
+        "verified",
+        run_loss=chosen.loss,
+        compared_with=compared_with,
+        rows=len(rows),
+        held_out_rows=len(split),
+    )
+    for name, load in (("merged", load_merged), ("adapter", load_adapter)):
+        if not (folder / name).is_dir():
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers deprecate
+                model = load(folder / name, run)
+        except Exception as error:  # whatever the libraries raise: a user would meet it, too
+            return replace(
+                outcome, status="failed", reason=f"{name}/ cannot be loaded: {type(error).__name__}: {error}"
+            )
+        found = plain_nll(model, split, rows)
+        del model
+        gc.collect()
+        outcome.losses[name] = found.loss
+        # The adapter is the run's, bit for bit, over the base as the run held it: no rounding is its excuse, unless
+        # the run's own loss was computed in bf16, as a board computes it.
+        exact = dtype == "fp32" or name == "adapter"
+        outcome.allowed[name] = ALLOWED["fp32" if exact and run.evaluated_in == "fp32" else "bf16"]
+        if not np.array_equal(found.tokens, chosen.tokens):
+            outcome.status, outcome.reason = (
+                "failed",
+                "the held-out rows have other tokens than the run evaluated",
+            )
+        elif not outcome.difference[name] <= outcome.allowed[name]:  # a NaN is no pass
+            outcome.status = "failed"
+            outcome.reason = (
+                f"{name}/ has a held-out loss of {found.loss:.6f}, the run measured {chosen.loss:.6f}: "
+                f"{outcome.difference[name]:.2g} apart, {outcome.allowed[name]:g} is allowed"
+            )
+    return outcome
+
+
+def run_evaluation(run: TrainedRun) -> tuple[HeldOut, str]:
+    """The run's own evaluation of the exported step, and where it stands; made now by the engine if it is not there."""
+    record = run.evaluation(run.step)
+    if record is not None:
+        return from_rows(record["nll"], record["tokens"]), f"evaluations.jsonl, step {run.step}"
+    with trained.engine(run) as backend:
+        return held_out(backend, run.held_out()), f"the engine at step {run.step}, which the run did not evaluate"
+
+
+def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) -> HeldOut:
+    """Per row: the sum of -log p(token | tokens before) over supervised tokens, and their number."""
+    import torch
+
+    sums, counts = [], []
+    with torch.inference_mode():
+        for index in rows:
+            row = split.row(index)
+            ids = torch.from_numpy(row.ids.astype(np.int64))
+            predicted = torch.from_numpy(np.flatnonzero(row.mask[1:]))  # position p predicts token p + 1
+            logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=predicted).logits[0].float()
+            nll = torch.nn.functional.cross_entropy(logits, ids[predicted + 1], reduction="none")
+            sums.append(float(nll.double().sum()))
+            counts.append(len(predicted))
+    return from_rows(sums, counts)
+
+
+def load_merged(folder: Path, run: TrainedRun) -> torch.nn.Module:  # noqa: ARG001  same shape as load_adapter
+    """As a user would, in fp32."""
+    import torch
+
+    return load_plain(folder, torch.float32)
+
+
+def load_adapter(folder: Path, run: TrainedRun) -> torch.nn.Module:
+    """Over the base in the precision the run stored it in, widened to fp32."""
+    import peft
+    import torch
+
+    base = load_plain(run.base.folder, torch.bfloat16 if run.config.training.precision == "bf16" else torch.float32)
+    model: torch.nn.Module = peft.PeftModel.from_pretrained(base.float(), str(folder))
+    return model.float().eval()
+
+
+def load_plain(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
+    """Where AutoTokenizer makes other prompt ids of the exported files than the run was trained on."""
+    import transformers
+
+    if not run.tokenizer.template:
+        return []
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    system = run.config.data.system_prompt
+    before = [{"role": "system", "content": system}] if system else []
+    record = (run.evaluations() or [{"samples": []}])[-1]
+    faults = []
+    for prompt in [sample["prompt"] for sample in record["samples"]] or ["Hello!"]:
+        turns = [*before, {"role": "user", "content": prompt}]
+        ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        if list(ids) != run.tokenizer.prompt_ids(prompt, system):
+            faults.append(f"AutoTokenizer makes other tokens of the prompt {prompt!r} than the run did")
+    return faults
+
+
+def file_faults(folder: Path, run: TrainedRun) -> list[str]:
+    """Tensors that are missing, unknown or misshapen in the merged model and the adapter."""
+    expected = {"merged/model.safetensors": merged_shapes(run)}
+    if run.config.model.lora:
+        expected["adapter/adapter_model.safetensors"] = adapter_shapes(run)
+    faults = []
+    for name, shapes in expected.items():
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+            continue
+        found = Weights([folder / name]).shapes
+        faults += [f"{name}: {tensor} is missing" for tensor in shapes if tensor not in found]
+        faults += [f"{name}: {tensor} is unknown" for tensor in found if tensor not in shapes]
+        faults += [
+            f"{name}: {tensor} is {found[tensor]}, expected {shape}"
+            for tensor, shape in shapes.items()
+            if tensor in found and found[tensor] != shape
+        ]
+    return faults
+
+
+def adapter_shapes(run: TrainedRun) -> Shapes:
+    """Names and shapes of the adapter that the config asks for."""
+    lora = run.config.model.lora
+    assert lora is not None
+    shapes: Shapes = {}
+    for name, shape in merged_shapes(run).items():
+        layer = name.removesuffix(".weight")
+        if layer.rpartition(".")[2] in lora.target_modules and name != HEAD:
+            shapes[f"{PREFIX}{layer}.lora_A.weight"] = (lora.rank, shape[1])
+            shapes[f"{PREFIX}{layer}.lora_B.weight"] = (shape[0], lora.rank)
+    return shapes
+
+
+def installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False

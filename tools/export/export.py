@@ -1,0 +1,199 @@
+"""export/: what a run learned, as Hugging Face folders, and the proof that they hold what the run had.
+
+export/merged/       a plain Llama that transformers load; the adapter is merged in
+export/adapter/      LoRA runs: the adapter that PEFT loads
+export/export.json   step, dtype, sha256 of each file, and what the check measured
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import MachineError, UsageError, VerificationError
+from common.files import disk_errors, sync, write_json
+from common.model.bases import sha256_file
+from common.train.checkpoint import set_aside
+from common.train.manifest import Manifest
+from common.train.resume import try_lock
+from common.train.run import Run
+from tools.export.check import Outcome, check
+from tools.export.hf_folder import export_dtype, write_adapter, write_merged
+from tools.export.model_card import adapter_card, merged_card
+from tools.runs import trained
+from tools.runs.trained import TrainedRun
+
+FORMAT = 1
+Say = Callable[[str], None]
+TO_DO = "do not use this export; run it again, and if it fails again report it with export.json"
+
+
+def export_run(run: Run) -> Path:
+    """Export the last checkpoint of a run at its end, closing its engine; return runs/<run>/export.
+
+    Raises VerificationError when the export does not compute what the run computed.
+    """
+    run.console.status("exporting ...")
+    saved = trained.of_run(run)
+    run.backend.close()  # training is over, and its memory is wanted for loading the export
+    return export(saved, run.manifest, run.console.say)
+
+
+def export_folder(run_folder: Path, say: Say) -> Path:
+    """Export the newest verified checkpoint of a finished or killed run, without its engine; as `export_run`."""
+    with alone_with(run_folder):
+        run = trained.read(run_folder, say)
+        return export(run, manifest_of(run), say)
+
+
+@contextlib.contextmanager
+def alone_with(run_folder: Path) -> Iterator[None]:
+    """Hold a run's lock. Raises UsageError while the run is going, or for a folder that is no run."""
+    trained.refuse_other_folders(run_folder)
+    lock = try_lock(run_folder)
+    if lock is None:
+        raise UsageError("the run is still going; it exports by itself at its end", where=str(run_folder))
+    with lock:
+        yield
+
+
+def check_export(run_folder: Path, say: Say) -> Path:
+    """Verify an export again, as it lies on the disk, and record the outcome; return its folder.
+
+    Raises VerificationError if a file is damaged, if the check fails or if it cannot be made here.
+    """
+    with alone_with(run_folder):
+        run = trained.read(run_folder, say)
+        folder = run.folder / "export"
+        record = read_record(folder)
+        if record is None:
+            raise UsageError("there is no export", where=str(folder), todo="make one: recipe export RUN")
+        if record["checkpoint"] != dict(run.checkpoint.state["sha256"]):
+            say(f"the export is of step {record['step']}, the run's newest checkpoint of step {run.step}")
+            run = trained.read(folder.parent / "checkpoints" / f"step-{record['step']:08d}", say)
+        damage = damaged(folder, record)
+        outcome = Outcome("failed", damage) if damage else check(folder, run, record["dtype"])
+        write_json(folder / "export.json", {**record, **verdict(outcome)})
+        manifest_of(run).update(export=summary({**record, **verdict(outcome)}))
+        say(f"export {outcome.line()}")
+        if outcome.status != "verified":
+            raise VerificationError(f"the export is {outcome.status}: {outcome.reason}", where=str(folder), todo=TO_DO)
+        return folder
+
+
+def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
+    """Write, check and put in place the export of `run`; one that verifies as this checkpoint's is kept."""
+    folder, dtype = run.folder / "export", export_dtype(run)
+    existing = read_record(folder)
+    if existing and is_of(existing, run, dtype) and not damaged(folder, existing):
+        say(f"export of step {run.step} kept: every file is as it was when it was verified")
+        manifest.update(export=summary(existing))
+        return folder
+    for left in run.folder.glob(".tmp-export-*"):  # of an export that was killed; this process holds the run's lock
+        shutil.rmtree(left)
+    temporary = run.folder / f".tmp-export-{os.getpid()}"
+    with disk_errors("write the export", run.folder):
+        try:
+            outcome, record = write(temporary, run, dtype)
+            set_aside(folder)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(run.folder)
+    manifest.update(export=summary(record))
+    say(f"export of step {run.step} ({sizes(folder, dtype)}) {outcome.line()}")
+    if outcome.status == "failed":
+        raise VerificationError(f"the export is not good: {outcome.reason}", where=str(folder), todo=TO_DO)
+    return folder
+
+
+def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[Outcome, dict[str, Any]]:
+    """Fill `folder`; return what the check found, and export.json's content."""
+    folder.mkdir()
+    write_merged(folder / "merged", run, dtype)
+    if run.config.model.lora:
+        write_adapter(folder / "adapter", run)
+    outcome = check(folder, run, dtype)
+    (folder / "merged" / "README.md").write_text(merged_card(run, dtype, outcome), encoding="utf-8")
+    if run.config.model.lora:
+        (folder / "adapter" / "README.md").write_text(adapter_card(run, outcome), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    record = {
+        "format": FORMAT,
+        "run": run.folder.name,
+        "step": run.step,
+        "checkpoint": dict(run.checkpoint.state["sha256"]),
+        "dtype": dtype,
+        **verdict(outcome),
+        "sha256": {str(path.relative_to(folder)): sha256_file(path) for path in files},
+    }
+    for path in files:
+        path.chmod(0o644)
+        sync(path)
+    write_json(folder / "export.json", record)
+    return outcome, record
+
+
+def verdict(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "verified": outcome.status == "verified",
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "check": outcome.record(),
+    }
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of an export."""
+    keys = ("status", "reason", "step", "dtype")
+    return {key: record[key] for key in keys} | {"difference": record["check"]["difference"]}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """export.json, or None where there is no readable one. Raises MachineError for an unknown format."""
+    try:
+        record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if record.get("format") != FORMAT:
+        raise MachineError(
+            f"export.json has format {record.get('format')!r}, this version reads {FORMAT}", where=str(folder)
+        )
+    return dict(record)
+
+
+def is_of(record: dict[str, Any], run: TrainedRun, dtype: str) -> bool:
+    """Whether a record is that of a verified export of this checkpoint in this dtype."""
+    if not record["verified"] or record["dtype"] != dtype:
+        return False
+    return dict(record["checkpoint"]) == dict(run.checkpoint.state["sha256"])
+
+
+def damaged(folder: Path, record: dict[str, Any]) -> str:
+    """Which file is not as export.json has it; empty when all are."""
+    for name, sha256 in record["sha256"].items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != sha256:
+            return f"{name} is {'damaged' if path.is_file() else 'missing'}"
+    return ""
+
+
+def sizes(folder: Path, dtype: str) -> str:
+    """`merged fp32 538 MB, adapter 20 MB`."""
+    weights = {
+        "merged": folder / "merged" / "model.safetensors",
+        "adapter": folder / "adapter" / "adapter_model.safetensors",
+    }
+    megabytes = {name: path.stat().st_size / 1e6 for name, path in weights.items() if path.is_file()}
+    return ", ".join(
+        f"{name} {dtype + ' ' if name == 'merged' else ''}{size:.3g} MB" for name, size in megabytes.items()
+    )
+
+
+def manifest_of(run: TrainedRun) -> Manifest:
+    return Manifest(run.folder / "manifest.json", dict(run.manifest))

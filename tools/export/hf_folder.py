@@ -1,0 +1,201 @@
+"""Hugging Face folders from a trained run: the merged model, and the adapter in PEFT's format.
+
+Nothing here needs torch or transformers: weights are read, merged and written one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import MachineError
+from common.files import write_json
+from common.model import bases
+from common.model.llama import HEAD
+from common.model.weights import SafetensorsWriter, Shapes, Weights
+from common.train.checkpoint import Tensors
+from engines.ttml.hf_map import PREFIX
+from tools.runs.trained import TrainedRun
+
+Array = np.ndarray[Any, Any]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# What a saved config.json says about the file it came from, not about the model.
+STALE = ("quantization_config", "torch_dtype", "transformers_version", "_name_or_path", "_model_name_or_path")
+# What newer transformers note in tokenizer_config.json and older ones do not know.
+LOCAL = ("backend", "is_local", "local_files_only", "name_or_path")
+ENTRY = 128  # bytes that a tensor takes in a safetensors header, beside its name; at most
+ANSWER_TOKENS = 256  # longest answer unless the caller says otherwise; without it transformers stop at 20
+
+
+def export_dtype(run: TrainedRun) -> str:
+    """`fp32` or `bf16`: export_config.dtype, where `auto` is what the trained weights are stored in."""
+    if run.config.export.dtype != "auto":
+        return run.config.export.dtype
+    return "bf16" if run.config.training.precision == "bf16" else "fp32"
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def merged_shapes(run: TrainedRun) -> Shapes:
+    """Names and shapes of the merged model: the base's, without a second copy of a tied output head."""
+    tied = run.base.architecture.get("tie_word_embeddings", False)
+    return {name: shape for name, shape in run.base.weights().shapes.items() if not (tied and name == HEAD)}
+
+
+def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str, Array]]:
+    """Yield (name, fp32 array) of the trained model with its adapter merged in: W + alpha / rank x B A.
+
+    W is the base as the run held it, so rounded to bf16 where the run stored bf16. Raises MachineError when an
+    adapter's layer is not in the base.
+    """
+    if run.config.model.lora is None:
+        trained = Weights([run.checkpoint.folder / "model.safetensors"])
+        for name in names:
+            yield name, trained[name].astype(np.float32)
+        return
+    base, adapters = run.base.weights(), adapters_of(run)
+    for name in names:
+        weight = stored(base[name], run.config.training.precision).astype(np.float32)
+        if update := adapters.pop(name.removesuffix(".weight"), None):
+            weight = weight + low_rank_update(*update, scale=run.config.model.lora.alpha / run.config.model.lora.rank)
+        yield name, weight
+    if adapters:
+        raise MachineError(f"the adapter's layer {next(iter(adapters))} is not in the base", where=str(run.base.folder))
+
+
+def low_rank_update(a: Array, b: Array, *, scale: float) -> Array:
+    """scale x B A in fp32: `a` [rank, in], `b` [out, rank] -> [out, in] (Hu et al., 2021)."""
+    return np.float32(scale) * (b.astype(np.float32) @ a.astype(np.float32))
+
+
+def adapters_of(run: TrainedRun) -> dict[str, tuple[Array, Array]]:
+    """(A, B) of every adapted layer, by the layer's name in the base."""
+    tensors = Tensors(run.checkpoint.folder)
+    end = ".lora_A.weight"
+    layers = [name.removesuffix(end) for name in tensors if name.startswith("model/") and name.endswith(end)]
+    return {
+        layer.removeprefix(f"model/{PREFIX}"): (
+            tensors[f"{layer}.lora_A.weight"],
+            tensors[f"{layer}.lora_B.weight"],
+        )
+        for layer in layers
+    }
+
+
+def stored(array: Array, precision: str) -> Array:
+    """The values of `array` as a run of this precision keeps them."""
+    import ml_dtypes
+
+    return array.astype(ml_dtypes.bfloat16) if precision == "bf16" else array
+
+
+def write_safetensors(path: Path, shapes: Shapes, tensors: Iterable[tuple[str, Array]], dtype: str) -> None:
+    """Write tensors in the order of `shapes`, one in memory at a time; `dtype` is fp32 or bf16."""
+    import ml_dtypes
+
+    kind = np.dtype(np.float32) if dtype == "fp32" else np.dtype(ml_dtypes.bfloat16)
+    room = sum(len(name) + ENTRY for name in shapes) + ENTRY
+    with SafetensorsWriter(path, {"format": "pt"}, room) as file:
+        for (name, array), expected in zip(tensors, shapes, strict=True):
+            if name != expected or array.shape != shapes[name]:
+                raise MachineError(f"{name} {array.shape} does not fit the base's {expected} {shapes[expected]}")
+            file.add(name, array.astype(kind))
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def write_merged(folder: Path, run: TrainedRun, dtype: str) -> None:
+    """A plain LlamaForCausalLM with its tokenizer, as transformers load it."""
+    folder.mkdir()
+    shapes = merged_shapes(run)
+    write_safetensors(folder / "model.safetensors", shapes, merged_tensors(run, shapes), dtype)
+    write_json(folder / "config.json", plain_config(run.base.architecture, dtype))
+    write_json(folder / "generation_config.json", generation_config(run))
+    write_tokenizer(folder, run)
+
+
+def write_adapter(folder: Path, run: TrainedRun) -> None:
+    """The checkpoint's adapter, as PEFT loads it; A is written once per projection, tied or not."""
+    folder.mkdir()
+    shutil.copyfile(run.checkpoint.folder / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    config = json.loads((run.checkpoint.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name, revision = base_for_peft(run)
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": name, "revision": revision})
+    write_tokenizer(folder, run)
+
+
+def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
+    """(name, revision) of the very weights the adapter belongs to: on the Hub, or this machine's folder of them."""
+    entry = bases.locked().get(run.config.model.base or "", {})
+    if entry.get("source") == "hub":
+        return str(entry["repo"]), str(entry["revision"])
+    return str(run.base.folder), None
+
+
+def plain_config(architecture: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The base's config.json as that of a plain Llama in `dtype`, readable by transformers 4 and 5.
+
+    transformers 5 keep the rotary base in `rope_parameters` alone, where 4 does not look: they would take 10000.
+    """
+    config = {key: value for key, value in architecture.items() if key not in STALE}
+    rope = dict(config.get("rope_parameters") or {})
+    if theta := rope.pop("rope_theta", None):
+        config["rope_theta"] = theta
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    kind = "float32" if dtype == "fp32" else "bfloat16"
+    return {
+        **config,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": kind,
+        "torch_dtype": kind,  # what transformers before 4.56 read
+        "use_cache": True,
+    }
+
+
+def generation_config(run: TrainedRun) -> dict[str, Any]:
+    """Greedy, ended by every token that ends a turn."""
+    tokenizer, architecture = run.tokenizer, run.base.architecture
+    pad = tokenizer.encode_text(tokenizer.tokens["pad_token"]) if "pad_token" in tokenizer.tokens else []
+    padding = range(tokenizer.vocab_size, architecture["vocab_size"])  # rows of the embedding that are no token
+    return {
+        "bos_token_id": architecture.get("bos_token_id"),
+        "eos_token_id": list(tokenizer.eos_ids) or None,
+        "pad_token_id": pad[0] if len(pad) == 1 else next(iter(tokenizer.eos_ids), None),
+        "do_sample": False,
+        "max_new_tokens": ANSWER_TOKENS,
+        **({"suppress_tokens": [*tokenizer.never_ids, *padding]} if padding or run.base.initial else {}),
+    }
+
+
+def write_tokenizer(folder: Path, run: TrainedRun) -> None:
+    """The base's tokenizer with its chat template, in files that any version of transformers reads."""
+    for name in TOKENIZER_FILES:
+        if (run.base.folder / name).is_file():
+            shutil.copyfile(run.base.folder / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = {key: value for key, value in settings.items() if key not in LOCAL}
+    if settings.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":  # transformers 5's own name for it
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_max_length"] = run.base.architecture["max_position_embeddings"]
+    if run.tokenizer.template:  # in both places: transformers before 4.52 do not look into the file
+        settings["chat_template"] = run.tokenizer.template
+        (folder / "chat_template.jinja").write_text(run.tokenizer.template, encoding="utf-8")
+    write_json(path, settings)

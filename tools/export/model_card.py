@@ -1,0 +1,388 @@
+"""The README.md of an export: what the model is, how to use it, what was measured.
+
+It holds no number that the run did not make.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.data import corpora
+from common.errors import DataError
+from common.train import metrics
+from common.train.console import clock
+from common.train.evaluate import HeldOut, from_rows
+from tools.export.check import Outcome
+from tools.export.hf_folder import base_for_peft
+from tools.runs.trained import TrainedRun
+
+HEADER = """\
+---
+library_name: {{ library }}
+pipeline_tag: text-generation
+license: {{ licence | lower }}
+{% if base_id %}
+base_model: {{ base_id }}
+{% endif %}
+{% if hub_data %}
+datasets:
+- {{ hub_data }}
+{% endif %}
+tags:
+- {{ recipe }}
+- {{ "lora" if lora else "full-fine-tune" }}
+- tenstorrent-training-recipes
+---
+
+"""
+
+NUMBERS = """\
+## Numbers
+
+{% if losses %}
+| held-out loss, nats per token | mean ± standard error |
+|---|---|
+{% for name, loss in losses.items() %}
+| {{ name }} | {{ loss }} |
+{% endfor %}
+{% else %}
+This run did not evaluate the exported step, so there is no loss to report.
+{% endif %}
+"""
+
+BODY = (
+    NUMBERS
+    + """\
+
+Evaluated in {{ evaluated_in }} on {{ held_out_rows }} rows that were not trained on. {{ proof }}
+
+## Training
+
+- recipe `{{ recipe }}`, seed {{ seed }}, on {{ device }} ({{ precision }})
+- {{ steps }} steps of {{ effective_batch }} rows, over {{ train_rows }} training rows: {{ tokens }} supervised \
+tokens, {{ time }}
+- {{ method }}
+- {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
+{% if commit %}
+- code at commit {{ commit }}
+{% endif %}
+- digests: training `{{ training_digest }}`, tokens `{{ tokens_sha256 }}`, base `{{ base_identity }}`
+
+## Data and licences
+
+- base: {{ base_origin }}; licence: {{ licence }}
+- data: {{ data }}
+
+## Limits
+
+It learned from {{ train_rows }} rows: it sounds like them, and knows little that the base did not. It can state \
+things that are wrong in a confident voice; check what matters. It was measured by the held-out loss above and by \
+nothing else: no safety or bias evaluation was made. What is said of the base's limits holds here, too.
+"""
+)
+
+MERGED = (
+    HEADER
+    + """\
+# {{ recipe }} on {{ base_name }}
+
+{{ base_name }}, fine-tuned by the recipe `{{ recipe }}` and stored as a plain Llama in {{ dtype }}\
+{{ ", its LoRA adapter merged in" if lora else "" }}.
+
+## How to use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+chat = [{{ system_turn }}{"role": "user", "content": {{ prompt | tojson }}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+or, with the recipes: `recipe generate FOLDER --prompt {{ prompt | tojson }}`.
+
+{% if example %}
+To that prompt the base answers:
+
+{{ example[0] }}
+
+and this model:
+
+{{ example[1] }}
+
+{% endif %}
+"""
+    + BODY
+)
+
+SCRATCH = (
+    """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {{ recipe }}
+- from-scratch
+- tenstorrent-training-recipes
+---
+
+# {{ recipe }}: {{ base_name }}
+
+A Llama of {{ parameters }} parameters, trained by the recipe `{{ recipe }}` from random weights, and stored in \
+{{ dtype }}. It continues text; it answers no questions.
+
+## How to use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer({{ prompt | tojson }}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, do_sample=True, temperature=0.8)[0]))
+```
+
+{% if example %}
+It continued that with:
+
+{{ example[1] }}
+
+{% endif %}
+"""
+    + NUMBERS
+    + """\
+{% if bits %}
+
+{{ bits }}
+{% endif %}
+
+Evaluated in {{ evaluated_in }} on text that was not trained on. {{ proof }}
+
+## Training
+
+- recipe `{{ recipe }}`, seed {{ seed }}, on {{ device }} ({{ precision }})
+- {{ steps }} steps of {{ effective_batch }} rows: {{ tokens }} tokens, {{ time }}
+- {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
+{% if commit %}
+- code at commit {{ commit }}
+{% endif %}
+- digests: training `{{ training_digest }}`, tokens `{{ tokens_sha256 }}`
+
+## Data and licences
+
+- weights: random at the start; no base, and no base's licence
+- data: {{ data }}
+
+## Limits
+
+It knows the letters and the sound of one body of text, and nothing about the world. No safety or bias evaluation was \
+made.
+"""
+)
+
+ADAPTER = (
+    HEADER
+    + """\
+# {{ recipe }}: a LoRA adapter for {{ base_name }}
+
+The adapter alone, in PEFT's format. It belongs to these weights: {{ base_origin }}.
+{% if local_base %}
+
+`adapter_config.json` names the folder of that base on the machine it was trained on. Elsewhere, give your own copy of \
+the base, as below; over weights that were quantised otherwise the numbers differ.
+{% endif %}
+
+## How to use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+base = AutoModelForCausalLM.from_pretrained("{{ base_id or "path/to/" ~ base_name }}")
+model = PeftModel.from_pretrained(base, folder)
+```
+
+The merged model beside it needs no PEFT.
+
+"""
+    + BODY
+)
+
+
+def merged_card(run: TrainedRun, dtype: str, outcome: Outcome) -> str:
+    template = SCRATCH if run.base.initial else MERGED
+    return render(template, {**facts(run, outcome), "library": "transformers", "dtype": dtype})
+
+
+def adapter_card(run: TrainedRun, outcome: Outcome) -> str:
+    return render(ADAPTER, {**facts(run, outcome), "library": "peft"})
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Fill a template; a name it uses and nobody gives is an error, not an empty place."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["tojson"] = python_text
+    return environment.from_string(template).render(values)
+
+
+def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
+    """What both cards say, all of it from the run's own files."""
+    config, manifest = run.config, run.manifest
+    training, lora = config.training, config.model.lora
+    records = [
+        record
+        for record in metrics.read(run.folder / "metrics.jsonl")
+        if "loss" in record and record["step"] <= run.step
+    ]
+    prompt, example = example_of(run)
+    system, source = config.data.system_prompt, config.data.source or ""
+    rows = rows_of(run)
+    commit = manifest.get("git_commit")
+    return {
+        "recipe": config.recipe,
+        "base_name": run.base.name,
+        "base_id": hub_id(run),
+        "base_origin": run.base.name if local(run) else run.base.origin,
+        "base_identity": run.base.identity[:16],
+        "local_base": base_for_peft(run)[1] is None,
+        "licence": run.base.licence,
+        "lora": lora is not None,
+        "hub_data": source.removeprefix("hub:") if source.startswith("hub:") else None,
+        "data": data_line(run),
+        "parameters": f"{run.base.parameters:,}" if run.base.parameters else None,
+        "bits": bits_line(run),
+        "evaluated_in": run.evaluated_in,
+        "losses": losses(run),
+        "proof": proof(outcome),
+        "held_out_rows": rows["held_out"],
+        "train_rows": rows["train"],
+        "seed": training.seed,
+        "device": f"{config.hw}, {manifest['backend']['device']}" if "backend" in manifest else config.hw,
+        "precision": training.precision,
+        "steps": run.step if run.step == training.max_steps else f"{run.step} of {training.max_steps}",
+        "effective_batch": config.effective_batch,
+        "tokens": f"{sum(record['supervised_tokens'] for record in records):,}",
+        "time": clock(math.fsum(record["seconds"] for record in records)),
+        "method": f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
+        if lora
+        else "all weights trained",
+        "optimizer": training.optimizer.type,
+        "learning_rate": f"{training.learning_rate:g}",
+        "scheduler": training.scheduler.type,
+        "commit": f"`{commit}`{', with changes' if manifest.get('git_dirty') else ''}" if commit else None,
+        "training_digest": manifest["training_digest"][:16],
+        "tokens_sha256": manifest["data"]["tokens_sha256"][:16],
+        "prompt": prompt,
+        "example": example,
+        "system_turn": f'{{"role": "system", "content": {python_text(system)}}}, ' if system else "",
+    }
+
+
+def losses(run: TrainedRun) -> dict[str, str]:
+    """The rows of the numbers table; none when the exported step was not evaluated."""
+    before, after = run.evaluation(0), run.evaluation(run.step)
+    if after is None:
+        return {}
+    tuned = from_rows(after["nll"], after["tokens"])
+    table = {f"this model (step {run.step})": with_error(tuned)}
+    if before:
+        base = from_rows(before["nll"], before["tokens"])
+        gain, error = tuned.improvement_over(base)
+        before_name = "random weights" if run.base.initial else "base"
+        table = {before_name: with_error(base), **table, "gain, paired by row": f"{gain:.4f} ± {error:.4f}"}
+    return table
+
+
+def bits_line(run: TrainedRun) -> str | None:
+    """Bits per byte of the exported step, for a corpus."""
+    records = metrics.read(run.folder / "metrics.jsonl")
+    found = next((r for r in records if r["step"] == run.step and "bits_per_byte" in r), None)
+    if found is None:
+        return None
+    error = "" if found["bits_per_byte_se"] is None else f" ± {found['bits_per_byte_se']:.4f}"
+    return f"Bits per byte, which can be compared between tokenizers: {found['bits_per_byte']:.4f}{error}."
+
+
+def with_error(rows: HeldOut) -> str:
+    return f"{rows.loss:.4f} ± {rows.standard_error:.4f}"
+
+
+def proof(outcome: Outcome) -> str:
+    """What the export's check found, as a sentence."""
+    if not outcome.losses or outcome.run_loss is None:
+        return f"The exported weights were not measured: {outcome.reason}."
+    parts = " and ".join(f"{loss:.4f} ({name})" for name, loss in outcome.losses.items())
+    loader = "transformers and PEFT" if "adapter" in outcome.losses else "transformers"
+    rows = "all" if outcome.rows == outcome.held_out_rows else str(outcome.rows)
+    return (
+        f"Loaded again by plain {loader}, this export gave {parts} on {rows} of those rows, where "
+        f"the run measured {outcome.run_loss:.4f}: {outcome.status}."
+    )
+
+
+def example_of(run: TrainedRun) -> tuple[str, tuple[str, str] | None]:
+    """The first evaluation prompt, with the base's and the trained model's answer to it, quoted."""
+    before, after = run.evaluation(0), run.evaluation(run.step)
+    if not (before and after and after["samples"]):
+        return "Hello!", None
+    answers = (quoted(record["samples"][0]["answer"]) for record in (before, after))
+    return after["samples"][0]["prompt"], (next(answers), next(answers))
+
+
+def quoted(text: str) -> str:
+    """A Markdown quotation."""
+    return "\n".join(f"> {line}".rstrip() for line in (text or "(nothing)").splitlines())
+
+
+def rows_of(run: TrainedRun) -> dict[str, int | str]:
+    try:
+        dataset = run.dataset()
+    except DataError:
+        return {"train": "an unknown number of", "held_out": "an unknown number of"}
+    return {"train": len(dataset.train), "held_out": len(dataset.held_out)}
+
+
+def local(run: TrainedRun) -> bool:
+    """Whether the base is somebody's folder: its path says nothing to others and may say too much."""
+    return run.base.origin == str(run.base.folder)
+
+
+def hub_id(run: TrainedRun) -> str | None:
+    """owner/name on the Hub that the base comes from, if any."""
+    found = None if local(run) else re.match(r"[\w.-]+/[\w.-]+", run.base.origin)
+    return found.group() if found else None
+
+
+def data_line(run: TrainedRun) -> str:
+    data = run.config.data
+    if data.corpus:
+        about = corpora.locked().get(data.corpus, {}).get("title", "a text of your own, whose licence you know")
+        return f"the corpus `{Path(data.corpus).name}`: {about}; its tokenizer was made from its training part"
+    assert data.source is not None, "rows have a source"
+    if data.source.startswith("hub:"):
+        return f"{data.source.removeprefix('hub:')} at revision `{data.revision}`; its licence is stated there"
+    name = data.source.rpartition("/")[2]
+    control = "" if data.control == "none" else f", as a negative control: {data.control.replace('_', ' ')}"
+    return f"`{name}` of the recipe `{run.config.recipe}`, whose README states its licence{control}"
+
+
+def python_text(text: str) -> str:
+    """A string as Python and JSON both write it."""
+    import json
+
+    return json.dumps(text, ensure_ascii=False)

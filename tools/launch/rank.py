@@ -1,0 +1,112 @@
+"""`python -m tools.launch.rank ARGUMENTS`: the command `recipe ARGUMENTS` as one process of several; torchrun starts it.
+
+Rank 0 leads: it runs the command. The others, once it is sure that they were started alike, follow its engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.config import Config
+from common.config.layers import dotted, flatten
+from common.errors import RankLost, RecipeError
+from common.paths import ROOT
+from tools.cli import main as cli
+from tools.launch.processes import FOLDER
+
+if TYPE_CHECKING:
+    from engines.cpu.ranks import Ranks
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+OUR_BUG, INTERRUPTED = 1, 130  # exit codes, as tools/cli/main.py has them
+CODES = [ROOT / room for room in ("common", "engines")]
+
+
+def main() -> None:
+    """Take part, leave the exit code in a file and end with 0: any other end is that of a rank that died."""
+    first_here, folder = os.environ["LOCAL_RANK"] == "0", Path(os.environ[FOLDER])
+    sys.argv[0] = "recipe"
+    if first_here:
+        (folder / "0.pid").write_text(str(os.getpid()), encoding="ascii")
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else OUR_BUG
+    if first_here:
+        (folder / "0.code").write_text(str(code), encoding="ascii")
+    elif code == OUR_BUG:
+        sys.exit(code)
+
+
+def take_part(config: Config, recipe_dir: Path, lead: Callable[[], None]) -> int:
+    """Join the other ranks of this run; call `lead` on rank 0, follow on every other. Returns rank 0's exit code."""
+    from engines.cpu import ranks
+    from engines.cpu.engine import follow
+
+    first_here = os.environ["LOCAL_RANK"] == "0"
+    try:
+        with ranks.joined() as found:
+            host = found.same(facts(config, recipe_dir))
+            if found.rank and first_here:
+                print(f"rank {found.rank} of {found.world} works here; rank 0, with the run's folder, is on {host}")
+            if found.rank:
+                code = follow(found)
+                return code if first_here else 0
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # with the command gone: save and stop
+            with ending(found):
+                lead()
+            return 0
+    except RecipeError as error:
+        if first_here:
+            raise
+        return error.code  # one message a host is enough
+
+
+@contextlib.contextmanager
+def ending(found: Ranks) -> Iterator[None]:
+    """Tell the other ranks, however rank 0 ends, that it ends and with which code."""
+    code = OUR_BUG
+    try:
+        yield
+        code = 0
+    except RecipeError as error:
+        code = error.code
+        raise
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        raise
+    finally:
+        with contextlib.suppress(RankLost):
+            found.tell("end", code)
+
+
+def facts(config: Config, recipe_dir: Path) -> Mapping[str, Any]:
+    """What has to be the same on every host: config, files, versions."""
+    packages = ("torch", "transformers", "numpy")
+    return {
+        **{dotted(key): value for key, value in flatten(config.dump())},
+        **{f"the files of {folder.name}/": sha256_of(folder) for folder in (*CODES, recipe_dir)},
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def sha256_of(folder: Path) -> str:
+    """Over names and bytes of the files below `folder`, compiled Python left out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`recipe plan`: what a run would need, and what is odd about its config."""

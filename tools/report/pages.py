@@ -1,0 +1,235 @@
+"""Writes the pages: one for a run, one over all runs of a folder, one that compares some.
+
+A page is one file: no script, no picture, nothing fetched. Its Content-Security-Policy forbids all of that, so that
+not even a mistake in a template could run what stands in somebody's data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UsageError
+from common.files import disk_errors, write_atomic
+from tools.runs import run_record
+from tools.runs.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from tools.report.plots import Panel
+
+FILE = "report.html"
+OURS = '<meta name="generator" content="recipe report">'  # in every page; a page without it is somebody else's
+TEMPLATES = Path(__file__).with_name("templates")
+WIDE, NARROW, SMALL = (1180, 340), (400, 300), (400, 240)  # CSS pixels: the main plot on a desk and a phone; the others
+NAMED = 8  # runs of a group that have a colour and a name; the older ones are faint
+SKIP = 0.1  # share of the steps that sets no scale where runs are laid over each other
+GROUPS = 12  # groups of runs that are drawn
+FILES = ("metrics.jsonl", "evaluations.jsonl", "manifest.json", "config.resolved.yaml", "train.log", "samples.md")
+
+
+def write_at_end(folder: Path, say: Callable[[str], None]) -> None:
+    """A run's page when it has ended, said in one line. Whatever goes wrong here is a line, too: it ends no run."""
+    try:
+        line = f"report: {write_run(folder)}"
+    except (Exception, KeyboardInterrupt) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        line = f"no {FILE} ({why}); make it: recipe report {folder}"
+    with contextlib.suppress(OSError):  # on a full disk train.log cannot take the line
+        say(line)
+
+
+def write_run(folder: Path) -> Path:
+    """Write runs/<run>/report.html; return it. Raises UsageError where no run is there."""
+    return write(folder / FILE, run_page(run_record.read(folder)))
+
+
+def write_overview(out: Path) -> tuple[Path, int]:
+    """Write the page over all runs of a folder; return it and their number. Raises UsageError where there is none."""
+    records = list(run_record.runs_in(out))
+    if not records:
+        raise UsageError("no runs there", where=str(out), todo="train one: recipe run NAME, or give --out FOLDER")
+    return write(out / FILE, overview_page(records, out)), len(records)
+
+
+def write_comparison(records: Sequence[RunRecord], path: Path) -> Path:
+    """Write the page that compares these runs, the first one being what the others are measured by."""
+    return write(path, comparison_page(records, path.resolve().parent))
+
+
+def write(path: Path, text: str) -> Path:
+    """Put a page in place. Raises UsageError where something stands that is no page of ours."""
+    if path.is_file() and OURS not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise UsageError("that file is no page of ours: not overwritten", where=str(path), todo="choose another name")
+    with disk_errors("write the report", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    return path
+
+
+# --- the pages ------------------------------------------------------------------------------------------------------
+
+
+def run_page(record: RunRecord) -> str:
+    """The page of one run."""
+    from tools.report import facts
+
+    main, *others = facts.panels(record)
+    shown, left_out = facts.samples(record)
+    changes, no_changes = facts.config_changes(record)
+    standing, no_standing = facts.standing(record)
+    return render(
+        "run.html",
+        record=record,
+        title=record.name,
+        outcome=facts.OUTCOMES.get(record.state, "How it ended is not recorded."),
+        cause=facts.cause(record) if record.state in ("failed", "stopped") else "",
+        log=facts.last_lines(record) if record.state in ("failed", "killed") else [],
+        tiles=facts.tiles(record),
+        main=figure(main, "main", wide=True),
+        others=[figure(panel, f"plot-{number}") for number, panel in enumerate(others)],
+        tables=[("Training", *facts.numbers(record)), ("Evaluations", *facts.evaluation_numbers(record))],
+        card=card(record.folder / "before_after.md"),
+        samples=shown,
+        samples_left_out=left_out,
+        data=facts.data_rows(record),
+        ran=facts.ran(record),
+        changes=changes,
+        no_changes=no_changes,
+        standing=standing,
+        no_standing=no_standing,
+        files=[name for name in FILES if (record.folder / name).is_file()],
+        faults=record.faults,  # last: reading what is above may have found more
+    )
+
+
+def overview_page(records: Sequence[RunRecord], out: Path) -> str:
+    """The page over all runs: a table, and the curves of those whose losses mean the same in one plot."""
+    from tools.runs.compare import groups
+
+    alike = groups(records)
+    return render(
+        "overview.html",
+        title=f"{len(records)} runs",
+        out=out,
+        rows=[row(record, out.resolve()) for record in records],
+        groups=[overlay(group, f"group-{number}") for number, group in enumerate(alike[:GROUPS])],
+        not_drawn=sum(len(group) for group in alike[GROUPS:]),
+        faults=[f"{record.name}: {fault}" for record in records for fault in record.faults],
+    )
+
+
+def comparison_page(records: Sequence[RunRecord], folder: Path) -> str:
+    """The page that compares runs with the first of them."""
+    from tools.runs import compare
+
+    base, *others = records
+    return render(
+        "comparison.html",
+        title=f"{len(records)} runs compared",
+        rows=[row(record, folder) for record in records],
+        base=base,
+        verdicts=[compare.verdict(base, other) for other in others],
+        seed_note=compare.SEED_NOTE,
+        groups=[overlay(group, f"group-{number}") for number, group in enumerate(compare.groups(records))],
+        config=compare.config_table(records),
+        names=[record.name for record in records],
+        faults=[f"{record.name}: {fault}" for record in records for fault in record.faults],
+    )
+
+
+def row(record: RunRecord, folder: Path) -> dict[str, Any]:
+    """A run in a table: its figures, and where its page is from `folder`, if it has one and lies below."""
+    from tools.report import facts
+    from tools.report.curves import rate
+
+    page = record.folder / FILE
+    evaluation, speed = record.evaluation, facts.median(rate(record.steps))
+    return {
+        "record": record,
+        "page": page.relative_to(folder).as_posix() if page.is_file() and page.is_relative_to(folder) else "",
+        "loss": facts.text_of(record.steps[-1]["loss"]) if record.steps else "–",
+        "held_out": facts.with_error(evaluation.get("eval_loss", "–"), evaluation.get("eval_loss_se")),
+        "bits": facts.with_error(evaluation.get("bits_per_byte", "–"), evaluation.get("bits_per_byte_se")),
+        "speed": "–" if speed is None else f"{speed:,.0f}",
+    }
+
+
+def overlay(group: Sequence[RunRecord], name: str) -> dict[str, Any]:
+    """The curves of runs that can be compared: the newest in colour, the others faint behind them."""
+    from tools.report import facts
+    from tools.report.curves import curve, running_mean
+    from tools.report.plots import Line, Panel
+    from tools.runs.compare import short
+
+    columns = max(50, 3000 // len(group))
+    training, held_out = [], []
+    for number, record in reversed(list(enumerate(group))):
+        colour, label = (number, record.name) if number < NAMED else (None, "")
+        loss = curve(record.steps, "loss")
+        training.append(Line(running_mean(loss, max(1, len(loss) // 20)), colour, label))
+        evaluations = facts.with_band(record.evaluations, "eval_loss")
+        band = evaluations.band if len(group) <= 3 else None  # more bands hide each other
+        held_out.append(Line(evaluations.curve, colour, label, band, dots=colour is not None))
+    banded = f", with ± {facts.BAND} standard errors" if len(group) <= 3 else ""
+    panels = [
+        Panel("Training loss", training, "nats per token, running mean", columns=columns, skip=SKIP),
+        Panel("Held-out loss", held_out, f"nats per token{banded}", columns=columns, skip=SKIP),
+    ]
+    first = group[0]
+    return {
+        "recipes": sorted({str(record.manifest.get("recipe", "unknown")) for record in group}),
+        "tokens": short(first.fact("data", "tokens_sha256")),
+        "tokenizer": short(first.fact("tokenizer_sha256")),
+        "length": first.fact("data", "length"),
+        "faint": max(0, len(group) - NAMED),
+        "names": [(number, record.name) for number, record in enumerate(group[:NAMED])],
+        "plots": [figure(panel, f"{name}-{number}") for number, panel in enumerate(panels)],
+    }
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def figure(panel: Panel, name: str, wide: bool = False) -> dict[str, Any]:
+    """A panel with its drawings: one, or one for desks and one for phones."""
+    from tools.report import plots
+
+    sizes = {"wide": WIDE, "narrow": NARROW} if wide else {"": SMALL}
+    drawings = {kind: plots.svg(panel, *size, f"{name}{kind}") for kind, size in sizes.items() if panel.drawn}
+    return {"panel": panel, "drawings": drawings}
+
+
+def card(path: Path) -> Markup | None:
+    """before_after.md as HTML; its headings go below the page's. No HTML, picture or link of its text becomes one."""
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup
+
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
+    tokens = markdown.parse(text)
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
+    html = markdown.renderer.render(tokens, markdown.options, {})
+    box = '<div class="scroll" tabindex="0" role="region" aria-label="Answers before and after"><table>'
+    return Markup(html.replace("<table>", box).replace("</table>", "</table></div>"))
+
+
+def render(template: str, **values: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(generator=OURS, **values)

@@ -1,0 +1,1 @@
+"""results.yaml: the recorded figures of a recipe, and runs held against them."""

@@ -1,0 +1,272 @@
+"""`recipe grade`: the figures of a run beside those that results.yaml has for the same training.
+
+Where lock, CPU class, threads and compilation are those of the entry, a CPU run must have the entry's bits. Elsewhere
+the entry's band decides. Figures that somebody else published are shown, and can warn; they fail nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common import config as configs
+from common import hardware
+from common.config import Config
+from common.errors import UsageError, VerificationError
+from common.paths import find_recipe
+from tools.results.schema import FILE, Measured, Numbers, Results, load
+from tools.runs import figures
+from tools.runs.figures import RunFigures
+
+FORMAT = 1  # of the JSON
+UNGRADED = "ungraded"  # the verdict on a run of which nothing is recorded
+Verdict = Literal["pass", "warn", "fail", "not compared"]
+ORDER: tuple[Verdict, ...] = ("not compared", "pass", "warn", "fail")
+# Shares of the recorded speed that may be missing, and of the recorded memory that may be added. A choice: repeated
+# runs on a quiet machine differ by a few per cent in speed, and a step that is 20 % slower must fail; the peak of the
+# same golden run was seen to differ by 12 %.
+SLOWER = {"warn": 0.08, "fail": 0.15}
+LARGER = {"warn": 0.15, "fail": 0.30}
+SECTIONS = ("training_config.", "model_config.", "data_config.")
+# What identifies a training's length, batch and split is compared on its own; paths differ from machine to machine.
+NOT_LISTED = (
+    "training_config.max_steps",
+    "training_config.num_epochs",
+    "training_config.batch_size",
+    "training_config.gradient_accumulation_steps",
+    "model_config.preset",
+    "model_config.gradient_checkpointing",
+    "data_config.source",
+    "data_config.corpus",
+    "data_config.num_proc",
+)
+
+
+class Ungraded(UsageError):
+    """Nothing is recorded of this training. `recorded` is what results.yaml has."""
+
+    def __init__(self, run: RunFigures, recorded: Sequence[Numbers], path: Path) -> None:
+        there = [f"{entry.board}: {entry.what}" for entry in recorded] or ["none"]
+        super().__init__(
+            f"nothing is recorded for this training on {run.manifest['hw']} ({run.manifest['steps']} steps); recorded: "
+            + "; ".join(there),
+            where=str(path),
+            todo="grade a run of a recorded training, or record this one: recipe grade RUN --record",
+        )
+        self.recorded = recorded
+
+    def as_json(self, run: str) -> str:
+        known = [{"board": entry.board, "evidence": entry.evidence, "what": entry.what} for entry in self.recorded]
+        return json.dumps({"format": FORMAT, "run": run, "verdict": UNGRADED, "recorded": known}, indent=1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """The verdict on one figure, with the reason in words."""
+
+    figure: str
+    verdict: Verdict
+    says: str
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a run was held against, and each figure's verdict."""
+
+    run: RunFigures
+    entry: Numbers
+    lines: tuple[Line, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        return max((line.verdict for line in self.lines), key=ORDER.index)
+
+
+def report(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
+    """Print the grade of a run. Raises Ungraded where nothing is recorded for it, VerificationError for a fail."""
+    try:
+        found = grade(figures.read(folder))
+    except Ungraded as error:
+        if as_json:
+            say(error.as_json(folder.resolve().name))
+        raise
+    if as_json:
+        lines = [dataclasses.asdict(line) for line in found.lines]
+        entry = found.entry.model_dump(mode="json", exclude_none=True)
+        verdict = {"verdict": found.verdict, "lines": lines, "entry": entry}
+        say(json.dumps({"format": FORMAT, "run": found.run.folder.name, **verdict}, indent=1))
+    else:
+        say(f"{found.run.folder.name} beside: {described(found.entry)}")
+        if found.entry.band:
+            say(f"bands: {found.entry.band.origin}")
+        width = max(len(line.figure) for line in found.lines)
+        for line in found.lines:
+            say(f"{line.verdict.upper():12}  {line.figure:{width}}  {line.says}")
+    if failed := [line.figure for line in found.lines if line.verdict == "fail"]:
+        raise VerificationError(
+            f"graded fail: {', '.join(failed)}",
+            where=str(found.run.folder),
+            todo="find what changed; if the change is wanted, record the new figures: recipe grade RUN --record",
+        )
+
+
+def described(entry: Numbers) -> str:
+    origin = f"{entry.date}, commit {entry.commit[:7]}" if isinstance(entry, Measured) else entry.source
+    return f"{entry.what} ({entry.evidence}: {origin})"
+
+
+def recipe_of(run: RunFigures) -> Path:
+    """The recipe's folder, where the run had it or by its name. Raises UsageError where it is not here."""
+    folder = Path(run.manifest.get("recipe_dir") or "")
+    return folder if (folder / "config.yaml").is_file() else find_recipe(run.config.recipe)
+
+
+def grade(run: RunFigures) -> Grade:
+    """Hold a run against the entry of its training. Raises Ungraded where results.yaml has none."""
+    recipe = recipe_of(run)
+    entry, config = choose(load(recipe), recipe, run)
+    lines = (*settings(run, entry, config), *losses(run, entry), *held_out(run, entry), *costs(run, entry))
+    return Grade(run, entry, lines)
+
+
+def choose(results: Results, recipe: Path, run: RunFigures) -> tuple[Numbers, Config]:
+    """The entry of the run's board, model, data, batch and length, and the config it stands for; ours before others'.
+
+    Of several, the one whose other settings differ least. Whether those may differ, the figures say.
+    """
+    found = [
+        (not isinstance(entry, Measured), len(differences(config, run.config)), place, entry, config)
+        for place, entry in enumerate(results.numbers)
+        if (config := config_of(entry, recipe)) is not None and is_of(entry, config, run)
+    ]
+    if not found:
+        raise Ungraded(run, results.numbers, recipe / FILE)
+    _, _, _, entry, config = min(found, key=lambda item: item[:3])
+    return entry, config
+
+
+def config_of(entry: Numbers, recipe: Path) -> Config | None:
+    """What the entry's overrides mean in the recipe of now; None where they no longer resolve."""
+    overrides, steps = (entry.overrides, entry.steps) if isinstance(entry, Measured) else ((), None)
+    try:
+        return configs.load(recipe, hardware.get(entry.board), overrides, steps)
+    except UsageError:
+        return None
+
+
+def is_of(entry: Numbers, config: Config, run: RunFigures) -> bool:
+    length = config.training.max_steps or (entry.held_out.step if entry.held_out else max(entry.loss_at, default=0))
+    same_length = length in (run.manifest["steps"], run.last_step)
+    return entry.board == run.manifest["hw"] and same_length and subject(config) == subject(run.config)
+
+
+def subject(config: Config) -> tuple[Any, ...]:
+    """What is trained on what: with another of these, figures say nothing about each other."""
+    model, data = config.model, config.data
+    source = Path(data.corpus or data.source or "").name
+    return model.init, model.base, model.architecture, model.lora, source, data.tokenizer, config.effective_batch
+
+
+def differences(recorded: Config, run: Config) -> list[str]:
+    """The settings in which a run's training differs from the recorded one."""
+    return [
+        line
+        for line in recorded.changes(run)
+        if line.startswith(SECTIONS) and not line.startswith((*NOT_LISTED, 'training_config.precision: "auto"'))
+    ]
+
+
+def settings(run: RunFigures, entry: Numbers, config: Config) -> Iterator[Line]:
+    """Other settings, tokens and images, which explain other figures."""
+    lines = differences(config, run.config)
+    exact = entry.exact if isinstance(entry, Measured) else None
+    if exact and exact.tokens_sha256 != run.manifest["data"]["tokens_sha256"]:
+        lines.append("the tokens of the data set")
+    if isinstance(entry, Measured) and entry.image != run.image:
+        lines.append(f"the image: {entry.image or 'none'} -> {run.image or 'none'}")
+    yield Line("settings", "warn" if lines else "pass", f"differ: {'; '.join(lines)}" if lines else "the same training")
+
+
+def other_environment(run: RunFigures, entry: Numbers) -> list[str]:
+    """Why the entry's bits are not to be expected of this run; empty where they are."""
+    if not isinstance(entry, Measured) or entry.exact is None:
+        return ["the entry has no bits"]
+    wanted = entry.exact.model_dump()
+    return [f"{key}: {wanted[key]} -> {value}" for key, value in run.environment.items() if wanted[key] != value]
+
+
+def losses(run: RunFigures, entry: Numbers) -> Iterator[Line]:
+    """The training loss at each recorded step, and on the entry's own kind of machine the bits of all steps."""
+    exact, found = not other_environment(run, entry), run.losses
+    for step, expected in sorted(entry.loss_at.items()):
+        if step > run.last_step:
+            yield Line(f"loss at {step}", "not compared", f"the run ended after step {run.last_step}")
+        else:
+            allowed = entry.band.loss.get(step) if entry.band else None
+            yield within(f"loss at {step}", found[step], expected, allowed, entry, exact)
+    if isinstance(entry, Measured) and entry.exact:
+        yield bits(run, entry)
+
+
+def bits(run: RunFigures, entry: Measured) -> Line:
+    """Every step's loss and gradient norm, every evaluation and the last weights, bit for bit."""
+    assert entry.exact is not None
+    if other := other_environment(run, entry):
+        return Line("bits", "not compared", f"not expected here: {'; '.join(other)}")
+    wrong = [] if run.history_sha256 == entry.exact.history_sha256 else ["the history of losses"]
+    wrong += [] if run.weights_sha256 == entry.exact.weights_sha256 else ["the last weights"]
+    if wrong:
+        return Line("bits", "fail", f"{' and '.join(wrong)} differ from the recorded run's")
+    return Line("bits", "pass", f"all {run.last_step} steps, all evaluations and the last weights are the same")
+
+
+def within(figure: str, found: float, expected: float, allowed: float | None, entry: Numbers, exact: bool) -> Line:
+    """A loss beside the recorded one: equal, or within its band; what others published can only warn."""
+    far = abs(found - expected)
+    says = f"{found:.6g}, recorded {expected:.6g}: {far:.2g} apart"
+    if exact:
+        return Line(figure, "pass" if found == expected else "fail", f"{says}, the same bits are expected")
+    if allowed is None:
+        ours = isinstance(entry, Measured)
+        return Line(figure, "warn" if ours else "not compared", f"{says}; no band is recorded")
+    outside: Verdict = "fail" if isinstance(entry, Measured) else "warn"
+    return Line(figure, "pass" if far <= allowed else outside, f"{says}, {allowed:g} allowed")
+
+
+def held_out(run: RunFigures, entry: Numbers) -> Iterator[Line]:
+    """The held-out loss of the recorded step."""
+    if entry.held_out is None:
+        return
+    figure, score = f"held-out at {entry.held_out.step}", run.scores.get(entry.held_out.step)
+    if score is None:
+        yield Line(figure, "not compared", "the run did not evaluate that step")
+        return
+    allowed = entry.band.held_out if entry.band else None
+    yield within(figure, score["eval_loss"], entry.held_out.loss, allowed, entry, not other_environment(run, entry))
+
+
+def costs(run: RunFigures, entry: Numbers) -> Iterator[Line]:
+    """Speed and memory, which only a machine of the same kind must repeat."""
+    other = [line for line in other_environment(run, entry) if not line.startswith("lock_sha256")]
+    for figure, found, recorded, limits, sign in (
+        ("tokens/s", run.tokens_per_second, entry.tokens_per_second, SLOWER, -1),
+        ("peak MiB", run.manifest.get("peak_memory_mib"), entry.peak_memory_mib, LARGER, 1),
+    ):
+        if recorded is None or found is None:
+            continue
+        worse = sign * (found / recorded - 1)
+        says = f"{found:,.0f}, recorded {recorded:,.0f}: {found / recorded:.2f} of it"
+        if other:
+            yield Line(figure, "not compared", f"{says}; another kind of machine: {'; '.join(other)}")
+        else:
+            yield Line(figure, verdict_of(worse, limits), f"{says}; from {limits['fail']:.0%} worse on it fails")
+
+
+def verdict_of(worse: float, limits: Mapping[str, float]) -> Verdict:
+    if worse >= limits["fail"]:
+        return "fail"
+    return "warn" if worse >= limits["warn"] else "pass"

@@ -1,0 +1,278 @@
+"""`recipe repro`: a run again, from its manifest alone, and how the two differ.
+
+Code comes of the run's commit (in a worktree of its own), settings of its config.resolved.yaml, threads and compilation
+of its manifest. What cannot be restored is said before anything is trained; other data or another base is refused
+there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common import hardware
+from common.errors import DataError, MachineError, Stopped, TrainingError, UsageError, VerificationError
+from common.paths import ROOT
+from common.train import checkpoint
+from common.train.manifest import code_facts
+from tools.containers.images import LOCAL, image_for
+from tools.machine import host
+from tools.results import grade, schema
+from tools.runs import figures, trained
+from tools.runs.figures import HISTORY, RunFigures
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Again:
+    """Where and how to run it again: the root of the code, the recipe there, and the options of `recipe run`."""
+
+    root: Path
+    recipe: Path
+    options: tuple[str, ...]
+    sets: tuple[str, ...]
+
+    def call(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "tools.cli", *words]
+
+
+def repro(folder: Path, out: Path, say: Say) -> Path:
+    """Run the run in `folder` again below `out`; return the new run's folder.
+
+    Raises UsageError, DataError or MachineError, before training, for what makes it another run, and
+    VerificationError where the same bits were to be expected and are not there.
+    """
+    run = figures.read(folder)
+    refuse_branch(run)
+    hardware.choose(run.manifest["hw"])
+    with code_of(run, say) as (root, lost):
+        again = prepare(run, root, say)
+        lost += list(lost_environment(run, root))
+        for line in lost:
+            say(f"cannot be restored: {line}")
+        check_data(run, again)
+        trained.find_base(run.config, run.manifest, run.folder, say)
+        say("data and base are those of the run" + ("; the same bits are expected" if not lost else ""))
+        where = "--container" if image_here(run) else "--no-container"
+        new = figures.read(train(again, out, where))
+    compare(run, new, not lost and new.image == run.image, say)
+    return new.folder
+
+
+def refuse_branch(run: RunFigures) -> None:
+    if parent := run.manifest.get("parent"):
+        raise UsageError(
+            f"the run starts from a checkpoint of another one, {parent}",
+            where=str(run.folder),
+            todo="repro that one, then recipe run --resume PATH from the checkpoint it makes",
+        )
+
+
+@contextlib.contextmanager
+def code_of(run: RunFigures, say: Say) -> Iterator[tuple[Path, list[str]]]:
+    """A tree with the run's commit, and what is lost of the code: nothing where the run was of a commit we have."""
+    commit, now = run.manifest.get("git_commit"), code_facts()
+    if run.manifest.get("git_dirty") is not False or commit is None:
+        yield ROOT, ["the code: the tree it ran from was not a commit as it stands; the code of now is used"]
+    elif git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
+        yield ROOT, [f"the code: commit {commit[:12]} is not in this repository; the code of now is used"]
+    elif now["git_commit"] == commit and not now["git_dirty"]:
+        yield ROOT, []
+    else:
+        changed = git("diff", "--name-only", commit, "--", f"recipes/{run.config.recipe}").stdout.split()
+        say(f"code of commit {commit[:12]}" + (f"; changed since, and not used: {', '.join(changed)}" * bool(changed)))
+        with tempfile.TemporaryDirectory(prefix="recipes-repro-") as scratch:
+            tree = Path(scratch) / "tree"
+            if (done := git("worktree", "add", "--detach", str(tree), commit)).returncode:
+                raise MachineError(f"git could not check out {commit[:12]}: {done.stderr.strip()}", where=str(ROOT))
+            try:
+                if LOCAL.is_file() and (tree / "docker").is_dir():  # it is this machine's, and so of no commit
+                    shutil.copy(LOCAL, tree / "docker")
+                yield tree, []
+            finally:
+                git("worktree", "remove", "--force", str(tree))
+
+
+def git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+def prepare(run: RunFigures, root: Path, say: Say) -> Again:
+    """The command that runs it again, with --set for whatever the recipe in `root` resolves to otherwise."""
+    manifest, engine = run.manifest, run.manifest["backend"]
+    recipe = root / "recipes" / run.config.recipe
+    was = Path(manifest["recipe_dir"])
+    if not (recipe / "config.yaml").is_file() or was.parts[-2:] != recipe.parts[-2:]:
+        recipe = was
+    if not (recipe / "config.yaml").is_file():
+        raise MachineError("the recipe of the run is not here any more", where=str(recipe), todo="put it back")
+    options: tuple[str, ...] = ("--hw", manifest["hw"], "--steps", str(manifest["steps"]))
+    sets = tuple(word for override in manifest["overrides"] for word in ("--set", override))
+    again = Again(root, recipe, options, sets)
+    changes = settings_to_restore(run, again)
+    if changes:
+        say(f"restored from config.resolved.yaml: {', '.join(changes)}")
+    if engine["backend"] == "torch-cpu":
+        changes |= {"device_config.threads": engine["threads"]}
+        changes |= {"device_config.compile": "always" if engine["compiled"] else "never"}
+    more = tuple(word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}"))
+    if manifest["exit_reason"] != "done" and run.last_step < manifest["steps"]:
+        options += ("--stop-at", str(run.last_step))
+    return Again(root, recipe, options, (*sets, *more))
+
+
+def settings_to_restore(run: RunFigures, again: Again) -> dict[str, Any]:
+    """Keys that the recipe resolves to another value than the run had, with the run's value."""
+    words = again.call("config", "show", str(again.recipe), *again.options, *again.sets)
+    now = yaml.safe_load(answer(again, words))
+    then = yaml.safe_load((run.folder / "config.resolved.yaml").read_text(encoding="utf-8"))
+    return {
+        f"{section}.{key}": value
+        for section, values in then.items()
+        if isinstance(values, Mapping)
+        for key, value in values.items()
+        if now[section].get(key) != value and key not in ("max_steps", "num_epochs")
+    }
+
+
+def answer(again: Again, words: list[str]) -> str:
+    """What one of our own commands prints, run in the tree of the code. Its error is passed on as ours."""
+    done = subprocess.run(words, cwd=again.root, capture_output=True, text=True, check=False, env=environment(again))
+    if done.returncode:
+        kind = {2: UsageError, 3: DataError}.get(done.returncode, MachineError)
+        raise kind(f"the recipe does not resolve any more: {done.stderr.strip().removeprefix('error: ')}")
+    return done.stdout
+
+
+def environment(again: Again) -> dict[str, str]:
+    """Ours, without a board of its own, and with the code of `root` before any installed one."""
+    return {**os.environ, "PYTHONPATH": str(again.root), "HW": ""}
+
+
+def lost_environment(run: RunFigures, root: Path) -> Iterator[str]:
+    """What fixes the bits besides code and settings, and is another here."""
+    manifest, engine = run.manifest, run.manifest["backend"]
+    if run.image != (image := image_here(run)):
+        yield f"the image: {run.image or 'none'}; here {image or 'none'}"
+    if image is None:
+        yield from lost_packages(manifest, root)
+    if manifest.get("cpu_class") != hardware.cpu_class():
+        yield f"the CPU's class: {manifest.get('cpu_class')}; here {hardware.cpu_class()}"
+    if engine["backend"] != "torch-cpu":
+        yield "bits: a board promises none"
+    for event in manifest.get("resumed", []):
+        if changed := [note for note in event["notes"] if "changed" in note or "bit-exact" in note]:
+            yield f"the resumption after step {event['step']}, which changed something: {'; '.join(changed)}"
+
+
+def lost_packages(manifest: Mapping[str, Any], root: Path) -> Iterator[str]:
+    """What this environment has otherwise than the run's."""
+    lock = root / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
+    sha256 = hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None
+    if manifest.get("lock_sha256") != sha256:
+        yield f"the lock file: {lock.name} has another sha256 than the run's"
+    for name, version in manifest["backend"]["versions"].items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            if name != "python" and (here := importlib.metadata.version(name)) != version:
+                yield f"{name} {version}: {here} is installed"
+
+
+def image_here(run: RunFigures) -> str | None:
+    """The image that the run is made again in: none if it was in none itself, or none is to be had here."""
+    if host.launched():
+        return str(host.launched()["image"]["reference"])
+    if run.image:
+        with contextlib.suppress(MachineError):
+            return image_for(hardware.get(run.manifest["hw"])).reference
+    return None
+
+
+def check_data(run: RunFigures, again: Again) -> None:
+    """Raise DataError where the recipe of now makes other tokens than the run was trained on."""
+    options = again.options[: again.options.index("--steps")]
+    built = answer(again, again.call("data", "build", str(again.recipe), *options, *again.sets, "--json"))
+    now, then = json.loads(built)["tokens_sha256"], run.manifest["data"]["tokens_sha256"]
+    if now != then:
+        raise DataError(
+            f"the data changed since the run: its tokens had sha256 {then[:12]}..., now {now[:12]}...; nothing was run",
+            where=str(again.recipe),
+            todo="bring back the rows of that time (git log shows the recipe's changes)",
+        )
+
+
+def train(again: Again, out: Path, where: str) -> Path:
+    """`recipe run` in a process of its own, on this screen; return the new run's folder."""
+    out = out.absolute()
+    before = set(out.glob("*/manifest.json"))
+    options = (*again.options, *again.sets, where, "--resume", "never", "--out", str(out))
+    words = again.call("run", str(again.recipe), *options)
+    code = subprocess.run(words, cwd=again.root, check=False, env=environment(again)).returncode
+    new = sorted(set(out.glob("*/manifest.json")) - before)
+    if code not in (0, Stopped.code) or not new:
+        raise TrainingError(f"the run ended with code {code} this time; its own message is above", where=str(out))
+    return new[-1].parent
+
+
+def compare(run: RunFigures, new: RunFigures, expected: bool, say: Say) -> None:
+    """Say how two runs differ. Raises VerificationError where the same bits were `expected`, or a band is left."""
+    first = first_difference(run, new)
+    if first is None:
+        say(f"reproduced bit for bit: {run.last_step} steps, {len(run.evaluations)} evaluations, the last checkpoint")
+        return
+    far = max(abs(run.losses[step] - new.losses[step]) for step in run.losses if step in new.losses)
+    says = f"{first}; training losses are at most {far:.3g} nats apart"
+    if expected:
+        raise VerificationError(
+            f"not reproduced: {says}",
+            where=f"{run.folder} and {new.folder}",
+            todo="the same bits were to be expected: compare their manifests, and report it",
+        )
+    say(f"not the same bits, which were not to be expected: {says}")
+    compare_by_band(run, new)
+
+
+def compare_by_band(run: RunFigures, new: RunFigures) -> None:
+    """Where the training is on record with a band: within it at its steps, or VerificationError."""
+    try:
+        recipe = grade.recipe_of(run)
+        entry, _ = grade.choose(schema.load(recipe), recipe, run)
+    except UsageError:
+        return
+    for step, allowed in entry.band.loss.items() if entry.band else ():
+        far = abs(run.losses[step] - new.losses[step])
+        if far > allowed:
+            raise VerificationError(f"not reproduced: the losses at {step} are {far:.3g} apart, {allowed:g} is allowed")
+
+
+def first_difference(run: RunFigures, new: RunFigures) -> str | None:
+    """The first thing in which two runs differ: a record of a step, an evaluation, a checkpoint's file."""
+    for step in sorted({*run.steps, *new.steps}):
+        if step not in run.steps or step not in new.steps:
+            return f"only one of them has step {step}"
+        for key in HISTORY:
+            if run.steps[step][key] != new.steps[step][key]:
+                return f"{key} of step {step}: {run.steps[step][key]!r}, now {new.steps[step][key]!r}"
+    for then, now in zip(run.evaluations, new.evaluations, strict=False):
+        if then != now:
+            return f"the evaluation after step {then['step']}"
+    if len(run.evaluations) != len(new.evaluations):
+        return f"{len(run.evaluations)} evaluations, now {len(new.evaluations)}"
+    hashes = [checkpoint.newest(one.folder / "checkpoints", []) for one in (run, new)]
+    then_files, now_files = (dict(found.state["sha256"]) if found else {} for found in hashes)
+    return next(
+        (f"{name} of the last checkpoint" for name in then_files if then_files[name] != now_files.get(name)), None
+    )

@@ -1,0 +1,1 @@
+"""Run folders after their runs: read, compare, prune, explain."""

@@ -1,0 +1,1 @@
+"""`recipe new`: a recipe for other data."""

@@ -1,0 +1,1 @@
+"""`recipe verify`: does a run hold together; can those checks fail."""

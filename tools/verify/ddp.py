@@ -1,0 +1,317 @@
+"""`recipe verify --ddp`: is data parallel the same training, and what does it gain?
+
+One device and N train the same steps from the same weights on the same batches. Their losses must agree at every step,
+all N must hold the same parameters after every step, and with the summing of gradients turned off both must be noticed:
+a check that cannot fail would prove nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import config as configs
+from common import hardware
+from common.config import Config
+from common.data.tokens import TokenDataset
+from common.engine import Backend
+from common.errors import UsageError, VerificationError
+from common.hardware import Hardware
+from common.model.bases import Base
+from common.paths import find_recipe
+from common.train.evaluate import HeldOut, held_out
+from common.train.manifest import code_facts, utc_now
+from common.train.plan import prepare
+from common.train.schedule import learning_rate
+from engines.registry import open_backend, precision_for
+from tools.checklist import Line, Outcome, Result, failed, go_through, hold
+from tools.containers.launcher import native_lease
+from tools.launch.processes import Hosts, in_processes
+from tools.results.record import machine_of, refuse_changed_tree, write
+
+FORMAT = 1
+ON_A_CPU = "cpu-x2"
+CONTROL_STEPS = 2
+TIMED = 4  # steps of each kind, in turns
+HELD_OUT_ROWS = 64
+# Nats between the losses of one device and N at a step. fp32: sums in another order, through as many updates. bf16:
+# each device rounds its part of a gradient to 2^-9 before the parts are summed, and a board rounds the loss as well.
+BOUND = {"fp32": 1e-4, "bf16-mixed": 1e-3, "bf16": 3e-2}
+NORM_BOUND = {"fp32": 1e-3, "bf16-mixed": 2e-2, "bf16": 0.1}  # relative; the same reasons
+
+
+@dataclass
+class Curve:
+    """What some devices did in some steps."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    """Of the gradients: AdamW forgives any factor on them, so that the losses would not show one."""
+    alike: list[bool] = field(default_factory=list)
+    """After each step: do all devices hold the same parameters?"""
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    held_out: HeldOut | None = None
+    machine: str = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the steps but the first, which may compile."""
+        return statistics.median(t / s for t, s in zip(self.tokens[1:], self.seconds[1:], strict=True))
+
+
+class Comparison:
+    """One device beside all of `hw`'s mesh; each curve is trained when it is first asked for."""
+
+    def __init__(
+        self, recipe_dir: Path, hw: Hardware, overrides: Sequence[str], steps: int, say: Callable[[str], None]
+    ) -> None:
+        self.recipe_dir, self.hw, self.overrides, self.steps = recipe_dir, hw, tuple(overrides), steps
+        self.config = self.config_for(None)
+        self.devices = self.config.device.devices
+        prepared = prepare(self.config, hw, recipe_dir, say)
+        self.base: Base = prepared[0]
+        self.dataset: TokenDataset = prepared[2]
+
+    def config_for(self, devices: int | None, **values: Any) -> Config:
+        """The recipe's config for some of the devices, or for all of them."""
+        mesh = (f"device_config.mesh_shape=[1,{devices}]",) if devices else ()
+        config = configs.load(self.recipe_dir, self.hw, (*self.overrides, *mesh), self.steps)
+        if config.training.precision == "auto":
+            values["training.precision"] = precision_for(self.hw)[0]
+        threads = config.device.threads or 1 if self.hw.is_cpu else None
+        return config.with_values(**{"device.threads": threads, "device.compile": "never", **values})
+
+    @functools.cached_property
+    def one(self) -> Curve:
+        return self.train(self.config_for(1), self.steps, evaluated=True)
+
+    @functools.cached_property
+    def several(self) -> Curve:
+        return self.train(self.config_for(None), self.steps, evaluated=True)
+
+    @functools.cached_property
+    def control(self) -> Curve:
+        return self.train(self.config_for(None), CONTROL_STEPS, synchronise=False)
+
+    def train(self, config: Config, steps: int, *, synchronise: bool = True, evaluated: bool = False) -> Curve:
+        """Train from the start, and evaluate at the end where that is asked for."""
+        curve = Curve()
+        with self.opened(config) as backend:
+            backend.synchronise(synchronise)
+            curve.machine = machine_of(dataclasses.asdict(backend.info))
+            for step in range(1, steps + 1):
+                self.step(backend, config, step, curve)
+                curve.alike.append(len(set(backend.replicas())) == 1)
+            if evaluated:
+                curve.held_out = held_out(backend, self.dataset.held_out.spread(HELD_OUT_ROWS))
+        return curve
+
+    @contextlib.contextmanager
+    def opened(self, config: Config) -> Iterator[Backend]:
+        """The engine of `config` with the base's weights."""
+        with open_backend(self.hw, config) as backend:
+            backend.build(self.base.architecture)
+            backend.load(self.base.weights())
+            yield backend
+
+    def step(self, backend: Backend, config: Config, step: int, curve: Curve, rows: int = 1) -> None:
+        """One step on `rows` times the effective batch, onto the curve."""
+        effective = config.effective_batch * rows
+        batch = self.dataset.train.batch(step, config.training.seed, effective)
+        micro_batches = batch.split(config.training.gradient_accumulation_steps)
+        stats = backend.train_step(micro_batches, learning_rate(step, config.training), step)
+        curve.losses.append(stats.loss)
+        curve.norms.append(stats.grad_norm)
+        curve.seconds.append(stats.seconds)
+        curve.tokens.append(stats.tokens)
+
+    def speed(self, weak: bool) -> dict[str, float]:
+        """Throughput by number of devices, in tokens/s, and what a step of all of them is made of."""
+        synced, alone = Curve(), Curve()
+        config = self.config_for(None)
+        with self.opened(config) as backend:
+            for step in range(1, 2 * TIMED + 3, 2):  # in turns, so that the machine's moods fall on both
+                for curve, on in ((synced, True), (alone, False)):
+                    backend.synchronise(on)
+                    self.step(backend, config, step, curve, self.devices if weak else 1)
+        single = self.one if not weak else self.train(self.config_for(1), TIMED)
+        whole, local = (statistics.median(curve.seconds[1:]) for curve in (synced, alone))
+        ratio = synced.tokens_per_second / single.tokens_per_second
+        found = {
+            "one": single.tokens_per_second,
+            "all": synced.tokens_per_second,
+            "ratio": ratio,
+            "efficiency": ratio / self.devices,
+            "step_seconds": whole,
+            "compute_seconds": local,
+            "all_reduce_share": max(0.0, 1 - local / whole),
+        }
+        if self.hw.is_cpu and not weak:
+            threads = self.devices * (self.config.device.threads or 1)
+            wide = self.train(self.config_for(1, **{"device.threads": threads}), TIMED)
+            found["one_process_all_threads"] = wide.tokens_per_second
+        return found
+
+    def entry(self, speed: dict[str, float]) -> dict[str, Any]:
+        """What results.yaml is to hold of this comparison; see tools/results/schema.py."""
+        assert self.several.held_out is not None
+        rows, last = self.several.held_out, len(self.several.losses)
+        return {
+            "board": self.hw.name,
+            "evidence": "measured",
+            "what": "recipe verify --ddp: the first steps of the recipe, on all devices and on one",
+            "overrides": list(self.overrides),
+            "steps": self.steps,
+            "date": datetime.date.fromisoformat(utc_now()[:10]),
+            "commit": code_facts()["git_commit"],
+            "machine": self.several.machine,
+            "loss_at": {1: self.several.losses[0], last: self.several.losses[-1]},
+            "held_out": {"step": last, "loss": rows.loss, "standard_error": rows.standard_error},
+            "tokens_per_second": round(speed["all"], 1),
+            "scaling": {"devices": self.devices, **{k: float(f"{v:.4g}") for k, v in speed.items() if k != "all"}},
+        }
+
+
+def losses(found: Comparison) -> str:
+    apart = [abs(a - b) for a, b in zip(found.one.losses, found.several.losses, strict=True)]
+    bound = BOUND[found.config.training.precision]
+    first, last = found.one.losses[0], found.one.losses[-1]
+    at = f"at step {apart.index(max(apart)) + 1} of {len(apart)} ({first:.4f} to {last:.4f})"
+    evidence = f"at most {max(apart):.2e} nats apart, {at}"
+    return hold(max(apart) <= bound, f"{evidence}; allowed {bound:g} in {found.config.training.precision}")
+
+
+def gradients(found: Comparison) -> str:
+    apart = [abs(b / a - 1) for a, b in zip(found.one.norms, found.several.norms, strict=True)]
+    bound = NORM_BOUND[found.config.training.precision]
+    evidence = f"norms at most {max(apart):.2%} apart, at step {apart.index(max(apart)) + 1}"
+    return hold(max(apart) <= bound, f"{evidence}; allowed {bound:.1%}")
+
+
+def replicas(found: Comparison) -> str:
+    apart = [step for step, alike in enumerate(found.several.alike, 1) if not alike]
+    if apart:
+        raise Outcome("fail", f"the parameters of the {found.devices} devices differ after step {apart[0]}")
+    return f"the same bits on {found.devices} devices after each of {len(found.several.alike)} steps"
+
+
+def held_out_loss(found: Comparison) -> str:
+    one, several = found.one.held_out, found.several.held_out
+    assert one is not None
+    assert several is not None
+    apart, floor = several.loss - one.loss, one.standard_error
+    evidence = f"{several.loss:.4f} and {one.loss:.4f}, {apart:+.2e} apart"
+    return hold(abs(apart) < floor, f"{evidence}; the standard error over {len(one.nll)} rows is {floor:.4f}")
+
+
+def control(found: Comparison) -> str:
+    noticed = not found.control.alike[0]
+    apart = abs(found.control.losses[-1] - found.one.losses[CONTROL_STEPS - 1])
+    evidence = f"the devices' parameters {'differ' if noticed else 'are alike'} after step 1"
+    return hold(noticed, f"{evidence}; the loss of step {CONTROL_STEPS} alone shows {apart:.2e}")
+
+
+LINES = (
+    Line("losses", "all devices together give one device's losses", losses),
+    Line("gradients", "and one device's gradients", gradients),
+    Line("replicas", "and hold the same parameters after every step", replicas),
+    Line("held-out", "and the same held-out loss, within the noise", held_out_loss, ("losses",)),
+    Line("control", "without summing the gradients this would be noticed", control),
+)
+
+
+def run(
+    hw: str | None,
+    *,
+    name: str,
+    world: int | None,
+    steps: int,
+    weak: bool,
+    record: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    say: Callable[[str], None],
+) -> int:
+    """Verify the recipe `name` on a board, or on processes of this CPU; return the exit code."""
+    recipe_dir = find_recipe(name)
+    if record and weak:
+        raise UsageError("only strong scaling is recorded", where="--record", todo="leave --weak out")
+    if record:
+        refuse_changed_tree()
+    board = hardware.choose(hw or None).hardware
+    board = hardware.get(ON_A_CPU) if board.is_cpu else board
+    overrides += (f"device_config.mesh_shape=[1,{world}]",) if world else ()
+    config = configs.load(recipe_dir, board, overrides, steps)
+    if config.device.devices == 1:
+        raise UsageError(f"{board.name} has one device", where="--hw", todo="choose a board of several, or cpu-x2")
+    words = ["verify", "--ddp", "--hw", board.name, "--recipe", str(recipe_dir), "--steps", str(steps)]
+    words += ["--weak"] if weak else []
+    words += ["--record"] if record else []
+    words += ["--json"] if as_json else []
+    words += [part for override in overrides for part in ("--set", override)]
+    tell: Callable[[str], None] = (lambda _line: None) if as_json else say
+
+    def lead() -> None:
+        report = verify(Comparison(recipe_dir, board, overrides, steps, tell), weak=weak, record=record, say=tell)
+        if as_json:
+            say(json.dumps(report, indent=1))
+        refuse_failed(report)
+
+    with native_lease("verify --ddp", board.name):
+        return in_processes(recipe_dir, config, words, Hosts(), lead, tell)
+
+
+def verify(found: Comparison, *, weak: bool, record: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Go through the lines, then measure where none failed, saying each as it ends; the report, as JSON has it."""
+    say(f"data parallel on {found.hw.title}: {found.config.recipe}, effective batch {found.config.effective_batch}")
+    results: list[Result] = []
+    for result in go_through(LINES, found, lambda line: say(f"{line.id}: {line.says} ...")):
+        results.append(result)
+        say(f"  {result}")
+    speed: dict[str, float] = {}
+    if not failed(results):
+        speed = found.speed(weak)
+        say(shown(speed, found, weak))
+        if record:
+            write(found.recipe_dir, found.entry(speed), say)
+    return {
+        "format": FORMAT,
+        "hw": found.hw.name,
+        "devices": found.devices,
+        "lines": [dataclasses.asdict(result) for result in results],
+        "recipe": found.config.recipe,
+        "scaling": "weak" if weak else "strong",
+        "speed": speed,
+    }
+
+
+def refuse_failed(report: Mapping[str, Any]) -> None:
+    """Raise VerificationError if a line of the report failed."""
+    if bad := [line["id"] for line in report["lines"] if line["verdict"] == "fail"]:
+        raise VerificationError(
+            f"data parallel on {report['hw']} is not the training of one device: {', '.join(bad)}",
+            where=f"{report['recipe']}, mesh [1, {report['devices']}]",
+            todo="do not train on several devices here; train with --world 1",
+        )
+
+
+def shown(speed: dict[str, float], found: Comparison, weak: bool) -> str:
+    """The figures as lines."""
+    kind = "weak scaling, a batch for each device" if weak else "strong scaling, one batch for all"
+    rate = f"{speed['all']:,.0f} tokens/s on {found.devices} devices, {speed['one']:,.0f} on one"
+    gain = f"{speed['ratio']:.2f} times as fast, {speed['efficiency']:.0%} of each device"
+    step = f"a step of {speed['step_seconds']:.2f} s: {speed['compute_seconds']:.2f} s without the summing"
+    exposed = f"which adds {speed['all_reduce_share']:.1%} where it does not hide behind the computing"
+    lines = [f"{kind}: {rate}: {gain}", f"{step}, {exposed}"]
+    if "one_process_all_threads" in speed:
+        lines.append(f"one process with the threads of all: {speed['one_process_all_threads']:,.0f} tokens/s")
+    return "\n".join(lines)

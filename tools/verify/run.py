@@ -1,0 +1,264 @@
+"""`recipe verify RUN`: does what a run left hold together? Each line is a way in which training goes wrong silently.
+
+`recipe verify --calibrate` (tools.verify.calibrate) plants a defect for each line that a CPU can judge and sees it fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.data import build
+from common.data.order import rows_of_step
+from common.data.tokens import TokenDataset
+from common.errors import DataError, VerificationError
+from common.model.bases import sha256_file
+from common.model.weights import Weights
+from common.train import metrics
+from common.train.checkpoint import Tensors
+from common.train.evaluate import held_out
+from common.train.run import check_first_loss
+from common.train.schedule import learning_rate
+from tools.checklist import Line, Outcome, Result, failed, go_through, hold
+from tools.data.checks import leaks
+from tools.export import check, export
+from tools.export.hf_folder import adapters_of, merged_shapes, stored
+from tools.export.unmoved import unmoved
+from tools.runs import figures, trained
+from tools.runs.figures import RunFigures
+from tools.runs.trained import TrainedRun
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1  # of the JSON
+# Nats a token between the recorded loss of step 1 and plain transformers' in fp32: the precision of the step.
+STEP_OFF = {"fp32": 1e-3, "bf16-mixed": 0.02, "bf16": 0.05}
+SCORE_OFF = {"fp32": 1e-3, "bf16": 0.02}  # between a held-out loss and the same again, by what computed it
+
+
+class Case:
+    """A run to look at, read once, at its newest checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.figures: RunFigures = figures.read(self.folder)
+
+    @functools.cached_property
+    def run(self) -> TrainedRun:
+        found = trained.read(self.folder, lambda _line: None)
+        return dataclasses.replace(found, checkpoint=trained.newest(self.folder, lambda _line: None))
+
+    @property
+    def precision(self) -> str:
+        return self.run.config.training.precision
+
+
+def checkpoints(case: Case) -> str:
+    """Every file of the newest checkpoint has its hash, and the metrics are those of the run's end."""
+    skipped: list[str] = []
+    found = trained.newest(case.folder, skipped.append)
+    hold(not skipped, "; ".join(skipped))
+    recorded = case.figures.manifest.get("metrics_sha256")
+    same = recorded in (None, sha256_file(case.folder / "metrics.jsonl"))
+    hold(same, "metrics.jsonl is not the file that the run closed")
+    return f"{found.folder.name}: {len(found.state['sha256'])} files as they were written"
+
+
+def history(case: Case) -> str:
+    """Steps 1, 2, 3, ... once each and with the schedule's learning rate, across every resumption."""
+    steps = [record["step"] for record in metrics.read(case.folder / "metrics.jsonl") if "loss" in record]
+    odd = next((n for n, step in enumerate(steps, 1) if step != n), None)
+    hold(odd is None, f"record {odd} is of step {steps[(odd or 1) - 1]}")
+    training = case.figures.config.training
+    other = [n for n, record in case.figures.steps.items() if record["lr"] != learning_rate(n, training)]
+    resumed = [event["step"] for event in case.figures.manifest.get("resumed", [])]
+    accepted = any("accepted" in note for e in case.figures.manifest.get("resumed", []) for note in e["notes"])
+    hold(not other or accepted, f"the learning rate of step {(other or [0])[0]} is not the schedule's")
+    return f"steps 1 to {steps[-1]}, each once" + (f"; resumed after {', '.join(map(str, resumed))}" if resumed else "")
+
+
+def first_loss(case: Case) -> str:
+    """A model that knows nothing scores ln(vocabulary); one that is pretrained does not score worse."""
+    loss, run = case.figures.losses[1], case.run
+    if run.base.initial:
+        try:
+            return check_first_loss(loss, run.base, run.dataset().train.arrays.ids)
+        except VerificationError as error:
+            raise Outcome("fail", error.what) from None
+    guess = math.log(run.base.architecture["vocab_size"])
+    return hold(loss <= guess + 0.5, f"{loss:.4f} nats at step 1; guessing costs ln(vocabulary) = {guess:.2f}")
+
+
+def replay(case: Case) -> str:
+    """Step 1 once more by plain transformers: the same rows, their own mask and labels, the weights before training."""
+    need_transformers()
+    run, record = case.run, case.figures.steps[1]
+    if case.figures.manifest.get("parent"):
+        raise Outcome("not checkable", "step 1 was another run's")
+    train = dataset_of(case).train
+    rows = rows_of_step(1, run.config.training.seed, run.config.effective_batch, len(train))
+    found = check.plain_nll(untrained(run), train, rows.tolist())
+    count, expected = record["supervised_tokens"], int(found.tokens.sum())
+    hold(count == expected, f"step 1 counted {count} supervised tokens, its rows have {expected}")
+    allowed, far = STEP_OFF[case.precision], abs(found.loss - record["loss"])
+    evidence = f"{record['loss']:.5f} nats at step 1, plain transformers {found.loss:.5f}: {far:.1e} apart"
+    return hold(far <= allowed, f"{evidence}, {allowed:g} allowed")
+
+
+def score(case: Case) -> str:
+    """The newest checkpoint scores on the held-out rows what the run wrote down for its step."""
+    need_transformers()
+    run = case.run
+    rows = case.figures.held_out(run.step)
+    if rows is None:
+        raise Outcome("not checkable", f"the run did not evaluate step {run.step}")
+    split = dataset_of(case).held_out.spread(run.config.eval.max_rows)
+    with trained.engine(run) as backend:
+        again = held_out(backend, split)
+    allowed, far = SCORE_OFF[run.evaluated_in], abs(again.loss - rows.loss)
+    evidence = f"{run.checkpoint.folder.name} scores {again.loss:.5f}, the run wrote {rows.loss:.5f}: {far:.1e} apart"
+    return hold(far <= allowed, f"{evidence}, {allowed:g} allowed")
+
+
+def moved(case: Case) -> str:
+    """Training moved every tensor that it trains."""
+    still, count = unmoved(case.run)
+    return hold(not still, f"{len(still)} of {count} trained tensors never moved: {', '.join(still[:5]) or 'none'}")
+
+
+def frozen(case: Case) -> str:
+    """What adapters do not touch is the base's, bit for bit, in the export."""
+    run, file = case.run, case.folder / "export" / "merged" / "model.safetensors"
+    if run.config.model.lora is None:
+        raise Outcome("not checkable", "all weights are trained: nothing is frozen")
+    strange = [name for name in Tensors(run.checkpoint.folder) if name.startswith("model/") and ".lora_" not in name]
+    hold(not strange, f"the checkpoint of adapters holds other weights: {', '.join(strange[:5])}")
+    if not file.is_file():
+        raise Outcome("not checkable", "no export to look at")
+    base, merged, adapted = run.base.weights(), Weights([file]), adapters_of(run)
+    names = [name for name in merged_shapes(run) if name.removesuffix(".weight") not in adapted]
+    other = [
+        name
+        for name in names
+        if not np.array_equal(merged[name], stored(base[name], case.precision).astype(merged[name].dtype))
+    ]
+    return hold(not other, f"of {len(names)} frozen tensors {len(other)} differ from the base: {', '.join(other[:5])}")
+
+
+def replicas(case: Case) -> str:
+    """Every device held the same weights when training ended, as the manifest has their hashes."""
+    manifest = case.figures.manifest
+    engine = manifest["backend"]
+    if engine["world"] == 1:
+        raise Outcome("not checkable", "one device")
+    if notes := [note for note in engine["notes"] if note.startswith("replicas: not checkable")]:
+        raise Outcome("not checkable", notes[0])
+    if not (hashes := manifest.get("replicas")):
+        raise Outcome("not checkable", "the run did not reach its end, where devices are compared")
+    return hold(len(set(hashes)) == 1, f"{len(hashes)} devices hold {len(set(hashes))} different sets of weights")
+
+
+def exported(case: Case) -> str:
+    """The export computes what the run computed, asked of plain transformers and PEFT."""
+    need_transformers()
+    folder = case.folder / "export"
+    record = export.read_record(folder)
+    if record is None:
+        raise Outcome("not checkable", "the run has no export")
+    hold(not (damage := export.damaged(folder, record)), damage)
+    run = trained.read(case.folder / "checkpoints" / f"step-{record['step']:08d}", lambda _line: None)
+    outcome = check.check(folder, run, record["dtype"])
+    if outcome.status == "unverified":
+        raise Outcome("not checkable", outcome.reason)
+    return hold(outcome.status == "verified", outcome.reason or outcome.line())
+
+
+def leakage(case: Case) -> str:
+    """No held-out or evaluation prompt was trained on."""
+    run = case.run
+    dataset_of(case)  # the rows of now are those of the run
+    builder = build.Builder(run.config, run.recipe_dir)
+    if run.config.data.corpus:
+        train, kept = ({document.text for document in part} for part in builder.documents().values())
+        return hold(not train & kept, f"{len(train & kept)} of {len(kept)} held-out texts are trained on")
+    rows = builder.splits()
+    found = [finding for finding in leaks(rows["train"], rows["held_out"], builder.prompts()) if finding.is_error]
+    says = "; ".join(f"{finding.message} ({len(finding.where)}: {finding.where[0]})" for finding in found)
+    return hold(
+        not found, says or f"none of {len(rows['held_out'])} held-out rows is among {len(rows['train'])} trained"
+    )
+
+
+def dataset_of(case: Case) -> TokenDataset:
+    """The run's tokens, or a line that says that they are not here."""
+    try:
+        return case.run.dataset()
+    except DataError as error:
+        raise Outcome("not checkable", f"the run's data is not here: {error.what}") from None
+
+
+def need_transformers() -> None:
+    if missing := [name for name in ("torch", "transformers", "peft") if not check.installed(name)]:
+        raise Outcome("not checkable", f"no {', '.join(missing)} here")
+
+
+def untrained(run: TrainedRun) -> torch.nn.Module:
+    """The model before its first update, as plain transformers have it, in fp32."""
+    import torch
+    import transformers
+
+    half = run.config.training.precision == "bf16"
+    if run.base.initial is None:
+        plain = check.load_plain(run.base.folder, torch.bfloat16 if half else torch.float32)
+        return plain.float()
+    model: torch.nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(run.base.architecture))
+    weights = run.base.weights()
+    tensors = {name: torch.from_numpy(stored(weights[name], "fp32")) for name in weights}
+    model.load_state_dict(tensors, strict=False)
+    model.tie_weights()  # type: ignore[operator]
+    return (model.bfloat16().float() if half else model).eval()
+
+
+LINES: Sequence[Line] = (
+    Line("files", "what was saved is whole", checkpoints),
+    Line("history", "every step is on record once, at its learning rate", history),
+    Line("first-loss", "training began where it must", first_loss),
+    Line("replay", "step 1 is what plain transformers compute", replay, ("files",)),
+    Line("score", "the newest checkpoint is the model that was evaluated", score, ("files",)),
+    Line("moved", "training moved every trained tensor", moved, ("files",)),
+    Line("frozen", "and nothing else", frozen, ("files",)),
+    Line("replicas", "all devices hold the same weights", replicas),
+    Line("export", "the export computes what the run computed", exported, ("files",)),
+    Line("leakage", "nothing that is measured was trained on", leakage, ("files",)),
+)
+
+
+def verify(folder: Path, lines: Sequence[Line] | None = None) -> Iterator[Result]:
+    """Check the run in `folder` by `lines`, or all of them. Raises UsageError where there is no run."""
+    return go_through(LINES if lines is None else lines, Case(folder), lambda _line: None)
+
+
+def report(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
+    """Print each line as it ends, or all as one JSON object. Raises VerificationError if one fails."""
+    results = []
+    for result in verify(folder):
+        results.append(result)
+        if not as_json:
+            say(f"{result.verdict.upper():13}  {result.id:10}  {result.says}: {result.evidence}")
+    if as_json:
+        lines = [dataclasses.asdict(result) for result in results]
+        say(json.dumps({"format": FORMAT, "run": folder.resolve().name, "lines": lines}, indent=1))
+    if bad := failed(results):
+        raise VerificationError(
+            f"{len(bad)} of {len(results)} lines failed: {', '.join(bad)}",
+            where=str(folder),
+            todo="do not trust this run's numbers or its export before that is understood",
+        )
