@@ -98,7 +98,7 @@ test-all: setup ## the slow tests too; with Python 3.10 or 3.12 here, also again
 	$(PYTEST) tests
 
 test-processes: setup ## runs of several processes and hosts that are killed, stopped and resumed; two minutes
-	.venv/bin/python -m pytest -q -n 1 tests/e2e/test_data_parallel.py
+	.venv/bin/python -m pytest -q -n 1 tests/runs/test_data_parallel.py
 
 test-containers: setup ## the tests that build and start containers; minutes, and a Docker engine (ci/engine.sh)
 	.venv/bin/python -m pytest -q -m "not slow" tests/containers

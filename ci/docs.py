@@ -1,6 +1,6 @@
 """make docs: writes the tables of README.md and recipes/README.md from every recipe's results.yaml and configs.
 
-Only what stands between a pair of markers is written. tests/unit/test_docs.py fails when one is stale.
+Only what stands between a pair of markers is written. tests/ci/test_docs.py fails when one is stale.
 """
 
 from __future__ import annotations

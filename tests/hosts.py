@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from common.hardware import get
-from tests.unit.test_hardware import MACHINES, fake_machine
+from tests.common.test_hardware import MACHINES, fake_machine
 
 DRIVER, FIRMWARE = "2.10.0", "19.13.1"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import engines.cpu.engine  # noqa: F401  imported before the forks
 from common.train import checkpoint
-from tests.runs import folders, manifest
+from tests.outcomes import folders, manifest
 from tests.tiny_recipe import run_tiny
 
 

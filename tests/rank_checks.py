@@ -1,4 +1,4 @@
-"""What tests/unit/test_ranks.py asks of three processes in one launch of torchrun. Writes one JSON file."""
+"""What tests/engines/test_ranks.py asks of three processes in one launch of torchrun. Writes one JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.data.tokens import Batch
 from common.errors import TrainingError
 from engines.cpu import ranks
 from engines.cpu.engine import follow
-from tests.engines import config_for, engine, fingerprint, make_batch, state_of
+from tests.on_engines import config_for, engine, fingerprint, make_batch, state_of
 
 ROWS = (5, 90, 17, 44, 8, 63)  # two for each rank
 LORA = {"rank": 4, "alpha": 8}

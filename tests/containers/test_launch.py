@@ -24,7 +24,7 @@ from common.errors import MachineError
 from common.paths import ROOT
 from common.train import metrics
 from tests.hosts import fake_host, pci, real_nodes
-from tests.runs import folders, manifest, outcome
+from tests.outcomes import folders, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe
 from tools.containers import launcher
 from tools.containers.engine import connect

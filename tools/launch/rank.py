@@ -1,4 +1,4 @@
-"""`python -m tools.launch.rank ARGUMENTS`: the command `recipe ARGUMENTS` as one process of several; torchrun starts it.
+"""`python -m tools.launch.rank ARGUMENTS`: the command `recipe ARGUMENTS` as one of several processes of torchrun.
 
 Rank 0 leads: it runs the command. The others, once it is sure that they were started alike, follow its engine.
 """

@@ -1,6 +1,6 @@
 """`recipe verify RUN`: does what a run left hold together? Each line is a way in which training goes wrong silently.
 
-`recipe verify --calibrate` (tools.verify.calibrate) plants a defect for each line that a CPU can judge and sees it fail.
+`recipe verify --calibrate` (calibrate.py) plants a defect for each line that a CPU can judge and sees it fail.
 """
 
 from __future__ import annotations

@@ -1,0 +1,232 @@
+"""A step that does not end ends the run, with its cause and code 5; and the table that knows the cause."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import signatures
+from common.errors import UsageError
+from common.train.watchdog import AT_LEAST, FIRST_STEP, SETTING, TIMES_MEDIAN, Watchdog
+from tests.tiny_recipe import ROOT
+from tools.cli import main
+from tools.runs import explain
+
+PATIENCE = 60  # seconds a process of these tests may take on a busy machine
+
+
+def process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**os.environ, SETTING: "0.5", **environment},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+HANG = """
+    import ctypes, sys, time
+    from common.train import watchdog
+    watchdog.TICK, watchdog.LOCKED_GRACE = 0.1, 1.0
+    dog = watchdog.Watchdog(lambda what: print(what), devices=2)
+    dog.begin(1)
+    dog.end(0.1)
+    dog.begin(2)
+    {hang}
+    print("went on")
+"""
+
+
+def test_a_stalled_step_ends_the_process_with_code_5_and_says_which():
+    done = process(HANG.format(hang="time.sleep(50)"))
+    assert done.returncode == 5
+    assert done.stdout.startswith("stalled in step 2 (number 2 of this process, 2 devices): no end after ")
+    assert "went on" not in done.stdout
+    assert 'File "<string>"' in done.stderr, "where it hangs"
+    found = signatures.match(done.stdout)
+    assert found is not None
+    assert found.id == "stall-second-step"
+
+
+def test_a_native_call_that_keeps_pythons_lock_is_left_as_well():
+    done = process(HANG.format(hang="ctypes.PyDLL(None).sleep(50)"))
+    assert done.returncode == 5
+    assert done.stdout == "", "no thread of Python ran"
+    assert "Timeout (0:00:01" in done.stderr
+
+
+def test_what_is_not_a_step_is_not_watched():
+    done = process(HANG.format(hang="dog.end(); time.sleep(1.2); dog.close(); time.sleep(0.3)"))
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+def test_a_setting_of_0_watches_nothing():
+    done = process(HANG.format(hang="time.sleep(1)"), **{SETTING: "0"})
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+def test_a_stopped_process_does_not_age():
+    """Ctrl-Z, or a laptop that sleeps: the thread's own ticks are what counts."""
+    code = """
+        import os, signal, subprocess, sys, time
+        from common.train import watchdog
+        watchdog.TICK, watchdog.LOCKED_GRACE = 0.1, 30.0
+        dog = watchdog.Watchdog(lambda what: print(what), devices=1)
+        dog.begin(1)
+        subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        dog.end()
+        print("went on")
+    """
+    done = process(code, **{SETTING: "1"})
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+def test_the_allowance_is_generous_and_grows_with_the_steps():
+    dog = Watchdog(lambda what: None, devices=1)
+    try:
+        assert dog.allowed == FIRST_STEP
+        dog.end(100.0)
+        assert dog.allowed == 100 * TIMES_MEDIAN, "a second step may compile once more"
+        for _ in range(10):
+            dog.end(0.1)
+        assert dog.allowed == AT_LEAST
+        for _ in range(60):
+            dog.end(30.0)
+        assert dog.allowed == 30 * TIMES_MEDIAN
+    finally:
+        dog.close()
+        dog.close()
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
+def test_a_setting_that_is_no_number_of_seconds_is_refused(text, monkeypatch):
+    monkeypatch.setenv(SETTING, text)
+    with pytest.raises(UsageError, match=f"{SETTING}={text} is no number of seconds"):
+        Watchdog(lambda what: None, devices=1)
+
+
+def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="the CPU engine is torch")
+    from tests.outcomes import log, manifest, outcome
+    from tests.tiny_recipe import make_tiny_recipe, newest_run, run_tiny
+
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
+    recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
+    out = tmp_path / "out"
+    code = f"""
+        import time
+        from pathlib import Path
+        from engines.cpu.engine import TorchCPU
+        from tests.tiny_recipe import run_tiny
+        step_of = TorchCPU.train_step
+        def stuck(self, batches, rate, step):
+            time.sleep(100 * (step == 3))
+            return step_of(self, batches, rate, step)
+        TorchCPU.train_step = stuck
+        run_tiny(Path({str(recipe)!r}), Path({str(out)!r}), export=False)
+    """
+    done = process(code, **{SETTING: "5"})
+    assert done.returncode == 5, done.stderr
+    folder = newest_run(out)
+    reason = manifest(folder)["exit_reason"]
+    assert reason.startswith("failed: stalled in step 3 (number 3 of this process, 1 CPU process): no end after ")
+    assert "the machine swaps" in reason
+    assert "tt-smi" not in reason
+    assert "run ends: failed: stalled" in log(folder)
+    assert "stuck" in log(folder), "the frame that hangs"
+    found = list(explain.explain(folder))
+    assert [one.signature.id for one in found] == ["stall-cpu"]
+    monkeypatch.setenv(SETTING, "0")
+    assert run_tiny(recipe, out, resume="auto", export=False) == folder
+    assert manifest(folder)["exit_reason"] == "done"
+    assert outcome(folder)["step"] == 6
+    assert [event["step"] for event in manifest(folder)["resumed"]] == [2]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", signatures.table(), ids=lambda row: row.id)
+def test_a_row_matches_its_sample_before_any_other(row):
+    assert (row.text is None) == (row.sample is None) == (row.state is not None)
+    if row.sample is not None:
+        assert signatures.match(row.sample) == row
+        assert signatures.match(f"2026-11-22T23:00:00Z {row.sample}") == row or row.text.startswith("^Timeout")
+    else:
+        assert row.state in explain.STATES
+    assert row.means[0].islower() or row.means[0].isupper()
+
+
+def test_ids_are_unique():
+    ids = [row.id for row in signatures.table()]
+    assert len(ids) == len(set(ids))
+
+
+def test_an_ordinary_log_means_nothing():
+    for line in ("step 2/6  loss 6.0966  grad norm 0.931", "saved step 4", "run begins: process 7", "run ends: done"):
+        assert signatures.match(line) is None
+
+
+def folder_of(path: Path, records: list[dict[str, Any]], **manifest: Any) -> Path:
+    path.mkdir()
+    (path / "train.log").write_text("2026-11-22T23:00:00Z run begins: process 7\n2026-11-22T23:00:01Z run ends: done\n")
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (path / "manifest.json").write_text(
+        json.dumps({"base": {"name": "smollm2-135m-instruct", "origin": ""}, **manifest})
+    )
+    return path
+
+
+def ids(target: Path) -> list[str]:
+    return [one.signature.id for one in explain.explain(target)]
+
+
+def test_states_of_a_run_are_seen(tmp_path):
+    guess = math.log(49152)
+    flat = [{"step": step, "loss": guess + 0.01 * (step % 3)} for step in range(1, 31)]
+    falling = [{"step": step, "loss": guess - 0.1 * step} for step in range(1, 31)]
+    assert ids(folder_of(tmp_path / "sound", [*falling, {"step": 30, "eval_loss": 3.0}])) == []
+    assert ids(folder_of(tmp_path / "flat", flat)) == ["flat-at-guessing"]
+    assert ids(folder_of(tmp_path / "young", flat[:5])) == []
+    same = [*falling, {"step": 30, "eval_loss": falling[-1]["loss"]}]
+    assert ids(folder_of(tmp_path / "same", same)) == ["evaluation-is-training"]
+    assert ids(folder_of(tmp_path / "still", falling, never_moved=["model.norm.weight"])) == ["never-moved"]
+
+
+def test_a_log_without_an_end_is_that_of_a_killed_process(tmp_path):
+    folder = folder_of(tmp_path / "run", [])
+    log = folder / "train.log"
+    log.write_text(log.read_text() + "2026-11-22T23:00:02Z run begins: process 8\n2026-11-22T23:00:03Z step 1\n")
+    assert ids(folder) == ["no-end"]
+    log.write_text(log.read_text() + "2026-11-22T23:00:04Z run ends: stopped: stopped by SIGTERM\n")
+    assert ids(folder) == []
+
+
+def test_the_command_explains_any_log_once_a_signature(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "foreign.log"
+    log.write_bytes(b"\xff\n" + b"ImportError: std::bad_cast\n" * 3 + b"TT_THROW: Fabric Router Sync: Timeout\n")
+    monkeypatch.setattr("sys.argv", ["recipe", "explain", str(log)])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert out.count("bad-cast (foreign.log:2: ImportError: std::bad_cast)") == 1
+    assert "fabric-sync (foreign.log:5" in out
+    log.write_text("all is well\n")
+    with pytest.raises(SystemExit):
+        main.main()
+    assert "nothing that is known" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no log there"):
+        ids(tmp_path)

@@ -1,0 +1,224 @@
+"""The recipes through the real command on boards that are not there: device files and the ttml double.
+
+This shows that the same train scripts, configs, data and files reach the engine for boards and come back from it. It
+shows nothing about a card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the double computes with torch")
+
+from common import config as configs
+from common import hardware
+from common.train import checkpoint, metrics
+from common.train.checkpoint import Tensors
+from tests import boards
+from tests.boards import DESCRIPTOR, machine
+from tests.common.test_hardware import MACHINES, fake_machine
+from tests.outcomes import folders, log, manifest, outcome
+from tests.shipped import that_name
+from tests.tiny import write_tiny_base
+from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
+from tools.cli import main
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parents[2]
+HERE = "tests/runs/test_boards.py"
+SCRATCH = str(FROM_SCRATCH)
+QUICK = ("eval_config.every=0", "eval_config.max_new_tokens=2", "checkpoint_config.every=2", "device_config.threads=1")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it printed."""
+
+    code: int
+    screen: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny", context=512)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys) -> Run:
+    """`recipe run`, in this process, on a faked machine with that board; the double stands for ttml."""
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
+
+    def command(name: str, hw: str, *options: str, generation: str = "C", **faults: Any) -> Ended:
+        words = ["recipe", "run", name, "--hw", hw, "--no-container", "--out", str(tmp_path / "runs"), *options]
+        monkeypatch.setattr(sys, "argv", words)
+        root = tmp_path / hw
+        if hw in MACHINES and not root.is_dir():
+            fake_machine(root, MACHINES[hw])
+        monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(root))
+        here = machine(tmp_path, {"n300": 2}.get(hw, 1), generation, **faults)
+        with here if hw in MACHINES else contextlib.nullcontext(), pytest.raises(SystemExit) as ended:
+            main.main()
+        said = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), said.out + said.err)
+
+    return command
+
+
+def sets(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def ended(done: Ended, code: int = 0) -> str:
+    assert done.code == code, done.screen
+    assert "Traceback" not in done.screen
+    return done.screen
+
+
+@pytest.mark.parametrize(
+    ("recipe", "hw"), [pytest.param(*found, id=f"{found[0].name}-{found[1]}") for found in that_name(HERE)]
+)
+def test_a_recipe_whose_results_name_this_file_trains_resumes_and_exports(run, base, tmp_path, recipe, hw):
+    from_rows = configs.load(recipe, hardware.get(hw)).model.base
+    small = (f"model_config.base={base}", "data_config.max_length=64") if from_rows else tiny_scratch(tmp_path / "play")
+    ended(run(recipe.name, hw, "--steps", "4", "--stop-at", "2", *sets(*QUICK, *small)), 75)
+    screen = ended(run(recipe.name, hw, "--steps", "4", *sets(*QUICK, *small)))
+    (folder,) = folders(tmp_path / "runs")
+    values = manifest(folder)
+    assert "resuming" in screen
+    assert values["exit_reason"] == "done"
+    assert values["backend"]["backend"] == "ttml"
+    assert values["backend"]["world"] == {"n150": 1, "n300": 2}[hw]
+    assert values["backend"]["precision"] == "bf16"
+    assert [r["step"] for r in metrics.read(folder / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4]
+    assert values["export"]["status"] == "verified", values["export"]
+    if hw == "n300":
+        assert "replicas: the same bits on 2 devices after step" in log(folder)
+        assert json.loads((folder / "checkpoints/step-00000004/state.json").read_text())["replica"] == "the first of 2"
+
+
+@pytest.mark.parametrize("generation", ["B", "C"])
+def test_random_weights_train_and_are_exported(run, tmp_path, generation):
+    small = sets(*QUICK, *tiny_scratch(tmp_path / "play.txt"))
+    ended(run(SCRATCH, "n150", "--steps", "4", *small, generation=generation))
+    (folder,) = folders(tmp_path / "runs")
+    first = metrics.read(folder / "metrics.jsonl")[1]
+    assert first["step"] == 1
+    assert first["loss"] == pytest.approx(4.6, abs=0.6), "the gate of random weights was passed: ln 96 = 4.56"
+    assert manifest(folder)["export"]["status"] == "verified"
+    assert f"API generation {generation}" in manifest(folder)["backend"]["versions"]["ttml"]
+
+
+@pytest.mark.parametrize(("first", "then"), [("n150", "cpu"), ("cpu", "n150")])
+def test_a_checkpoint_of_one_engine_goes_on_in_the_other(run, tiny_base, tmp_path, first, then):
+    recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
+    same = sets("training_config.precision=bf16", "training_config.learning_rate=1e-3", "eval_config.max_new_tokens=2")
+    ended(run(str(recipe), first, *same, "--stop-at", "2"), 75)
+    (parent,) = folders(tmp_path / "runs")
+    screen = ended(run(str(recipe), then, *same, "--resume", str(parent)))
+    child = next(folder for folder in folders(tmp_path / "runs") if folder != parent)
+    assert manifest(child)["parent"] == f"{parent.name}/step-00000002"
+    assert "changed: backend: " in screen
+    assert "not bit-exact from here" in screen
+    records = [r for r in metrics.read(child / "metrics.jsonl") if "loss" in r]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    whole = ended(run(str(recipe), then, *same, "--resume", "never"))
+    assert whole
+    unbroken = max(folders(tmp_path / "runs"), key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
+    own = [r["loss"] for r in metrics.read(unbroken / "metrics.jsonl") if "loss" in r]
+    # bf16 weights, moments and logits: two engines' losses differ by a few steps of 2^-8 of themselves
+    assert [r["loss"] for r in records] == pytest.approx(own, rel=4 * 2**-8)
+    assert set(Tensors(checkpoint.folder_of(child / "checkpoints", 6))) == set(
+        Tensors(checkpoint.folder_of(unbroken / "checkpoints", 6))
+    )
+
+
+def test_two_devices_and_one_train_the_same(run, tmp_path):
+    small = sets(*QUICK, *tiny_scratch(tmp_path / "play.txt"))
+    full = sets("training_config.optimizer.type=AdamWFullPrecision")
+    losses = {}
+    for hw in ("n150", "n300"):
+        ended(run(SCRATCH, hw, "--steps", "4", "--resume", "never", *small, *full))
+        newest = max(folders(tmp_path / "runs"), key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
+        assert manifest(newest)["hw"] == hw
+        losses[hw] = [record["loss"] for record in outcome(newest)["metrics"] if "loss" in record]
+    assert losses["n300"] == pytest.approx(losses["n150"], rel=2**-8)
+
+
+# --- what is refused, before data is touched ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hw", "faults", "texts"),
+    [
+        ("n150", {"impostor": True}, ("another package of that name", "pip uninstall ttml")),
+        ("n150", {"bad_cast": True}, ("were built apart", "build_metal.sh --build-tt-train")),
+        ("n150", {"needs_runtime_root": True}, ("does not know its own folder", "TT_METAL_RUNTIME_ROOT")),
+        ("n150", {"without": ["sync_gradients"]}, ("older than the recipes need", "ttml.sync_gradients")),
+    ],
+)
+def test_a_ttml_that_cannot_train_is_refused_before_the_data(run, tmp_path, hw, faults, texts):
+    said = ended(run(SCRATCH, hw, *sets(*QUICK, "data_config.corpus=nowhere.txt"), **faults), 4)
+    for text in texts:
+        assert text in said
+    assert "nowhere.txt" not in said, "the data was not looked at"
+    assert not folders(tmp_path / "runs")
+
+
+def test_no_ttml_at_all_says_where_it_is(tmp_path):
+    """In a process of its own, where nothing stands for ttml."""
+    values = os.environ | {"RECIPES_SYSFS_ROOT": str(fake_machine(tmp_path / "n150", MACHINES["n150"]))}
+    command = [
+        sys.executable,
+        "-m",
+        "tools.cli",
+        "run",
+        SCRATCH,
+        "--hw",
+        "n150",
+        "--no-container",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True, check=False)
+    said = ended(Ended(done.returncode, done.stdout + done.stderr), 4)
+    assert "is not in this environment" in said
+    assert "build_metal.sh --build-tt-train" in said
+
+
+def test_a_descriptor_of_another_mesh_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(vars(boards), "DESCRIPTOR", DESCRIPTOR.replace("{devices}", "4"))
+    assert "dims [1, 4], the mesh is [1, 2]: training would hang" in ended(run(SCRATCH, "n300", *sets(*QUICK)), 4)
+
+
+def test_a_busy_device_ends_the_run_with_4_and_its_cure(run, tmp_path):
+    small = sets(*QUICK, *tiny_scratch(tmp_path / "play.txt"))
+    said = ended(run(SCRATCH, "n150", "--steps", "2", *small, busy=True), 4)
+    assert "another process holds the device" in said
+    assert "failed: another process" in manifest(folders(tmp_path / "runs")[0])["exit_reason"]
+
+
+def test_no_memory_in_a_step_ends_the_run_with_5_and_keeps_what_was_saved(run, tmp_path):
+    small = sets(*QUICK, *tiny_scratch(tmp_path / "play.txt"))
+    said = ended(run(SCRATCH, "n150", "--steps", "4", *small, oom_at_step=3), 5)
+    assert "the device has no memory left" in said
+    assert "gradient_accumulation_steps" in said
+    assert outcome(folders(tmp_path / "runs")[0])["step"] == 2
+
+
+def test_a_precision_that_boards_do_not_have_is_a_mistake_of_the_config(run):
+    said = ended(run(SCRATCH, "n150", *sets(*QUICK, "training_config.precision=fp32")), 2)
+    assert "n150 trains in bf16, not in fp32" in said

@@ -1,0 +1,295 @@
+"""Every recipe, made small: what one command leaves, and that a run which was stopped, however it was stopped, and
+resumed equals the unbroken run bit for bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("torch", reason="the CPU engine is torch")
+
+from common import config as configs
+from common import hardware
+from common.errors import Stopped
+from common.paths import ROOT
+from common.train import checkpoint, metrics
+from engines.cpu.engine import TorchCPU
+from tests.outcomes import folders, log, manifest, outcome
+from tests.recipes.reads import of_other_boards, recorded, unread
+from tests.shipped import FOLDERS
+from tests.tiny import write_tiny_base
+from tests.tiny_recipe import run_tiny, tiny_scratch
+from tools.cli import main
+
+STEPS = 6
+SMALL = (
+    "training_config.precision=fp32",
+    "eval_config.every=2",
+    "eval_config.max_new_tokens=1",
+    "checkpoint_config.every=4",
+    "device_config.threads=1",
+    "device_config.compile=never",
+    "training_config.scheduler.warmup_steps=1",
+    "device_config.mesh_shape=[1,1]",  # several processes: tests/runs/test_data_parallel.py
+    "data_config.max_length=64",
+)
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda path: path.name)
+def recipe(request) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(recipe, tmp_path_factory) -> Iterator[None]:
+    """Token files are made once for all runs of a recipe, whose builder is seen at work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
+        gc.freeze()  # an engine collects garbage as it closes: without torch's million objects that is quick
+        yield
+        gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def small(recipe, tmp_path_factory) -> tuple[str, ...]:
+    """What makes the recipe small: a tiny base where it starts from one, else a tiny model and corpus."""
+    config = configs.load(recipe, hardware.get("cpu"))
+    if config.model.init == "random":
+        return (*SMALL, *tiny_scratch(tmp_path_factory.mktemp("corpus") / "play.txt"))
+    if (config.data.source or "").startswith("hub:"):
+        pytest.skip("its rows come from the Hub, and no test uses the network")
+    base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny", context=16384)  # a fork may ask what is long
+    return (*SMALL, f"model_config.base={base}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run by `recipe run`, and the keys of its config that were read on the way."""
+
+    folder: Path
+    read: set[str]
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, small, tmp_path_factory) -> Trained:
+    out = tmp_path_factory.mktemp("unbroken")
+    with recorded() as read:
+        command("run", str(recipe), "--hw", "cpu", "--steps", str(STEPS), "--out", str(out), *sets(small))
+    return Trained(folders(out)[0], read)
+
+
+@pytest.fixture(scope="module")
+def unbroken(trained) -> Path:
+    return trained.folder
+
+
+@pytest.fixture
+def go(recipe, small, tmp_path) -> Callable[..., Path]:
+    def run(*overrides: str, resume: str = "auto", **options) -> Path:
+        return run_tiny(recipe, tmp_path, *small, *overrides, steps=STEPS, resume=resume, export=False, **options)
+
+    return run
+
+
+# --- what one command leaves ------------------------------------------------------------------------------------------
+
+
+def test_its_data_is_built_once_and_holds_no_error(recipe, small, trained):
+    """Errors only: a fork may be born with warnings, of a licence that is still to be named, say."""
+    assert "reused (sources unchanged)" in command("data", "build", str(recipe), "--hw", "cpu", *sets(small))
+    assert command("data", "check", str(recipe), "--hw", "cpu", *sets(small))
+
+
+def test_it_trains_and_evaluates(unbroken):
+    records = outcome(unbroken)["metrics"]
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 2, 4, 6]
+    assert all(math.isfinite(record.get("loss", record.get("eval_loss"))) for record in records)
+    assert manifest(unbroken)["exit_reason"] == "done"
+
+
+def test_every_evaluation_prompt_has_its_answers(unbroken):
+    entries = metrics.read(unbroken / "evaluations.jsonl")
+    prompts = [sample["prompt"] for sample in entries[0]["samples"]]
+    assert prompts
+    assert all([sample["prompt"] for sample in entry["samples"]] == prompts for entry in entries)
+    text = (unbroken / "samples.md").read_text()
+    assert all(prompt.splitlines()[0] in text for prompt in prompts)
+
+
+def test_the_trained_model_answers(unbroken):
+    assert command("generate", str(unbroken), "--prompt", "What is it?", "--max-new-tokens", "2").strip()
+
+
+def test_its_export_is_proven_and_checks_again(unbroken):
+    assert manifest(unbroken)["export"]["status"] == "verified"
+    assert command("export", str(unbroken), "--check")
+
+
+def test_its_report_is_written(recipe, unbroken):
+    assert recipe.name in (unbroken / "report.html").read_text()
+
+
+def test_no_key_of_its_config_is_dead(recipe, small, trained, tmp_path):
+    """Every key that a layer sets is read by engine, loop or builder: here, or with the settings of some board."""
+    read = set(trained.read)
+    for overrides in of_other_boards(recipe, small):
+        if not unread(recipe, read, small):
+            break
+        with recorded() as more:
+            run_tiny(recipe, tmp_path, *overrides, *small, steps=4, export=False)
+        read |= more
+    assert not unread(recipe, read, small), "nothing reads what is set here: delete it"
+
+
+# --- stopped and resumed ----------------------------------------------------------------------------------------------
+
+
+def test_resume_never_twice_gives_the_same_numbers(unbroken, go):
+    again = go(resume="never")
+    assert outcome(again) == outcome(unbroken)
+    assert again.name != unbroken.name
+    assert [record["step"] for record in outcome(again)["metrics"]] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_stopped_twice_on_request_and_resumed(unbroken, go, tmp_path):
+    for stop in (2, 3):
+        with pytest.raises(Stopped, match=f"after step {stop}") as stopped:
+            go(stop_at=stop)
+        assert stopped.value.code == 75
+        assert outcome(folders(tmp_path)[0])["step"] == stop
+    folder = go()
+    assert [folder] == folders(tmp_path), "auto goes on in the same folder"
+    assert outcome(folder) == outcome(unbroken)
+    assert [event["step"] for event in manifest(folder)["resumed"]] == [2, 3]
+    assert manifest(folder)["exit_reason"] == "done"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_stopped_by_a_signal_and_resumed(unbroken, go, tmp_path, monkeypatch, name):
+    step_of = TorchCPU.train_step
+
+    def interrupted(self, batches, rate, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.Signals[name])
+        return step_of(self, batches, rate, step)
+
+    monkeypatch.setattr(TorchCPU, "train_step", interrupted)
+    with pytest.raises(Stopped, match=f"stopped by {name} after step 3, which is saved"):
+        go()
+    monkeypatch.undo()
+    assert manifest(folders(tmp_path)[0])["exit_reason"].startswith("stopped: ")
+    assert outcome(go()) == outcome(unbroken)
+
+
+def test_a_crash_loses_the_steps_after_the_checkpoint_and_nothing_else(unbroken, go, tmp_path, monkeypatch):
+    step_of = TorchCPU.train_step
+
+    def crashing(self, batches, rate, step):
+        if step == 6:
+            raise RuntimeError("a crash")
+        return step_of(self, batches, rate, step)
+
+    monkeypatch.setattr(TorchCPU, "train_step", crashing)
+    with pytest.raises(RuntimeError):
+        go()
+    monkeypatch.undo()
+    assert manifest(folders(tmp_path)[0])["exit_reason"] == "failed: RuntimeError: a crash"
+    assert outcome(folders(tmp_path)[0])["metrics"][-1]["step"] == 5, "step 5 is on record, step 4 was saved"
+    folder = go()
+    assert outcome(folder) == outcome(unbroken)
+    assert manifest(folder)["resumed"][0]["step"] == 4
+
+
+def test_a_branch_from_a_checkpoint_equals_the_unbroken_run(unbroken, go, tmp_path):
+    folder = go(resume=str(unbroken / "checkpoints" / "step-00000004"))
+    assert folder.parent == tmp_path
+    assert manifest(folder)["parent"] == f"{unbroken.name}/step-00000004"
+    assert outcome(folder) == outcome(unbroken)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_no_bit(unbroken, go, tmp_path):
+    go("checkpoint_config.every=2")
+    folder = folders(tmp_path)[0]
+    reopen(folder)
+    (folder / "checkpoints" / "step-00000006" / "optimizer.safetensors").write_bytes(b"damaged")
+    assert outcome(go("checkpoint_config.every=2")) == outcome(unbroken)
+    assert "skipped step-00000006: optimizer.safetensors is damaged" in log(folder)
+    assert manifest(folder)["resumed"][0]["step"] == 4
+
+
+def test_one_batch_of_8_equals_4_times_2_accumulated(go):
+    """The loss is that of the whole effective batch, whatever it is split into: equal to fp32 rounding."""
+    whole = go("training_config.batch_size=8", "training_config.gradient_accumulation_steps=1", resume="never")
+    parts = go("training_config.batch_size=2", "training_config.gradient_accumulation_steps=4", resume="never")
+    one, four = outcome(whole), outcome(parts)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        found = [[r[key] for r in run["metrics"] if key in r] for run in (one, four)]
+        assert found[0]
+        assert found[0] == pytest.approx(found[1], rel=1e-4), key
+    assert [r["supervised_tokens"] for r in one["metrics"] if "loss" in r] == [
+        r["supervised_tokens"] for r in four["metrics"] if "loss" in r
+    ]
+    assert manifest(whole)["training_digest"] == manifest(parts)["training_digest"], "the split is no other training"
+
+
+def sets(overrides: Iterable[str]) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def command(*words: str) -> str:
+    """What `recipe WORDS` prints, in this process. Raises what it raises."""
+    done = CliRunner().invoke(main.recipe, words, env={"HW": None})
+    if done.exception:
+        raise done.exception
+    assert done.exit_code == 0
+    return done.output
+
+
+def reopen(folder: Path) -> None:
+    """As if the run had been killed after its last checkpoint."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "exit_reason": "running", "end": None}))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, marks=() if path == FOLDERS[-1] else pytest.mark.slow) for path in FOLDERS],
+    ids=lambda path: path.name,
+    indirect=True,
+)
+def test_killed_with_sigkill_at_20_moments_and_resumed(recipe, small, tmp_path):
+    """Ten at random moments, ten soon after a checkpoint began to be written. In children of a process of its own.
+
+    What is killed is common/train, the same for every recipe: one of them is enough for every day.
+    """
+    overrides = [*small, "training_config.max_steps=16", "checkpoint_config.every=1", "eval_config.every=8"]
+    command = [sys.executable, "-m", "tests.killer", str(recipe), str(tmp_path), "20", "7", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    screen = tmp_path / "killed" / "screen.txt"
+    assert done.returncode == 0, done.stderr + (screen.read_text()[-3000:] if screen.exists() else "")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 20
+    assert found["inside"] >= 3, "too few kills fell into a checkpoint's writing"
+    assert found["resumed"] >= 5
+    expected = outcome(Path(found["unbroken"][0]))
+    assert expected["step"] == 16
+    assert found["done"]
+    for folder in (*found["unbroken"], *found["done"]):
+        assert outcome(Path(folder)) == expected, folder
+        skipped: list[str] = []
+        checkpoint.newest(Path(folder) / "checkpoints", skipped)
+        assert not skipped

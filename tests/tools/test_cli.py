@@ -1,0 +1,304 @@
+"""The command: what it imports, what it forwards, and the one message and exit code of each kind of error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from common.errors import (
+    DataError,
+    MachineError,
+    RecipeError,
+    Stopped,
+    TrainingError,
+    UsageError,
+    VerificationError,
+)
+from common.paths import find_recipe
+from tests.tiny_recipe import FINE_TUNE
+from tools.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "peft", "safetensors", "ttnn", "ttml", "numpy", "pydantic")
+
+
+def recipe(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Run the console script in this process: its exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def own_recipes(monkeypatch) -> None:
+    monkeypatch.setattr("common.paths.RECIPES", FINE_TUNE.parent)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda *arguments: recipe(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def failing(command, monkeypatch):
+    """Run a command whose verb ends with `error`."""
+
+    def run(error: BaseException, *options: str) -> tuple[int, str, str]:
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setitem(main.recipe.commands, "fail", click.Command("fail", callback=fail))
+        return command(*options, "fail")
+
+    return run
+
+
+# --- imports ------------------------------------------------------------------------------------------------------
+
+
+def imported_by(code: str) -> set[str]:
+    """The modules that a fresh Python has after `code`."""
+    script = f"{code}\nimport sys; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stderr.splitlines()[-1].split()}
+
+
+HELP = """import sys
+from tools.cli import main
+sys.argv = ['recipe', '--help']
+try: main.main()
+except SystemExit: pass"""
+
+
+def test_help_imports_nothing_heavy():
+    """Under half a second: Python and click, nothing else."""
+    found = imported_by(HELP)
+    assert "click" in found
+    assert not found & {*HEAVY, "yaml", "rich", "jinja2"}
+
+
+def test_the_training_path_is_planned_without_an_engine():
+    """Whatever a config, its data and a resume need is there without torch: errors come within a second or two."""
+    modules = ["common.train.run", "common.train.resume", "engines.registry", "tools.plan.lint"]
+    code = "\n".join(f"import {name}" for name in modules)
+    assert not imported_by(code) & {"torch", "transformers", "datasets", "pyarrow", "peft", "ttnn", "ttml"}
+
+
+def test_every_module_but_the_engine_s_imports_without_torch():
+    names = sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in ("common", "tools")
+        for path in (ROOT / room).rglob("*.py")
+        if not path.stem.startswith("__")
+    )
+    assert "tools.export.export" in names
+    code = "\n".join(f"import {name}" for name in names)
+    assert not imported_by(code) & {"torch", "transformers", "datasets", "pyarrow", "peft", "ttnn", "ttml"}
+
+
+# --- exit codes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RecipeError("x"), 1),
+        (UsageError("x"), 2),
+        (DataError("x"), 3),
+        (MachineError("x"), 4),
+        (TrainingError("x"), 5),
+        (VerificationError("x"), 6),
+        (Stopped("x"), 75),
+        (MemoryError(), 5),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("odd"), 1),
+        (click.UsageError("x"), 2),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_each_kind_of_error_has_its_code_and_no_traceback(failing, error, code):
+    got, out, err = failing(error)
+    assert got == code
+    assert out == ""
+    assert err.strip()
+    assert "Traceback" not in err
+
+
+def test_a_message_has_what_where_and_what_to_do(failing):
+    error = DataError("row 7 is empty", where="rows.jsonl:7", todo="delete it")
+    assert failing(error)[2] == "error: row 7 is empty\n  where: rows.jsonl:7\n  to do: delete it\n"
+
+
+def test_a_stop_on_request_is_no_error(failing):
+    assert failing(Stopped("stopped after step 3"))[2].startswith("stopped after step 3")
+
+
+def test_a_bug_is_called_one(failing):
+    assert failing(ZeroDivisionError("division by zero"))[2].startswith("bug: ZeroDivisionError: division by zero")
+
+
+def test_out_of_memory_in_torch_is_no_bug(failing):
+    text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+    code, _, err = failing(RuntimeError(text))
+    assert code == 5
+    assert "out of memory" in err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    def fail() -> None:
+        raise DataError("x")
+
+    monkeypatch.setitem(main.recipe.commands, "fail", click.Command("fail", callback=fail))
+    for argv, variable in ((["recipe", "--debug", "fail"], "0"), (["recipe", "fail"], "1")):
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setenv("RECIPES_DEBUG", variable)
+        with pytest.raises(DataError):
+            main.main()
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["run"],
+        ["run", "fine_tune", "--steps", "0"],
+        ["run", "fine_tune", "--steps", "many"],
+        ["run", "fine_tune", "--stop-at", "-1"],
+        ["run", "fine_tune", "--epochs", "3"],
+        ["run", "no-such-recipe"],
+        ["run", "fine_tune", "--hw", "n151"],
+        ["config", "show", "fine_tune", "--set", "nonsense"],
+        ["export", "/no/such/run"],
+        ["generate", "/no/such/run"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_code_2_with_one_message(command, arguments):
+    code, _, err = command(*arguments)
+    assert code == 2, err
+    assert err.strip()
+    assert "Traceback" not in err
+
+
+def test_an_unknown_recipe_lists_the_known(command):
+    code, _, err = command("run", "finetun")
+    assert code == 2
+    assert "fine_tune" in err
+
+
+def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
+    launches: list[Any] = []
+    script = type("Script", (), {"train": staticmethod(launches.append)})
+    monkeypatch.setattr(main, "load_script", lambda path: script)
+    settings = ("training_config.seed=1", "eval_config.every=1")
+    arguments = [*"--hw cpu --steps 7 --stop-at 3 --resume never --accept-changes".split()]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    assert command("run", "fine_tune", *arguments, "--out", str(tmp_path))[0] == 0
+    (launch,) = launches
+    assert launch.recipe_dir == FINE_TUNE
+    assert (launch.hw, launch.steps, launch.stop_at) == ("cpu", 7, 3)
+    assert launch.overrides == settings
+    assert (launch.resume, launch.accept_changes, launch.out) == ("never", True, tmp_path)
+    assert launch.command[:3] == ("recipe", "run", "fine_tune")
+
+
+def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command, monkeypatch):
+    launches: list[Any] = []
+    script = type("Script", (), {"train": staticmethod(launches.append)})
+    monkeypatch.setattr(main, "load_script", lambda path: script)
+    monkeypatch.setenv("HW", "n300")
+    command("run", "fine_tune", "--no-container")
+    monkeypatch.setenv("HW", "")
+    command("run", "fine_tune", "--no-container")
+    assert [launch.hw or None for launch in launches] == ["n300", None]
+    assert {launch.resume for launch in launches} == {"auto"}
+    assert {launch.out for launch in launches} == {ROOT / "runs"}, "whatever the working directory"
+
+
+def test_a_recipe_may_be_a_folder_elsewhere(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("{}")
+    assert find_recipe(str(tmp_path / "mine")) == tmp_path / "mine"
+
+
+def test_a_script_may_hold_a_dataclass(tmp_path):
+    (tmp_path / "train.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    b: int\n"
+    )
+    assert main.load_script(tmp_path / "train.py").A(1).b == 1
+
+
+def test_a_recipe_without_a_script_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"no train.py"):
+        main.load_script(tmp_path / "train.py")
+
+
+def test_config_show_prints_the_resolved_config_of_any_board(command):
+    pytest.importorskip("pydantic")
+    import yaml
+
+    code, out, _ = command("config", "show", "fine_tune", "--hw", "galaxy", "--steps", "5")
+    assert code == 0
+    shown = yaml.safe_load(out)
+    assert shown["hw"] == "galaxy"
+    assert shown["training_config"]["max_steps"] == 5
+
+
+def test_config_schema_is_json(command):
+    code, out, _ = command("config", "schema")
+    assert code == 0
+    assert "training_config" in json.loads(out)["properties"]
+
+
+def test_dry_run_trains_nothing(command, monkeypatch):
+    monkeypatch.setattr(main, "load_script", pytest.fail)
+    code, out, _ = command("run", "fine_tune", "--hw", "n150", "--steps", "7", "--set", "a_b.c=1", "--dry-run")
+    assert code == 2, "a config that a run would refuse"
+    seed = "training_config.seed=1"
+    code, out, _ = command("run", "fine_tune", "--hw", "n150", "--steps", "7", "--set", seed, "--dry-run")
+    assert code == 0
+    printed = next(line for line in out.splitlines() if line.startswith("would run: recipe run fine_tune"))
+    assert "--hw n150 --steps 7" in printed
+    assert f"--set {seed}" in printed
+
+
+def test_a_container_without_an_image_says_how_to_make_one(command, monkeypatch):
+    from tools.containers import images
+
+    monkeypatch.setattr(images, "read_local", dict)
+    code, _, err = command("run", "fine_tune", "--hw", "cpu", "--container")
+    assert code == 4
+    assert "no image for cpu" in err
+    assert "image" in err.partition("to do: ")[2]
+
+
+def test_several_hosts_are_no_matter_for_a_container(command):
+    code, _, err = command("run", "fine_tune", "--hw", "cpu-x2", "--container", "--nnodes", "2")
+    assert code == 2
+    assert "--no-container" in err
+
+
+def test_python_m_common_is_the_same_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "Exit codes" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_bug():
+    command = f"{sys.executable} -m tools.cli config show {FINE_TUNE} --hw cpu | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "bug" not in done.stderr
+    assert "Traceback" not in done.stderr
