@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from common.config.schema import Data
 
 SPLITS = ("train", "held_out")
-SHAPERS = ("rows.py", "convert.py", "chat.py", "tokens.py", "order.py", "build.py")
+SHAPERS = ("rows.py", "chat.py", "tokens.py", "order.py", "build.py")
 CUTS_SHOWN = 10
 
 

@@ -2,8 +2,8 @@
 
 As on a board, one process drives: recipe, data, files and decisions are rank 0's alone. Whatever it asks of its engine
 it tells the other ranks first, with the whole batch; each takes its rows, and PyTorch's DistributedDataParallel sums
-the gradients in buckets while the backward pass goes on. tools/launch/processes.py starts the processes, gloo carries what
-they say.
+the gradients in buckets while the backward pass goes on. tools/launch/processes.py starts the processes, gloo carries
+what they say.
 """
 
 from __future__ import annotations

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.outcomes.commands import House, Wrong, shown
-
 from common import config as configs
 from common import hardware
 from common.config.layers import Key, Layer, dotted, flatten, read_file, to_yaml
 from common.data import corpora
 from common.errors import MachineError, RecipeError, UsageError
 from common.model import llama
+from tests.runs.commands import House, Wrong, shown
 from tools.cli.data import CARDS, LICENCE_LINE
 from tools.launch import dry_run
 from tools.results import schema as results

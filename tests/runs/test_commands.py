@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.paths import RECIPES, ROOT
-from tests.outcomes.commands import House, NotHere, Shown, Wrong, pages, shown
+from tests.runs.commands import House, NotHere, Shown, Wrong, pages, shown
 from tests.tiny_recipe import FINE_TUNE
 
 COMMANDS = [command for page in pages() for command in shown(page)]

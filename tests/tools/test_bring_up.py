@@ -32,8 +32,8 @@ from engines.ttml.hf_map import Entry
 from engines.ttml.tensors import Tensors
 from tests.boards import machine
 from tests.doubles import environment
+from tests.engines.test_ttml_without_torch import GUARD, ROOT
 from tests.on_engines import config_for, engine
-from tests.on_engines.test_ttml_without_torch import GUARD, ROOT
 from tests.tiny import write_tiny_base
 from tools.bringup import reference_llama
 from tools.bringup.run import LINES, bring_up, report
