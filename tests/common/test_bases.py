@@ -263,7 +263,8 @@ def resolve_elsewhere(tmp_path: Path, entry: dict[str, Any], **environment: str)
     """Resolve the base `tiny` in a process of its own: the Hub's library reads its environment once."""
     (tmp_path / "models.lock.yaml").write_text(yaml.safe_dump({"format": 1, "bases": {"tiny": entry}}))
     code = (
-        "import sys, time; from pathlib import Path; from common.model import bases; from common.errors import RecipeError\n"
+        "import sys, time; from pathlib import Path\n"
+        "from common.errors import RecipeError; from common.model import bases\n"
         "bases.LOCK = Path(sys.argv[1]); time.sleep = lambda seconds: None  # between the library's retries\n"
         "try: print(bases.resolve('tiny', say=lambda text: None).folder)\n"
         "except RecipeError as error: print(error, file=sys.stderr); sys.exit(error.code)"
