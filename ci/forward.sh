@@ -80,15 +80,17 @@ stop)
     ;;
 verify)
     if [ -n "${RUN:-}" ]; then
-        command+=("$RUN")
+        command+=(run "$RUN")
     elif [ "${CALIBRATE:-0}" != 0 ]; then
-        switch --calibrate CALIBRATE
-    else
-        switch --ddp DDP --bring-up
-        [ -n "${DDP:-}" ] || command+=(--bring-up)
-        [ -z "${DDP:-}" ] || value --recipe NAME
+        command+=(calibrate)
+    elif [ "${DDP:-0}" != 0 ]; then
+        command+=(ddp)
+        value --recipe NAME
         switch --weak WEAK
         value --world WORLD
+        value --hw HW
+    else
+        command+=(board)
         value --hw HW
     fi
     ;;

@@ -10,7 +10,7 @@ out=${OUT:-runs}
 .venv/bin/recipe run "$NAME" --hw "$HW" --resume never --out "$out" ${STEPS:+--steps "$STEPS"}
 runs=("$out"/*-"$NAME"-"$HW"-*) # names begin with the time: the last one is the newest
 run=${runs[-1]}
-.venv/bin/recipe verify "$run"
+.venv/bin/recipe verify run "$run"
 if [ -n "${GRADE:-}" ]; then
     .venv/bin/recipe grade "$run"
 else

@@ -87,7 +87,7 @@ class Backend(Protocol):
         """Within it, the model answers as the base does: adapters off. Only for LoRA runs."""
 
     def synchronise(self, on: bool) -> None:
-        """Sum the gradients of several devices, as every run does; `recipe verify --ddp` turns it off for once."""
+        """Sum the gradients of several devices, as every run does; `recipe verify ddp` turns it off for once."""
 
     def replicas(self) -> list[str]:
         """sha256 over the trained parameters on each device, in their order."""

@@ -17,7 +17,7 @@ UNGRADED = "UNGRADED"
 
 
 def grade(job: Job) -> str:
-    """Raises Failed with the code of `recipe grade` or `recipe verify`, VerificationError where a grade was lost."""
+    """Grade and verify the run; Failed has the code of the verb, VerificationError says that a grade was lost."""
     found = graded(job)
     verified = verify(job)
     if found["verdict"] == "ungraded":
@@ -65,14 +65,14 @@ def ungraded(job: Job, found: dict[str, Any]) -> str:
 
 
 def verify(job: Job) -> str:
-    """`recipe verify RUN`, where this Python can. Raises Failed where a check does not hold."""
+    """`recipe verify run`, where this Python can. Raises Failed where a check does not hold."""
     if importlib.util.find_spec("torch") is None:
-        return f"not verified, as that needs torch: recipe verify {job.run.name if job.run else 'RUN'} on any CPU"
+        return f"not verified, as that needs torch: recipe verify run {job.run.name if job.run else 'RUN'} on any CPU"
     said, errors = job.out / "verify.json", job.out / "verify.txt"
-    code = ended(recipe("verify", str(job.run), "--json"), SECONDS, said, errors)
+    code = ended(recipe("verify", "run", str(job.run), "--json"), SECONDS, said, errors)
     if code != 0:
-        raise failure("verify", code, errors)
-    return "recipe verify holds"
+        raise failure("verify run", code, errors)
+    return "recipe verify run holds"
 
 
 def failure(verb: str, code: int | None, errors: Path) -> Failed:

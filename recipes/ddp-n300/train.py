@@ -3,7 +3,7 @@
     make recipe-ddp HW=n300                        two chips of one card
     make recipe-ddp HW=cpu-x2                      two processes on a CPU
     make recipe-ddp HW=cpu-x2 WORLD=4              four
-    recipe verify --ddp                            one device against several, step by step
+    recipe verify ddp                              one device against several, step by step
 
 Nothing below knows how many devices there are: data parallel is `device_config.mesh_shape`, [1, N], and any recipe
 takes it. `batch_size` is the rows of all devices together, and the loss is divided by the tokens of them all, so the

@@ -219,10 +219,10 @@ def test_variables_become_flags(house: Path) -> None:
         (["repro", "RUN=r", "OUT=x"], "repro r --out x"),
         (["plan", "HW=n150", "STEPS=5"], "plan tinyllama-finetune --hw n150 --steps 5"),
         (["grade", "RUN=r", "RECORD=1"], "grade r --record"),
-        (["verify", "HW=n150"], "verify --bring-up --hw n150"),
-        (["verify", "DDP=1", "NAME=x"], "verify --ddp --recipe x"),
-        (["verify", "RUN=r"], "verify r"),
-        (["verify", "CALIBRATE=1"], "verify --calibrate"),
+        (["verify", "HW=n150"], "verify board --hw n150"),
+        (["verify", "DDP=1", "NAME=x"], "verify ddp --recipe x"),
+        (["verify", "RUN=r"], "verify run r"),
+        (["verify", "CALIBRATE=1"], "verify calibrate"),
     ):
         assert recipe_arguments(house, *arguments) == command.split()
 

@@ -150,7 +150,7 @@ def check_words(words: Sequence[str]) -> None:
         verb, params = parsed(words)
     except click.ClickException as error:
         raise Wrong(f"recipe {shlex.join(words)}: {error.format_message()}") from None
-    if "name" not in params or (verb == "verify" and not params["ddp"]):
+    if "name" not in params:
         return
     try:
         recipe = find_recipe(params["name"])

@@ -1,4 +1,4 @@
-"""`recipe verify --ddp` on the double of a two-chip board, and with the defects that it is there for."""
+"""`recipe verify ddp` on the double of a two-chip board, and with the defects that it is there for."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def verify(tmp_path, monkeypatch, capsys) -> Verify:
     overrides = [word for text in tiny_scratch(tmp_path / "play.txt") for word in ("--set", text)]
 
     def command(*options: str, recipe: Path = FROM_SCRATCH, **faults: Any) -> tuple[int, str]:
-        words = ["recipe", "verify", "--ddp", "--recipe", str(recipe), "--hw", "n300", "--steps", "3"]
+        words = ["recipe", "verify", "ddp", "--recipe", str(recipe), "--hw", "n300", "--steps", "3"]
         words += [*overrides, *options]
         monkeypatch.setattr(sys, "argv", words)
         with machine(tmp_path, 2, "C", **faults), pytest.raises(SystemExit) as ended:

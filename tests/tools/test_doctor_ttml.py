@@ -178,7 +178,7 @@ def test_doctor_ends_with_code_4_and_prints_all_the_same(recipe, tmp_path):
 def test_without_ttml_each_verb_has_one_message_and_code_4(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "ttml", None)
     monkeypatch.setitem(sys.modules, "ttnn", None)
-    for arguments in (("doctor", "--ttml"), ("verify", "--bring-up")):
+    for arguments in (("doctor", "--ttml"), ("verify", "board")):
         code, out, err = recipe(*arguments)
         assert code == 4
         assert err.startswith("error: ttnn is not in this environment")
@@ -188,16 +188,10 @@ def test_without_ttml_each_verb_has_one_message_and_code_4(recipe, monkeypatch):
 
 def test_on_a_machine_without_a_board_it_says_so(recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(tmp_path))
-    for arguments in (("doctor", "--ttml"), ("verify", "--bring-up"), ("doctor", "--ttml", "--hw", "cpu")):
+    for arguments in (("doctor", "--ttml"), ("verify", "board"), ("doctor", "--ttml", "--hw", "cpu")):
         code, _, err = recipe(*arguments)
         assert code == 4
         assert "there is none" in err
-
-
-def test_a_verb_without_its_option_says_what_there_is(recipe):
-    code, _, err = recipe("verify")
-    assert code == 2
-    assert "recipe verify --bring-up" in err
 
 
 def test_neither_imports_torch():

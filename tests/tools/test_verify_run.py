@@ -1,4 +1,4 @@
-"""`recipe verify RUN` finds sound runs sound, and fails on each planted defect."""
+"""`recipe verify run` finds sound runs sound, and fails on each planted defect."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_defect_that_nothing_catches_is_told_and_fails(made, monkeypatch):
     assert calibrate.look(harmless.plant(made), harmless.caught_by).verdict == "pass"
     said: list[str] = []
     with pytest.raises(VerificationError, match="1 of 1 planted defects were not caught: nothing at all"):
-        calibrate.report(False, said.append)
+        calibrate.print_calibration(False, said.append)
     assert said == ["MISSED  nothing at all, by export: "]
 
 
@@ -75,7 +75,7 @@ def test_an_unsound_specimen_is_no_calibration(made, monkeypatch):
 
 @pytest.mark.slow  # two processes that import torch, after the one that starts them
 def test_gradients_that_are_not_summed_are_noticed(made):
-    """In two processes of their own, as `recipe verify --calibrate` does it."""
+    """In two processes of their own, as `recipe verify calibrate` does it."""
     found = calibrate.sync_off(made)
     assert found.caught, found.evidence
     assert "the devices' parameters differ after step 1" in found.evidence
@@ -84,24 +84,13 @@ def test_gradients_that_are_not_summed_are_noticed(made):
 def test_the_command_ends_with_6_and_lists_the_lines_for_machines(made, monkeypatch, capsys):
     run = next(defect for defect in DEFECTS if defect.caught_by == "history").plant(made)
     monkeypatch.setattr(verify_run, "LINES", [line for line in verify_run.LINES if line.id in ("files", "history")])
-    monkeypatch.setattr("sys.argv", ["recipe", "verify", str(run), "--json"])
+    monkeypatch.setattr("sys.argv", ["recipe", "verify", "run", str(run), "--json"])
     with pytest.raises(SystemExit) as ended:
         main.main()
     captured = capsys.readouterr()
     assert ended.value.code == 6
     assert [line["verdict"] for line in json.loads(captured.out)["lines"]] == ["fail", "fail"]
     assert "2 of 2 lines failed: files, history" in captured.err
-
-
-@pytest.mark.parametrize("words", [[], ["--bring-up", "--calibrate"], ["x", "--calibrate"]])
-def test_verify_wants_one_thing(words, monkeypatch, capsys, tmp_path):
-    (tmp_path / "x").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["recipe", "verify", *words])
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    assert ended.value.code == 2
-    assert "one of RUN, --ddp and --calibrate" in capsys.readouterr().err
 
 
 def test_data_that_is_gone_is_not_checkable_and_no_pass(made, monkeypatch):

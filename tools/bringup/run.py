@@ -1,4 +1,4 @@
-"""`recipe verify --bring-up`: what to look at before a board is trusted with a training run, each line with a verdict.
+"""`recipe verify board`: what to look at before a board is trusted with a training run, each line with a verdict.
 
 It needs no base, no data and no torch: a small random Llama, and numpy's answer to what it computes.
 """

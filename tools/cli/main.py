@@ -29,6 +29,7 @@ class Verbs(click.Group):
         "lock": ("tools.cli.images:lock", "Renew docker/images.lock.json as far as the network allows."),
         "report": ("tools.cli.runs:report", "Write the page of a run, or one over all runs."),
         "runs": ("tools.cli.runs:runs", "List, show, compare and prune runs."),
+        "verify": ("tools.cli.verify:verify", "Prove that a run, data parallel or a board does what it should."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -272,49 +273,6 @@ def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_
     from tools.doctor.machine import report
 
     return report(hw, container, as_json, click.echo)
-
-
-@recipe.command()
-@click.argument("run", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--bring-up", is_flag=True, help="The checklist for a board or a build that has not trained yet.")
-@click.option("--calibrate", is_flag=True, help="Plant defects in a tiny run and see each one caught.")
-@click.option("--ddp", is_flag=True, help="One device against several: the same losses, the same parameters?")
-@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here, or cpu-x2 for --ddp.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-@click.option("--recipe", "name", default="ddp-n300", show_default=True, help="What --ddp trains.")
-@click.option("--world", type=click.IntRange(min=2), help="Devices that --ddp compares with one; unset: all.")
-@click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="That --ddp compares.")
-@click.option("--weak", is_flag=True, help="For --ddp: measure with a batch for each device.")
-@click.option("--record", is_flag=True, help="For --ddp, from a clean tree: write the figures into results.yaml.")
-@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="For --ddp: override one key; repeatable.")
-def verify(
-    run: Path | None, bring_up: bool, calibrate: bool, ddp: bool, hw: str | None, as_json: bool, **asked: Any
-) -> int:
-    """Prove that a run holds together, or that a board computes what it should. Exit code 6 where it does not."""
-    if (run is not None) + bring_up + calibrate + ddp != 1:
-        raise UsageError(
-            "verify what?", todo="one of RUN, --ddp and --calibrate, or, for a board: recipe verify --bring-up"
-        )
-    if ddp:
-        from tools.verify.ddp import run as compare
-
-        return compare(hw, as_json=as_json, say=click.echo, **asked)
-    if run is not None:
-        from tools.verify import run as verify_run
-
-        verify_run.report(run, as_json, click.echo)
-    elif calibrate:
-        from tools.verify import calibrate as calibration
-
-        calibration.report(as_json, click.echo)
-    else:
-        from tools.bringup import run as checklist
-        from tools.containers.launcher import native_lease
-        from tools.doctor.ttml import choose_board
-
-        with native_lease("verify --bring-up", hw):
-            checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
-    return 0
 
 
 @recipe.command()

@@ -112,7 +112,7 @@ class Exact(_Part):
 
 
 class Scaling(_Part):
-    """Several devices beside one, from one `recipe verify --ddp`."""
+    """Several devices beside one, from one `recipe verify ddp`."""
 
     devices: Annotated[int, Field(gt=1, strict=True)]
     one: Positive

@@ -40,7 +40,7 @@ def report(target: Path, say: Callable[[str], None]) -> None:
         say(f"  means: {one.signature.means}")
         say(f"  to do: {one.signature.answer}")
     if not found:
-        say("nothing that is known; the end of the log says more, and recipe verify RUN looks at the numbers")
+        say("nothing that is known; the end of the log says more, and recipe verify run RUN looks at the numbers")
 
 
 def explain(target: Path) -> Iterator[Found]:

@@ -1,4 +1,4 @@
-"""`recipe verify --calibrate`: each line of `recipe verify` fails where its defect is planted.
+"""`recipe verify calibrate`: each line of `recipe verify run` fails where its defect is planted.
 
 A check that cannot fail proves nothing. A tiny run is trained here, found sound, and then spoilt in one way after the
 other; for every way, the line that is there for it must fail.
@@ -183,7 +183,7 @@ def calibrate(defects: Sequence[Defect] = DEFECTS) -> Iterator[Finding]:
         if unsound := [result for result in verify(made.sound) if result.verdict == "fail"]:
             raise VerificationError(
                 f"the run without a defect fails {unsound[0].id}: {unsound[0].evidence}",
-                where="recipe verify --calibrate",
+                where="recipe verify calibrate",
                 todo="this machine or engine computes something else: do not train here, and report it",
             )
         for defect in defects:
@@ -193,15 +193,15 @@ def calibrate(defects: Sequence[Defect] = DEFECTS) -> Iterator[Finding]:
 
 
 def sync_off(made: Specimen) -> Finding:
-    """Two processes that do not sum their gradients: what the control of `verify --ddp` turns off, and must notice."""
-    words = ["verify", "--ddp", "--hw", "cpu-x2", "--recipe", str(made.root / "specimen"), "--steps", "2", "--json"]
+    """Two processes that do not sum their gradients: what the control of `verify ddp` turns off, and must notice."""
+    words = ["verify", "ddp", "--hw", "cpu-x2", "--recipe", str(made.root / "specimen"), "--steps", "2", "--json"]
     command = [sys.executable, "-m", "tools.cli", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     try:
         lines = {line["id"]: line for line in json.loads(done.stdout)["lines"]}
     except ValueError:
-        return Finding("sync off", "verify --ddp", False, f"it did not run: {done.stderr.strip()[-300:]}")
-    return Finding("sync off", "verify --ddp", lines["control"]["verdict"] == "pass", lines["control"]["evidence"])
+        return Finding("sync off", "verify ddp", False, f"it did not run: {done.stderr.strip()[-300:]}")
+    return Finding("sync off", "verify ddp", lines["control"]["verdict"] == "pass", lines["control"]["evidence"])
 
 
 def look(run: Path, line: str) -> Result:
@@ -210,7 +210,7 @@ def look(run: Path, line: str) -> Result:
     return next(iter(verify(run, alone)))
 
 
-def report(as_json: bool, say: Callable[[str], None]) -> None:
+def print_calibration(as_json: bool, say: Callable[[str], None]) -> None:
     """Print each defect as it is looked at, or all as one JSON object. Raises VerificationError if one is missed."""
     found = []
     for finding in calibrate():
@@ -222,6 +222,6 @@ def report(as_json: bool, say: Callable[[str], None]) -> None:
     if missed := [finding.defect for finding in found if not finding.caught]:
         raise VerificationError(
             f"{len(missed)} of {len(found)} planted defects were not caught: {', '.join(missed)}",
-            where="recipe verify --calibrate",
-            todo="do not rely on recipe verify here, and report this",
+            where="recipe verify calibrate",
+            todo="do not rely on recipe verify run here, and report this",
         )

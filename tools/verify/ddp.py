@@ -1,4 +1,4 @@
-"""`recipe verify --ddp`: is data parallel the same training, and what does it gain?
+"""`recipe verify ddp`: is data parallel the same training, and what does it gain?
 
 One device and N train the same steps from the same weights on the same batches. Their losses must agree at every step,
 all N must hold the same parameters after every step, and with the summing of gradients turned off both must be noticed:
@@ -168,7 +168,7 @@ class Comparison:
         return {
             "board": self.hw.name,
             "evidence": "measured",
-            "what": "recipe verify --ddp: the first steps of the recipe, on all devices and on one",
+            "what": "recipe verify ddp: the first steps of the recipe, on all devices and on one",
             "overrides": list(self.overrides),
             "steps": self.steps,
             "date": datetime.date.fromisoformat(utc_now()[:10]),
@@ -253,7 +253,7 @@ def run(
     config = configs.load(recipe_dir, board, overrides, steps)
     if config.device.devices == 1:
         raise UsageError(f"{board.name} has one device", where="--hw", todo="choose a board of several, or cpu-x2")
-    words = ["verify", "--ddp", "--hw", board.name, "--recipe", str(recipe_dir), "--steps", str(steps)]
+    words = ["verify", "ddp", "--hw", board.name, "--recipe", str(recipe_dir), "--steps", str(steps)]
     words += ["--weak"] if weak else []
     words += ["--record"] if record else []
     words += ["--json"] if as_json else []
@@ -266,7 +266,7 @@ def run(
             say(json.dumps(report, indent=1))
         refuse_failed(report)
 
-    with native_lease("verify --ddp", board.name):
+    with native_lease("verify ddp", board.name):
         return in_processes(recipe_dir, config, words, Hosts(), lead, tell)
 
 

@@ -1,6 +1,6 @@
-"""`recipe verify RUN`: does what a run left hold together? Each line is a way in which training goes wrong silently.
+"""`recipe verify run`: does what a run left hold together? Each line is a way in which training goes wrong silently.
 
-`recipe verify --calibrate` (calibrate.py) plants a defect for each line that a CPU can judge and sees it fail.
+`recipe verify calibrate` (calibrate.py) plants a defect for each line that a CPU can judge and sees it fail.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def verify(folder: Path, lines: Sequence[Line] | None = None) -> Iterator[Result
     return go_through(LINES if lines is None else lines, Case(folder), lambda _line: None)
 
 
-def report(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
+def print_verification(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
     """Print each line as it ends, or all as one JSON object. Raises VerificationError if one fails."""
     results = []
     for result in verify(folder):

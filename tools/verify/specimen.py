@@ -1,4 +1,4 @@
-"""A run of seconds on any CPU, made in a temporary folder: what `verify --calibrate` plants its defects in."""
+"""A run of seconds on any CPU, made in a temporary folder: what `verify calibrate` plants its defects in."""
 
 from __future__ import annotations
 

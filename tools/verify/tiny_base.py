@@ -1,4 +1,4 @@
-"""A tiny random Llama in Hugging Face format, with a tokenizer: what tests and `verify --calibrate` train."""
+"""A tiny random Llama in Hugging Face format, with a tokenizer: what tests and `verify calibrate` train."""
 
 from __future__ import annotations
 

@@ -1,0 +1,81 @@
+"""`recipe verify`: prove what a run, several devices or a board are relied on for; code 6 where it does not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
+
+
+@click.group()
+def verify() -> None:
+    """Prove that a run, data parallel, a board, or these checks do what they should. Exit code 6 where not."""
+
+
+@verify.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@json_option
+def run(run: Path, as_json: bool) -> None:
+    """Check what a run left: its first step, last checkpoint, data and export."""
+    from tools.verify.run import print_verification
+
+    print_verification(run, as_json, click.echo)
+
+
+@verify.command()
+@click.option("--recipe", "name", default="ddp-n300", show_default=True, help="What is trained.")
+@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here, or cpu-x2.")
+@click.option("--world", type=click.IntRange(min=2), help="Devices to compare with one; unset: all.")
+@click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="To train and compare.")
+@click.option("--weak", is_flag=True, help="Measure with a batch for each device.")
+@click.option("--record", is_flag=True, help="From a clean tree: write the figures into results.yaml.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key; repeatable.")
+@json_option
+def ddp(
+    name: str,
+    hw: str | None,
+    world: int | None,
+    steps: int,
+    weak: bool,
+    record: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Compare several devices with one, step by step, then measure the gain."""
+    from tools.verify.ddp import run as compare
+
+    return compare(
+        hw,
+        name=name,
+        world=world,
+        steps=steps,
+        weak=weak,
+        record=record,
+        overrides=overrides,
+        as_json=as_json,
+        say=click.echo,
+    )
+
+
+@verify.command()
+@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
+@json_option
+def board(hw: str | None, as_json: bool) -> None:
+    """Check that a board computes what it should, before its first run."""
+    from tools.bringup import run as checklist
+    from tools.containers.launcher import native_lease
+    from tools.doctor.ttml import choose_board
+
+    with native_lease("verify board", hw):
+        checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
+
+
+@verify.command()
+@json_option
+def calibrate(as_json: bool) -> None:
+    """See each check of `verify run` catch a planted defect."""
+    from tools.verify.calibrate import print_calibration
+
+    print_calibration(as_json, click.echo)
