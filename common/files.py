@@ -1,4 +1,4 @@
-"""Files that survive a power cut: written beside, synced, renamed."""
+"""Files that survive a power cut: written beside, synced, renamed; and the time as they say it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def utc_now() -> str:
+    """Return the time now, UTC, to the second: `2026-01-01T00:00:00Z`."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def sync(path: Path) -> None:

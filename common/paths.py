@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import secrets
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +29,11 @@ def options_of_config(function: F) -> F:
     hw = click.option("--hw", envvar="HW", metavar="BOARD", help="Board, or cpu; unset: the one found here.")
     override = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key; repeatable.")
     return hw(override(function))
+
+
+def run_name(recipe: str, hw: str) -> str:
+    """Return a name for a new run's folder: <utc>-<recipe>-<hw>-<id>. Names sort by the start of their runs."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{recipe}-{hw}-{secrets.token_hex(2)}"
 
 
 def find_recipe(name: str) -> Path:

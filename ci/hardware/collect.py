@@ -14,7 +14,7 @@ from ci.hardware.own import end_own
 from ci.hardware.preflight import examine
 from ci.hardware.summary import add, summary
 from common.errors import RecipeError
-from common.train.manifest import utc_now
+from common.files import utc_now
 
 ROOM_MB = 200  # that OUT may have; weights of a fine-tuned model alone are gigabytes
 

@@ -11,10 +11,9 @@ from typing import Any
 from ci.hardware import TRAIN_MINUTES
 from common import hardware
 from common.errors import RecipeError, UsageError
-from common.files import disk_errors, write_json
+from common.files import disk_errors, utc_now, write_json
 from common.hardware import Hardware
 from common.paths import find_recipe
-from common.train.manifest import utc_now
 
 FORMAT = 1  # of job.json
 CLEAN = (0, 2, 3, 6, 75, 130)  # codes of a run that has closed its device, or never opened it

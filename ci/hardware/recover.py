@@ -12,7 +12,7 @@ from ci.hardware.job import Job, say
 from ci.hardware.own import end_own, strangers
 from ci.hardware.preflight import examine, quarantine_file
 from common.errors import MachineError
-from common.train.manifest import utc_now
+from common.files import utc_now
 from tools.doctor.findings import Finding
 from tools.machine import lease
 from tools.machine.lease import Owner

@@ -1,47 +1,212 @@
-"""manifest.json: what ran, not what was asked."""
+"""manifest.json: what ran, not what was asked. Every key of it, with its type and meaning.
+
+A key that was never set is not written, so the file of a young run is shorter than that of a finished one.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import resource
-import secrets
+import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.engine import BackendInfo
+from common.errors import MachineError
 from common.files import write_json
 from common.hardware import cpu_class
+from common.paths import ROOT
 from tools.machine import host
 
 FORMAT = 1
-ROOT = Path(__file__).resolve().parents[2]
+NAME = "manifest.json"
 
 
-class Manifest:
-    """The record of a run, rewritten whole whenever it grows."""
+class Section(BaseModel):
+    """A part of the manifest. Keys that it does not know, of a later version, are kept as they are."""
 
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path = path
-        self.values = {"format": FORMAT, **values}
-
-    def update(self, **values: Any) -> None:
-        self.values.update(values)
-        write_json(self.path, self.values)
-
-    def append(self, key: str, value: Any) -> None:
-        self.update(**{key: [*self.values.get(key, []), value]})
+    model_config = ConfigDict(extra="allow", validate_assignment=True, use_attribute_docstrings=True)
 
 
-def utc_now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+class ImageFacts(Section):
+    """The container image that the run was in."""
+
+    reference: str
+    """Digest of a published image, or id of one built here."""
+    target: str | None = None
+    """Target of docker/docker-bake.hcl."""
+    source: str | None = None
+    """Where the reference was found: a lock file."""
+    pins_sha256: str | None = None
+    """Over the pins that the image was built from."""
 
 
-def run_name(recipe: str, hw: str) -> str:
-    """A run's folder: <utc>-<recipe>-<hw>-<id>."""
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{recipe}-{hw}-{secrets.token_hex(2)}"
+class HostFacts(Section):
+    """The machine under the run; lists go by device node."""
+
+    kernel: str | None = None
+    driver: str | None = None
+    """Version of the tenstorrent kernel module."""
+    nodes: list[str] = []
+    """/dev/tenstorrent/<N>, as the run was given them."""
+    pci: list[str | None] = []
+    """PCI addresses."""
+    firmware: list[str | None] = []
+    """Versions of the firmware bundle."""
+    iommu: list[str | None] = []
+    """Types of the IOMMU groups."""
+
+
+class Environment(Section):
+    """The code and the machine of one process; none of it fixes the bits of a CPU run but lock and CPU."""
+
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    """Whether the checkout differed from the commit; null where there is no git."""
+    lock_sha256: str | None = None
+    """Of the lock file of this Python's libraries."""
+    image: ImageFacts | None = None
+    """Null for the machine's own Python."""
+    host: HostFacts = HostFacts()
+    cpu_class: str | None = None
+    """Vendor, family and the instruction sets that decide a CPU's bits."""
+
+
+class Resumption(Environment):
+    """One continuation of the run, or its start from another run's checkpoint."""
+
+    at: str
+    """UTC."""
+    step: int
+    """The step that was the last one done."""
+    command: list[str]
+    overrides: list[str]
+    config_digest: str
+    notes: list[str]
+    """What differs from the run until then, what of it was accepted, and whether the bits end there."""
+
+
+class BaseFacts(Section):
+    """The weights that training started from."""
+
+    name: str
+    identity: str
+    """Of the weights: a hash, or the rule that makes random ones."""
+    origin: str
+    licence: str
+
+
+class DataFacts(Section):
+    """What was trained on: hashes, and the counts that outlive the token files."""
+
+    source_key: str = ""
+    """Names the folder of token files in the home."""
+    tokens_sha256: str
+    length: int
+    """T of every batch, tokens."""
+    rows: dict[str, int]
+    """By split."""
+    tokens: dict[str, int]
+    """By split."""
+    supervised_share: float | None = None
+    """Tokens that the loss counts, of all training tokens."""
+    rows_cut: int = 0
+    """Rows longer than `length`."""
+    corpus: dict[str, Any] | None = None
+    """By split: sha256, documents and characters of the text."""
+
+
+class ExportFacts(Section):
+    """The export beside the run; export.json has more."""
+
+    status: str
+    """verified, unverified or failed."""
+    reason: str
+    step: int
+    dtype: str
+    difference: dict[str, float | None] | None = None
+    """Held-out loss of the exported folder less the run's, nats a token, by folder."""
+
+
+class Manifest(Environment):
+    """The record of a run."""
+
+    format: Literal[1] = 1
+    run: str
+    """Name of the folder."""
+    recipe: str
+    recipe_dir: str | None = None
+    command: list[str]
+    overrides: list[str]
+    start: str
+    """UTC, as are `end` and `trained`."""
+    end: str | None = None
+    exit_reason: str
+    """running, done, `stopped: ...` or `failed: ...`."""
+    error: str | None = None
+    """The whole message of a failure."""
+    parent: str | None = None
+    """<run>/<checkpoint> that this run branched from."""
+    resumed: list[Resumption] = []
+    hw: str
+    reasons: dict[str, str] = {}
+    """Why this hardware, and why this precision."""
+    seed: int
+    steps: int
+    """max_steps."""
+    config_digest: str
+    training_digest: str | None = None
+    base: BaseFacts
+    data: DataFacts
+    tokenizer_sha256: str
+    base_parameters: int | None = None
+    """Parameters of the base, without adapters."""
+    backend: BackendInfo | None = None
+    """The engine, as it described itself last."""
+    first_loss: str | None = None
+    """What the gate of random weights found at step 1."""
+    ended_early: int | None = None
+    """The step that eval_config.patience ended the run at."""
+    trained: str | None = None
+    """When the last step was evaluated and saved."""
+    metrics_sha256: str | None = None
+    """Of metrics.jsonl at that time."""
+    peak_memory_mib: int | None = None
+    """The most memory of the host that the process held; a device's own is not in it."""
+    replicas: list[str] | None = None
+    """sha256 over the trained parameters on each device; null for one device."""
+    never_moved: list[str] | None = None
+    """Trained tensors that ended as they began."""
+    export: ExportFacts | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest of the run in `folder`, whole."""
+        write_json(folder / NAME, self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that were set, as JSON has them."""
+        return {"format": FORMAT, **self.model_dump(mode="json", exclude_unset=True)}
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Return the manifest of the run in `folder`. Raises MachineError, which says what the file lacks."""
+        try:
+            values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MachineError(f"{NAME} cannot be read ({type(error).__name__})", where=str(folder)) from error
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            raise MachineError(f"{NAME} has format {found!r}, this version reads {FORMAT}", where=str(folder))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise MachineError(f"{NAME}: {key}: {first['msg']}", where=str(folder)) from error
 
 
 def code_facts(nodes: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,11 +227,6 @@ def code_facts(nodes: Sequence[str] = ()) -> dict[str, Any]:
 def _commit() -> dict[str, Any]:
     status = _git("status", "--porcelain")
     return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
-
-
-def peak_memory_mib() -> int:
-    """The most memory of the host that this process has held, MiB; a device's own memory is not in it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def _git(*arguments: str) -> str | None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from common import config as configs
 from common.errors import DataError, MachineError, UsageError
 from common.files import disk_errors
+from common.paths import run_name
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
-from common.train.manifest import FORMAT, run_name
+from common.train.manifest import Manifest
 from common.train.plan import Plan
 from tools.machine.host import launched
 
@@ -40,7 +40,7 @@ class Start:
     lock: IO[str]
     checkpoint: Checkpoint | None = None
     parent: str | None = None
-    manifest: dict[str, Any] | None = None
+    manifest: Manifest | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -76,16 +76,15 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
     return new_run(plan)
 
 
-def unfinished(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def unfinished(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[Path, Manifest]]:
     """Run folders of this training whose manifest is not `done`, newest first."""
     for path in sorted(plan.launch.out.glob("*/manifest.json"), reverse=True):
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # a folder that is no run of ours
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            say(f"{path.parent.name} is not of manifest format {FORMAT}: not looked at")
-        elif manifest.get("exit_reason") != "done" and manifest.get("training_digest") == plan.training_digest:
+            manifest = Manifest.load(path.parent)
+        except MachineError as error:
+            say(f"{path.parent.name} is not looked at: {error.what}")
+            continue
+        if manifest.exit_reason != "done" and manifest.training_digest == plan.training_digest:
             yield path.parent, manifest
 
 

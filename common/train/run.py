@@ -7,9 +7,9 @@ ends the run, the engine is closed and the manifest says how it ended.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
+import resource
 import shutil
 import signal
 import time
@@ -26,7 +26,7 @@ from common.data.build_corpus import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
 from common.engine import Array, Backend, BackendInfo, StepStats
 from common.errors import RankLost, RecipeError, Stopped, TrainingError, VerificationError
-from common.files import disk_errors, write_atomic
+from common.files import disk_errors, utc_now, write_atomic
 from common.model.bases import Base, sha256_file
 from common.model.init import logit_variance
 from common.signals import handled
@@ -35,7 +35,7 @@ from common.train.checkpoint import Checkpoint
 from common.train.console import LEVELS, Console, Progress, clock
 from common.train.evaluate import HeldOut, from_rows, held_out
 from common.train.generate import generate
-from common.train.manifest import Manifest, code_facts, peak_memory_mib, utc_now
+from common.train.manifest import BaseFacts, DataFacts, Manifest, Resumption, code_facts
 from common.train.metrics import JsonLines
 from common.train.plan import AtEnd, Launch, Plan, make_plan, with_launch
 from common.train.resume import Start, find_start
@@ -62,7 +62,7 @@ def open_run(launch: Launch) -> Iterator[Run]:
             console.open_log(start.folder / "train.log")
             manifest = open_manifest(plan, start)
             with (
-                recorded_end(manifest, console, launch.at_end),
+                recorded_end(manifest, start.folder, console, launch.at_end),
                 catch_signals(console) as asked,
                 open_backend(plan.hw, plan.config) as backend,
                 contextlib.closing(Run(plan, start, backend, console, manifest, asked)) as run,
@@ -100,7 +100,7 @@ class Run:
         parameters = self.backend.load(plan.base.weights())
         check_parameters(parameters, plan)
         info = self.backend.info
-        self.manifest.update(base_parameters=parameters)
+        self.manifest.base_parameters = parameters
         self.console.say(
             f"{plan.base.name}: {parameters:,} parameters; {info.backend} on {info.device}, {info.threads} threads, "
             f"{info.precision} ({plan.reasons['precision']}); {info.reason}"
@@ -126,7 +126,8 @@ class Run:
         for note in info.notes[self.notes_said :]:
             self.console.say(note)
         self.notes_said = len(info.notes)
-        self.manifest.update(backend=dataclasses.asdict(info))
+        self.manifest.backend = info
+        self.manifest.save(self.folder)
 
     def _restore_records(self, found: Checkpoint) -> None:
         """Metrics and evaluations up to the checkpoint's step; a branch takes them over from its parent."""
@@ -183,7 +184,7 @@ class Run:
         known = signatures.match(what)
         error = TrainingError(f"{what}; {known.means}" if known else what, todo=known.answer if known else None)
         self.console.say(str(error))
-        end_of_run(self.manifest, self.console, f"failed: {error.what}", str(error))
+        end_of_run(self.manifest, self.folder, self.console, f"failed: {error.what}", str(error))
 
     def _stopped(self, what: str) -> Stopped:
         launch = self.plan.launch
@@ -195,7 +196,8 @@ class Run:
         step = self.last_step
         if step == self.config.training.max_steps:
             return
-        self.manifest.update(ended_early=step)
+        self.manifest.ended_early = step
+        self.manifest.save(self.folder)
         self.console.say(
             f"ended after step {step} of {self.config.training.max_steps}: the held-out loss did not fall in "
             f"{self.config.eval.patience} evaluations; it was lowest after step {self.best_step()}"
@@ -210,7 +212,8 @@ class Run:
         if step == 1 and self.plan.base.initial:
             gate = check_first_loss(stats.loss, self.plan.base, self.dataset.train.arrays.ids)
             self.console.say(gate)
-            self.manifest.update(first_loss=gate)
+            self.manifest.first_loss = gate
+            self.manifest.save(self.folder)
         if step == self.start.step + 1:  # after its first step an engine may know more: that its devices agree
             self.say_notes()
         self.trained_step = step
@@ -388,12 +391,11 @@ class Run:
         if self.asked_to_stop:
             raise self._stopped(f"stopped by {self.asked_to_stop[0]} after the last step, before the export")
         self.close()
-        self.manifest.update(
-            trained=utc_now(),
-            metrics_sha256=sha256_file(self.folder / "metrics.jsonl"),
-            peak_memory_mib=peak_memory_mib(),
-            replicas=self.backend.replicas() if self.backend.info.world > 1 else None,
-        )
+        self.manifest.trained = utc_now()
+        self.manifest.metrics_sha256 = sha256_file(self.folder / "metrics.jsonl")
+        self.manifest.peak_memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # it is in KiB
+        self.manifest.replicas = self.backend.replicas() if self.backend.info.world > 1 else None
+        self.manifest.save(self.folder)
 
     def close(self) -> None:
         self.watchdog.close()
@@ -456,65 +458,65 @@ def check_first_loss(loss: float, base: Base, ids: Array) -> str:
 
 def open_manifest(plan: Plan, start: Start) -> Manifest:
     """The manifest of a new run, or that of the run that goes on, with the resumption noted."""
-    path = start.folder / "manifest.json"
-    event = {
-        "at": utc_now(),
-        "step": start.step,
-        "command": list(plan.launch.command),
-        "overrides": list(plan.launch.overrides),
-        "config_digest": plan.config.config_digest(),
-        "notes": start.notes,
-        **code_facts(plan.nodes),
-    }
+    launch, config, environment = plan.launch, plan.config, code_facts(plan.nodes)
+    event = Resumption(
+        at=utc_now(),
+        step=start.step,
+        command=list(launch.command),
+        overrides=list(launch.overrides),
+        config_digest=config.config_digest(),
+        notes=start.notes,
+        **environment,
+    )
     if start.manifest is not None:
-        manifest = Manifest(path, start.manifest)
+        manifest = start.manifest
         keep_config(plan, start)
-        manifest.update(exit_reason="running", end=None)
-        manifest.append("resumed", event)
+        manifest.exit_reason, manifest.end = "running", None
+        manifest.resumed = [*manifest.resumed, event]
+        manifest.save(start.folder)
         return manifest
-    write_atomic(start.folder / "config.resolved.yaml", plan.config.to_yaml())
+    write_atomic(start.folder / "config.resolved.yaml", config.to_yaml())
     if plan.base.initial:  # a tokenizer of this corpus, and the run must outlive the cache
         shutil.copytree(plan.base.folder, start.folder / "tokenizer")
-    base, data = plan.base, plan.dataset
-    values: dict[str, Any] = {
-        "run": start.folder.name,
-        "recipe": plan.config.recipe,
-        "recipe_dir": str(plan.launch.recipe_dir),
-        "command": list(plan.launch.command),
-        "overrides": list(plan.launch.overrides),
-        "start": utc_now(),
-        "end": None,
-        "exit_reason": "running",
-        "parent": start.parent,
-        "resumed": [event] if start.parent else [],
-        "hw": plan.hw.name,
-        "reasons": plan.reasons,
-        "seed": plan.config.training.seed,
-        "steps": plan.config.training.max_steps,
-        "config_digest": plan.config.config_digest(),
-        "training_digest": plan.training_digest,
-        "base": {"name": base.name, "identity": base.identity, "origin": base.origin, "licence": base.licence},
-        "data": data_facts(data),
-        "tokenizer_sha256": plan.tokenizer.sha256,
-        **code_facts(plan.nodes),
-    }
-    manifest = Manifest(path, values)
-    manifest.update()
+    base = plan.base
+    manifest = Manifest(
+        run=start.folder.name,
+        recipe=config.recipe,
+        recipe_dir=str(launch.recipe_dir),
+        command=list(launch.command),
+        overrides=list(launch.overrides),
+        start=utc_now(),
+        end=None,
+        exit_reason="running",
+        parent=start.parent,
+        resumed=[event] if start.parent else [],
+        hw=plan.hw.name,
+        reasons=plan.reasons,
+        seed=config.training.seed,
+        steps=config.training.max_steps or 0,
+        config_digest=config.config_digest(),
+        training_digest=plan.training_digest,
+        base=BaseFacts(name=base.name, identity=base.identity, origin=base.origin, licence=base.licence),
+        data=data_facts(plan.dataset),
+        tokenizer_sha256=plan.tokenizer.sha256,
+        **environment,
+    )
+    manifest.save(start.folder)
     return manifest
 
 
-def data_facts(data: TokenDataset) -> dict[str, Any]:
-    """What a run was trained on: hashes, and the counts that outlive the token files."""
-    return {
-        "source_key": data.source_key,
-        "tokens_sha256": data.tokens_sha256,
-        "length": data.length,
-        "rows": {name: len(split) for name, split in data.splits.items()},
-        "tokens": {name: split.tokens for name, split in data.splits.items()},
-        "supervised_share": data.info.get("supervised_share"),
-        "rows_cut": len(data.info.get("cut", [])),
-        "corpus": data.info.get("corpus"),
-    }
+def data_facts(data: TokenDataset) -> DataFacts:
+    """Return what a run is trained on, as its manifest has it."""
+    return DataFacts(
+        source_key=data.source_key,
+        tokens_sha256=data.tokens_sha256,
+        length=data.length,
+        rows={name: len(split) for name, split in data.splits.items()},
+        tokens={name: split.tokens for name, split in data.splits.items()},
+        supervised_share=data.info.get("supervised_share"),
+        rows_cut=len(data.info.get("cut", [])),
+        corpus=data.info.get("corpus"),
+    )
 
 
 def keep_config(plan: Plan, start: Start) -> None:
@@ -526,7 +528,7 @@ def keep_config(plan: Plan, start: Start) -> None:
 
 
 @contextlib.contextmanager
-def recorded_end(manifest: Manifest, console: Console, at_end: AtEnd | None) -> Iterator[None]:
+def recorded_end(manifest: Manifest, folder: Path, console: Console, at_end: AtEnd | None) -> Iterator[None]:
     """Write into the manifest, and the log, how the run ended; `at_end` then finds the manifest as it stays."""
     reason, text = "done", None
     console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
@@ -543,15 +545,16 @@ def recorded_end(manifest: Manifest, console: Console, at_end: AtEnd | None) -> 
         reason = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        end_of_run(manifest, console, reason, text)
+        end_of_run(manifest, folder, console, reason, text)
         if at_end:
-            at_end(manifest.path.parent, console.say)
+            at_end(folder, console.say)
 
 
-def end_of_run(manifest: Manifest, console: Console, reason: str, error: str | None) -> None:
+def end_of_run(manifest: Manifest, folder: Path, console: Console, reason: str, error: str | None) -> None:
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
         console.say(f"{ENDS} {reason}", "DEBUG")
-        manifest.update(exit_reason=reason, error=error, end=utc_now())
+        manifest.exit_reason, manifest.error, manifest.end = reason, error, utc_now()
+        manifest.save(folder)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import MachineError, UsageError
+from common.files import utc_now
 from common.paths import ROOT
-from common.train.manifest import utc_now
 from tools.containers.docker_cli import bake, inspect_image
 from tools.containers.images import LOCK, Json, pins_of, pins_sha256, record_local, requirements_of, unknown_pins
 

@@ -24,8 +24,8 @@ from common.errors import EngineLost, MachineError, TrainingError
 from common.files import disk_errors
 from common.hardware import Choice
 from common.model import bases
+from common.paths import run_name
 from common.signals import handled
-from common.train.manifest import run_name
 from tools.containers import ownership
 from tools.containers.engine import connect, explained, fetch
 from tools.containers.images import Image, image_for

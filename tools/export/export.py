@@ -19,7 +19,7 @@ from common.errors import MachineError, UsageError, VerificationError
 from common.files import disk_errors, sync, write_json
 from common.model.bases import sha256_file
 from common.train.checkpoint import set_aside
-from common.train.manifest import Manifest
+from common.train.manifest import ExportFacts, Manifest
 from common.train.resume import try_lock
 from common.train.run import Run
 from tools.export.check import Outcome, check
@@ -48,7 +48,7 @@ def export_folder(run_folder: Path, say: Say) -> Path:
     """Export the newest verified checkpoint of a finished or killed run, without its engine; as `export_run`."""
     with alone_with(run_folder):
         run = trained.read(run_folder, say)
-        return export(run, manifest_of(run), say)
+        return export(run, Manifest.load(run.folder), say)
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def check_export(run_folder: Path, say: Say) -> Path:
         damage = damaged(folder, record)
         outcome = Outcome("failed", damage) if damage else check(folder, run, record["dtype"])
         write_json(folder / "export.json", {**record, **verdict(outcome)})
-        manifest_of(run).update(export=summary({**record, **verdict(outcome)}))
+        record_in(Manifest.load(run.folder), run.folder, {**record, **verdict(outcome)})
         say(f"export {outcome.line()}")
         if outcome.status != "verified":
             raise VerificationError(f"the export is {outcome.status}: {outcome.reason}", where=str(folder), todo=TO_DO)
@@ -92,7 +92,7 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
     existing = read_record(folder)
     if existing and is_of(existing, run, dtype) and not damaged(folder, existing):
         say(f"export of step {run.step} kept: every file is as it was when it was verified")
-        manifest.update(export=summary(existing))
+        record_in(manifest, run.folder, existing)
         return folder
     for left in run.folder.glob(".tmp-export-*"):  # of an export that was killed; this process holds the run's lock
         shutil.rmtree(left)
@@ -105,7 +105,7 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync(run.folder)
-    manifest.update(export=summary(record))
+    record_in(manifest, run.folder, record)
     say(f"export of step {run.step} ({sizes(folder, dtype)}) {outcome.line()}")
     if outcome.status == "failed":
         raise VerificationError(f"the export is not good: {outcome.reason}", where=str(folder), todo=TO_DO)
@@ -148,10 +148,11 @@ def verdict(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says of an export."""
-    keys = ("status", "reason", "step", "dtype")
-    return {key: record[key] for key in keys} | {"difference": record["check"]["difference"]}
+def record_in(manifest: Manifest, run_folder: Path, record: dict[str, Any]) -> None:
+    """Write into a run's manifest what export.json says of its export."""
+    facts = {key: record[key] for key in ("status", "reason", "step", "dtype")}
+    manifest.export = ExportFacts(**facts, difference=record["check"]["difference"])
+    manifest.save(run_folder)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -193,7 +194,3 @@ def sizes(folder: Path, dtype: str) -> str:
     return ", ".join(
         f"{name} {dtype + ' ' if name == 'merged' else ''}{size:.3g} MB" for name, size in megabytes.items()
     )
-
-
-def manifest_of(run: TrainedRun) -> Manifest:
-    return Manifest(run.folder / "manifest.json", dict(run.manifest))

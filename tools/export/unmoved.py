@@ -21,7 +21,8 @@ def report_unmoved(run: Run) -> list[str]:
         run.console.warn(f"never moved, of {count} trained tensors: {', '.join(found[:NAMED])}{more}")
     else:
         run.console.say(f"every one of {count} trained tensors moved")
-    run.manifest.update(never_moved=found)
+    run.manifest.never_moved = found
+    run.manifest.save(run.folder)
     return found
 
 

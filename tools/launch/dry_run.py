@@ -14,8 +14,7 @@ from common.config import Config
 from common.data import corpora
 from common.errors import MachineError, RecipeError
 from common.model import bases, llama
-from common.paths import run_words
-from common.train.manifest import run_name
+from common.paths import run_name, run_words
 from common.train.plan import batch_equation
 from engines.registry import precision_for, refuse_without_engine
 from engines.ttml.mesh import find_descriptor

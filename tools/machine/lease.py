@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import MachineError
+from common.files import utc_now
 from common.hardware import system_root
-from common.train.manifest import utc_now
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from common.engine import Backend
 from common.errors import DataError, MachineError, UsageError
 from common.model import bases
 from common.model.weights import Weights
+from common.paths import ROOT
 from common.train import checkpoint, metrics, resume
 from common.train.checkpoint import Checkpoint, Tensors
 from common.train.evaluate import from_rows
-from common.train.manifest import ROOT
 from common.train.run import Run
 from engines.registry import open_backend, refuse_without_engine
 
@@ -97,7 +97,7 @@ def of_run(run: Run) -> TrainedRun:
     """A run that is still open, by what it saved last."""
     found = result(run.folder, run.config, run.console.say)
     plan = run.plan
-    values = run.manifest.values
+    values = run.manifest.as_json()
     return TrainedRun(run.folder, run.config, values, plan.base, plan.tokenizer, found, run.dataset)
 
 

@@ -24,11 +24,12 @@ from common.config import Config
 from common.data.tokens import TokenDataset
 from common.engine import Backend
 from common.errors import UsageError, VerificationError
+from common.files import utc_now
 from common.hardware import Hardware
 from common.model.bases import Base
 from common.paths import find_recipe
 from common.train.evaluate import HeldOut, held_out
-from common.train.manifest import code_facts, utc_now
+from common.train.manifest import code_facts
 from common.train.plan import prepare
 from common.train.schedule import learning_rate
 from engines.registry import open_backend, precision_for
