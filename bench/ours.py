@@ -54,8 +54,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         watch = watch_precision(backend, evidence)
         before = clocks()
         for step in range(1, job["steps"] + 1):
-            batch = rows.batch(step, config.training.seed, config.effective_batch)
-            micro_batches = batch.split(config.training.gradient_accumulation_steps)
+            batch = rows.batch(step, config.training.seed, config.training.batch_size)
+            micro_batches = batch.split(config.accumulation)
             stats = backend.train_step(micro_batches, config.training.learning_rate, step)
             now = clocks()
             tokens = sum(len(rows.row(int(row)).ids) for row in batch.rows)

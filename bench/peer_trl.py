@@ -37,14 +37,14 @@ def packed_length(job: dict[str, Any], micro_batch: int) -> int:
 
 def settings(job: dict[str, Any], mode: str, folder: str) -> SFTConfig:
     training, optimizer = job["training"], job["training"]["optimizer"]
-    micro_batch = training["batch_size"]
+    micro_batch = training["micro_batch_size"]
     packing = mode == "packing"
     return SFTConfig(
         output_dir=folder,
         use_cpu=True,
         bf16=training["precision"] == "bf16-mixed",
         per_device_train_batch_size=1 if packing else micro_batch,
-        gradient_accumulation_steps=training["gradient_accumulation_steps"],
+        gradient_accumulation_steps=training["batch_size"] // micro_batch,
         packing=packing,
         max_length=packed_length(job, micro_batch) if packing else None,
         gradient_checkpointing=job["gradient_checkpointing"],

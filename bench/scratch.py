@@ -80,8 +80,8 @@ def compare(plan: Plan, steps: int) -> dict[str, Any]:
         bare = bare_step(plan, backend.info.compiled)
         for step in range(1, steps + WARM_UP + 1):
             started = time.perf_counter()
-            batch = rows.batch(step, config.training.seed, config.effective_batch)
-            micro_batches = batch.split(config.training.gradient_accumulation_steps)
+            batch = rows.batch(step, config.training.seed, config.training.batch_size)
+            micro_batches = batch.split(config.accumulation)
             losses["recipe"].append(backend.train_step(micro_batches, config.training.learning_rate, step).loss)
             between = time.perf_counter()
             ids, labels = (torch.from_numpy(array.astype("int64")) for array in (batch.input_ids, batch.labels))
@@ -93,7 +93,7 @@ def compare(plan: Plan, steps: int) -> dict[str, Any]:
     ratios = [ours / bare for ours, bare in zip(seconds["recipe"], seconds["bare"], strict=True)][WARM_UP:]
     return {
         "model": plan.base.name,
-        "batch": f"{config.effective_batch} x {plan.dataset.length}",
+        "batch": f"{config.training.batch_size} x {plan.dataset.length}",
         "precision": config.training.precision,
         "compiled": compiled,
         "threads": torch.get_num_threads(),
@@ -133,6 +133,7 @@ def main() -> None:
     overrides = (
         f"model_config.preset={given.preset}",
         f"training_config.batch_size={given.batch_size}",
+        f"training_config.micro_batch_size={given.batch_size}",  # in one pass, as on the bare side
         f"device_config.compile={given.compile}",
         "data_config.tokenizer.type=" + ("bpe" if given.preset == "pico" else "char"),
     )

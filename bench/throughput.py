@@ -112,7 +112,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     order = [
         int(row)
         for step in range(1, total + 3)  # two steps more: packing may fill its bins better than one row after another
-        for row in rows_of_step(step, config.training.seed, config.effective_batch, len(rows))
+        for row in rows_of_step(step, config.training.seed, config.training.batch_size, len(rows))
     ]
     encoded = {row: rows.row(row) for row in sorted(set(order))}
     threads = config.device.threads or len(os.sched_getaffinity(0))
@@ -240,7 +240,7 @@ def report(job: Job, runs: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     result = verdict(sides)
     what = {key: job[key] for key in ("set", "steps", "warmup", "threads", "lora", "gradient_checkpointing")}
     what |= {"base": job["base"]["name"], "identity": job["base"]["identity"], "tokens_sha256": job["tokens_sha256"]}
-    training = ("batch_size", "gradient_accumulation_steps", "precision", "learning_rate", "max_grad_norm", "optimizer")
+    training = ("batch_size", "micro_batch_size", "precision", "learning_rate", "max_grad_norm", "optimizer")
     what |= {key: job["training"][key] for key in training}
     return {
         "format": 1,
@@ -257,10 +257,9 @@ def report(job: Job, runs: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
 
 def show(result: Mapping[str, Any], peer_version: str) -> None:
     job, where, decision = result["job"], result["machine"], result["verdict"]
-    effective = job["batch_size"] * job["gradient_accumulation_steps"]
     print(f"\n{where['cpu']}, {where['cores']} cores ({', '.join(where['flags'])}), {where['memory_gib']} GiB")
     print(
-        f"{job['base']}, LoRA rank {job['lora']['rank']}, {job['precision']}, effective batch {effective}, "
+        f"{job['base']}, LoRA rank {job['lora']['rank']}, {job['precision']}, batch {job['batch_size']}, "
         f"{job['threads']} threads; trl {peer_version}; {job['steps'] - job['warmup']} steps after {job['warmup']}\n"
     )
     print("\n".join(table(result["medians"])))

@@ -1,4 +1,4 @@
-"""A recipe's configuration: schema, layers, the split of the batch over a board's chips, and two digests.
+"""A recipe's configuration: schema, layers, the split of the batch over devices, and two digests.
 
 Layers, each over the one before: defaults, config.yaml, presets/<preset>.yaml, hw/<board>.yaml, --set,
 --steps.
@@ -48,12 +48,12 @@ from common.config.schema import Checkpoint, Data, Device, Evaluation, Export, L
 from common.errors import UsageError
 from common.hardware import Hardware
 
-FORMAT = 1  # of config.resolved.yaml
+FORMAT = 2  # of config.resolved.yaml
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a config remembers of its layers; no part of its value."""
+    """Where each key was set. Ignored by ==, hash and digests."""
 
     where: Mapping[Key, str] = field(default_factory=dict)
     overlay: str | None = None
@@ -111,13 +111,18 @@ class Config(Section):
         return hash(self.config_digest())
 
     @property
-    def effective_batch(self) -> int:
-        """Rows in one optimizer step, over all devices and micro-batches."""
-        return self.training.batch_size * self.training.gradient_accumulation_steps
+    def micro_batch(self) -> int:
+        """Rows that one device holds at once."""
+        return self.training.micro_batch_size or self.training.batch_size // self.device.devices
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step, one after another: batch_size / (micro_batch x devices)."""
+        return self.training.batch_size // (self.micro_batch * self.device.devices)
 
     @property
     def recipe_batch(self) -> int | None:
-        """The effective batch of config.yaml and preset, before overlay and --set; None if not known."""
+        """The batch_size of config.yaml and preset, before overlay and --set; None if not known."""
         return self._origin.recipe_batch
 
     def where(self, key: str) -> str:
@@ -127,10 +132,6 @@ class Config(Section):
     def departures(self) -> list[str]:
         """What hw/<board>.yaml changes of the training itself; with any, this is another experiment."""
         keys = {dotted(key): value for key, value in flatten(self._training_tree())}
-        if self.recipe_batch != self.effective_batch:
-            keys |= dict(
-                zip(_BATCH, (self.training.batch_size, self.training.gradient_accumulation_steps), strict=True)
-            )
         overlay = self._origin.overlay
         from_overlay = [key for key in keys if overlay and self.where(key).startswith(f"{overlay}/")]
         return [f"{key}: {_text(keys[key])} ({self.where(key)})" for key in from_overlay]
@@ -188,12 +189,13 @@ class Config(Section):
         """
         tree = self.resolved()._training_tree()
         del tree["model_config"]["preset"]
-        return _sha256({**tree, "effective_batch": self.effective_batch, "facts": dict(facts)})
+        # The batch stands where it always stood, so that runs made before can be resumed.
+        batch = tree["training_config"].pop("batch_size")
+        return _sha256({**tree, "effective_batch": batch, "facts": dict(facts)})
 
     def _training_tree(self) -> dict[str, dict[str, Any]]:
         tree = self.dump()
-        for key in ("batch_size", "gradient_accumulation_steps"):
-            del tree["training_config"][key]
+        del tree["training_config"]["micro_batch_size"]
         del tree["model_config"]["gradient_checkpointing"], tree["data_config"]["num_proc"]
         return {key: tree[key] for key in ("training_config", "model_config", "data_config")}
 
@@ -219,16 +221,17 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
     merged.tree.update(recipe=recipe_dir.name, hw=hw.name)
     config = _validate(merged, f"the configuration of {recipe_dir.name}")
     config._origin = _Origin(merged.where, shown(recipe_dir / "hw") if overlay else None, _batch_of(recipe))
-    chosen = any(layer.get(key) is not None for layer in [*overlay, *sets] for key in _BATCH)
-    return _fit(config, hw, keep_batch=chosen)
+    return _fit(config, hw)
 
 
 def load_resolved(path: Path) -> Config:
     """The configuration of a run, from its config.resolved.yaml. Raises UsageError if it is not valid."""
     layer = read_file(path)
     version = layer.tree.pop("format", None)
-    if version != FORMAT:
-        raise UsageError(f"unknown format {version!r}, this version reads format {FORMAT}", where=shown(path))
+    if version == 1:
+        _from_format_1(layer)
+    elif version != FORMAT:
+        raise UsageError(f"unknown format {version!r}, this version reads formats 1 and {FORMAT}", where=shown(path))
     config = _validate(layer, shown(path))
     config._origin = _Origin(layer.where)
     return config
@@ -249,7 +252,8 @@ def json_schema() -> dict[str, Any]:
 
 
 _STOP: tuple[Key, Key] = (("training_config", "max_steps"), ("training_config", "num_epochs"))
-_BATCH = ("training_config.batch_size", "training_config.gradient_accumulation_steps")
+_BATCH, _MICRO_BATCH = "training_config.batch_size", "training_config.micro_batch_size"
+_ACCUMULATION = "training_config.gradient_accumulation_steps"  # no key any more, and told apart from a typing mistake
 # Names that other training tools use, and ours.
 _SYNONYMS = {
     "lr": "training_config.learning_rate",
@@ -309,13 +313,13 @@ def _preset(folder: Path, layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _batch_of(recipe: Layer) -> int | None:
-    rows, parts = recipe.get(_BATCH[0]), recipe.get(_BATCH[1])
-    return rows * (parts or 1) if isinstance(rows, int) and isinstance(parts, int | None) else None
+    rows = recipe.get(_BATCH)
+    return rows if isinstance(rows, int) else None
 
 
-def _fit(config: Config, hw: Hardware, *, keep_batch: bool) -> Config:
-    """Fills in the mesh and splits the effective batch into micro-batches for this board."""
-    device, places = config.device, config.where
+def _fit(config: Config, hw: Hardware) -> Config:
+    """Fill in the mesh and the rows that a device holds at once. Raise UsageError where the batch does not divide."""
+    device, training, places = config.device, config.training, config.where
     mesh = device.mesh_shape or ((1, 1) if device.enable_ddp is False else hw.mesh_shape)
     devices = math.prod(mesh)
     if devices > hw.chips and not hw.is_cpu:  # a CPU takes any number of processes
@@ -325,22 +329,41 @@ def _fit(config: Config, hw: Hardware, *, keep_batch: bool) -> Config:
         text = f"enable_ddp: {_text(device.enable_ddp)} contradicts the mesh {list(mesh)} of {hw.name}"
         todo = "leave enable_ddp out: data parallel is on where there is more than one device"
         raise UsageError(text, where=places("device_config.enable_ddp"), todo=todo)
-    effective, batch = config.effective_batch, config.training.batch_size
-    if not keep_batch:
-        limit = min(effective, hw.micro_batch * devices)
-        batch = max((size for size in range(devices, limit + 1, devices) if effective % size == 0), default=0)
-    if batch == 0 or batch % devices:
-        total = f"effective batch {effective}" if batch == 0 else f"batch_size {batch}"
-        near = f"{max(1, effective // devices) * devices} divides" if batch == 0 else f"use a multiple of {devices}"
-        raise UsageError(
-            f"{total} does not divide by the {devices} devices of {hw.name}",
-            where=places(_BATCH[0]),
-            todo=near,
-        )
-    values = {"device.mesh_shape": mesh, "device.enable_ddp": devices > 1}
-    if not keep_batch:
-        values |= {"training.batch_size": batch, "training.gradient_accumulation_steps": effective // batch}
+    share, rest = divmod(training.batch_size, devices)
+    if rest:
+        text = f"batch_size {training.batch_size} does not divide by the {devices} devices of {hw.name}"
+        near = " or ".join(str(devices * rows) for rows in (share, share + 1) if rows)
+        raise UsageError(text, where=places(_BATCH), todo=f"use a multiple of {devices}: {near}")
+    rows = min(training.micro_batch_size or hw.micro_batch, share)
+    divide = [size for size in range(1, share + 1) if share % size == 0]
+    if training.micro_batch_size is None:
+        rows = max(size for size in divide if size <= rows)
+    if rows not in divide:
+        text = f"micro_batch_size {rows} does not divide batch_size / devices = {training.batch_size} / {devices}"
+        raise UsageError(text, where=places(_MICRO_BATCH), todo=f"use one of {', '.join(map(str, divide))}")
+    values: dict[str, Any] = {"device.mesh_shape": mesh, "device.enable_ddp": devices > 1}
+    values |= {} if rows == training.micro_batch_size else {"training.micro_batch_size": rows}
     return config._set(values, f"hardware.yaml ({hw.name})")
+
+
+def _from_format_1(layer: Layer) -> None:
+    """Rewrite the batch of a run made before format 2: `batch_size` was one micro-batch of all devices together."""
+    at_once, parts = layer.get(_BATCH), layer.get(_ACCUMULATION)
+    if isinstance(at_once, int) and isinstance(parts, int):
+        rows = at_once // math.prod(layer.get("device_config.mesh_shape") or (1, 1))
+        del layer.tree["training_config"]["gradient_accumulation_steps"]
+        layer.tree["training_config"] |= {"batch_size": at_once * parts, "micro_batch_size": rows}
+
+
+def _instead_of_accumulation(layer: Layer) -> str:
+    """Return what to write for `gradient_accumulation_steps`, beside the batch_size of the same layers."""
+    at_once, parts, mesh = layer.get(_BATCH), layer.get(_ACCUMULATION), layer.get("device_config.mesh_shape")
+    mesh = mesh if isinstance(mesh, list) else hardware.get(layer.tree["hw"]).mesh_shape
+    rule = "is no key: accumulation is batch_size / (micro_batch_size x devices)"
+    if not all(type(number) is int and number > 0 for number in (at_once, parts, *mesh)):
+        return rule
+    new = f"{_BATCH}={at_once * parts}; {_MICRO_BATCH}={max(1, at_once // math.prod(mesh))}"
+    return f"{rule}; batch_size: {at_once} x {parts} -> {new}"
 
 
 def _validate(layer: Layer, what: str) -> Config:
@@ -364,7 +387,7 @@ def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
         if item["type"] == "missing":
             text = "is required"
         elif item["type"] == "extra_forbidden":
-            text = f"unknown key{_nearest(key)}"
+            text = _instead_of_accumulation(layer) if dotted(key) == _ACCUMULATION else f"unknown key{_nearest(key)}"
         elif item["type"] == "model_type":
             text = f"should be a section with keys below it, got {_text(item['input'])}"
         elif item["type"] in ("value_error", "below"):

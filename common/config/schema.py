@@ -55,15 +55,15 @@ class Training(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of data order, initial weights and dropout."""
     batch_size: int = Field(gt=0)
-    """Rows in one micro-batch, in total over all devices (as in ttml)."""
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    """Micro-batches in one optimizer step; effective batch = batch_size x this."""
+    """Rows of one optimizer step, over all devices and all accumulation (the global batch)."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Rows that one device holds at once, at most batch_size / devices; null: as many as hardware.yaml has."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     max_steps: int | None = Field(default=None, gt=0)
     """Optimizer steps of the run; either this or num_epochs."""
     num_epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training rows; steps = ceil(epochs x rows / effective batch)."""
+    """Passes over the training rows; steps = ceil(epochs x rows / batch_size)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = "auto"

@@ -84,7 +84,7 @@ def build(config: Config, recipe_dir: Path, tokenizer: ChatTokenizer, home: Path
     """The recipe's token data set, with `.report`: the stored one if it verifies, else a new one in
     `home`/tokens.
 
-    Raises DataError: for rows that cannot be used, a train split smaller than the effective batch, or tokens
+    Raises DataError: for rows that cannot be used, a train split smaller than the batch, or tokens
     of which none are supervised (or all, unless `data_config.supervise_all` says so).
     """
     builder = Builder(config, recipe_dir)
@@ -94,7 +94,7 @@ def build(config: Config, recipe_dir: Path, tokenizer: ChatTokenizer, home: Path
     if dataset is None:
         dataset = make(config, builder, tokenizer, folder, key)
     dataset.report = report_of(dataset, action, reason)
-    refuse_too_small(len(dataset.train), config.effective_batch, builder.where)
+    refuse_too_small(len(dataset.train), config.training.batch_size, builder.where)
     return dataset
 
 
@@ -164,13 +164,13 @@ def refuse_share(share: float, supervise_all: bool, where: str) -> None:
         )
 
 
-def refuse_too_small(rows: int, effective_batch: int, where: str) -> None:
-    """Raises DataError when the rows do not fill one effective batch."""
-    if rows < effective_batch:
+def refuse_too_small(rows: int, batch_size: int, where: str) -> None:
+    """Raises DataError when the rows do not fill one batch."""
+    if rows < batch_size:
         raise DataError(
-            f"{rows} training rows do not fill one effective batch of {effective_batch}",
+            f"{rows} training rows do not fill one batch of {batch_size}",
             where=where,
-            todo="add rows, or lower training_config.batch_size or gradient_accumulation_steps",
+            todo="add rows, or lower training_config.batch_size",
         )
 
 

@@ -35,7 +35,7 @@ Ids = vocabulary.Ids
 def build_corpus(config: Config, recipe_dir: Path, home: Path) -> tuple[Path, TokenDataset]:
     """The recipe's tokenizer folder and token data set, with `.report`: the stored ones, or new ones in `home`.
 
-    Raises DataError for a corpus that cannot fill one window or one effective batch, or a tokenizer that does not fit
+    Raises DataError for a corpus that cannot fill one window or one batch, or a tokenizer that does not fit
     the model's vocabulary.
     """
     vocabulary.use_threads(config.data.num_proc)
@@ -50,7 +50,7 @@ def build_corpus(config: Config, recipe_dir: Path, home: Path) -> tuple[Path, To
     if dataset is None:
         dataset = make(config, documents, folder, stored, key)
     dataset.report = report_of(dataset, action, reason)
-    refuse_too_small(len(dataset.train), config.effective_batch, builder.where)
+    refuse_too_small(len(dataset.train), config.training.batch_size, builder.where)
     return folder, dataset
 
 

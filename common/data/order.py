@@ -1,4 +1,4 @@
-"""Which rows a step trains on: a pure function of (step, seed, effective batch, number of rows).
+"""Which rows a step trains on: a pure function of (step, seed, batch size, number of rows).
 
 The order comes from the raw bits of Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
 3", SC 2011), keyed by (seed, epoch). numpy promises the raw bits of a bit generator across versions, and does
@@ -33,28 +33,28 @@ def permutation(rows: int, seed: int, epoch: int) -> RowIndices:
     return order
 
 
-def rows_of_step(step: int, seed: int, effective_batch: int, rows: int) -> RowIndices:
-    """The rows of optimizer step `step` (from 1): int64 [effective_batch], each in [0, rows).
+def rows_of_step(step: int, seed: int, batch_size: int, rows: int) -> RowIndices:
+    """The rows of optimizer step `step` (from 1): int64 [batch_size], each in [0, rows).
 
     Epoch permutations are concatenated and cut into batches, so a batch may cross the seam of two epochs and
     every row is seen once an epoch. Raises ValueError when a count is not positive.
     """
-    if step < 1 or effective_batch < 1 or rows < 1:
-        raise ValueError(f"step {step}, effective batch {effective_batch} and rows {rows} must all be at least 1")
-    first = (step - 1) * effective_batch
-    chosen = np.empty(effective_batch, dtype=np.int64)
+    if step < 1 or batch_size < 1 or rows < 1:
+        raise ValueError(f"step {step}, batch size {batch_size} and rows {rows} must all be at least 1")
+    first = (step - 1) * batch_size
+    chosen = np.empty(batch_size, dtype=np.int64)
     done = 0
-    while done < effective_batch:
+    while done < batch_size:
         epoch, at = divmod(first + done, rows)
-        take = min(rows - at, effective_batch - done)
+        take = min(rows - at, batch_size - done)
         chosen[done : done + take] = permutation(rows, seed, epoch)[at : at + take]
         done += take
     return chosen
 
 
-def steps_for(epochs: float, rows: int, effective_batch: int) -> int:
-    """Optimizer steps that cover `epochs` passes over `rows` rows: ceil(epochs x rows / effective batch).
+def steps_for(epochs: float, rows: int, batch_size: int) -> int:
+    """Optimizer steps that cover `epochs` passes over `rows` rows: ceil(epochs x rows / batch size).
 
     Computed on the decimal that was written (0.1 means one tenth), so that no rounding error adds a step.
     """
-    return math.ceil(Fraction(repr(epochs)) * rows / effective_batch)
+    return math.ceil(Fraction(repr(epochs)) * rows / batch_size)

@@ -112,9 +112,9 @@ class TokenSplit:
         arrays = Arrays(self.arrays.ids, self.arrays.mask, self.arrays.starts[rows], self.arrays.ends[rows])
         return self if len(rows) == len(self) else TokenSplit(arrays, self.length)
 
-    def batch(self, step: int, seed: int, effective_batch: int) -> Batch:
-        """The whole effective batch of optimizer step `step` (from 1): a pure function of its arguments."""
-        return self.gather(order.rows_of_step(step, seed, effective_batch, len(self)))
+    def batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        """The whole batch of optimizer step `step` (from 1): a pure function of its arguments."""
+        return self.gather(order.rows_of_step(step, seed, batch_size, len(self)))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Every row once, in order; the last batch is filled with rows of zero mask (`rows` = -1)."""

@@ -117,9 +117,9 @@ def prepare(
 
 def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
     """The config with max_steps fixed; says steps, epochs and the batch equation."""
-    training, effective = config.training, config.effective_batch
-    steps = training.max_steps or steps_for(training.num_epochs or 0, rows, effective)
-    say(f"{batch_equation(config)}; {steps} steps = {steps * effective / rows:.2f} epochs of {rows} rows")
+    training = config.training
+    steps = training.max_steps or steps_for(training.num_epochs or 0, rows, training.batch_size)
+    say(f"{batch_equation(config)}; {steps} steps = {steps * training.batch_size / rows:.2f} epochs of {rows} rows")
     config = config.with_values(**{"training.max_steps": steps}) if training.max_steps is None else config
     if warmup_steps(config.training) < training.scheduler.warmup_steps:
         say(f"warm-up clamped from {training.scheduler.warmup_steps} to the run's {steps} steps")
@@ -127,11 +127,10 @@ def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
 
 
 def batch_equation(config: Config) -> str:
-    """`effective batch 64 = batch_size 32 (16 rows on each of 2 devices) x 2 accumulated`."""
-    training, devices = config.training, config.device.devices
-    share = f" ({training.batch_size // devices} rows on each of {devices} devices)" if devices > 1 else ""
-    parts = training.gradient_accumulation_steps
-    return f"effective batch {config.effective_batch} = batch_size {training.batch_size}{share} x {parts} accumulated"
+    """Return `batch_size 64 = micro_batch_size 16 x 2 devices x 2 accumulated`."""
+    devices = f" x {config.device.devices} devices" if config.device.devices > 1 else ""
+    parts = f"micro_batch_size {config.micro_batch}{devices} x {config.accumulation} accumulated"
+    return f"batch_size {config.training.batch_size} = {parts}"
 
 
 def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None:

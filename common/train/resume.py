@@ -20,8 +20,7 @@ from common.train.plan import Plan
 from tools.machine.host import launched
 
 INEXACT = (
-    "training_config.batch_size",
-    "training_config.gradient_accumulation_steps",
+    "training_config.micro_batch_size",
     "model_config.gradient_checkpointing",
     "device_config.threads",
     "device_config.mesh_shape",

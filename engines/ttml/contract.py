@@ -259,8 +259,8 @@ FAILURES: tuple[tuple[str, str, str], ...] = (
         r"out of memory|not enough space to allocate",
         "the device has no memory left",
         (
-            "the same training in less memory: halve training_config.batch_size and double "
-            "gradient_accumulation_steps; then set model_config.gradient_checkpointing=true"
+            "the same training in less memory: a smaller training_config.micro_batch_size, then "
+            "model_config.gradient_checkpointing=true"
         ),
     ),
     (

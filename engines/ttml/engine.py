@@ -246,7 +246,7 @@ class TTML:
         """Add the gradients of the batch; return its nll times its mask, [B, 1, T, 1] on the devices.
 
         The mean over a device's (B / devices) x T positions, averaged over the devices by sync_gradients, is the sum
-        over the batch / (B x T); times (B x T) / supervised, the batch's share of the loss of the effective batch.
+        over the batch / (B x T); times (B x T) / supervised, the batch's share of the loss of the batch.
         """
         mask = self.io.new(batch.loss_mask[:, None, :, None], "BFLOAT16", self.io.by_rows)
         nll = self._nll(batch) * mask

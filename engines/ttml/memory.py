@@ -79,7 +79,7 @@ def footprint(hw: Hardware, config: Config, architecture: Mapping[str, Any], len
     trained = sum(elements(shape, tile) for shape in trained_shapes(config, architecture))
     adapters = trained if config.model.lora else 0
     full = config.training.optimizer.type == "AdamWFullPrecision"
-    tokens = config.training.batch_size // config.device.devices * length
+    tokens = config.micro_batch * length
     # The CPU engine takes the output head in chunks and keeps no logits; a board keeps them and their gradient.
     vocabulary = 0 if hw.is_cpu else -(-architecture["vocab_size"] // TILE) * TILE
     return Memory(
@@ -125,7 +125,7 @@ def refuse_too_large(hw: Hardware, config: Config, architecture: Mapping[str, An
     raise UsageError(
         f"this training cannot fit into a chip of {hw.name}, which has {room / MIB:,.0f} MiB: it needs at least "
         f"{needed.total / MIB:,.0f} ({parts})",
-        where="training_config.batch_size, model_config",
+        where="training_config.micro_batch_size, model_config",
         todo="; or ".join(ways[:3]) or "no batch of it fits: take a smaller model, or a board with more memory",
     )
 
@@ -149,15 +149,12 @@ def settings_that_fit(hw: Hardware, config: Config, architecture: Mapping[str, A
 
 
 def splits(config: Config, recompute: bool) -> Iterator[dict[str, Any]]:
-    """The same effective batch in ever smaller micro-batches that every device has rows of: the keys that change."""
-    devices, batch = config.device.devices, config.training.batch_size
+    """Yield the keys that change for the same batch in ever smaller micro-batches, the present one first."""
     runner = {"model.gradient_checkpointing": True} if recompute != config.model.gradient_checkpointing else {}
-    for size in range(batch, 0, -1):
-        if size == batch:
-            yield runner
-        elif config.effective_batch % size == 0 and size % devices == 0:
-            parts = config.effective_batch // size
-            yield {"training.batch_size": size, "training.gradient_accumulation_steps": parts, **runner}
+    yield runner
+    for rows in range(config.micro_batch - 1, 0, -1):
+        if config.training.batch_size // config.device.devices % rows == 0:
+            yield {"training.micro_batch_size": rows, **runner}
 
 
 def said(changes: Mapping[str, Any], another: str) -> str:

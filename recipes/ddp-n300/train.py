@@ -6,8 +6,8 @@
     recipe verify ddp                              one device against several, step by step
 
 Nothing below knows how many devices there are: data parallel is `device_config.mesh_shape`, [1, N], and any recipe
-takes it. `batch_size` is the rows of all devices together, and the loss is divided by the tokens of them all, so the
-number of devices changes no gradient. How: engines/cpu/ranks.py for processes on a CPU, ttml.py for chips.
+takes it. `batch_size` is the rows of a step of all devices together, and the loss is divided by the tokens of them all,
+so the number of devices changes no gradient. How: engines/cpu/ranks.py for processes on a CPU, ttml.py for chips.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def train(launch: Launch) -> None:
         run.evaluate(step=0)
 
         for step in run.steps():
-            batch = rows.batch(step, config.training.seed, config.effective_batch)  # the same for 1, 2 or 32 devices
-            micro_batches = batch.split(config.training.gradient_accumulation_steps)
+            batch = rows.batch(step, config.training.seed, config.training.batch_size)  # the same for 1, 2 or 32 chips
+            micro_batches = batch.split(config.accumulation)
             stats = run.backend.train_step(micro_batches, run.learning_rate(step), step)
             run.record(step, stats)
             if run.evaluation_due(step):

@@ -21,8 +21,8 @@ def train(launch: Launch) -> None:
         run.evaluate(step=0)  # random weights: what knowing nothing scores
 
         for step in run.steps():
-            batch = rows.batch(step, config.training.seed, config.effective_batch)
-            micro_batches = batch.split(config.training.gradient_accumulation_steps)
+            batch = rows.batch(step, config.training.seed, config.training.batch_size)
+            micro_batches = batch.split(config.accumulation)
             stats = run.backend.train_step(micro_batches, run.learning_rate(step), step)
             run.record(step, stats)
             if run.evaluation_due(step):

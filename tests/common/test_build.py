@@ -137,13 +137,8 @@ def test_damaged_tokens_are_built_again_and_it_is_said(recipe, tokenizer):
 
 def test_too_few_rows_for_a_batch_names_both_numbers(recipe, tokenizer):
     for _ in range(2):  # the second time from the stored tokens
-        with pytest.raises(DataError, match=r"\d+ training rows do not fill one effective batch of 64") as error:
-            built(
-                recipe,
-                tokenizer,
-                "training_config.batch_size=8",
-                "training_config.gradient_accumulation_steps=8",
-            )
+        with pytest.raises(DataError, match=r"\d+ training rows do not fill one batch of 64") as error:
+            built(recipe, tokenizer, "training_config.batch_size=64")
     assert "training_config.batch_size" in str(error.value.todo)
 
 

@@ -46,7 +46,7 @@ def test_every_token_but_the_first_is_predicted_once(build):
     first, second = split.row(0), split.row(1)
     assert len(first.ids) == T + 1
     assert first.ids[-1] == second.ids[0]
-    batch = split.batch(1, seed=0, effective_batch=8)
+    batch = split.batch(1, seed=0, batch_size=8)
     assert batch.input_ids.shape == (8, T)
     assert np.array_equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
 
@@ -97,7 +97,7 @@ def test_bytes_and_the_unigram_model_are_counted_by_row(build):
         ("", (), "the corpus is empty"),
         ("Too short.\n", (), "shorter than one context: 11 bytes to train on, 65 tokens are needed"),
         ("fine\0", (), "binary data"),
-        ("abc\n" * 120, (), "do not fill one effective batch of 8"),
+        ("abc\n" * 120, (), "do not fill one batch of 8"),
         (
             None,
             ("data_config.tokenizer={type: bpe}", "model_config.architecture.vocab_size=32000"),

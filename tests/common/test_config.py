@@ -20,8 +20,8 @@ from common.errors import UsageError
 
 CONFIG = """\
 training_config:
-  batch_size: 8
-  gradient_accumulation_steps: 4
+  batch_size: 32
+  seed: 0
   learning_rate: 1e-4
   max_steps: 100
 model_config:
@@ -355,51 +355,122 @@ def test_an_overlay_that_nobody_would_read_is_refused(recipe):
 
 
 @pytest.mark.parametrize("board", hardware.table())
-def test_a_recipe_resolves_on_every_board_with_its_effective_batch(recipe, board):
+def test_a_recipe_resolves_on_every_board_with_its_batch(recipe, board):
     hw, config = hardware.get(board), recipe.load(board=board)
     assert config.hw == board
-    assert config.effective_batch == 32
-    assert config.training.batch_size % hw.chips == 0
-    assert config.training.batch_size <= hw.micro_batch * hw.chips
+    assert config.training.batch_size == 32
+    assert config.training.micro_batch_size == config.micro_batch <= hw.micro_batch
+    assert config.micro_batch * hw.chips * config.accumulation == 32
     assert config.device.mesh_shape == hw.mesh_shape
     assert config.device.enable_ddp == (hw.chips > 1)
 
 
 @pytest.mark.parametrize(
-    ("board", "batch", "parts"),
-    [("cpu", 8, 4), ("n150", 8, 4), ("n300", 16, 2), ("t3k", 32, 1), ("p150", 16, 2)],
+    ("board", "rows", "parts"),
+    [("cpu", 8, 4), ("n150", 8, 4), ("n300", 8, 2), ("t3k", 4, 1), ("p150", 16, 2)],
 )
-def test_the_split_per_board(recipe, board, batch, parts):
-    training = recipe.load(board=board).training
-    assert (training.batch_size, training.gradient_accumulation_steps) == (batch, parts)
+def test_the_split_per_board(recipe, board, rows, parts):
+    config = recipe.load(board=board)
+    assert (config.micro_batch, config.accumulation) == (rows, parts)
 
 
-@given(effective=st.integers(1, 300), board=st.sampled_from(list(hardware.table().values())))
-def test_the_split_never_changes_the_effective_batch(tmp_path_factory, effective, board):
-    text = CONFIG.replace("size: 8", f"size: {effective}").replace("steps: 4", "steps: 1")
-    recipe = Recipe(tmp_path_factory.mktemp("demo")).write("config.yaml", text)
-    if effective % board.chips:
+@given(size=st.integers(1, 300), board=st.sampled_from(list(hardware.table().values())))
+def test_the_split_never_changes_the_batch(tmp_path_factory, size, board):
+    recipe = Recipe(tmp_path_factory.mktemp("demo")).write("config.yaml", CONFIG.replace("size: 32", f"size: {size}"))
+    if size % board.chips:
         assert f"does not divide by the {board.chips} devices" in recipe.error(board=board.name)
         return
-    training = recipe.load(board=board.name).training
-    assert training.batch_size * training.gradient_accumulation_steps == effective
-    assert training.batch_size % board.chips == 0
-    larger = range(training.batch_size + 1, board.micro_batch * board.chips + 1)
-    assert not [size for size in larger if effective % size == 0 and size % board.chips == 0]
+    config = recipe.load(board=board.name)
+    assert config.micro_batch * board.chips * config.accumulation == config.training.batch_size == size
+    assert not [
+        rows for rows in range(config.micro_batch + 1, board.micro_batch + 1) if size % (rows * board.chips) == 0
+    ]
 
 
-def test_an_explicit_batch_is_kept_and_must_divide(recipe):
-    recipe.write("hw/n300.yaml", "training_config: {batch_size: 4, gradient_accumulation_steps: 8}\n")
-    assert recipe.load(board="n300").training.batch_size == 4
-    assert recipe.load("training_config.batch_size=2", board="cpu-x2").effective_batch == 8
+@pytest.mark.parametrize("layer", ["config.yaml", "presets/a.yaml", "hw/n300.yaml", "--set"])
+def test_the_batch_size_is_the_rows_of_a_step_in_every_layer(recipe, layer):
+    text = "training_config: {batch_size: 64}\nmodel_config: {preset: a}\n"
+    recipe.write("presets/a.yaml", "")
+    sets = ["training_config.batch_size=64", "model_config.preset=a"] if layer == "--set" else []
+    if layer == "config.yaml":
+        recipe.write(layer, CONFIG.replace("size: 32", "size: 64"))
+    elif layer == "hw/n300.yaml":
+        recipe.write(layer, text)
+    elif layer == "presets/a.yaml":
+        recipe.write(layer, text.partition("model")[0]).write("hw/n300.yaml", "model_config: {preset: a}\n")
+    config = recipe.load(*sets, board="n300")
+    assert (config.training.batch_size, config.micro_batch, config.accumulation) == (64, 8, 4)
+
+
+def test_a_micro_batch_is_the_rows_of_one_device(recipe):
+    recipe.write("hw/n300.yaml", "training_config: {micro_batch_size: 4}\n")
+    config = recipe.load(board="n300")
+    assert (config.training.batch_size, config.micro_batch, config.accumulation) == (32, 4, 4)
+    larger = recipe.load("training_config.micro_batch_size=16", board="n300")
+    assert (larger.training.batch_size, larger.micro_batch, larger.accumulation) == (32, 16, 1)
+    share = recipe.load("training_config.micro_batch_size=64", board="n300").training
+    assert (share.batch_size, share.micro_batch_size) == (32, 16)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(recipe):
     text = recipe.error("training_config.batch_size=3", board="cpu-x2")
-    assert "batch_size 3 does not divide by the 2 devices" in text
+    assert "batch_size 3 does not divide by the 2 devices of cpu-x2" in text
+    assert "--set training_config.batch_size=3" in text
+    assert "use a multiple of 2: 2 or 4" in text
+    recipe.write("hw/n300.yaml", "training_config:\n  micro_batch_size: 5\n")
+    text = recipe.error(board="n300")
+    assert "micro_batch_size 5 does not divide batch_size / devices = 32 / 2" in text
+    assert "n300.yaml:2" in text
+    assert "use one of 1, 2, 4, 8, 16" in text
+
+
+@pytest.mark.parametrize(
+    ("layer", "board", "place", "text"),
+    [
+        (
+            "config.yaml",
+            "n150",
+            "config.yaml:3",
+            "8 x 4 -> training_config.batch_size=32; training_config.micro_batch_size=8",
+        ),
+        (
+            "hw/qb2.yaml",
+            "qb2",
+            "qb2.yaml:3",
+            "32 x 4 -> training_config.batch_size=128; training_config.micro_batch_size=8",
+        ),
+        (
+            "--set",
+            "cpu",
+            "--set training_config.gradient_accumulation_steps=2",
+            "32 x 2 -> training_config.batch_size=64",
+        ),
+    ],
+)
+def test_accumulation_is_no_key_and_its_error_says_what_to_write(recipe, layer, board, place, text):
+    sets = ["training_config.gradient_accumulation_steps=2"] if layer == "--set" else []
+    if layer == "config.yaml":
+        recipe.write(layer, CONFIG.replace("size: 32", "size: 8\n  gradient_accumulation_steps: 4"))
+    elif not sets:
+        recipe.write(layer, "training_config:\n  batch_size: 32\n  gradient_accumulation_steps: 4\n")
+    said = recipe.error(*sets, board=board)
+    assert f"{place}: training_config.gradient_accumulation_steps: is no key" in said
+    assert text in said
+    wrong = recipe.error("training_config.gradient_accumulation_steps=yes", "device_config.mesh_shape=[1, x]")
+    assert "is no key: accumulation is batch_size / (micro_batch_size x devices)" in wrong
+
+
+def test_what_that_error_says_resolves_to_the_same_split(recipe):
+    said = recipe.error("training_config.batch_size=16", "training_config.gradient_accumulation_steps=3", board="n300")
+    sets = said.partition("-> ")[2].splitlines()[0].split("; ")
+    config = recipe.load(*sets, board="n300")
+    assert (config.micro_batch * config.device.devices, config.accumulation) == (16, 3)
 
 
 def test_mesh_and_data_parallel_must_agree_with_the_board(recipe):
     assert "contradicts the mesh [1, 1] of n150" in recipe.error("device_config.enable_ddp=true", board="n150")
     one, off = ["device_config.mesh_shape=[1, 1]"], "device_config.enable_ddp=false"
-    assert recipe.load(*one, board="n300").training.batch_size == 8
+    assert recipe.load(*one, board="n300").accumulation == 4
     assert recipe.load(off, board="n300").device.mesh_shape == (1, 1)
     assert "contradicts" in recipe.error(off, "device_config.mesh_shape=[1, 2]", board="n300")
     text = recipe.error("device_config.mesh_shape=[1, 4]", board="n300")
@@ -408,12 +479,12 @@ def test_mesh_and_data_parallel_must_agree_with_the_board(recipe):
 
 
 def test_an_overlay_that_changes_the_training_is_told_apart(recipe):
-    recipe.write("hw/n150.yaml", "training_config: {batch_size: 4, gradient_accumulation_steps: 8}\n")
+    recipe.write("hw/n150.yaml", "training_config: {micro_batch_size: 4}\n")
     recipe.write("hw/cpu.yaml", "model_config: {base: small}\ntraining_config: {batch_size: 4}\n")
     assert recipe.load(board="n150").departures() == []
     assert recipe.load(board="n300").departures() == []
     lines = recipe.load("training_config.seed=3").departures()
-    assert [line.partition(" ")[0] for line in lines] == ["model_config.base:", "training_config.batch_size:"]
+    assert [line.partition(" ")[0] for line in lines] == ["training_config.batch_size:", "model_config.base:"]
     assert recipe.load().recipe_batch == 32
 
 
@@ -455,8 +526,19 @@ def test_a_resolved_file_reads_back_equal(recipe, tmp_path):
     assert again == config
     assert again.config_digest() == config.config_digest()
     assert again.to_yaml() == config.to_yaml()
-    path.write_text(config.to_yaml().replace("format: 1", "format: 2", 1))
-    with pytest.raises(UsageError, match="unknown format 2"):
+    path.write_text(config.to_yaml().replace("format: 2", "format: 3", 1))
+    with pytest.raises(UsageError, match="unknown format 3"):
+        load_resolved(path)
+
+
+def test_a_file_of_format_1_is_read_as_the_same_training(recipe, tmp_path):
+    config, path = settled(recipe.load(board="n300")), tmp_path / "config.resolved.yaml"
+    assert (config.micro_batch, config.accumulation) == (8, 2)
+    text = config.to_yaml().replace("format: 2", "format: 1", 1).replace("batch_size: 32", "batch_size: 16", 1)
+    path.write_text(text.replace("micro_batch_size: 8", "gradient_accumulation_steps: 2", 1))
+    assert load_resolved(path) == config
+    path.write_text("format: 1\n")
+    with pytest.raises(UsageError, match="is required"):
         load_resolved(path)
 
 

@@ -55,7 +55,7 @@ def test_batch_is_uint32_float32_and_contiguous_whole_and_cut(tmp_path):
 def test_batch_follows_the_order_of_the_step(tmp_path):
     dataset = written(tmp_path, some_rows(10))
     for step in (1, 2, 3):
-        batch = dataset.train.batch(step, seed=5, effective_batch=4)
+        batch = dataset.train.batch(step, seed=5, batch_size=4)
         assert batch.rows.tolist() == order.rows_of_step(step, 5, 4, 10).tolist()
         assert batch.input_ids[0, 0] == dataset.train.row(int(batch.rows[0])).ids[0]
 

@@ -151,7 +151,7 @@ def text_of(recipe: Path, board: str, *overrides: str, steps: int | None = None)
 
 def test_a_plan_without_base_and_corpus_downloads_nothing_and_says_what_it_assumed(home):
     text = text_of(FINE_TUNE, "n300")
-    assert "effective batch 32 = batch_size 16 (8 rows on each of 2 devices) x 2 accumulated" in text
+    assert "batch_size 32 = micro_batch_size 8 x 2 devices x 2 accumulated" in text
     assert "the base tinyllama-1.1b-chat is not here; lengths estimated at 3 characters a token" in text
     assert "14 training rows, 10 held out: 0.4 steps an epoch" in text
     assert "8,279 MiB" in text, "the published peak, as context"
@@ -196,7 +196,7 @@ def test_a_published_speed_is_called_published(home):
 
 def test_a_plan_that_cannot_fit_prints_it_and_ends_with_2(home, monkeypatch, capsys):
     command = ["recipe", "plan", str(FINE_TUNE), "--hw", "n150", "--json"]
-    for override in (*FULL, "training_config.batch_size=32", "data_config.max_length=1024"):
+    for override in (*FULL, "training_config.micro_batch_size=32", "data_config.max_length=1024"):
         command += ["--set", override]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as ended:

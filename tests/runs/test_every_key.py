@@ -55,7 +55,7 @@ SCRATCH: dict[str, Any] = {
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "training_config.seed": (2, {}),
     "training_config.batch_size": (2, {}),
-    "training_config.gradient_accumulation_steps": (2, {}),
+    "training_config.micro_batch_size": (2, {}),
     "training_config.learning_rate": (0.001, {}),
     "training_config.max_steps": (2, {}),
     "training_config.num_epochs": (0.5, {}),

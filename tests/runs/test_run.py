@@ -408,9 +408,9 @@ def test_a_path_to_a_damaged_checkpoint_is_refused(go, finished, tmp_path):
 
 def test_another_split_of_the_batch_is_said_and_goes_on(go, finished):
     folder = stop(go, 3)
-    assert go("training_config.batch_size=2", "training_config.gradient_accumulation_steps=2") == folder
+    assert go("training_config.micro_batch_size=2") == folder
     notes = manifest(folder)["resumed"][0]["notes"]
-    assert "changed: training_config.batch_size: 4 -> 2" in notes
+    assert "changed: training_config.micro_batch_size: 4 -> 2" in notes
     assert notes[-1] == "not bit-exact from here"
     assert notes[-1] in log(folder)
     ours, theirs = ([r["loss"] for r in outcome(path)["metrics"] if "loss" in r] for path in (folder, finished))

@@ -232,9 +232,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_no_bit(unbroken, go, tmp_pa
 
 
 def test_one_batch_of_8_equals_4_times_2_accumulated(go):
-    """The loss is that of the whole effective batch, whatever it is split into: equal to fp32 rounding."""
-    whole = go("training_config.batch_size=8", "training_config.gradient_accumulation_steps=1", resume="never")
-    parts = go("training_config.batch_size=2", "training_config.gradient_accumulation_steps=4", resume="never")
+    """The loss is that of the whole batch, whatever it is split into: equal to fp32 rounding."""
+    whole = go("training_config.batch_size=8", resume="never")
+    parts = go("training_config.batch_size=8", "training_config.micro_batch_size=2", resume="never")
     one, four = outcome(whole), outcome(parts)
     for key in ("loss", "grad_norm", "eval_loss"):
         found = [[r[key] for r in run["metrics"] if key in r] for run in (one, four)]

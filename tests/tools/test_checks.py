@@ -38,7 +38,7 @@ def ids(train=(), held_out=(), prompts=(), **options) -> list[str]:
 
 def config(**options) -> Any:
     data = {"system_prompt": None, "max_length": None, **options}
-    return SimpleNamespace(data=SimpleNamespace(**data), effective_batch=2)
+    return SimpleNamespace(data=SimpleNamespace(**data), training=SimpleNamespace(batch_size=2))
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_stats_count_rows_characters_and_tokens(tokenizer):
     assert (found.tokens.max, found.tokens.total) == (max(sizes), sum(sizes))
     assert 0 < found.tokens.supervised_share < 1
     json.dumps(found.to_dict())
-    assert any("steps per epoch: 1.00 of effective batch 2" in line for line in found.lines())
+    assert any("steps per epoch: 1.00 of batch 2" in line for line in found.lines())
 
 
 def test_percentiles_and_padding_of_known_sizes():

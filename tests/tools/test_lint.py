@@ -11,7 +11,7 @@ from common import hardware
 from tools.plan.lint import RULES, lint
 
 SOUND = """\
-training_config: {batch_size: 8, gradient_accumulation_steps: 4, learning_rate: 1e-4, max_steps: 100}
+training_config: {batch_size: 32, learning_rate: 1e-4, max_steps: 100}
 model_config: {base: tiny}
 data_config: {source: rows.jsonl}
 eval_config: {every: 20, prompts: [Hello]}
@@ -82,7 +82,7 @@ def ids(tmp_path: Path):
     (folder / "hw").mkdir(parents=True)
     (folder / "config.yaml").write_text(SOUND)
     (folder / "hw/p100.yaml").write_text("training_config: {learning_rate: 2e-4}\n")
-    (folder / "hw/cpu-x2.yaml").write_text("training_config: {gradient_accumulation_steps: 1}\n")
+    (folder / "hw/cpu-x2.yaml").write_text("training_config: {batch_size: 8}\n")
 
     def run(board: str, overrides: list[str]) -> set[str]:
         hw = hardware.get(board)
@@ -111,7 +111,8 @@ def test_rule_fires_and_does_not(name, ids):
 
 def test_the_cpu_overlay_may_choose_its_batch_but_a_set_is_told(ids):
     assert "L012" not in ids("cpu-x2", [])
-    assert "L012" in ids("cpu", ["training_config.gradient_accumulation_steps=1"])
+    assert "L012" in ids("cpu", ["training_config.batch_size=8"])
+    assert "L012" not in ids("cpu", ["training_config.micro_batch_size=2"])
 
 
 def test_a_finding_says_where_the_value_was_set(ids):

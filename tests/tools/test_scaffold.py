@@ -189,9 +189,9 @@ def test_nothing_of_the_parent_s_data_results_or_name_stays(root, tmp_path):
 def test_what_is_set_follows_from_the_rows_and_stands_with_its_reason(root, tmp_path):
     recipe, said = fork(root, table(tmp_path / "my.csv"))
     board, cpu = config_of(recipe), config_of(recipe, "cpu")
-    assert (board.effective_batch, board.training.num_epochs, board.training.max_steps) == (32, 5, None)
+    assert (board.training.batch_size, board.training.num_epochs, board.training.max_steps) == (32, 5, None)
     assert (board.training.scheduler.warmup_steps, board.eval.every, board.checkpoint.every) == (1, 3, 3)  # of 9
-    assert (cpu.effective_batch, cpu.training.num_epochs, cpu.eval.every, cpu.checkpoint.every) == (8, 5, 11, 9)
+    assert (cpu.training.batch_size, cpu.training.num_epochs, cpu.eval.every, cpu.checkpoint.every) == (8, 5, 11, 9)
     assert board.data.max_length is None
     assert "max_length: null" in (recipe / "config.yaml").read_text()
     assert (

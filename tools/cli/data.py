@@ -145,7 +145,7 @@ def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: 
 
     recipe = open_recipe(name, hw, overrides)
     tokenizer, dataset = recipe.tokens()
-    batch = dataset.train.batch(step, recipe.config.training.seed, recipe.config.effective_batch)
+    batch = dataset.train.batch(step, recipe.config.training.seed, recipe.config.training.batch_size)
     console = Console(highlight=False, soft_wrap=True)
     supervised, tokens = int(batch.loss_mask.sum()), batch.loss_mask.size
     console.print(f"step {step}: {len(batch.rows)} rows of {dataset.length}, {supervised} of {tokens} supervised")

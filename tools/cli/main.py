@@ -92,7 +92,7 @@ def main() -> None:
         if debug:
             raise
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second is torch's
-            _fail("error: out of memory\n  to do: a smaller training_config.batch_size with more accumulation", 5)
+            _fail("error: out of memory\n  to do: a smaller training_config.micro_batch_size", 5)
         _fail(
             f"bug: {type(error).__name__}: {error}\n  to do: run it with --debug first and report what it prints",
             1,

@@ -291,7 +291,7 @@ def judged(container: Container, code: int) -> int:
         raise TrainingError(
             "the run was killed: no memory was left",
             where=container.name,
-            todo="a smaller training_config.batch_size with more accumulation; the same command goes on",
+            todo="a smaller training_config.micro_batch_size; the same command goes on",
         )
     if code == 128 + signal.SIGKILL:
         raise TrainingError(

@@ -404,8 +404,8 @@ def encode(row: Row, tokenizer: ChatTokenizer, config: Config | None, limit: int
 
 def batch_findings(rows: int, config: Config) -> Iterator[Finding]:
     """Fewer training rows than one optimizer step takes."""
-    if rows < config.effective_batch:
-        yield Finding("D007", f"{rows} training rows do not fill one effective batch of {config.effective_batch}", [])
+    if rows < config.training.batch_size:
+        yield Finding("D007", f"{rows} training rows do not fill one batch of {config.training.batch_size}", [])
 
 
 def shown(text: str, width: int = 60) -> str:
@@ -464,7 +464,7 @@ class Stats:
     band: str
     advice: str
     tokens: TokenStats | None
-    effective_batch: int | None
+    batch_size: int | None
     steps_per_epoch: float | None
     samples: Sequence[Mapping[str, str]] = field(default=())
 
@@ -491,7 +491,7 @@ class Stats:
         if self.tokens:
             found += token_lines(self.tokens)
         if self.steps_per_epoch is not None:
-            found.append(f"steps per epoch: {self.steps_per_epoch:.2f} of effective batch {self.effective_batch}")
+            found.append(f"steps per epoch: {self.steps_per_epoch:.2f} of batch {self.batch_size}")
         for sample in self.samples:
             found += [
                 f"sample {sample['where']}",
@@ -520,7 +520,7 @@ def stats(rows: Rows, tokenizer: ChatTokenizer | None = None, config: Config | N
         raise DataError("no row to count")
     train = len(rows.get("train", ()))
     band, advice = size_band(train)
-    batch = config.effective_batch if config else None
+    batch = config.training.batch_size if config else None
     return Stats(
         rows={name: len(part) for name, part in rows.items()},
         prompt_characters=spread([len(row.prompt) for row in everything]),
@@ -532,7 +532,7 @@ def stats(rows: Rows, tokenizer: ChatTokenizer | None = None, config: Config | N
         band=band,
         advice=advice,
         tokens=token_stats([encode(row, tokenizer, config, None) for row in everything]) if tokenizer else None,
-        effective_batch=batch,
+        batch_size=batch,
         steps_per_epoch=train / batch if batch else None,
         samples=samples(everything),
     )

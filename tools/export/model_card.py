@@ -63,7 +63,7 @@ Evaluated in {{ evaluated_in }} on {{ held_out_rows }} rows that were not traine
 ## Training
 
 - recipe `{{ recipe }}`, seed {{ seed }}, on {{ device }} ({{ precision }})
-- {{ steps }} steps of {{ effective_batch }} rows, over {{ train_rows }} training rows: {{ tokens }} supervised \
+- {{ steps }} steps of {{ batch_size }} rows, over {{ train_rows }} training rows: {{ tokens }} supervised \
 tokens, {{ time }}
 - {{ method }}
 - {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
@@ -170,7 +170,7 @@ Evaluated in {{ evaluated_in }} on text that was not trained on. {{ proof }}
 ## Training
 
 - recipe `{{ recipe }}`, seed {{ seed }}, on {{ device }} ({{ precision }})
-- {{ steps }} steps of {{ effective_batch }} rows: {{ tokens }} tokens, {{ time }}
+- {{ steps }} steps of {{ batch_size }} rows: {{ tokens }} tokens, {{ time }}
 - {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
 {% if commit %}
 - code at commit {{ commit }}
@@ -275,7 +275,7 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         "device": f"{config.hw}, {manifest['backend']['device']}" if "backend" in manifest else config.hw,
         "precision": training.precision,
         "steps": run.step if run.step == training.max_steps else f"{run.step} of {training.max_steps}",
-        "effective_batch": config.effective_batch,
+        "batch_size": config.training.batch_size,
         "tokens": f"{sum(record['supervised_tokens'] for record in records):,}",
         "time": clock(math.fsum(record["seconds"] for record in records)),
         "method": f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"

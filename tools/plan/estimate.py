@@ -110,7 +110,7 @@ def outlook(recipe: Path, hw: str | None, overrides: Sequence[str], steps: int |
     architecture, rows = known(config, choice.hardware, recipe)
     count = config.training.max_steps
     if count is None and rows.train:
-        count = steps_for(config.training.num_epochs or 0, rows.train, config.effective_batch)
+        count = steps_for(config.training.num_epochs or 0, rows.train, config.training.batch_size)
     needed = None
     if rows.length is not None:
         needed = memory.footprint(choice.hardware, config, architecture, rows.length)
@@ -159,7 +159,7 @@ def time_of(entries: Sequence[Numbers], recipe: Path, config: Config, rows: Rows
         if steps is None or per_row is None:
             break
         assert entry.tokens_per_second is not None
-        seconds = steps * config.effective_batch * per_row / entry.tokens_per_second
+        seconds = steps * config.training.batch_size * per_row / entry.tokens_per_second
         return Time(seconds, f"{entry.evidence}: {entry.tokens_per_second:,.0f} tokens/s on {entry.machine}")
     return Time(None, f"no speed of this model on {config.hw} is recorded or published: nothing is guessed")
 
@@ -191,13 +191,13 @@ def lines(found: Outlook) -> Iterator[str]:
     yield f"{config.recipe} on {found.why}"
     yield batch_equation(config)
     if rows.train:
-        epoch = rows.train / config.effective_batch
+        epoch = rows.train / config.training.batch_size
         yield f"{rows.train} training rows, {rows.held_out} held out: {epoch:.1f} steps an epoch"
     if rows.length is not None:
         share = "" if rows.padding is None else f"; {rows.padding:.0%} of a batch is padding"
         yield f"rows of {rows.length} tokens{share} ({rows.evidence})"
     if found.steps:
-        epochs = f" = {found.steps * config.effective_batch / rows.train:.2f} epochs" if rows.train else ""
+        epochs = f" = {found.steps * config.training.batch_size / rows.train:.2f} epochs" if rows.train else ""
         yield f"{found.steps} steps{epochs}"
     yield from memory_lines(found)
     sizes = disk(found)
@@ -243,7 +243,7 @@ def to_dict(found: Outlook) -> dict[str, Any]:
         "recipe": config.recipe,
         "hw": found.hw.name,
         "why": found.why,
-        "batch": {"effective": config.effective_batch, "equation": batch_equation(config)},
+        "batch": {"size": config.training.batch_size, "equation": batch_equation(config)},
         "rows": asdict(found.rows),
         "steps": found.steps,
         "memory_mib": found.needed.mib() if found.needed else None,

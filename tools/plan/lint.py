@@ -28,7 +28,6 @@ RULES: dict[str, tuple[str, Rule]] = {}  # id: (the key it looks at, the rule)
 
 # A run this short is a smoke test: it need not evaluate, and may save every step.
 SMOKE_STEPS = 20
-_BATCH_KEYS = ("training_config.batch_size", "training_config.gradient_accumulation_steps")
 
 
 def lint(config: Config, hw: Hardware) -> list[Finding]:
@@ -145,14 +144,14 @@ def replicas_drift_apart(config: Config, _hw: Hardware) -> str | None:
 
 
 @_rule("L012", "training_config.batch_size")
-def effective_batch_changed(config: Config, hw: Hardware) -> str | None:
+def batch_changed(config: Config, hw: Hardware) -> str | None:
     # What the cpu overlay chooses is said in the run's first line, not warned about.
-    own_choice = hw.is_cpu and any(line.startswith(_BATCH_KEYS) for line in config.departures())
-    if config.recipe_batch is None or config.recipe_batch == config.effective_batch or own_choice:
+    own_choice = hw.is_cpu and any(line.startswith("training_config.batch_size") for line in config.departures())
+    if config.recipe_batch is None or config.recipe_batch == config.training.batch_size or own_choice:
         return None
-    rate = config.training.learning_rate * math.sqrt(config.effective_batch / config.recipe_batch)
+    rate = config.training.learning_rate * math.sqrt(config.training.batch_size / config.recipe_batch)
     return (
-        f"the effective batch is {config.effective_batch}, the recipe's is {config.recipe_batch}: published numbers do "
+        f"the batch is {config.training.batch_size}, the recipe's is {config.recipe_batch}: published numbers do "
         f"not carry over, nor does its learning rate (by the square-root rule {config.training.learning_rate:g} would "
         f"become {rate:.3g})"
     )

@@ -213,8 +213,8 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         tokens = (facts.get("tokens") or {}).get(split, 0)
         found.append((f"{split.replace('_', ' ')} rows", f"{facts['rows'][split]:,} ({tokens:,} tokens)"))
     if record.config and (rows := record.fact("data", "rows", "train")):
-        epochs = record.last_step * record.config.effective_batch / rows
-        found.append(("seen", f"{epochs:.2f} epochs in batches of {record.config.effective_batch} rows"))
+        epochs = record.last_step * record.config.training.batch_size / rows
+        found.append(("seen", f"{epochs:.2f} epochs in batches of {record.config.training.batch_size} rows"))
     if isinstance(share := facts.get("supervised_share"), float):
         found.append(("supervised", f"{share:.1%} of the tokens"))
     if facts.get("rows_cut"):
@@ -236,7 +236,7 @@ def resolved_as(config: Config, record: RunRecord) -> Config:
     if training.precision == "auto" and record.config:
         config = config.with_values(**{"training.precision": record.config.training.precision})
     if training.max_steps is None and training.num_epochs and rows:
-        steps = steps_for(training.num_epochs, rows, config.effective_batch)
+        steps = steps_for(training.num_epochs, rows, config.training.batch_size)
         config = config.with_values(**{"training.max_steps": steps})
     return config
 

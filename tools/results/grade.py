@@ -37,7 +37,7 @@ NOT_LISTED = (
     "training_config.max_steps",
     "training_config.num_epochs",
     "training_config.batch_size",
-    "training_config.gradient_accumulation_steps",
+    "training_config.micro_batch_size",
     "model_config.preset",
     "model_config.gradient_checkpointing",
     "data_config.source",
@@ -168,7 +168,7 @@ def subject(config: Config) -> tuple[Any, ...]:
     """What is trained on what: with another of these, figures say nothing about each other."""
     model, data = config.model, config.data
     source = Path(data.corpus or data.source or "").name
-    return model.init, model.base, model.architecture, model.lora, source, data.tokenizer, config.effective_batch
+    return model.init, model.base, model.architecture, model.lora, source, data.tokenizer, config.training.batch_size
 
 
 def differences(recorded: Config, run: Config) -> list[str]:

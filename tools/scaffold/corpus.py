@@ -156,16 +156,16 @@ def tokens_in(text: Text, config: Config) -> int:
 def schedule(text: Text, config: Config, where: str) -> list[Setting]:
     """Fewer steps for a short text, and with them shorter intervals; what the recipe has where the text is long.
 
-    Raises DataError where the text cannot fill one effective batch.
+    Raises DataError where the text cannot fill one batch.
     """
-    length, batch, asked = length_of(config), config.effective_batch, config.training.max_steps
+    length, batch, asked = length_of(config), config.training.batch_size, config.training.max_steps
     tokens = tokens_in(text, config)
     windows = -(-max(tokens - 1, 0) // length)
     if windows < batch:
         raise DataError(
             f"the text is too small: {tokens:,} tokens to train on, {batch * length:,} are needed",
             where=where,
-            todo=f"use more text: one effective batch ({config.hw}) is {batch} windows of {length} tokens, and "
+            todo=f"use more text: one batch ({config.hw}) is {batch} windows of {length} tokens, and "
             f"{text.characters('held_out'):,} of the {text.characters():,} characters are held out",
         )
     most = math.ceil(PASSES * windows / batch)

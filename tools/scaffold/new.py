@@ -221,7 +221,7 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
         ) from error
     sizes = scaffold_rows.lengths(rows, (board, cpu), source)
     scaffold_rows.refuse_longer_than_context(rows, sizes, str(own.path))
-    batch = max(board.effective_batch, cpu.effective_batch)
+    batch = max(board.training.batch_size, cpu.training.batch_size)
     found = scaffold_split.share(rows, batch, scaffold_rows.can_be_asked(sizes), str(own.path))
     scaffold_split.write(made, found)
     counts = f"{found.train} to train on, {found.held_out} held out, {len(found.asked)} asked at every evaluation"
@@ -232,7 +232,7 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
     for layer, (config, limit) in layers.items():
         if layer.is_file():
             settings = scaffold_rows.settings(found, sizes) if config is board else []
-            settings += scaffold_rows.schedule(found.train, config.effective_batch, limit)
+            settings += scaffold_rows.schedule(found.train, config.training.batch_size, limit)
             say(f"{layer.relative_to(made)}:")
             for line in apply(layer, settings):
                 say(line)

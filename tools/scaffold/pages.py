@@ -138,11 +138,11 @@ def compared(cpu: Config, board: Config) -> list[tuple[str, str, str]]:
         return f"`{config.model.base or config.model.preset}`"
 
     def batch(config: Config) -> str:
-        return f"{config.effective_batch}, {config.training.learning_rate:g}, {stop(config)}"
+        return f"{config.training.batch_size}, {config.training.learning_rate:g}, {stop(config)}"
 
     return [
         ("base" if cpu.model.base else "preset", model(cpu), model(board)),
-        ("effective batch, learning rate, length", batch(cpu), batch(board)),
+        ("batch, learning rate, length", batch(cpu), batch(board)),
     ]
 
 

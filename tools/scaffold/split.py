@@ -79,7 +79,7 @@ class Draw:
 def share(rows: Sequence[Row], batch: int, fits: Sequence[bool], where: str) -> Share:
     """Split `rows` by whole groups; the prompts that are asked at every evaluation come from the held-out side.
 
-    `batch` is the largest effective batch, which the training rows must fill; `fits` says which rows' prompts may be
+    `batch` is the largest batch, which the training rows must fill; `fits` says which rows' prompts may be
     asked. Raises DataError where there are too few rows, or where one prompt has too many of them.
     """
     prompts = [row.prompt for row in rows]
@@ -127,7 +127,7 @@ def refuse_few(rows: int, different: int, batch: int, where: str) -> None:
         raise DataError(
             f"too few rows: {rows} with {different} different prompts{apart}, {batch + held_out + asked} are needed",
             where=where,
-            todo=f"write more: {batch} to train on, one effective batch (which 1 to {batch} devices share), {held_out} "
+            todo=f"write more: {batch} to train on, one batch (which 1 to {batch} devices share), {held_out} "
             f"held out (fewer say nothing) and {asked} to be asked at every evaluation",
         )
 

@@ -124,11 +124,10 @@ class Comparison:
             backend.load(self.base.weights())
             yield backend
 
-    def step(self, backend: Backend, config: Config, step: int, curve: Curve, rows: int = 1) -> None:
-        """One step on `rows` times the effective batch, onto the curve."""
-        effective = config.effective_batch * rows
-        batch = self.dataset.train.batch(step, config.training.seed, effective)
-        micro_batches = batch.split(config.training.gradient_accumulation_steps)
+    def step(self, backend: Backend, config: Config, step: int, curve: Curve, batches: int = 1) -> None:
+        """Train one step on `batches` times the batch, in micro-batches of the same size; add it to the curve."""
+        batch = self.dataset.train.batch(step, config.training.seed, config.training.batch_size * batches)
+        micro_batches = batch.split(config.accumulation * batches)
         stats = backend.train_step(micro_batches, learning_rate(step, config.training), step)
         curve.losses.append(stats.loss)
         curve.norms.append(stats.grad_norm)
@@ -273,7 +272,7 @@ def run(
 
 def verify(found: Comparison, *, weak: bool, record: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Go through the lines, then measure where none failed, saying each as it ends; the report, as JSON has it."""
-    say(f"data parallel on {found.hw.title}: {found.config.recipe}, effective batch {found.config.effective_batch}")
+    say(f"data parallel on {found.hw.title}: {found.config.recipe}, batch {found.config.training.batch_size}")
     results: list[Result] = []
     for result in go_through(LINES, found, lambda line: say(f"{line.id}: {line.says} ...")):
         results.append(result)

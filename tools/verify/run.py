@@ -104,7 +104,7 @@ def replay(case: Case) -> str:
     if case.figures.manifest.get("parent"):
         raise Outcome("not checkable", "step 1 was another run's")
     train = dataset_of(case).train
-    rows = rows_of_step(1, run.config.training.seed, run.config.effective_batch, len(train))
+    rows = rows_of_step(1, run.config.training.seed, run.config.training.batch_size, len(train))
     found = check.plain_nll(untrained(run), train, rows.tolist())
     count, expected = record["supervised_tokens"], int(found.tokens.sum())
     hold(count == expected, f"step 1 counted {count} supervised tokens, its rows have {expected}")

@@ -107,7 +107,7 @@ def train(root: Path, spoil: Callable[[Batch], Batch], overrides: tuple[str, ...
         config, rows = run.config, run.dataset.train
         run.evaluate(step=0)
         for step in run.steps():
-            batch = spoil(rows.batch(step, config.training.seed, config.effective_batch))
+            batch = spoil(rows.batch(step, config.training.seed, config.training.batch_size))
             run.record(step, run.backend.train_step([batch], run.learning_rate(step), step))
             if run.evaluation_due(step):
                 run.evaluate(step)
