@@ -9,7 +9,6 @@ Figures of a board are recorded on that board, by `recipe grade RUN --record`.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from ci.command import run
 from ci.golden import golden_runs, recipe
 from common import hardware
 from common.errors import VerificationError
+from common.files import sha256_file
 from tools.containers import images
 from tools.results.schema import Measured
 
@@ -29,7 +29,7 @@ STRAYS = ("device_config.threads=2", "training_config.precision=bf16-mixed")  # 
 
 def stale(root: Path = docs.ROOT) -> Iterator[str]:
     """Each measured entry whose bits are of other packages, or whose image is not the board's of today."""
-    locks = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (root / "requirements").glob("cpu-*.txt")}
+    locks = {sha256_file(path) for path in (root / "requirements").glob("cpu-*.txt")}
     targets = images.read_lock()["targets"]
     for folder, results in docs.recipes(root).items():
         for entry in results.numbers:

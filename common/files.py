@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -36,6 +37,15 @@ def write_json(path: Path, value: Any) -> None:
 def utc_now() -> str:
     """Return the time now, UTC, to the second: `2026-01-01T00:00:00Z`."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):  # a checkpoint is larger than memory may be
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

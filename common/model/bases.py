@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import MachineError, UsageError
 from common.fetch import move_into_place, pip_download
+from common.files import sha256_file
 from common.model import llama
 from common.paths import home as home
 
@@ -255,16 +256,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or ["no reason given"])[0]
-
-
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -20,8 +20,7 @@ import numpy as np
 
 from common.config import Config
 from common.errors import MachineError
-from common.files import disk_errors, sync, write_atomic, write_json
-from common.model.bases import sha256_file
+from common.files import disk_errors, sha256_file, sync, write_atomic, write_json
 from common.model.weights import SafetensorsWriter, Weights
 
 FORMAT = 1

@@ -26,8 +26,8 @@ from common.data.build_corpus import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
 from common.engine import Array, Backend, BackendInfo, StepStats
 from common.errors import RankLost, RecipeError, Stopped, TrainingError, VerificationError
-from common.files import disk_errors, utc_now, write_atomic
-from common.model.bases import Base, sha256_file
+from common.files import disk_errors, sha256_file, utc_now, write_atomic
+from common.model.bases import Base
 from common.model.init import logit_variance
 from common.signals import handled
 from common.train import checkpoint, metrics

@@ -22,6 +22,7 @@ import yaml
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
+from common.files import sha256_file
 from common.model import bases
 from common.train import checkpoint
 from tests.outcomes import folders, log, manifest, outcome
@@ -157,7 +158,7 @@ def test_a_base_that_does_not_exist(run):
 def pinned(tiny_base, tmp_path, monkeypatch) -> Path:
     """A base called `pinned` in the lock, cached in the home; returns its folder."""
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
-    weights = bases.sha256_file(tiny_base / "model.safetensors")
+    weights = sha256_file(tiny_base / "model.safetensors")
     names = [path.name for path in tiny_base.iterdir()]
     entry = {
         "source": "hub",

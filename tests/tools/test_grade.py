@@ -258,7 +258,7 @@ def test_only_a_finished_run_of_a_clean_tree_is_recorded(recorded, recipe, tmp_p
 def test_a_tree_with_changes_records_nothing(recorded, tmp_path, monkeypatch):
     for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "x", "--allow-empty"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr("tools.git.ROOT", tmp_path)
     record.refuse_unclean(figures.read(recorded))
     (tmp_path / "results.yaml").touch()
     record.refuse_unclean(figures.read(recorded))

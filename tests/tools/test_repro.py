@@ -22,6 +22,7 @@ from tests.tiny_recipe import make_tiny_recipe, run_tiny
 from tools.cli import main
 from tools.containers import images
 from tools.containers.images import Image
+from tools.git import git
 from tools.results import repro
 from tools.runs import figures
 
@@ -126,18 +127,19 @@ def test_a_branch_of_another_run_is_refused(done, tmp_path):
 def test_the_code_is_that_of_the_commit_and_its_tree_goes_away_again(done, tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
-    monkeypatch.setattr(repro, "ROOT", root)
+    for module in ("tools.git", "tools.results.repro"):
+        monkeypatch.setattr(f"{module}.ROOT", root)
     author = ("-c", "user.name=a", "-c", "user.email=b")
     for version in ("one", "two"):
         (root / "code.py").write_text(version)
         for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", version]):
             subprocess.run(["git", "-C", str(root), *command], check=True)
-    first = repro.git("rev-parse", "HEAD~1").stdout.strip()
+    first = git("rev-parse", "HEAD~1").stdout.strip()
     with repro.code_of(figures.read(edit(copy(done, tmp_path), git_commit=first)), lambda line: None) as (tree, lost):
         assert (tree / "code.py").read_text() == "one"
         assert not lost
     assert not tree.exists()
-    assert len(repro.git("worktree", "list").stdout.splitlines()) == 1
+    assert len(git("worktree", "list").stdout.splitlines()) == 1
     assert (root / "code.py").read_text() == "two"
     for values, words in (
         ({"git_commit": "0" * 40}, "is not in this repository"),

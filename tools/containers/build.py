@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -14,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import MachineError, UsageError
-from common.files import utc_now
+from common.files import sha256_file, utc_now
 from common.paths import ROOT
 from tools.containers.docker_cli import bake, inspect_image
 from tools.containers.images import LOCK, Json, pins_of, pins_sha256, record_local, requirements_of, unknown_pins
+from tools.git import git
 
 Say = Callable[[str], None]
 LOCAL_BASE = "recipes-base:bookworm"  # what ci/engine.sh makes
@@ -151,15 +151,13 @@ def _checked_base(base_image: str | None) -> str | None:
 def check_python_pins(pins: Json) -> None:
     """Raise MachineError if a requirements file is not the one that the image lock pins."""
     for name, sha256 in requirements_of(pins).items():
-        if hashlib.sha256((ROOT / name).read_bytes()).hexdigest() != sha256:
+        if sha256_file(ROOT / name) != sha256:
             raise MachineError(f"{name} has changed since the image lock was made", where=str(LOCK), todo="recipe lock")
 
 
 def commit_of(root: Path) -> str:
     """The checkout's commit, `-dirty` where files differ from it; for a label."""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty", root=root).stdout.strip() or "unknown"
 
 
 # --- wheels ---------------------------------------------------------------------------------------------------------

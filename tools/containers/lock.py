@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 from collections.abc import Callable
 
-from common.files import write_json
+from common.files import sha256_file, write_json
 from common.paths import ROOT
 from tools.containers.images import LOCK, Json, read_lock
+from tools.git import git
 
 TT_METAL = "https://github.com/tenstorrent/tt-metal.git"
 SECONDS = 60
@@ -25,7 +25,7 @@ def renew(say: Say, *, upgrade: bool = False) -> None:
     lock = read_lock()
     for pins in lock["pins"].values():
         for files in (pins["python"], pins.get("build_python", {})):
-            files.update({name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in files})
+            files.update({name: sha256_file(ROOT / name) for name in files})
         if "tt_metal" in pins and pins["tt_metal"]["commit"] is None:
             _learn(pins["tt_metal"], "commit", commit_of_tag(pins["tt_metal"]["tag"]), say)
     for pin in (*(pins["base"] for pins in lock["pins"].values()), *lock["tools"].values()):
@@ -56,7 +56,7 @@ def base_digest(image: str) -> str | None:
 
 def commit_of_tag(tag: str) -> str | None:
     """The commit that a tag of tt-metal names, or None where the repository does not answer."""
-    said = _run("git", "ls-remote", TT_METAL, f"refs/tags/{tag}", f"refs/tags/{tag}^{{}}")
+    said = git("ls-remote", TT_METAL, f"refs/tags/{tag}", f"refs/tags/{tag}^{{}}", seconds=SECONDS).stdout
     commits = re.findall(r"^([0-9a-f]{40})\t", said, re.MULTILINE)
     return commits[-1] if commits else None  # an annotated tag lists itself first, its commit second
 

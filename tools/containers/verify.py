@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from common.paths import ROOT
 from tools.containers.build import Inputs, build, build_variables, commit_of, fill_wheelhouse
 from tools.containers.docker_cli import docker, inspect_image
 from tools.containers.images import Image, Json, image_for, pins_of, read_lock
+from tools.git import git
 
 Say = Callable[[str], None]
 # What an image's Python has installed, as JSON; run in the image, which need not be of this version of the code.
@@ -128,9 +128,7 @@ def verify_layers(hw: Hardware, inputs: Inputs, say: Say) -> None:
 
 def _clone(into: Path, wheels: list[Path]) -> None:
     into.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        ["git", "clone", "--quiet", str(ROOT), str(into)], capture_output=True, text=True, check=False
-    )
+    done = git("clone", "--quiet", str(ROOT), str(into))
     if done.returncode:
         raise MachineError(f"could not clone the checkout: {done.stderr.strip()[-200:]}", where=str(ROOT))
     for wheel in wheels:

@@ -10,7 +10,6 @@ Unmarked prose is refused: cutting it into pairs would be a guess.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -31,6 +30,7 @@ from common.data.rows import (
     write_rows,
 )
 from common.errors import DataError, MachineError, UsageError
+from common.files import sha256_file
 
 if TYPE_CHECKING:
     from common.config.schema import Data
@@ -112,7 +112,7 @@ def convert(
         rows=len(rows),
         extra_keys=sorted({key for row in rows for key in row.extra}),
         skipped=problems,
-        sha256=hashlib.sha256(out.read_bytes()).hexdigest(),
+        sha256=sha256_file(out),
     )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from common import hardware
 from common.errors import MachineError, RecipeError
+from common.files import sha256_file
 from common.hardware import Choice, Hardware
-from common.model.bases import sha256_file
 from common.paths import ROOT, home
 from engines.ttml.mesh import check_descriptor, find_descriptor
 from tools.containers import launcher

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError, UsageError, VerificationError
-from common.files import disk_errors, sync, write_json
-from common.model.bases import sha256_file
+from common.files import disk_errors, sha256_file, sync, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
 from common.train.resume import try_lock

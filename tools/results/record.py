@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from common.errors import UsageError
 from common.files import write_atomic
 from common.paths import ROOT
+from tools.git import git
 from tools.results.grade import recipe_of
 from tools.results.schema import FILE, load
 from tools.runs import figures
@@ -74,9 +74,7 @@ def refuse_unclean(run: RunFigures) -> None:
 
 def refuse_changed_tree() -> None:
     """Raise UsageError where the repository has changes besides what recording itself makes."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True, check=False, timeout=30
-    )
+    done = git("status", "--porcelain")
     changed = [line[3:] for line in done.stdout.splitlines()]
     if done.returncode or (odd := [name for name in changed if not name.endswith(MADE)]):
         raise UsageError(

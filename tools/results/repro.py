@@ -8,7 +8,6 @@ there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,10 +24,12 @@ import yaml
 
 from common import hardware
 from common.errors import DataError, MachineError, Stopped, TrainingError, UsageError, VerificationError
+from common.files import sha256_file
 from common.paths import ROOT
 from common.train import checkpoint
 from common.train.manifest import code_facts
 from tools.containers.images import LOCAL, image_for
+from tools.git import git
 from tools.machine import host
 from tools.results import grade, schema
 from tools.runs import figures, trained
@@ -107,10 +108,6 @@ def code_of(run: RunFigures, say: Say) -> Iterator[tuple[Path, list[str]]]:
                 git("worktree", "remove", "--force", str(tree))
 
 
-def git(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False, timeout=120)
-
-
 def prepare(run: RunFigures, root: Path, say: Say) -> Again:
     """The command that runs it again, with --set for whatever the recipe in `root` resolves to otherwise."""
     manifest, engine = run.manifest, run.manifest["backend"]
@@ -182,7 +179,7 @@ def lost_environment(run: RunFigures, root: Path) -> Iterator[str]:
 def lost_packages(manifest: Mapping[str, Any], root: Path) -> Iterator[str]:
     """What this environment has otherwise than the run's."""
     lock = root / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
-    sha256 = hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None
+    sha256 = sha256_file(lock) if lock.is_file() else None
     if manifest.get("lock_sha256") != sha256:
         yield f"the lock file: {lock.name} has another sha256 than the run's"
     for name, version in manifest["backend"]["versions"].items():

@@ -7,16 +7,16 @@ files; CONTRIBUTING.md shows how an entry is added.
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from common import hardware
 from common.errors import UsageError, VerificationError
+from common.files import sha256_file
 
 FILE = "results.yaml"
 FOLDER = "results"  # beside it: the files that entries list
@@ -259,7 +259,7 @@ def _mistakes(error: ValidationError) -> Iterable[str]:
 def _check(files: Iterable[File], folder: Path) -> None:
     for file in files:
         path = folder / file.path
-        found: Any = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        found = sha256_file(path) if path.is_file() else None
         if found != file.sha256:
             raise VerificationError(
                 f"{path} is not the file its entry lists" if found else f"{path} is listed and not there",

@@ -7,7 +7,6 @@ recipes/ with a config.yaml is one, for make, for CI and for the gallery.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from common.config.layers import shown
 from common.data import corpora
 from common.data.build import Builder
 from common.errors import DataError, UsageError
+from common.files import sha256_file
 from common.hardware import Hardware
 from tools.cli.data import LICENCE_LINE, licence_of
 from tools.data import checks
@@ -246,7 +246,7 @@ def fork_rows(made: Path, source: Path, own: Own, say: Say) -> Facts:
         what=f"Fine-tune an instruction model on {scaffold_pages.short(own.path.name)}: {len(rows)} rows.",
         split=scaffold_split.points(found),
         data=own.path.name,
-        sha256=hashlib.sha256(own.path.read_bytes()).hexdigest(),
+        sha256=sha256_file(own.path),
         prompt=found.asked[0].prompt,
     )
 

@@ -19,7 +19,7 @@ from common.data import build
 from common.data.order import rows_of_step
 from common.data.tokens import TokenDataset
 from common.errors import DataError, VerificationError
-from common.model.bases import sha256_file
+from common.files import sha256_file
 from common.model.weights import Weights
 from common.train import metrics
 from common.train.checkpoint import Tensors

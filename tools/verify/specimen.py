@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.tokens import Batch
-from common.files import write_json
-from common.model.bases import sha256_file
+from common.files import sha256_file, write_json
 from common.model.weights import SafetensorsWriter, Weights
 from common.train import checkpoint
 from common.train.plan import Launch

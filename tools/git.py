@@ -1,0 +1,17 @@
+"""git, asked about a checkout."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from common.paths import ROOT
+
+
+def git(*words: str, root: Path | None = None, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run git in the checkout `root` (default: this one); return output and code, 127 if it is not here or too slow."""
+    command = ["git", "-C", str(root or ROOT), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 127, "", str(error))
