@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ci.hardware.job import Job
-from common import signatures
+from common import known_errors
 from tools.doctor import findings
 
 
@@ -97,7 +97,7 @@ def run_lines(job: Job) -> Iterator[str]:
     yield f"- engine: {cell(str(engine.get('backend')))}, {engine.get('world')} devices; {cell(str(facts.get('host')))}"
     log = job.run / "train.log"
     lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
-    for known in {row.id: row for line in lines if (row := signatures.match(line))}.values():
+    for known in {row.id: row for line in lines if (row := known_errors.match(line))}.values():
         yield f"- its log says {known.id}: {known.means}; {known.answer}"
     yield ""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from common import signatures
+from common import known_errors
 from common.config import Config
 from common.data.build_corpus import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
@@ -181,7 +181,7 @@ class Run:
 
     def _stalled(self, what: str) -> None:
         """On the watchdog's thread, just before it ends the process."""
-        known = signatures.match(what)
+        known = known_errors.match(what)
         error = TrainingError(f"{what}; {known.means}" if known else what, todo=known.answer if known else None)
         self.console.say(str(error))
         end_of_run(self.manifest, self.folder, self.console, f"failed: {error.what}", str(error))

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from common import known_errors
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
 from engines.ttml.hf_map import tail_of
@@ -216,7 +217,7 @@ def _refuse_too_few(ttnn: Any, devices: int, hw: Hardware) -> None:
         raise MachineError(
             f"the mesh asks for {devices} devices, and ttnn finds {present}",
             where=f"HW={hw.name}, device_config.mesh_shape",
-            todo=CHECK_CARDS,
+            todo="check the cards (tt-smi), give the container every /dev/tenstorrent node, or set a smaller mesh",
         )
 
 
@@ -242,56 +243,18 @@ def _version(package: str) -> str:
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
-CHECK_CARDS = "check the cards (tt-smi), give the container every /dev/tenstorrent node, or set a smaller mesh"
-# What tt-metal says, what it means, and the cure. Anything else stays as it is.
-FAILURES: tuple[tuple[str, str, str], ...] = (
-    (
-        r"bad_cast",
-        "ttml and ttnn were built apart, so that one does not know the other's types",
-        "build both in one go (build_metal.sh --build-tt-train); {image}",
-    ),
-    (
-        rf"{ROOT}|{HOME}|root directory is not set",
-        "tt-metal does not know its own folder",
-        f"export {ROOT} and {HOME} with the folder of tt-metal; {{image}}",
-    ),
-    (
-        r"out of memory|not enough space to allocate",
-        "the device has no memory left",
-        (
-            "the same training in less memory: a smaller training_config.micro_batch_size, then "
-            "model_config.gradient_checkpointing=true"
-        ),
-    ),
-    (
-        r"no chips detected",
-        "tt-metal finds no Tenstorrent device",
-        CHECK_CARDS,
-    ),
-    (
-        r"mesh is too big|not enough devices",
-        "the mesh asks for more devices than there are",
-        CHECK_CARDS,
-    ),
-    (
-        r"\bin use\b|\bbusy\b|CHIP_IN_USE",
-        "another process holds the device",
-        "end it, or wait for it (fuser /dev/tenstorrent/*); where there is none, reset the board: tt-smi -r",
-    ),
-)
-
 
 @contextlib.contextmanager
 def explained(doing: str, hw: Hardware, kind: type[RecipeError] = MachineError) -> Iterator[None]:
-    """Turn what tt-metal raises within into one message with its cure, where we know it."""
+    """Turn what ttml, ttnn or tt-metal raise within into one error with its cure, where known_errors.yaml has it."""
     try:
         yield
     except RecipeError:
         raise
     except Exception as error:
-        for pattern, what, todo in FAILURES:
-            if re.search(pattern, str(error), re.IGNORECASE):
-                said = " ".join(str(error).split())[:200]
-                cure = todo.format(image=image_hint(hw))
-                raise kind(f"{what}: {said}", where=f"{doing}, HW={hw.name}", todo=cure) from error
-        raise
+        known = known_errors.match(str(error), "ttml")
+        if known is None:
+            raise
+        said = " ".join(str(error).split())[:200]  # tt-metal's backtraces run to pages
+        cure = f"{known.answer}; {image_hint(hw)}" if known.image else known.answer
+        raise kind(f"{known.means}: {said}", where=f"{doing}, HW={hw.name}", todo=cure) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from common import signatures
+from common import known_errors
 from common.errors import UsageError
 from common.train.watchdog import AT_LEAST, FIRST_STEP, SETTING, TIMES_MEDIAN, Watchdog
 from tests.tiny_recipe import ROOT
@@ -54,7 +54,7 @@ def test_a_stalled_step_ends_the_process_with_code_5_and_says_which():
     assert done.stdout.startswith("stalled in step 2 (number 2 of this process, 2 devices): no end after ")
     assert "went on" not in done.stdout
     assert 'File "<string>"' in done.stderr, "where it hangs"
-    found = signatures.match(done.stdout)
+    found = known_errors.match(done.stdout)
     assert found is not None
     assert found.id == "stall-second-step"
 
@@ -147,7 +147,7 @@ def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path
     assert "run ends: failed: stalled" in log(folder)
     assert "stuck" in log(folder), "the frame that hangs"
     found = list(explain.explain(folder))
-    assert [one.signature.id for one in found] == ["stall-cpu"]
+    assert [one.error.id for one in found] == ["stall-cpu"]
     monkeypatch.setenv(SETTING, "0")
     assert run_tiny(recipe, out, resume="auto", export=False) == folder
     assert manifest(folder)["exit_reason"] == "done"
@@ -158,25 +158,34 @@ def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", signatures.table(), ids=lambda row: row.id)
+@pytest.mark.parametrize("row", known_errors.table(), ids=lambda row: row.id)
 def test_a_row_matches_its_sample_before_any_other(row):
-    assert (row.text is None) == (row.sample is None) == (row.state is not None)
-    if row.sample is not None:
-        assert signatures.match(row.sample) == row
-        assert signatures.match(f"2026-11-22T23:00:00Z {row.sample}") == row or row.text.startswith("^Timeout")
+    assert (row.text is None) == (row.sample is None) == (row.state is not None) == (row.where == "state")
+    if row.where == "docker":
+        assert known_errors.match(row.sample, "docker") == row
+    elif row.sample is not None:
+        assert known_errors.match(row.sample) == row
+        assert known_errors.match(f"2026-11-22T23:00:00Z {row.sample}") == row or row.text.startswith("^Timeout")
     else:
         assert row.state in explain.STATES
     assert row.means[0].islower() or row.means[0].isupper()
 
 
 def test_ids_are_unique():
-    ids = [row.id for row in signatures.table()]
+    ids = [row.id for row in known_errors.table()]
     assert len(ids) == len(set(ids))
 
 
 def test_an_ordinary_log_means_nothing():
     for line in ("step 2/6  loss 6.0966  grad norm 0.931", "saved step 4", "run begins: process 7", "run ends: done"):
-        assert signatures.match(line) is None
+        assert known_errors.match(line) is None
+    assert known_errors.match("403 Client Error: Forbidden for url") is None, "Docker's words are no run's"
+    for other in (
+        "both data movement processors are in use",
+        "cores are in use by FD infra",
+        "MeshDevice cq ID 0 is in use",
+    ):
+        assert known_errors.match(other) is None, "no second process"
 
 
 def folder_of(path: Path, records: list[dict[str, Any]], **manifest: Any) -> Path:
@@ -190,7 +199,7 @@ def folder_of(path: Path, records: list[dict[str, Any]], **manifest: Any) -> Pat
 
 
 def ids(target: Path) -> list[str]:
-    return [one.signature.id for one in explain.explain(target)]
+    return [one.error.id for one in explain.explain(target)]
 
 
 def test_states_of_a_run_are_seen(tmp_path):
@@ -214,7 +223,7 @@ def test_a_log_without_an_end_is_that_of_a_killed_process(tmp_path):
     assert ids(folder) == []
 
 
-def test_the_command_explains_any_log_once_a_signature(tmp_path, monkeypatch, capsys):
+def test_the_command_explains_any_log_once_an_error(tmp_path, monkeypatch, capsys):
     log = tmp_path / "foreign.log"
     log.write_bytes(b"\xff\n" + b"ImportError: std::bad_cast\n" * 3 + b"TT_THROW: Fabric Router Sync: Timeout\n")
     monkeypatch.setattr("sys.argv", ["recipe", "explain", str(log)])

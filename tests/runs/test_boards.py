@@ -215,7 +215,7 @@ def test_no_memory_in_a_step_ends_the_run_with_5_and_keeps_what_was_saved(run, t
     small = sets(*QUICK, *tiny_scratch(tmp_path / "play.txt"))
     said = ended(run(SCRATCH, "n150", "--steps", "4", *small, oom_at_step=3), 5)
     assert "the device has no memory left" in said
-    assert "micro_batch_size" in said
+    assert "halve training_config.micro_batch_size" in said
     assert outcome(folders(tmp_path / "runs")[0])["step"] == 2
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import signatures
+from common import known_errors
 from common.errors import UsageError
+from common.known_errors import KnownError
 from common.model import bases
 from common.model.llama import EMBEDDING, HEAD
 from common.model.weights import Weights
-from common.signatures import Signature
 from common.train import checkpoint, metrics
 from common.train.run import BEGINS, ENDS
 
@@ -26,9 +26,9 @@ FLAT_BAND = 0.1
 
 @dataclass(frozen=True)
 class Found:
-    """A signature, and where it was seen."""
+    """A known error, and where it was seen."""
 
-    signature: Signature
+    error: KnownError
     where: str
 
 
@@ -36,26 +36,26 @@ def report(target: Path, say: Callable[[str], None]) -> None:
     """Print what is known of a log file, or of the run in a folder. Raises UsageError where there is neither."""
     found = list(explain(target))
     for one in found:
-        say(f"{one.signature.id} ({one.where})")
-        say(f"  means: {one.signature.means}")
-        say(f"  to do: {one.signature.answer}")
+        say(f"{one.error.id} ({one.where})")
+        say(f"  means: {one.error.means}")
+        say(f"  to do: {one.error.answer}")
     if not found:
         say("nothing that is known; the end of the log says more, and recipe verify run RUN looks at the numbers")
 
 
 def explain(target: Path) -> Iterator[Found]:
-    """Each signature once, at its first line; a run's states after its log's lines."""
+    """Each known error once, at its first line; a run's states after its log's lines."""
     log = target / "train.log" if target.is_dir() else target
     if not log.is_file():
         raise UsageError("no log there", where=str(log), todo="give a log file, or a folder of runs/")
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     seen: set[str] = set()
     for number, line in list(enumerate(lines, 1))[-LINES:]:
-        row = signatures.match(line)
+        row = known_errors.match(line)
         if row and row.id not in seen:
             seen.add(row.id)
             yield Found(row, f"{log.name}:{number}: {line.strip()[:160]}")
-    for row in signatures.table():
+    for row in known_errors.table():
         if row.state and (where := STATES[row.state](lines, target)):
             yield Found(row, where)
 
