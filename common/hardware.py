@@ -13,6 +13,13 @@ from typing import Any
 
 from common.errors import MachineError, UsageError
 
+TILE = 32  # rows and columns of the blocks that Tenstorrent chips compute in: every size is padded to whole ones
+
+
+def round_up(size: int, multiple: int = TILE) -> int:
+    """Return the smallest multiple of `multiple` that is not below `size`."""
+    return -(-size // multiple) * multiple
+
 
 @dataclass(frozen=True)
 class Hardware:

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
+from common.hardware import TILE
+
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _Positive = Annotated[int, Field(gt=0)]
 
@@ -84,7 +86,7 @@ class Training(Section):
 class Architecture(Section):
     """A Llama in Hugging Face's names; used with init: random."""
 
-    vocab_size: int = Field(gt=0, multiple_of=32)
+    vocab_size: int = Field(gt=0, multiple_of=TILE)
     """Rows of the embedding, a multiple of 32 (the hardware's tile); a tokenizer has as many ids, or fewer."""
     hidden_size: _Positive
     """Width of the residual stream."""
@@ -239,7 +241,7 @@ class Data(Section):
     """Share of the rows kept for evaluation, 0 to 1."""
     split_by: str | None = None
     """Row key whose values go to one side of the split whole, e.g. topic."""
-    max_length: int | None = Field(default=None, gt=0, multiple_of=32)
+    max_length: int | None = Field(default=None, gt=0, multiple_of=TILE)
     """Tokens per row, a multiple of 32; null: the smallest that holds every row. What is cut is listed."""
     control: Literal["none", "permuted_responses", "shuffled_words"] = "none"
     """Negative control on the training rows: a run that must not improve."""

@@ -25,6 +25,7 @@ from common.data.corpora import Document
 from common.data.rows import Row, control_rows
 from common.data.tokens import Encoded, TokenDataset
 from common.errors import DataError, RecipeError
+from common.files import sha256_file
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -211,7 +212,7 @@ def source_key(config: Config, builder: Builder, tokenizer: ChatTokenizer) -> st
 def file_sha256(path: Path) -> str:
     """sha256 of a file. Raises DataError if it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_file(path)
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
 

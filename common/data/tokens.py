@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from common.data import order
 from common.errors import DataError
+from common.hardware import round_up
 
 FORMAT = 1
-TILE = 32  # the hardware computes in 32-wide tiles: a length that is no multiple of it is padded to one anyway
 ARRAYS = {"ids": np.uint32, "mask": np.uint8, "starts": np.int64, "ends": np.int64}
 
 
@@ -58,7 +58,9 @@ class Batch:
     """input_ids and labels uint32 [B,T] (labels already shifted by one), loss_mask float32 [B,T] in {0,1}.
 
     `rows` int64 [B] says which row of the split each line is; -1 is a line that only fills the last batch.
-    All arrays are C-contiguous; padding is id 0 with mask 0.
+    All arrays are C-contiguous; padding is id 0 with mask 0. The rectangle is what ttml needs: one
+    shape for every step, in whole tiles, or its kernels are compiled anew. The CPU engine lays the same rows end to
+    end again (engines/cpu/ragged.py), and so computes next to none of the padding.
     """
 
     input_ids: npt.NDArray[np.uint32]
@@ -344,12 +346,7 @@ EMPTY = Arrays(np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(0, np.int
 def needed_length(splits: Iterable[Arrays]) -> int:
     """The smallest multiple of 32 that holds the n-1 predicted tokens of every row, at least 32."""
     longest = max((int((arrays.ends - arrays.starts).max()) for arrays in splits if len(arrays.starts)), default=1)
-    return round_up(longest - 1)
-
-
-def round_up(tokens: int) -> int:
-    """The next multiple of 32, at least 32."""
-    return max(TILE, -(-tokens // TILE) * TILE)
+    return round_up(max(longest - 1, 1))
 
 
 def check_windows(arrays: Arrays, length: int, where: str) -> None:

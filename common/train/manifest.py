@@ -5,7 +5,6 @@ A key that was never set is not written, so the file of a young run is shorter t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.engine import BackendInfo
 from common.errors import MachineError
-from common.files import write_json
+from common.files import sha256_file, write_json
 from common.hardware import cpu_class
 from common.paths import ROOT
 from tools.machine import host
@@ -217,7 +216,7 @@ def code_facts(nodes: Sequence[str] = ()) -> dict[str, Any]:
     lock, said = ROOT / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt", host.launched()
     return {
         **({name: said[name] for name in ("git_commit", "git_dirty")} if said else _commit()),
-        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
+        "lock_sha256": sha256_file(lock) if lock.is_file() else None,
         "image": said.get("image"),
         "host": host.facts(nodes),
         "cpu_class": cpu_class(),

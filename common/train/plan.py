@@ -16,7 +16,7 @@ from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
 from common.data.tokens import TokenDataset
 from common.errors import DataError, UsageError
-from common.hardware import Hardware
+from common.hardware import TILE, Hardware
 from common.model import bases, llama
 from common.model.bases import Base
 from common.train.schedule import warmup_steps
@@ -139,7 +139,7 @@ def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None
         raise DataError(
             f"the longest row needs {dataset.length} tokens, the model has positions for {context}",
             where="data_config.max_length",
-            todo=f"shorten the row (recipe data stats), or set data_config.max_length={context // 32 * 32}",
+            todo=f"shorten the row (recipe data stats), or set data_config.max_length={context // TILE * TILE}",
         )
 
 

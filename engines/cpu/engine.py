@@ -38,6 +38,7 @@ from common.config import Config
 from common.data.tokens import Batch
 from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.errors import MachineError, RankLost, RecipeError, UsageError
+from common.hardware import TILE
 from engines.cpu import ragged
 from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 from engines.cpu.lora import add_lora, lora_layers
@@ -229,7 +230,7 @@ class TorchCPU:
         a sum over three ranks or more: a resumed run would end in other bits.
         """
         if self.ranks.world > 1:
-            ids, mask = np.zeros((1, 32), np.uint32), np.zeros((1, 32), np.float32)
+            ids, mask = np.zeros((1, TILE), np.uint32), np.zeros((1, TILE), np.float32)
             self.model.eval()  # never compiled for this one batch
             self._backward([Batch(ids, ids, mask, np.zeros(1, np.int64))], 1)
             self._clear_gradients()

@@ -96,7 +96,7 @@ def lay_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[in
     effect.
     """
     width = batch.loss_mask.shape[1]
-    lengths = np.minimum(width, -(-batch.lengths() // ROW_TO) * ROW_TO)
+    lengths = np.minimum(width, (batch.lengths() + ROW_TO - 1) // ROW_TO * ROW_TO)
     inside = np.arange(width) < lengths[:, None]
     ends = np.cumsum(lengths)
     bounds = [(int(end - n), int(end)) for end, n in zip(ends, lengths, strict=True) if n]

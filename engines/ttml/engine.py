@@ -30,14 +30,14 @@ from common.config import Config
 from common.data.tokens import Batch
 from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.errors import DataError, MachineError, TrainingError, VerificationError
-from common.hardware import Hardware
+from common.hardware import TILE, Hardware, round_up
 from common.model.init import uniform
 from common.signals import handled
 from engines.ttml import hf_map
 from engines.ttml import state as ttml_state
 from engines.ttml.contract import Build, explained, probe
 from engines.ttml.hf_map import Entry, Llama
-from engines.ttml.limits import TILE, mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
+from engines.ttml.limits import mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
 from engines.ttml.mesh import prepare_environment
 from engines.ttml.tensors import Tensors
 
@@ -331,18 +331,18 @@ class TTML:
         """
         if cache is None:
             rows = [[int(token) for token in row[:length]] for row, length in zip(ids, lengths, strict=True)]
-            room = whole_tiles(max(map(len, rows)) + self.config.eval.max_new_tokens)
+            room = round_up(max(map(len, rows)) + self.config.eval.max_new_tokens)
             cache = {"rows": rows, "width": min(room, self.positions)}
         else:
             for row, new in zip(cache["rows"], ids, strict=True):
                 row.append(int(new[0]))
         last = [len(row) - 1 for row in cache["rows"]]
-        cache["width"] = max(cache["width"], whole_tiles(max(last) + 1))
+        cache["width"] = max(cache["width"], round_up(max(last) + 1))
         padded = np.zeros((len(last), cache["width"]), np.uint32)
         for at, row in enumerate(cache["rows"]):
             padded[at, : len(row)] = row  # filled on the right: on the left it would shift positions
         # Only the tiles that hold a last token come to the host: all logits would be hundreds of times as many.
-        first, end = min(last) // TILE * TILE, whole_tiles(max(last) + 1)
+        first, end = min(last) // TILE * TILE, round_up(max(last) + 1)
         with self._evaluating():
             logits = self.io.read_first(self.io.cut(self._logits(padded, None), first, end))
         return logits[np.arange(len(last)), 0, np.array(last) - first].astype(np.float32), cache
@@ -401,10 +401,6 @@ def first_notes(config: Config, devices: int) -> list[str]:
     if config.device.compile == "always":
         notes.append("device_config.compile is of no effect: ttml compiles its kernels by itself")
     return notes
-
-
-def whole_tiles(length: int) -> int:
-    return -(-length // TILE) * TILE
 
 
 def fill_rows(batch: Batch, multiple: int) -> Batch:

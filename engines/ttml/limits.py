@@ -8,10 +8,9 @@ from typing import Any
 
 from common.config import Config
 from common.errors import MachineError, UsageError
-from common.hardware import Hardware
+from common.hardware import TILE, Hardware
 from engines.ttml.hf_map import Llama
 
-TILE = 32  # rows and columns of a device tile
 LARGEST_HEAD = 256
 
 

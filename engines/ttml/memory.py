@@ -15,10 +15,9 @@ from typing import Any
 
 from common.config import Config
 from common.errors import UsageError
-from common.hardware import Hardware
+from common.hardware import TILE, Hardware, round_up
 from common.model import llama
 
-TILE = 32
 MIB = 2**20
 BF16, FP32 = 2, 4
 LORA_TO_TRY = "model_config.lora={rank: 16, alpha: 32}"
@@ -47,7 +46,7 @@ class Memory:
 def elements(shape: tuple[int, ...], tile: int = TILE) -> int:
     """Elements of a tensor with its last two dimensions padded to whole tiles."""
     rows, columns = (1, *shape)[-2:]
-    return math.prod(shape[:-2]) * (-(-rows // tile) * tile) * (-(-columns // tile) * tile)
+    return math.prod(shape[:-2]) * round_up(rows, tile) * round_up(columns, tile)
 
 
 def trained_shapes(config: Config, architecture: Mapping[str, Any]) -> list[tuple[int, ...]]:
@@ -81,7 +80,7 @@ def footprint(hw: Hardware, config: Config, architecture: Mapping[str, Any], len
     full = config.training.optimizer.type == "AdamWFullPrecision"
     tokens = config.micro_batch * length
     # The CPU engine takes the output head in chunks and keeps no logits; a board keeps them and their gradient.
-    vocabulary = 0 if hw.is_cpu else -(-architecture["vocab_size"] // TILE) * TILE
+    vocabulary = 0 if hw.is_cpu else round_up(architecture["vocab_size"])
     return Memory(
         weights=(weights + adapters) * stored,
         masters=trained * FP32 if full and stored == BF16 else 0,

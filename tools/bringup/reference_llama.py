@@ -15,13 +15,13 @@ import numpy as np
 
 from common.config import Config
 from common.data.tokens import Batch
-from common.hardware import Hardware
+from common.hardware import TILE, Hardware, round_up
 from common.model import llama
 from common.model.init import normal
 from engines.ttml.limits import rope_of
 
 Array = np.ndarray[Any, Any]
-WIDTH = 32  # tokens in a row: one tile
+WIDTH = TILE  # tokens in a row
 TOKENS = 300  # ids below this one are used
 # Every size is whole tiles, as in real bases; several heads, of queries and of keys, so that their order shows.
 ARCHITECTURE: dict[str, Any] = {
@@ -74,7 +74,7 @@ def config_for(hw: Hardware, mesh: tuple[int, int], **values: Any) -> Config:
 
 def rows_for(devices: int) -> int:
     """Rows of a batch: at least 8, and as many on every device."""
-    return -(-8 // devices) * devices
+    return round_up(8, devices)
 
 
 def weights_for(architecture: Mapping[str, Any] = ARCHITECTURE, seed: int = 1) -> dict[str, Array]:

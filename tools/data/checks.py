@@ -19,8 +19,9 @@ from common.data.build import supervised_share
 from common.data.chat import ChatTokenizer
 from common.data.order import permutation
 from common.data.rows import Problem, Row, plain
-from common.data.tokens import TILE, Encoded, round_up
+from common.data.tokens import Encoded
 from common.errors import DataError
+from common.hardware import TILE, round_up
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -551,7 +552,7 @@ def spread(sizes: Sequence[int]) -> Spread:
 def token_stats(encoded: Sequence[Encoded]) -> TokenStats:
     """Token counts and the padding at each multiple of 32 up to the one that holds every row."""
     sizes = sorted(len(row.ids) for row in encoded)
-    needed = round_up(sizes[-1] - 1)
+    needed = round_up(max(sizes[-1] - 1, 1))
     return TokenStats(
         p50=sizes[math.ceil(0.50 * len(sizes)) - 1],
         p95=sizes[math.ceil(0.95 * len(sizes)) - 1],

@@ -20,8 +20,7 @@ from common import hardware
 from common.config import Config
 from common.data import build, corpora
 from common.data.order import steps_for
-from common.data.tokens import round_up
-from common.hardware import Hardware
+from common.hardware import Hardware, round_up
 from common.model import bases, llama
 from common.train.console import clock
 from common.train.plan import batch_equation, prepare

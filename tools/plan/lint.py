@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from common.config import Config
-from common.hardware import Hardware
+from common.hardware import TILE, Hardware
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ def shape_is_padded(config: Config, hw: Hardware) -> str | None:
         "intermediate_size": shape.intermediate_size,
         "hidden_size / num_attention_heads": shape.hidden_size // shape.num_attention_heads,
     }
-    odd = [f"{name} {size}" for name, size in sizes.items() if size % 32]
-    return f"not a multiple of 32, the side of a board's tile: {', '.join(odd)}" if odd else None
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % TILE]
+    return f"not a multiple of {TILE}, the side of a board's tile: {', '.join(odd)}" if odd else None
 
 
 @_rule("L015", "eval_config.temperature")

@@ -160,7 +160,7 @@ def schedule(text: Text, config: Config, where: str) -> list[Setting]:
     """
     length, batch, asked = length_of(config), config.training.batch_size, config.training.max_steps
     tokens = tokens_in(text, config)
-    windows = -(-max(tokens - 1, 0) // length)
+    windows = math.ceil(max(tokens - 1, 0) / length)
     if windows < batch:
         raise DataError(
             f"the text is too small: {tokens:,} tokens to train on, {batch * length:,} are needed",

@@ -17,8 +17,9 @@ from common.config import Config
 from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
 from common.data.rows import Problem, Row, collect, refuse, split_held_out
-from common.data.tokens import TILE, Encoded, round_up
+from common.data.tokens import Encoded
 from common.errors import DataError
+from common.hardware import TILE, round_up
 from common.model import bases as models
 from tools.data import checks, convert
 from tools.plan.estimate import CHARACTERS_A_TOKEN
@@ -211,7 +212,7 @@ def warnings(found: Share, sizes: Lengths, config: Config, recipe: Path) -> list
 
 def settings(found: Share, sizes: Lengths) -> list[Setting]:
     """What the data sets on every board: where it is, how it is split, how long it is, what is asked."""
-    answer = round_up_to(percentile(sizes.answers, 0.95), 16)
+    answer = round_up(percentile(sizes.answers, 0.95), 16)
     least, most = ANSWER
     values = [
         Setting("data_config.source", SOURCE, f"{found.train} rows to train on, {found.held_out} held out"),
@@ -270,7 +271,3 @@ def schedule(rows: int, batch: int, limit: int | None = None) -> list[Setting]:
 def percentile(sizes: Sequence[int], share: float) -> int:
     """The smallest size that `share` of them do not exceed."""
     return sorted(sizes)[math.ceil(share * len(sizes)) - 1]
-
-
-def round_up_to(value: int, step: int) -> int:
-    return -(-value // step) * step
