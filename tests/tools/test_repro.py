@@ -83,6 +83,16 @@ def test_a_run_is_reproduced_bit_for_bit_and_its_settings_come_from_the_run(done
     assert "step 3/3" in capfd.readouterr().out
 
 
+def test_a_run_of_format_1_gets_its_split_back_from_the_code_of_now(done, tmp_path):
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    path = run / "config.resolved.yaml"
+    text = path.read_text().replace("format: 2", "format: 1").replace("batch_size: 4", "batch_size: 2", 1)
+    path.write_text(text.replace("micro_batch_size: 4", "gradient_accumulation_steps: 2"))
+    found = repro.prepare(figures.read(edit(run, overrides=["training_config.batch_size=2"])), ROOT, [].append)
+    for setting in ("training_config.batch_size=4", "training_config.micro_batch_size=2"):
+        assert setting in found.sets
+
+
 def test_with_one_row_changed_nothing_is_trained(done, recipe, clean, tmp_path, monkeypatch, capsys):
     changed = Path(shutil.copytree(recipe, tmp_path / "tiny"))
     rows = (changed / "data" / "rows.jsonl").read_text()

@@ -48,7 +48,10 @@ class Again:
     sets: tuple[str, ...]
 
     def call(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "tools.cli", *words]
+        """Return the command line of `recipe` with `words`, for a process in `root`."""
+        # Commits that have no tools/ yet have the command in common/.
+        module = "tools.cli" if (self.root / "tools" / "cli").is_dir() else "common"
+        return [sys.executable, "-m", module, *words]
 
 
 def repro(folder: Path, out: Path, say: Say) -> Path:
@@ -136,7 +139,11 @@ def settings_to_restore(run: RunFigures, again: Again) -> dict[str, Any]:
     """Keys that the recipe resolves to another value than the run had, with the run's value."""
     words = again.call("config", "show", str(again.recipe), *again.options, *again.sets)
     now = yaml.safe_load(answer(again, words))
-    then = yaml.safe_load((run.folder / "config.resolved.yaml").read_text(encoding="utf-8"))
+    # The code of the run's own commit reads the keys of its time; that of now reads those of now.
+    text = run.config.to_yaml() if again.root == ROOT else (run.folder / "config.resolved.yaml").read_text("utf-8")
+    then = yaml.safe_load(text)
+    if now["training_config"]["batch_size"] != then["training_config"]["batch_size"]:
+        now["training_config"].pop("micro_batch_size", None)  # it followed from the other batch
     return {
         f"{section}.{key}": value
         for section, values in then.items()
