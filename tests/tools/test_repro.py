@@ -88,7 +88,7 @@ def test_a_run_of_format_1_gets_its_split_back_from_the_code_of_now(done, tmp_pa
     path = run / "config.resolved.yaml"
     text = path.read_text().replace("format: 2", "format: 1").replace("batch_size: 4", "batch_size: 2", 1)
     path.write_text(text.replace("micro_batch_size: 4", "gradient_accumulation_steps: 2"))
-    found = repro.prepare(figures.read(edit(run, overrides=["training_config.batch_size=2"])), ROOT, [].append)
+    found = repro.prepare(figures.read(edit(run, overrides=["training_config.batch_size=2"])), ROOT, print)
     for setting in ("training_config.batch_size=4", "training_config.micro_batch_size=2"):
         assert setting in found.sets
 
