@@ -50,9 +50,9 @@ class IdleEngine:
     def load(self, weights: Mapping[str, Array]) -> int:
         return sum(array.size for array in weights.values())
 
-    def train_step(self, *_: Any) -> StepStats:
+    def train_step(self, _batches: Any, learning_rate: float, _step: int) -> StepStats:
         self.called.append(time.perf_counter())
-        return StepStats(loss=1.0, grad_norm=1.0, tokens=1, supervised_tokens=1, seconds=1e-3)
+        return StepStats(1.0, 1.0, learning_rate, tokens=1, supervised_tokens=1, seconds=1e-3)
 
     def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
         rows = len(batch.rows)

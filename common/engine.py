@@ -27,6 +27,7 @@ class StepStats:
 
     loss: float
     grad_norm: float
+    learning_rate: float
     tokens: int
     supervised_tokens: int
     seconds: float

@@ -75,14 +75,14 @@ class Progress:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
 
-    def update(self, step: int, stats: StepStats, learning_rate: float) -> None:
+    def update(self, step: int, stats: StepStats) -> None:
         self.seconds = [*self.seconds[-19:], stats.seconds]
         self.tokens = [*self.tokens[-19:], stats.tokens]
         mean = sum(self.seconds) / len(self.seconds)
         rate = sum(self.tokens) / sum(self.seconds)
         line = (
             f"step {step:>{len(str(self.total))}}/{self.total}  loss {stats.loss:.4f}  "
-            f"grad norm {stats.grad_norm:.3f}  lr {learning_rate:.2e}  {rate:,.0f} tokens/s  "
+            f"grad norm {stats.grad_norm:.3f}  lr {stats.learning_rate:.2e}  {rate:,.0f} tokens/s  "
             f"{clock((self.total - step) * mean)} to go"
         )
         done = int(20 * step / self.total)

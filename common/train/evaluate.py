@@ -1,4 +1,4 @@
-"""Held-out loss with its standard error over rows."""
+"""Held-out loss with its standard error over rows: which rows, what they cost, and how that is written down."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from common.data.tokens import TokenSplit
+from common.config.schema import Evaluation
+from common.data.build_corpus import UNKNOWN_ALLOWED
+from common.data.tokens import TokenDataset, TokenSplit, spread
 from common.engine import Backend
 
 Array = np.ndarray[Any, Any]
-EVAL_ROWS = 8  # rows at a time
+EVAL_ROWS = 8  # rows at a time; one shape in a run, as every other one is compiled anew
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,16 @@ class HeldOut:
 
     @property
     def loss(self) -> float:
-        """Nats per supervised token, over all rows together."""
+        """Return nats per supervised token, over all rows together."""
         return float(self.nll.sum() / self.tokens.sum())
 
     @property
     def standard_error(self) -> float:
-        """Of `loss`, over rows."""
+        """Return that of `loss`, over rows."""
         return ratio_standard_error(self.nll, self.tokens)
 
     def bits_per_byte(self, sizes: Sequence[float]) -> tuple[float, float]:
-        """Bits per UTF-8 byte of the text, which `sizes` [R] counts by row, and its standard error over rows.
+        """Return bits per UTF-8 byte of the text, which `sizes` [R] counts by row, and the standard error over rows.
 
         Unlike nats per token it can be compared between tokenizers.
         """
@@ -42,11 +44,37 @@ class HeldOut:
         return float(bits.sum() / weights.sum()), ratio_standard_error(bits, weights)
 
     def improvement_over(self, other: HeldOut) -> tuple[float, float]:
-        """How much lower this loss is than `other`'s on the same rows, and its standard error, paired by row."""
+        """Return how much lower this loss is than `other`'s on the same rows, and the standard error, paired by row."""
         if not np.array_equal(self.tokens, other.tokens):
             raise ValueError("the two evaluations are not of the same rows")
         saved = other.nll - self.nll
         return float(saved.sum() / self.tokens.sum()), ratio_standard_error(saved, self.tokens)
+
+
+def evaluated_rows(dataset: TokenDataset, evaluation: Evaluation) -> TokenSplit:
+    """Return the held-out rows that a run evaluates: at most eval_config.max_rows, evenly spread."""
+    return dataset.held_out.spread(evaluation.max_rows)
+
+
+@dataclass(frozen=True)
+class EvaluatedText:
+    """The text of the evaluated rows: UTF-8 bytes by row [R], and the bits per byte of a unigram model of it.
+
+    The unigram model knows the frequencies of the training tokens and nothing else.
+    """
+
+    sizes: Sequence[float]
+    unigram_bits: float
+
+
+def evaluated_text(dataset: TokenDataset, evaluation: Evaluation) -> EvaluatedText | None:
+    """Return the text of a corpus's evaluated rows; None for other data, or where much of the text is unknown."""
+    info = dataset.info
+    if "held_out_bytes" not in info or info["unknown"] > UNKNOWN_ALLOWED:
+        return None
+    rows = spread(len(dataset.held_out), evaluation.max_rows)
+    sizes, nll = ([info[name][row] for row in rows] for name in ("held_out_bytes", "unigram_nll"))
+    return EvaluatedText(sizes, math.fsum(nll) / math.log(2) / sum(sizes))
 
 
 def held_out(backend: Backend, split: TokenSplit) -> HeldOut:
@@ -61,14 +89,41 @@ def held_out(backend: Backend, split: TokenSplit) -> HeldOut:
     return HeldOut(np.concatenate(nll), np.concatenate(tokens))
 
 
+def scores(step: int, rows: HeldOut, text: EvaluatedText | None) -> dict[str, Any]:
+    """Return the record of an evaluation for metrics.jsonl. An error over one row is None: NaN is no JSON."""
+    several = len(rows.nll) > 1
+    record = {
+        "step": step,
+        "eval_loss": rows.loss,
+        "eval_loss_se": rows.standard_error if several else None,
+        "eval_tokens": int(rows.tokens.sum()),
+    }
+    if text:
+        bits, error = rows.bits_per_byte(text.sizes)
+        record |= {"bits_per_byte": bits, "bits_per_byte_se": error if several else None}
+    return record
+
+
+def describe(step: int, rows: HeldOut, untrained: HeldOut | None, text: EvaluatedText | None) -> str:
+    """Return an evaluation as a line for the screen; `untrained` is that of step 0 on the same rows."""
+    line = f"held-out loss after step {step}: {rows.loss:.4f} ± {rows.standard_error:.4f}"
+    if untrained:
+        gain, error = rows.improvement_over(untrained)
+        line += f"; {gain:+.4f} ± {error:.4f} better than the untrained model, paired by row"
+    if text:
+        line += f"; {rows.bits_per_byte(text.sizes)[0]:.4f} bits per byte (unigram {text.unigram_bits:.4f})"
+    return line
+
+
 def from_rows(nll: Sequence[float], tokens: Sequence[float]) -> HeldOut:
+    """Return the evaluation that a record of evaluations.jsonl holds, by its `nll` and `tokens`."""
     return HeldOut(np.asarray(nll, np.float64), np.asarray(tokens, np.float64))
 
 
 def ratio_standard_error(values: Array, weights: Array) -> float:
-    """Standard error of sum(values) / sum(weights) when rows are drawn independently.
+    """Return the standard error of sum(values) / sum(weights) when rows are drawn independently.
 
-    The linearised ratio estimator (Cochran, Sampling Techniques, 1977, section 2.11); nan with fewer than two rows.
+    The linearized ratio estimator (Cochran, Sampling Techniques, 1977, section 2.11); nan with fewer than two rows.
     """
     rows = len(values)
     if rows < 2:

@@ -62,7 +62,7 @@ def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float
     """One token id from `logits` [V]; `draw` in [0, 1) decides among what temperature, top_k and top_p leave."""
     logits = logits.astype(np.float64)
     if sampling.repetition_penalty != 1.0 and seen:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
+        logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")
@@ -78,7 +78,7 @@ def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float
     return int(order[min(int(np.searchsorted(total, draw * total[-1], side="right")), len(total) - 1)])
 
 
-def penalise(logits: Array, seen: Sequence[int], penalty: float) -> Array:
+def penalize(logits: Array, seen: Sequence[int], penalty: float) -> Array:
     """Make tokens already there less likely: positive logits divided, negative ones multiplied (Keskar 2019)."""
     logits = logits.copy()
     ids = np.unique(np.asarray(seen))

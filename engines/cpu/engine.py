@@ -199,7 +199,7 @@ class TorchCPU:
         if step % TRIM_EVERY == 0 and len(self.lengths) > FEW_LENGTHS:
             give_back_memory()
         tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
-        return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
+        return StepStats(loss_value, norm_value, learning_rate, tokens, supervised, time.perf_counter() - started)
 
     def _backward(self, batches: Sequence[Batch], supervised: int) -> Tensor:
         """Add up the gradients of this rank's rows, then all ranks'; return the sum of its nll / `supervised`."""

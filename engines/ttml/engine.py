@@ -240,7 +240,7 @@ class TTML:
             self.check_replicas = False
             self._compare_replicas()
         tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
-        return StepStats(loss_value, norm_value, tokens, supervised, time.perf_counter() - started)
+        return StepStats(loss_value, norm_value, learning_rate, tokens, supervised, time.perf_counter() - started)
 
     def _backward(self, batch: Batch, supervised: int) -> Any:
         """Add the gradients of the batch; return its nll times its mask, [B, 1, T, 1] on the devices.

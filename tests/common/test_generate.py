@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.config.schema import Evaluation
-from common.train.generate import choose, generate, penalise, uniforms
+from common.train.generate import choose, generate, penalize, uniforms
 
 LOGITS = np.log(np.array([0.4, 0.05, 0.3, 0.2, 0.05]))
 
@@ -54,7 +54,7 @@ def test_top_k_and_top_p_hold_together():
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits = np.array([2.0, -2.0, 1.5, 0.0])
-    assert penalise(logits, [0, 1, 0], 2.0).tolist() == [1.0, -4.0, 1.5, 0.0]
+    assert penalize(logits, [0, 1, 0], 2.0).tolist() == [1.0, -4.0, 1.5, 0.0]
     assert logits[0] == 2.0, "the caller's logits are its own"
     assert choose(logits, sampling(repetition_penalty=2.0), [0], 0.0) == 2
     assert choose(logits, sampling(repetition_penalty=2.0), [], 0.0) == 0

@@ -207,16 +207,16 @@ def test_evaluations_of_other_rows_are_not_compared_on_resume(go, small, tmp_pat
     export_folder(folder, print)
 
 
-def test_memorising_is_said_by_its_margin_and_not_before(go, monkeypatch):
+def test_memorizing_is_said_by_its_margin_and_not_before(go, monkeypatch):
     say_losses(monkeypatch, [9.0, 9.0, 9.0])
     folder = go()
-    assert log(folder).count("memorising now: the mean training loss of the last 4 steps") == 2
+    assert log(folder).count("memorizing now: the mean training loss of the last 4 steps") == 2
     assert "more than 0.2 below the lowest held-out loss so far, 9.0000 (step 8)" in log(folder)
     monkeypatch.undo()
 
 
-def test_memorising_is_not_said_of_a_model_that_learns(finished):
-    assert "memorising" not in log(finished)
+def test_memorizing_is_not_said_of_a_model_that_learns(finished):
+    assert "memorizing" not in log(finished)
 
 
 # --- what moved -----------------------------------------------------------------------------------------------------

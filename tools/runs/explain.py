@@ -17,7 +17,7 @@ from common.model import bases
 from common.model.llama import EMBEDDING, HEAD
 from common.model.weights import Weights
 from common.train import checkpoint, metrics
-from common.train.run import BEGINS, ENDS
+from common.train.ending import BEGINS, ENDS
 
 LINES = 200_000  # of a log that are looked at, the last ones
 FLAT = 20  # steps, and the nats around ln(vocabulary) that count as guessing

@@ -23,7 +23,7 @@ from common.model.weights import Weights
 from common.paths import ROOT
 from common.train import checkpoint, metrics, resume
 from common.train.checkpoint import Checkpoint, Tensors
-from common.train.evaluate import from_rows
+from common.train.evaluate import evaluated_rows, from_rows
 from common.train.run import Run
 from engines.registry import open_backend, refuse_without_engine
 
@@ -77,7 +77,7 @@ class TrainedRun:
 
     def held_out(self) -> TokenSplit:
         """The rows that this run evaluates."""
-        return self.dataset().held_out.spread(self.config.eval.max_rows)
+        return evaluated_rows(self.dataset(), self.config.eval)
 
     @property
     def evaluated_in(self) -> str:

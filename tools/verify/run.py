@@ -23,8 +23,8 @@ from common.files import sha256_file
 from common.model.weights import Weights
 from common.train import metrics
 from common.train.checkpoint import Tensors
-from common.train.evaluate import held_out
-from common.train.run import check_first_loss
+from common.train.evaluate import evaluated_rows, held_out
+from common.train.first_loss import check_first_loss
 from common.train.schedule import learning_rate
 from tools.checklist import Line, Outcome, Result, failed, go_through, hold
 from tools.data.checks import leaks
@@ -120,7 +120,7 @@ def score(case: Case) -> str:
     rows = case.figures.held_out(run.step)
     if rows is None:
         raise Outcome("not checkable", f"the run did not evaluate step {run.step}")
-    split = dataset_of(case).held_out.spread(run.config.eval.max_rows)
+    split = evaluated_rows(dataset_of(case), run.config.eval)
     with trained.engine(run) as backend:
         again = held_out(backend, split)
     allowed, far = SCORE_OFF[run.evaluated_in], abs(again.loss - rows.loss)

@@ -1,0 +1,94 @@
+"""How a run ends, and how its manifest and its log say so."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from common import known_errors
+from common.errors import RankLost, RecipeError, Stopped, TrainingError
+from common.files import utc_now
+from common.signals import handled
+from common.train.console import Console
+from common.train.manifest import Manifest
+from common.train.plan import AtEnd
+
+BEGINS, ENDS = "run begins:", "run ends:"  # in train.log; without the second one, the process was killed
+
+
+@contextlib.contextmanager
+def recorded_end(manifest: Manifest, folder: Path, console: Console, at_end: AtEnd | None) -> Iterator[None]:
+    """Record how the block ended; then call `at_end`, which finds the manifest as it stays."""
+    reason, text = "done", None
+    console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
+    try:
+        yield
+    except Stopped as stop:
+        reason = f"stopped: {stop.what}"
+        raise
+    except RecipeError as error:
+        reason, text = f"failed: {error.what}", str(error)
+        console.say(text, "DEBUG")
+        raise
+    except BaseException as error:
+        reason = f"failed: {type(error).__name__}: {error}"
+        raise
+    finally:
+        record_end(manifest, folder, console, reason, text)
+        if at_end:
+            at_end(folder, console.say)
+
+
+def record_end(manifest: Manifest, folder: Path, console: Console, reason: str, error: str | None) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
+        console.say(f"{ENDS} {reason}", "DEBUG")
+        manifest.exit_reason, manifest.error, manifest.end = reason, error, utc_now()
+        manifest.save(folder)
+
+
+def record_stall(manifest: Manifest, folder: Path, console: Console, what: str) -> None:
+    """Record that a step did not end, and its likely cause.
+
+    The watchdog calls it on its own thread and then leaves the process: no caller is left to explain the error.
+    """
+    known = known_errors.match(what)
+    error = TrainingError(f"{what}; {known.means}" if known else what, todo=known.answer if known else None)
+    console.say(str(error))
+    record_end(manifest, folder, console, f"failed: {error.what}", str(error))
+
+
+@contextlib.contextmanager
+def saved_if_a_rank_dies(folder: Path, save: Callable[[], int]) -> Iterator[None]:
+    """Have `save` called where another process of the run is lost; it saves the last step done and returns it.
+
+    Nothing of what was trained is lost then: no update is done without all processes.
+    """
+    try:
+        yield
+    except RankLost as lost:
+        step = save()
+        raise RankLost(
+            lost.what,
+            where=f"{folder}, after step {step}{', which is saved' if step else ': nothing to save yet'}",
+            todo="the same command goes on from there",
+        ) from lost
+
+
+@contextlib.contextmanager
+def catch_signals(console: Console) -> Iterator[list[str]]:
+    """Collect the name of a SIGTERM or SIGINT, so that the run ends where nothing is lost; a second ends it here."""
+    names: list[str] = []
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        if names:
+            raise KeyboardInterrupt
+        names.append(signal.Signals(number).name)
+        with contextlib.suppress(RuntimeError):  # the signal came while this very file was being written
+            console.say(f"{names[0]}: saving as soon as this step is over; once more to stop without saving")
+
+    with handled((signal.SIGTERM, signal.SIGINT), handler):
+        yield names
