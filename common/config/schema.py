@@ -138,6 +138,10 @@ class Lora(Section):
     target_modules: list[Projection] = Field(default=list(typing.get_args(Projection)), min_length=1)
     """Projections that get an adapter (Hugging Face's names); a tie group is targeted whole or not at all."""
 
+    def key_of(self, projection: str) -> str:
+        """Return the name of the A that `projection` has: its tie group's, such as `k_proj+v_proj`, or its own."""
+        return next(("+".join(group) for group in self.tie_groups if projection in group), projection)
+
     @field_validator("tie_groups")
     @classmethod
     def _groups_are_disjoint(cls, groups: list[list[str]]) -> list[list[str]]:

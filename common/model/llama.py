@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.errors import MachineError
+
+PREFIX = "base_model.model."  # PEFT's, before each name in adapter_model.safetensors
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Shape = tuple[int, ...]
 
 
 def shapes(architecture: Mapping[str, Any]) -> dict[str, Shape]:
-    """Name -> shape of every weight of the Llama of `architecture` (the keys of its config.json).
+    """Return name -> shape of every weight of the Llama of `architecture` (the keys of its config.json).
 
     A tied output head is the embedding and has no entry of its own.
     """
-    vocab, hidden = architecture["vocab_size"], architecture["hidden_size"]
-    wide, heads = architecture["intermediate_size"], architecture["num_attention_heads"]
-    head = architecture.get("head_dim") or hidden // heads
-    queries, keys = heads * head, architecture["num_key_value_heads"] * head
+    vocab, hidden, wide = (architecture[f"{name}_size"] for name in ("vocab", "hidden", "intermediate"))
+    queries, keys = attention_widths(architecture)
     found: dict[str, Shape] = {EMBEDDING: (vocab, hidden)}
     for layer in range(architecture["num_hidden_layers"]):
         at = f"model.layers.{layer}."
@@ -39,8 +40,29 @@ def shapes(architecture: Mapping[str, Any]) -> dict[str, Shape]:
     return found
 
 
+def attention_widths(architecture: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the rows of q_proj, and those of k_proj and of v_proj: heads x head_dim each."""
+    heads = architecture["num_attention_heads"]
+    head_dim = architecture.get("head_dim") or architecture["hidden_size"] // heads
+    return heads * head_dim, kv_heads(architecture) * head_dim
+
+
+def kv_heads(architecture: Mapping[str, Any]) -> int:
+    """Return the heads of keys and values: as many as of queries where config.json does not say."""
+    return int(architecture.get("num_key_value_heads") or architecture["num_attention_heads"])
+
+
+def misfit(odd: Sequence[str]) -> MachineError:
+    """Return the error of weights that are not their config.json's; `odd` says what is wrong with each tensor."""
+    return MachineError(
+        f"the weights do not fit the architecture: {'; '.join(odd[:5])}",
+        where="model_config.base",
+        todo="config.json and the safetensors files must belong together",
+    )
+
+
 def component(name: str) -> str:
-    """What a tensor belongs to: embedding, attention, feed-forward, norms or output head."""
+    """Return what a tensor belongs to: embedding, attention, feed-forward, norms or output head."""
     if name in (EMBEDDING, HEAD):
         return "embedding" if name == EMBEDDING else "output head"
     if "norm" in name:
@@ -49,7 +71,7 @@ def component(name: str) -> str:
 
 
 def parameters_by_component(architecture: Mapping[str, Any]) -> dict[str, int]:
-    """Component -> parameters, in the order of the forward pass."""
+    """Return component -> parameters, in the order of the forward pass."""
     counts = dict.fromkeys(("embedding", "attention", "feed-forward", "norms", "output head"), 0)
     for name, shape in shapes(architecture).items():
         counts[component(name)] += math.prod(shape)
@@ -57,12 +79,12 @@ def parameters_by_component(architecture: Mapping[str, Any]) -> dict[str, int]:
 
 
 def parameters(architecture: Mapping[str, Any]) -> int:
-    """All parameters, a tied head counted once."""
+    """Return the number of all parameters, a tied head counted once."""
     return sum(parameters_by_component(architecture).values())
 
 
 def hf_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a Llama of `architecture` that has no special tokens but those its tokenizer names."""
+    """Return the config.json of a Llama of `architecture` that has no special tokens but those its tokenizer names."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -39,11 +39,11 @@ from common.data.tokens import Batch
 from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.errors import MachineError, RankLost, RecipeError, UsageError
 from common.hardware import TILE
+from common.model.llama import PREFIX, misfit
 from engines.cpu import ragged
 from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 from engines.cpu.lora import add_lora, lora_layers
 from engines.cpu.ranks import Ranks, losing_ranks, ranks_of
-from engines.ttml.hf_map import PREFIX, misfit
 
 TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
 FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits

@@ -56,7 +56,6 @@ def add_lora(model: nn.Module, lora: Lora, seed: int, *, dtype: torch.dtype, kee
     """Freeze `model`, replace each targeted linear layer, return how many were. None matching is an error."""
     model.requires_grad_(False)
     targets = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    group_of = {member: "+".join(group) for group in lora.tie_groups for member in group}
     shared: dict[str, nn.Parameter] = {}
     replaced = 0
     for name, linear in targets:
@@ -65,7 +64,7 @@ def add_lora(model: nn.Module, lora: Lora, seed: int, *, dtype: torch.dtype, kee
             if leaf != "lm_head":
                 setattr(model.get_submodule(parent), leaf, Frozen(linear, keep_half))
             continue
-        key = f"{parent}.{group_of.get(leaf, leaf)}.lora_A"
+        key = f"{parent}.{lora.key_of(leaf)}.lora_A"
         if key not in shared:
             values = uniform(seed, key, (lora.rank, linear.in_features), linear.in_features**-0.5)
             shared[key] = nn.Parameter(torch.from_numpy(values).to(dtype))

@@ -31,12 +31,13 @@ from common.data.tokens import Batch
 from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
 from common.errors import DataError, MachineError, TrainingError, VerificationError
 from common.hardware import TILE, Hardware, round_up
+from common.model import llama
 from common.model.init import uniform
 from common.signals import handled
 from engines.ttml import hf_map
 from engines.ttml import state as ttml_state
 from engines.ttml.contract import Build, explained, probe
-from engines.ttml.hf_map import Entry, Llama
+from engines.ttml.hf_map import Entry
 from engines.ttml.limits import mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
 from engines.ttml.mesh import prepare_environment
 from engines.ttml.tensors import Tensors
@@ -96,7 +97,7 @@ class TTML:
         self.synchronised = True
         self.check_replicas = self.devices > 1 and not config.training.optimizer.stochastic_rounding
         self.io: Tensors
-        self.llama: Llama
+        self.architecture: Mapping[str, Any]  # the keys of config.json
         self.model: Any
         self.optimizer: Any
         self.weights: dict[str, Any] = {}  # by ttml's names, in their order: ttml's own order is that of a hash
@@ -130,22 +131,22 @@ class TTML:
 
     def build(self, architecture: Mapping[str, Any]) -> None:
         refuse_architecture(architecture)
-        self.llama, rope = Llama.of(architecture), rope_of(architecture)
+        self.architecture, rope = architecture, rope_of(architecture)
         self.positions = int(architecture["max_position_embeddings"])
         runner, tying = self.ttml.models.RunnerType, self.ttml.models.WeightTyingType
         module = importlib.import_module("ttml.models.llama")
         shape = module.LlamaConfig(
-            hidden_size=self.llama.hidden,
-            intermediate_size=self.llama.intermediate,
-            num_hidden_layers=self.llama.layers,
-            num_attention_heads=self.llama.heads,
-            num_key_value_heads=self.llama.kv_heads,
-            vocab_size=self.llama.vocab,
+            hidden_size=architecture["hidden_size"],
+            intermediate_size=architecture["intermediate_size"],
+            num_hidden_layers=architecture["num_hidden_layers"],
+            num_attention_heads=architecture["num_attention_heads"],
+            num_key_value_heads=llama.kv_heads(architecture),
+            vocab_size=architecture["vocab_size"],
             max_position_embeddings=self.positions,
             rope_theta=float(rope["rope_theta"]),
             rope_scaling=module.LlamaRopeScalingConfig(**rope_scaling(rope)),
             runner_type=runner.MemoryEfficient if self.config.model.gradient_checkpointing else runner.Default,
-            weight_tying=tying.Enabled if self.llama.tied else tying.Disabled,
+            weight_tying=tying.Enabled if architecture.get("tie_word_embeddings") else tying.Disabled,
         )
         with explained("building the model", self.hw):
             self.model = module.Llama(shape)
@@ -153,10 +154,10 @@ class TTML:
 
     def _map_parameters(self) -> None:
         self.weights = dict(sorted(self.model.parameters().items()))
-        self.entries = hf_map.map_parameters({name: w.shape() for name, w in self.weights.items()}, self.llama)
+        self.entries = hf_map.map_parameters({name: w.shape() for name, w in self.weights.items()}, self.architecture)
 
     def load(self, weights: Mapping[str, Array]) -> int:
-        hf_map.check_names(weights, self.llama)
+        hf_map.check_names(weights, self.architecture)
         parameters = sum(math.prod(part.shape) for entry in self.entries.values() for part in entry.parts)
         with explained("loading the weights", self.hw):
             for name, entry in self.entries.items():
@@ -179,9 +180,10 @@ class TTML:
         )
         self._map_parameters()
         found = [name for name in self.weights if name.endswith("/lora_A")]
-        if len(found) != len(linears) * self.llama.layers:  # ttml says nothing of a target that matches no layer
+        wanted = len(linears) * self.architecture["num_hidden_layers"]
+        if len(found) != wanted:  # ttml says nothing of a target that matches no layer
             raise MachineError(
-                f"ttml put adapters on {len(found)} layers, {len(linears) * self.llama.layers} were asked for",
+                f"ttml put adapters on {len(found)} layers, {wanted} were asked for",
                 where=f"model_config.lora.target_modules, for ttml {', '.join(targets)}",
                 todo="report this with the build's versions",
             )
@@ -189,7 +191,7 @@ class TTML:
             layer, linear = hf_map.tail_of(name).removesuffix("/lora_A").split("/", 2)[1:]
             module = hf_map.module_of(int(layer), hf_map.LINEARS[linear][0]).rpartition(".")[0]
             shape = self.entries[name].shape[2:]
-            key = f"{module}.{hf_map.tie_key(linear, lora)}.lora_A"
+            key = f"{module}.{lora.key_of(hf_map.LINEARS[linear][0])}.lora_A"
             self.io.put(
                 self.weights[name], uniform(self.config.training.seed, key, shape, shape[1] ** -0.5)[None, None]
             )

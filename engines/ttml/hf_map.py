@@ -24,10 +24,11 @@ import numpy as np
 
 from common.config.schema import Lora
 from common.errors import MachineError, UsageError
-from common.model.llama import EMBEDDING, HEAD
+from common.hardware import round_up
+from common.model import llama
+from common.model.llama import EMBEDDING, FINAL_NORM, HEAD, PREFIX, misfit
 
 Array = np.ndarray[Any, Any]
-PREFIX = "base_model.model."  # PEFT's, in adapter_model.safetensors
 
 # ttml's linear layers by their path in a block, and the Hugging Face projections whose rows they hold, in order.
 LINEARS: dict[str, tuple[str, ...]] = {
@@ -41,58 +42,6 @@ LINEARS: dict[str, tuple[str, ...]] = {
     "mlp/w2": ("down_proj",),
 }
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-
-
-@dataclass(frozen=True)
-class Llama:
-    """The shape of a Llama: what names and layouts hang on."""
-
-    vocab: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    tied: bool
-
-    @classmethod
-    def of(cls, architecture: Mapping[str, Any]) -> Llama:
-        """From the keys of a Hugging Face config.json."""
-        heads = int(architecture["num_attention_heads"])
-        return cls(
-            vocab=int(architecture["vocab_size"]),
-            hidden=int(architecture["hidden_size"]),
-            intermediate=int(architecture["intermediate_size"]),
-            layers=int(architecture["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(architecture.get("num_key_value_heads") or heads),
-            tied=bool(architecture.get("tie_word_embeddings", False)),
-        )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    def projection(self, name: str) -> tuple[tuple[int, int], int]:
-        """[out, in] of a projection, and how many heads' rows are paired for RoPE (0: none)."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": ((queries, self.hidden), self.heads),
-            "k_proj": ((keys, self.hidden), self.kv_heads),
-            "v_proj": ((keys, self.hidden), 0),
-            "o_proj": ((self.hidden, queries), 0),
-            "gate_proj": ((self.intermediate, self.hidden), 0),
-            "up_proj": ((self.intermediate, self.hidden), 0),
-            "down_proj": ((self.hidden, self.intermediate), 0),
-        }[name]
-
-    def names(self) -> set[str]:
-        """Every tensor of model.safetensors; tied embeddings once."""
-        found = {EMBEDDING, "model.norm.weight"} | (set() if self.tied else {HEAD})
-        for layer in range(self.layers):
-            found |= {f"model.layers.{layer}.{norm}.weight" for norm in NORMS.values()}
-            found |= {f"{module_of(layer, p)}.weight" for group in LINEARS.values() for p in group}
-        return found
 
 
 @dataclass(frozen=True)
@@ -180,23 +129,25 @@ def to_halves(rows: Array, heads: int) -> Array:
     return rows.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(-1, columns)
 
 
-def map_parameters(shapes: Mapping[str, Sequence[int]], llama: Llama) -> dict[str, Entry]:
-    """An entry for each ttml parameter of a model, by its name; adapters included.
+def map_parameters(shapes: Mapping[str, Sequence[int]], architecture: Mapping[str, Any]) -> dict[str, Entry]:
+    """Return an entry for each ttml parameter of a Llama of `architecture`, by its name; adapters included.
 
     Raises MachineError where the build has a parameter this map does not know, one of another shape, or where a
     Hugging Face tensor is in none or in two.
     """
     tied = sum(tail_of(name) in ("tok_emb/weight", "fc/weight") for name in shapes) == 1
-    entries = {name: Entry(name, tuple(shape), *_parts(name, shape, llama, tied)) for name, shape in shapes.items()}
+    hf = llama.shapes(architecture)
+    paired = {"q_proj": architecture["num_attention_heads"], "k_proj": llama.kv_heads(architecture)}
+    entries = {n: Entry(n, tuple(shape), *_parts(n, shape, hf, paired, tied)) for n, shape in shapes.items()}
     odd = [
         f"{entry.name} is {entry.shape}, expected {wanted}"
         for entry in entries.values()
         if entry.shape != (wanted := _expected_shape(entry))
     ]
     held = [part.name for entry in entries.values() for part in entry.parts if not part.name.startswith(PREFIX)]
-    odd += [f"{name} has no place in it" for name in sorted(llama.names() - set(held))]
+    odd += [f"{name} has no place in it" for name in sorted(set(hf) - set(held))]
     odd += [f"{name} is in it {held.count(name)} times" for name in sorted(set(held)) if held.count(name) > 1]
-    odd += [f"it has an output head of its own for {name}" for name in sorted(set(held) - llama.names())]
+    odd += [f"it has an output head of its own for {name}" for name in sorted(set(held) - set(hf))]
     if odd:
         raise MachineError(
             f"ttml built another model than the architecture asks for: {'; '.join(odd[:5])}",
@@ -206,27 +157,29 @@ def map_parameters(shapes: Mapping[str, Sequence[int]], llama: Llama) -> dict[st
     return entries
 
 
-def _parts(name: str, shape: Sequence[int], llama: Llama, tied: bool) -> tuple[tuple[Part, ...], bool]:
-    """The Hugging Face tensors in the ttml parameter `name`, and whether they share one matrix."""
+def _parts(
+    name: str, shape: Sequence[int], hf: Mapping[str, llama.Shape], paired: Mapping[str, int], tied: bool
+) -> tuple[tuple[Part, ...], bool]:
+    """Return the Hugging Face tensors in the ttml parameter `name`, and whether they share one matrix."""
     tail = tail_of(name)
     if tail in ("tok_emb/weight", "fc/weight"):
-        hf = EMBEDDING if tied or tail == "tok_emb/weight" else HEAD
-        return (Part(hf, (llama.vocab, llama.hidden)),), False
+        return (Part(EMBEDDING if tied or tail == "tok_emb/weight" else HEAD, hf[EMBEDDING]),), False
     if tail == "ln_fc/gamma":
-        return (Part("model.norm.weight", (llama.hidden,)),), False
+        return (Part(FINAL_NORM, hf[FINAL_NORM]),), False
     if match := re.fullmatch(r"blocks/(\d+)/(attention_norm|mlp_norm)/gamma", tail):
-        return (Part(f"model.layers.{match[1]}.{NORMS[match[2]]}.weight", (llama.hidden,)),), False
+        return (Part(f"model.layers.{match[1]}.{NORMS[match[2]]}.weight", hf[FINAL_NORM]),), False
     match = re.fullmatch(r"blocks/(\d+)/(\w+/\w+)/(weight|lora_A|lora_B)", tail)
-    if match is None or match[2] not in LINEARS:
+    modules = [module_of(int(match[1]), projection) for projection in LINEARS.get(match[2], ())] if match else []
+    if match is None or not modules or f"{modules[0]}.weight" not in hf:
         raise MachineError(
             f"ttml has a parameter we do not know: {name} {tuple(shape)}",
             where="the parameters of ttml.models.llama.Llama",
             todo="use the pinned image; if it is the pinned image, report this",
         )
     kind, parts = match[3], []
-    for projection in LINEARS[match[2]]:
-        (rows, columns), heads = llama.projection(projection)
-        module = module_of(int(match[1]), projection)
+    for module in modules:
+        rows, columns = hf[f"{module}.weight"]
+        heads = paired.get(module.rpartition(".")[2], 0)
         if kind == "weight":
             parts.append(Part(f"{module}.weight", (rows, columns), heads))
         elif kind == "lora_A":
@@ -240,7 +193,7 @@ def _expected_shape(entry: Entry) -> tuple[int, ...]:
     matrices = [_matrix_shape(part.shape) for part in entry.parts]
     rows = matrices[0][0] if entry.shared else sum(rows for rows, _ in matrices)
     if entry.parts[0].name in (EMBEDDING, HEAD):
-        rows = -(-rows // 32) * 32
+        rows = round_up(rows)
     return (1, 1, rows, matrices[0][1])
 
 
@@ -265,21 +218,16 @@ def _parameter_name(name: str) -> str:
     return name.removeprefix(PREFIX).removesuffix(".weight") if name.startswith(PREFIX) else name
 
 
-def check_names(given: Iterable[str], llama: Llama) -> None:
-    """Every tensor of the base mapped, or an error that names the odd ones. A tied head may be there: it is ignored."""
-    given, expected = set(given), llama.names()
+def check_names(given: Iterable[str], architecture: Mapping[str, Any]) -> None:
+    """Raise MachineError naming the tensors of a base that are missing or unknown.
+
+    A tied output head may be among them: it is ignored.
+    """
+    given, expected = set(given), set(llama.shapes(architecture))
     odd = [f"{name} is missing" for name in sorted(expected - given)]
-    odd += [f"{name} is unknown" for name in sorted(given - expected - ({HEAD} if llama.tied else set()))]
+    odd += [f"{name} is unknown" for name in sorted(given - expected - {HEAD})]
     if odd:
         raise misfit(odd)
-
-
-def misfit(odd: Sequence[str]) -> MachineError:
-    return MachineError(
-        f"the weights do not fit the architecture: {'; '.join(odd[:5])}",
-        where="model_config.base",
-        todo="config.json and the safetensors files must belong together",
-    )
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------------------
@@ -309,9 +257,3 @@ def lora_linears(linears: Iterable[str], lora: Lora) -> list[str]:
             todo=f"set model_config.lora.tie_groups={ties}" + (f", and target {untargeted} too" if untargeted else ""),
         )
     return sorted(fused)
-
-
-def tie_key(linear: str, lora: Lora) -> str:
-    """The name of a layer's A in `common.model.init`, under its module: every engine draws the same values."""
-    projections = LINEARS[linear]
-    return next(("+".join(group) for group in lora.tie_groups if set(group) == set(projections)), projections[0])

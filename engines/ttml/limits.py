@@ -9,7 +9,6 @@ from typing import Any
 from common.config import Config
 from common.errors import MachineError, UsageError
 from common.hardware import TILE, Hardware
-from engines.ttml.hf_map import Llama
 
 LARGEST_HEAD = 256
 
@@ -43,18 +42,19 @@ def refuse_config(hw: Hardware, config: Config) -> None:
 
 def refuse_architecture(architecture: Mapping[str, Any]) -> None:
     """Raise MachineError for a Llama (the keys of its config.json) that ttml cannot compute."""
-    get, llama = architecture.get, Llama.of(architecture)
+    get, hidden = architecture.get, architecture["hidden_size"]
+    head_dim = hidden // architecture["num_attention_heads"]
     rope_type, context = rope_of(architecture)["rope_type"], int(architecture["max_position_embeddings"])
     limits = {
         f"model_type is {get('model_type')}": get("model_type", "llama") != "llama",
         f"rms_norm_eps is {get('rms_norm_eps')}, ttml's is 1e-5": get("rms_norm_eps", 1e-6) != 1e-5,
         f"hidden_act is {get('hidden_act')}": get("hidden_act", "silu") != "silu",
         "its projections have biases": bool(get("attention_bias") or get("mlp_bias")),
-        "head_dim is not hidden_size / heads": (get("head_dim") or llama.head_dim) != llama.head_dim,
+        "head_dim is not hidden_size / heads": (get("head_dim") or head_dim) != head_dim,
         f"rope_type is {rope_type}": rope_type not in ("default", "llama3"),
-        f"head_dim {llama.head_dim} is above {LARGEST_HEAD}": llama.head_dim > LARGEST_HEAD,
+        f"head_dim {head_dim} is above {LARGEST_HEAD}": head_dim > LARGEST_HEAD,
     }
-    sizes = {"head_dim": llama.head_dim, "hidden_size": llama.hidden, "intermediate_size": llama.intermediate}
+    sizes = {"head_dim": head_dim, "hidden_size": hidden, "intermediate_size": architecture["intermediate_size"]}
     for name, size in (sizes | {"max_position_embeddings": context}).items():
         limits[f"{name} {size} is no multiple of {TILE}"] = bool(size % TILE)
     if wrong := [text for text, holds in limits.items() if holds]:

@@ -55,14 +55,13 @@ def trained_shapes(config: Config, architecture: Mapping[str, Any]) -> list[tupl
     lora = config.model.lora
     if lora is None:
         return list(shapes.values())
-    group_of = {name: "+".join(group) for group in lora.tie_groups for name in group}
     found: list[tuple[int, ...]] = []
     seen: set[tuple[str, str]] = set()
     for name, shape in shapes.items():
         module, _, projection = name.removesuffix(".weight").rpartition(".")
         if projection not in lora.target_modules:
             continue
-        key = (module, group_of.get(projection, projection))
+        key = (module, lora.key_of(projection))
         found += [] if key in seen else [(lora.rank, shape[1])]
         found.append((shape[0], lora.rank))
         seen.add(key)
@@ -99,9 +98,7 @@ def saved_per_token(config: Config, architecture: Mapping[str, Any]) -> int:
     the blocks' inputs, and one block's rest at a time. Attention scores are not counted: a fused kernel keeps none.
     """
     hidden, wide = architecture["hidden_size"], architecture["intermediate_size"]
-    heads = architecture["num_attention_heads"]
-    head = architecture.get("head_dim") or hidden // heads
-    queries, keys = heads * head, architecture["num_key_value_heads"] * head
+    queries, keys = llama.attention_widths(architecture)
     layers: int = architecture["num_hidden_layers"]
     block = 2 * hidden + 2 * queries + 2 * keys + 2 * wide
     block += 0 if config.model.lora else 2 * hidden + wide  # the inputs of q, k, v, of gate, up, and of down

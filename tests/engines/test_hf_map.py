@@ -12,16 +12,14 @@ import pytest
 
 from common.config.schema import Lora
 from common.errors import MachineError, UsageError
+from common.model.llama import PREFIX
 from engines.ttml.hf_map import (
     LINEARS,
-    PREFIX,
     Entry,
-    Llama,
     check_names,
     linears_of,
     lora_linears,
     map_parameters,
-    tie_key,
     to_halves,
     to_pairs,
 )
@@ -51,10 +49,14 @@ FUSED_MLP = ("attention/q_linear", "attention/kv_linear", "attention/out_linear"
 BUILDS = pytest.mark.parametrize("linears", [UNFUSED, FUSED, FUSED_QKV, FUSED_MLP])
 
 
-def ttml_shapes(llama: Llama, linears: tuple[str, ...], rank: int = 0, root: str = "Llama") -> dict:
+def ttml_shapes(architecture: dict, linears: tuple[str, ...], rank: int = 0, root: str = "Llama") -> dict:
     """What a build reports: written out here a second time, in no particular order."""
-    pad, h, d = -(-llama.vocab // 32) * 32, llama.hidden, llama.head_dim
-    kv, ffn = llama.kv_heads * d, llama.intermediate
+    pad, h, ffn = (
+        -(-architecture["vocab_size"] // 32) * 32,
+        architecture["hidden_size"],
+        architecture["intermediate_size"],
+    )
+    kv = h // architecture["num_attention_heads"] * architecture["num_key_value_heads"]
     rows = {
         "attention/q_linear": (h, h),
         "attention/kv_linear": (2 * kv, h),
@@ -66,9 +68,9 @@ def ttml_shapes(llama: Llama, linears: tuple[str, ...], rank: int = 0, root: str
         "mlp/w2": (h, ffn),
     }
     shapes = {"fc/weight": (1, 1, pad, h), "ln_fc/gamma": (1, 1, 1, h)}
-    if not llama.tied:
+    if not architecture["tie_word_embeddings"]:
         shapes["tok_emb/weight"] = (1, 1, pad, h)
-    for layer in reversed(range(llama.layers)):
+    for layer in reversed(range(architecture["num_hidden_layers"])):
         for linear in linears:
             out, columns = rows[linear]
             shapes[f"blocks/{layer}/{linear}/weight"] = (1, 1, out, columns)
@@ -157,8 +159,8 @@ def test_attention_scores_are_those_of_hugging_face():
 
 @BUILDS
 def test_rows_of_fused_layers_stand_where_ttml_has_them(linears):
-    llama, tensors = Llama.of(ARCHITECTURE), distinct(hf_shapes(ARCHITECTURE))
-    entries = map_parameters(ttml_shapes(llama, linears), llama)
+    tensors = distinct(hf_shapes(ARCHITECTURE))
+    entries = map_parameters(ttml_shapes(ARCHITECTURE, linears), ARCHITECTURE)
     at = "model.layers.1.self_attn"
     q, k, v = (tensors[f"{at}.{p}_proj.weight"] for p in "qkv")
     pairs = {"q": to_pairs(q, 4), "k": to_pairs(k, 2), "v": v}
@@ -180,14 +182,14 @@ def test_rows_of_fused_layers_stand_where_ttml_has_them(linears):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_tensor_comes_back_as_it_went(linears, tied):
     architecture = ARCHITECTURE | {"tie_word_embeddings": tied}
-    llama, tensors = Llama.of(architecture), distinct(hf_shapes(architecture))
-    entries = map_parameters(ttml_shapes(llama, linears, root="Renamed"), llama)
+    tensors = distinct(hf_shapes(architecture))
+    entries = map_parameters(ttml_shapes(architecture, linears, root="Renamed"), architecture)
     same(both_ways(entries, tensors), tensors)
 
 
 def test_the_vocabulary_is_padded_with_zero_rows_that_do_not_come_back():
-    llama, tensors = Llama.of(ARCHITECTURE), distinct(hf_shapes(ARCHITECTURE))
-    entry = map_parameters(ttml_shapes(llama, FUSED), llama)["Llama/fc/weight"]
+    tensors = distinct(hf_shapes(ARCHITECTURE))
+    entry = map_parameters(ttml_shapes(ARCHITECTURE, FUSED), ARCHITECTURE)["Llama/fc/weight"]
     array = entry.from_hf(tensors, np.float64)
     assert array.shape == (1, 1, 96, 64)
     assert not array[0, 0, 70:].any()
@@ -195,16 +197,15 @@ def test_the_vocabulary_is_padded_with_zero_rows_that_do_not_come_back():
 
 
 def test_tied_embeddings_may_have_either_name():
-    llama = Llama.of(ARCHITECTURE | {"tie_word_embeddings": True})
-    shapes = ttml_shapes(llama, FUSED)
+    architecture = ARCHITECTURE | {"tie_word_embeddings": True}
+    shapes = ttml_shapes(architecture, FUSED)
     for name in ("Llama/fc/weight", "Llama/tok_emb/weight"):
         renamed = {name if "fc/weight" in old else old: shape for old, shape in shapes.items()}
-        assert map_parameters(renamed, llama)[name].parts[0].name == "model.embed_tokens.weight"
+        assert map_parameters(renamed, architecture)[name].parts[0].name == "model.embed_tokens.weight"
 
 
 def test_values_are_rounded_to_nearest_even_when_they_are_narrowed():
-    llama = Llama.of(ARCHITECTURE)
-    entry = map_parameters(ttml_shapes(llama, FUSED), llama)["Llama/ln_fc/gamma"]
+    entry = map_parameters(ttml_shapes(ARCHITECTURE, FUSED), ARCHITECTURE)["Llama/ln_fc/gamma"]
     tensors = {"model.norm.weight": np.full(64, 1 + 2**-8 + 2**-20, np.float32)}
     assert entry.from_hf(tensors, ml_dtypes.bfloat16).astype(np.float32)[0, 0, 0, 0] == np.float32(1 + 2**-7)
 
@@ -214,11 +215,11 @@ def test_values_are_rounded_to_nearest_even_when_they_are_narrowed():
 
 @BUILDS
 def test_every_tensor_of_tinyllama_is_mapped_once(linears):
-    llama, hf = Llama.of(TINYLLAMA), hf_shapes(TINYLLAMA)
+    hf = hf_shapes(TINYLLAMA)
     assert sum(math.prod(shape) for shape in hf.values()) == 1_100_048_384
     assert len(hf) == 201
-    check_names(hf, llama)
-    entries = map_parameters(ttml_shapes(llama, linears), llama)
+    check_names(hf, TINYLLAMA)
+    entries = map_parameters(ttml_shapes(TINYLLAMA, linears), TINYLLAMA)
     parts = [part for entry in entries.values() for part in entry.parts]
     assert sorted((part.name, part.shape) for part in parts) == sorted(hf.items())
 
@@ -243,8 +244,8 @@ class Lazy(Mapping[str, np.ndarray]):
 def test_one_tensor_is_in_flight(dtype):
     """Two layers of the 1.1B shape, both ways: at most 2.5 times the largest tensor in fp32 (262 MB) at any moment."""
     architecture = TINYLLAMA | {"num_hidden_layers": 2}
-    llama, source = Llama.of(architecture), Lazy(hf_shapes(architecture))
-    entries = map_parameters(ttml_shapes(llama, FUSED), llama)
+    source = Lazy(hf_shapes(architecture))
+    entries = map_parameters(ttml_shapes(architecture, FUSED), architecture)
     tracemalloc.start()
     try:
         for entry in entries.values():
@@ -261,28 +262,27 @@ def test_one_tensor_is_in_flight(dtype):
 
 
 def test_a_build_of_another_layout_is_refused():
-    llama = Llama.of(ARCHITECTURE)
-    shapes = ttml_shapes(llama, FUSED)
+    shapes = ttml_shapes(ARCHITECTURE, FUSED)
     with pytest.raises(MachineError, match="do not know: Llama/blocks/0/attention/gate"):
-        map_parameters({**shapes, "Llama/blocks/0/attention/gate/weight": (1, 1, 64, 64)}, llama)
+        map_parameters({**shapes, "Llama/blocks/0/attention/gate/weight": (1, 1, 64, 64)}, ARCHITECTURE)
     with pytest.raises(MachineError, match=r"ln_fc/gamma is \(1, 1, 1, 32\), expected \(1, 1, 1, 64\)"):
-        map_parameters({**shapes, "Llama/ln_fc/gamma": (1, 1, 1, 32)}, llama)
+        map_parameters({**shapes, "Llama/ln_fc/gamma": (1, 1, 1, 32)}, ARCHITECTURE)
     with pytest.raises(MachineError, match=r"down_proj.weight has no place in it"):
-        map_parameters({n: s for n, s in shapes.items() if "blocks/1/mlp/w2" not in n}, llama)
+        map_parameters({n: s for n, s in shapes.items() if "blocks/1/mlp/w2" not in n}, ARCHITECTURE)
     with pytest.raises(MachineError, match=r"gate_proj.weight is in it 2 times"):
-        map_parameters(shapes | ttml_shapes(llama, UNFUSED), llama)
+        map_parameters(shapes | ttml_shapes(ARCHITECTURE, UNFUSED), ARCHITECTURE)
     with pytest.raises(MachineError, match="an output head of its own"):
-        map_parameters(shapes, Llama.of(ARCHITECTURE | {"tie_word_embeddings": True}))
+        map_parameters(shapes, ARCHITECTURE | {"tie_word_embeddings": True})
     with pytest.raises(MachineError, match=r"lm_head.weight has no place"):
-        map_parameters({n: s for n, s in shapes.items() if "tok_emb" not in n}, llama)
+        map_parameters({n: s for n, s in shapes.items() if "tok_emb" not in n}, ARCHITECTURE)
 
 
 def test_weights_that_do_not_fit_are_named():
-    llama, tensors = Llama.of(ARCHITECTURE), distinct(hf_shapes(ARCHITECTURE))
+    tensors = distinct(hf_shapes(ARCHITECTURE))
     with pytest.raises(MachineError, match=r"lm_head.weight is missing; surplus is unknown"):
-        check_names((tensors.keys() - {"lm_head.weight"}) | {"surplus"}, llama)
-    check_names(tensors, Llama.of(ARCHITECTURE | {"tie_word_embeddings": True}))  # a tied head may be stored
-    entry = map_parameters(ttml_shapes(llama, FUSED), llama)["Llama/ln_fc/gamma"]
+        check_names((tensors.keys() - {"lm_head.weight"}) | {"surplus"}, ARCHITECTURE)
+    check_names(tensors, ARCHITECTURE | {"tie_word_embeddings": True})  # a tied head may be stored
+    entry = map_parameters(ttml_shapes(ARCHITECTURE, FUSED), ARCHITECTURE)["Llama/ln_fc/gamma"]
     with pytest.raises(MachineError, match=r"model.norm.weight is \(63,\), expected \(64,\)"):
         entry.from_hf({"model.norm.weight": np.ones(63)}, np.float32)
 
@@ -292,7 +292,6 @@ def test_weights_that_do_not_fit_are_named():
 
 def adapter(linears: tuple[str, ...], rank: int = 4) -> tuple[dict[str, Entry], dict[str, np.ndarray]]:
     """The entries of a build with an adapter on every layer, and a PEFT adapter tied as that build ties."""
-    llama = Llama.of(ARCHITECTURE)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (out, columns) in ((n, s) for n, s in hf_shapes(ARCHITECTURE).items() if "_proj" in n):
         at = PREFIX + name.removesuffix(".weight")
@@ -302,7 +301,7 @@ def adapter(linears: tuple[str, ...], rank: int = 4) -> tuple[dict[str, Entry], 
         first, *others = LINEARS[linear]
         for name in [n for n in tensors if f".{first}.lora_A" in n]:
             tensors |= {name.replace(first, other): tensors[name] for other in others}
-    entries = map_parameters(ttml_shapes(llama, linears, rank), llama)
+    entries = map_parameters(ttml_shapes(ARCHITECTURE, linears, rank), ARCHITECTURE)
     return {name: entry for name, entry in entries.items() if "lora_" in name}, tensors
 
 
@@ -316,13 +315,12 @@ def test_an_adapter_goes_to_peft_and_back(linears):
 def test_an_adapter_has_the_effect_of_its_peft_form(linears):
     """B A of each ttml layer, brought to Hugging Face's rows, is each projection's own B A."""
     entries, tensors = adapter(linears)
-    llama = Llama.of(ARCHITECTURE)
     for name, a in entries.items():
         if not name.endswith("lora_A"):
             continue
         b = entries[name.replace("lora_A", "lora_B")]
         product = b.from_hf(tensors, np.float64)[0, 0] @ a.from_hf(tensors, np.float64)[0, 0]
-        weight = map_parameters(ttml_shapes(llama, linears), llama)[name.replace("lora_A", "weight")]
+        weight = map_parameters(ttml_shapes(ARCHITECTURE, linears), ARCHITECTURE)[name.replace("lora_A", "weight")]
         for hf, update in weight.to_hf(product[None, None]):
             at = PREFIX + hf.removesuffix(".weight")
             assert np.array_equal(update, tensors[f"{at}.lora_B.weight"] @ tensors[f"{at}.lora_A.weight"]), hf
@@ -343,7 +341,7 @@ def test_moments_of_an_adapter_are_named_as_pytorch_names_parameters():
     }
     at = "model.layers.0.self_attn"
     assert names == {f"{at}.q_proj.lora_A", *(f"{at}.{p}_proj.lora_B" for p in "qkv")}, "a shared A once, by its first"
-    full = map_parameters(ttml_shapes(Llama.of(ARCHITECTURE), FUSED), Llama.of(ARCHITECTURE))
+    full = map_parameters(ttml_shapes(ARCHITECTURE, FUSED), ARCHITECTURE)
     assert all(entry.under_optimizer() == entry for entry in full.values())
 
 
@@ -357,8 +355,7 @@ def test_moments_of_an_adapter_are_named_as_pytorch_names_parameters():
     ],
 )
 def test_adapters_go_where_the_config_s_ties_are_the_build_s(linears, ties):
-    llama = Llama.of(ARCHITECTURE)
-    found = linears_of(map_parameters(ttml_shapes(llama, linears), llama))
+    found = linears_of(map_parameters(ttml_shapes(ARCHITECTURE, linears), ARCHITECTURE))
     assert found == sorted(linears)
     assert lora_linears(found, Lora(tie_groups=ties)) == sorted(linears)
     others: list[list] = [[], [["q_proj", "k_proj"]], [*ties, ["o_proj", "down_proj"]]]
@@ -380,5 +377,5 @@ def test_only_targeted_layers_count():
 
 def test_a_shared_a_is_drawn_under_the_config_s_name():
     lora = Lora(tie_groups=[["v_proj", "k_proj"]])
-    assert tie_key("attention/kv_linear", lora) == "v_proj+k_proj"
-    assert tie_key("attention/out_linear", lora) == "o_proj"
+    assert lora.key_of("k_proj") == "v_proj+k_proj"
+    assert lora.key_of("o_proj") == "o_proj"

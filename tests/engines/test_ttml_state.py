@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 
 from engines.ttml import state as ttml_state
-from engines.ttml.hf_map import Llama, map_parameters
+from engines.ttml.hf_map import map_parameters
 from engines.ttml.tensors import Tensors
 
 LAYERS = 2  # the other twenty are the same again
-LLAMA = Llama(vocab=32000, hidden=2048, intermediate=5632, layers=LAYERS, heads=32, kv_heads=4, tied=False)
+ARCHITECTURE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
 LARGEST = 32000 * 2048 * 4  # bytes of the embedding in fp32
 SHAPES = {
     "fc/weight": (32000, 2048),
@@ -94,7 +101,7 @@ def test_state_goes_out_and_in_with_one_tensor_in_flight(devices, dtype):
     tensors before the first is put, and it is more.
     """
     io, weights = Device(devices), tensors(ml_dtypes.bfloat16)
-    entries = map_parameters({name: tensor.shape() for name, tensor in weights.items()}, LLAMA)
+    entries = map_parameters({name: tensor.shape() for name, tensor in weights.items()}, ARCHITECTURE)
     optimizer, shapes = Optimizer(dtype), {}
     tracemalloc.start()
     try:

@@ -396,7 +396,7 @@ class BrokenOff(list[Batch]):
 
 def lora(bench: Bench) -> str:
     ids, lengths, rank = batch_of(1).input_ids, np.array([WIDTH]), 8
-    shape, layers = hf_map.Llama.of(ARCHITECTURE), ARCHITECTURE["num_hidden_layers"]
+    shapes, layers = llama.shapes(ARCHITECTURE), ARCHITECTURE["num_hidden_layers"]
     with bench.model() as backend:
         base = backend.next_token_logits(ids, lengths)[0]
     with bench.model(model__lora=_lora(bench, rank=rank)) as backend:
@@ -404,7 +404,10 @@ def lora(bench: Bench) -> str:
         hold(start < BF16_STEP, f"before training an adapter changes the logits by {start:.2%}")
         adapters = sum(name.endswith("/lora_A") for name in backend.trained)
         count = sum(math.prod(entry.shape) for entry in backend.trained.values())
-        sizes = [[shape.projection(name)[0] for name in hf_map.LINEARS[linear]] for linear in bench.linears]
+        sizes = [
+            [shapes[f"{hf_map.module_of(0, name)}.weight"] for name in hf_map.LINEARS[linear]]
+            for linear in bench.linears
+        ]
         wanted = layers * sum(rank * (group[0][1] + sum(rows for rows, _ in group)) for group in sizes)
         evidence = f"{adapters} adapters of {layers * len(bench.linears)}, {count} trained values of {wanted}"
         hold((adapters, count) == (layers * len(bench.linears), wanted), evidence)
@@ -426,7 +429,7 @@ def lora_merged(bench: Bench) -> str:
     with bench.model(model__lora=_lora(bench, rank=rank, alpha=alpha)) as backend:
         backend.train_step([batch], 0.2, 1)
         found = backend.next_token_logits(batch.input_ids, lengths)[0].astype(np.float64)
-        trained = {n.removeprefix(f"model/{hf_map.PREFIX}"): a for n, a in snapshot_of(backend).items()}
+        trained = {n.removeprefix(f"model/{llama.PREFIX}"): a for n, a in snapshot_of(backend).items()}
     for name in [name for name in trained if name.endswith(".lora_A.weight")]:
         module = name.removesuffix(".lora_A.weight")
         merged[f"{module}.weight"] += alpha / rank * trained[f"{module}.lora_B.weight"] @ trained[name]

@@ -18,10 +18,9 @@ import numpy as np
 
 from common.data.tokens import TokenSplit, spread
 from common.errors import DataError
-from common.model.llama import HEAD
+from common.model.llama import HEAD, PREFIX
 from common.model.weights import Shapes, Weights
 from common.train.evaluate import HeldOut, from_rows, held_out
-from engines.ttml.hf_map import PREFIX
 from tools.export.hf_folder import merged_shapes
 from tools.runs import trained
 from tools.runs.trained import TrainedRun

@@ -16,10 +16,9 @@ import numpy as np
 from common.errors import MachineError
 from common.files import write_json
 from common.model import bases
-from common.model.llama import HEAD
+from common.model.llama import HEAD, PREFIX
 from common.model.weights import SafetensorsWriter, Shapes, Weights
 from common.train.checkpoint import Tensors
-from engines.ttml.hf_map import PREFIX
 from tools.runs.trained import TrainedRun
 
 Array = np.ndarray[Any, Any]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from common.model import llama
+
 Array = np.ndarray[Any, Any]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -87,29 +89,17 @@ def write_tiny_base(
 
 
 def random_llama(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
-    """float32 weights by Hugging Face names: norm gains 1, everything else N(0, 0.05^2)."""
+    """Return float32 weights by Hugging Face names: norm gains 1, everything else N(0, 0.05^2)."""
     rng = np.random.default_rng(seed)
-    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = config["num_key_value_heads"] * config["head_dim"]
-
-    def normal(*shape: int) -> Array:
-        return (rng.standard_normal(shape) * 0.05).astype(np.float32)
-
-    weights = {
-        "model.embed_tokens.weight": normal(vocab, hidden),
-        "model.norm.weight": np.ones(hidden, np.float32),
+    shapes = llama.shapes(config)
+    # One stream for all: the head is drawn right after the embedding, and the order of the rest is that of `shapes`.
+    order = sorted(shapes, key=lambda name: name not in (llama.EMBEDDING, llama.HEAD))
+    return {
+        name: np.ones(shapes[name], np.float32)
+        if len(shapes[name]) == 1
+        else (rng.standard_normal(shapes[name]) * 0.05).astype(np.float32)
+        for name in order
     }
-    if not config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = normal(vocab, hidden)
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}."
-        shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
-        weights |= {f"{at}self_attn.{p}_proj.weight": normal(*s) for p, s in shapes.items()}
-        weights |= {f"{at}mlp.{p}_proj.weight": normal(ffn, hidden) for p in ("gate", "up")}
-        weights[f"{at}mlp.down_proj.weight"] = normal(hidden, ffn)
-        norms = ("input_layernorm", "post_attention_layernorm")
-        weights |= {f"{at}{norm}.weight": np.ones(hidden, np.float32) for norm in norms}
-    return weights
 
 
 def write_json(path: Path, value: object) -> None:
