@@ -105,12 +105,11 @@ def test_equal_prompts_are_compared_once(monkeypatch):
     monkeypatch.setattr(checks, "sharing", counted)
     near = ("What is the gradient of a loss", "what is the gradient of a loss?", "Say, what is the gradient of a loss?")
     texts = [near[at % 3] for at in range(300)]
-    assert checks.alike(texts) == [0] * 300
     pairs = list(
         checks.near_pairs([(text, "a") for text in texts], [(text, f"b{at}") for at, text in enumerate(texts)])
     )
     assert pairs == ["a ~ b2", "a ~ b2", "a ~ b0"] * 100
-    assert sizes == [2, 2], "300 prompts, two of them different"
+    assert sizes == [2], "300 prompts, two of them different"
 
 
 def test_a_leak_says_where_both_stand():

@@ -11,19 +11,16 @@ import pytest
 
 from common import config as configs
 from common import hardware
-from common.config.schema import Architecture
 from common.data.build import Builder
-from common.data.corpora import Document
-from common.data.rows import group_hash, read_prompts, read_rows
+from common.data.rows import group_hash, plain, read_prompts, read_rows
 from common.errors import DataError, RecipeError, UsageError
+from common.model import llama
 from tools.cli import main
 from tools.cli.data import licence_of
 from tools.data import checks
 from tools.results.schema import load as load_results
-from tools.scaffold import corpus, new
-from tools.scaffold import rows as scaffold_rows
-from tools.scaffold.rows import Lengths, max_length, schedule
-from tools.scaffold.yaml import Setting, YamlFile
+from tools.scaffold import new
+from tools.scaffold.rows import schedule
 
 ROWS_BUILDER = '''"""The rows of recipes/parent."""
 from tools.data.convert import read_source
@@ -67,7 +64,7 @@ checkpoint_config:
   every: 5
 """
 SHAPE = """\
-# A model of its own.
+# 1 parameters: a model of its own.
 model_config:
   architecture: {vocab_size: VOCABULARY, hidden_size: 32, intermediate_size: 32, num_hidden_layers: LAYERS,
                  num_attention_heads: 1, num_key_value_heads: 1, max_position_embeddings: 64}
@@ -81,7 +78,6 @@ eval_config: {every: 100, prompts: [Once]}
 checkpoint_config: {every: 200}
 """
 SUBJECTS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus maple north otter plume".split()
-LEAKS = {"D002", "D003", "D101", "D102", "D103", "D104"}
 QUESTIONS = [f"{ask} the {subject}?" for ask in ("What is", "Who knew", "Why not", "Where lay") for subject in SUBJECTS]
 PAIRS = [
     (question, f"{question.split()[-1][:-1].title()} number {at} is long told.")
@@ -106,8 +102,7 @@ def root(tmp_path, tiny_base, monkeypatch) -> Path:
         "parent/results/curve.csv": "1,2\n",
         "tale/config.yaml": TEXT_CONFIG,
         "tale/presets/small.yaml": SHAPE.replace("VOCABULARY", "64").replace("LAYERS", "2"),
-        "tale/presets/larger.yaml": SHAPE.replace("VOCABULARY", "128").replace("LAYERS", "3"),
-        "tale/presets/largest.yaml": SHAPE.replace("VOCABULARY", "128").replace("LAYERS", "9"),
+        "tale/presets/larger.yaml": SHAPE.replace("VOCABULARY", "320").replace("LAYERS", "3"),
         "tale/dataset.py": TEXT_BUILDER,
         "tale/train.py": "",
         "tale/data/tale.txt": "Once there was a fox.\n" * 99,
@@ -136,6 +131,13 @@ def fork(
     return new.new(name, parent, own, lines.append), "\n".join(lines)
 
 
+def leaks_of(recipe: Path) -> set[str]:
+    """Errors and warnings of the data check that say that a prompt is on two sides."""
+    prompts = read_prompts(recipe / "data/prompts.jsonl")
+    report = checks.check(Builder(config_of(recipe), recipe).splits(), prompts)
+    return {finding.id for finding in report.findings} & {"D002", "D003", "D101", "D102", "D103", "D104"}
+
+
 def everything(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -157,8 +159,7 @@ def test_every_row_of_the_user_s_is_in_the_fork_once_and_on_one_side(root, tmp_p
     assert len(asked) == 4
     assert "64 rows of" in said
     assert "52 to train on, 8 held out, 4 asked" in said
-    report = checks.check(splits, [row["prompt"] for row in asked])
-    assert not [finding.id for finding in report.findings if finding.id <= "D104"], "no leak"
+    assert not leaks_of(recipe)
 
 
 def test_nothing_of_the_parent_s_data_results_or_name_stays(root, tmp_path):
@@ -192,15 +193,10 @@ def test_what_is_set_follows_from_the_rows_and_stands_with_its_reason(root, tmp_
     assert (board.training.batch_size, board.training.num_epochs, board.training.max_steps) == (32, 5, None)
     assert (board.training.scheduler.warmup_steps, board.eval.every, board.checkpoint.every) == (1, 3, 3)  # of 9
     assert (cpu.training.batch_size, cpu.training.num_epochs, cpu.eval.every, cpu.checkpoint.every) == (8, 5, 11, 9)
-    assert board.data.max_length is None
-    assert "max_length: null" in (recipe / "config.yaml").read_text()
-    assert (
-        "num_epochs: 5                   # 52 rows: 1.6 steps of 32 a pass, 9 in all"
-        in (recipe / "config.yaml").read_text()
-    )
-    assert "training_config.num_epochs: 5  (52 rows: 1.6 steps of 32 a pass, 9 in all)" in said
+    assert "num_epochs: 5                   # 9 steps of 32 rows" in (recipe / "config.yaml").read_text()
+    assert "training_config.num_epochs: 5  (9 steps of 32 rows)" in said
     assert "num_epochs" not in (recipe / "hw/cpu.yaml").read_text(), "an overlay holds what differs"
-    assert (recipe / "hw/n150.yaml").read_text() == "logging_config:\n  log_every: 3\n", "cannot undo max_length"
+    assert (recipe / "hw/n150.yaml").read_text() == "logging_config:\n  log_every: 3\n", "the parent's max_length went"
 
 
 def test_an_overlay_in_which_nothing_differs_any_more_goes(root, tmp_path):
@@ -211,7 +207,7 @@ def test_an_overlay_in_which_nothing_differs_any_more_goes(root, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["jsonl", "messages", "alpaca", "sharegpt", "text", "semicolon"])
-def test_every_format_that_data_convert_takes(tmp_path, format):
+def test_every_format_that_data_convert_takes(root, tmp_path, format):
     values = {
         "jsonl": "\n".join(json.dumps({"prompt": q, "response": a}) for q, a in PAIRS),
         "messages": "\n".join(
@@ -227,9 +223,12 @@ def test_every_format_that_data_convert_takes(tmp_path, format):
     }
     data = tmp_path / ("my.txt" if format == "text" else "my.csv" if format == "semicolon" else "my.json")
     data.write_text(values[format])
-    rows, named = scaffold_rows.read(data, "auto", {})
-    assert [(row.prompt, row.response) for row in rows] == PAIRS
-    assert named == {"messages": "jsonl", "semicolon": "csv"}.get(format, format)
+    recipe, said = fork(root, data)
+    splits = Builder(config_of(recipe), recipe).splits()
+    asked = [json.loads(line) for line in (recipe / "data/prompts.jsonl").read_text().splitlines()]
+    found = [(row.prompt, row.response) for part in splits.values() for row in part]
+    assert sorted(found + [(row["prompt"], row["response"]) for row in asked]) == sorted(PAIRS)
+    assert f"({'jsonl' if format == 'messages' else 'csv' if format == 'semicolon' else format})" in said
 
 
 def test_a_conversation_of_several_turns_is_kept_whole_and_asked_by_its_first(root, tmp_path):
@@ -248,136 +247,73 @@ def test_a_conversation_of_several_turns_is_kept_whole_and_asked_by_its_first(ro
     assert set(read_prompts(recipe / "data/prompts.jsonl")) < set(QUESTIONS)
 
 
-def test_nearly_the_same_prompts_stay_on_one_side_over_any_chain(root, tmp_path):
-    words = "one two three four five six seven eight nine ten eleven".split()
-    chain = [(" ".join(words[at : at + 9]), f"Link {at} of a chain that holds.") for at in range(3)]
-    asked = [" ".join(f"{word}{at}" for word in SUBJECTS[:6]) for at in range(60)]
-    kin = [(f"{text}{please}", f"Answer {text}.") for text in asked for please in (" please?", "?", " kindly?")]
-    recipe, said = fork(root, table(tmp_path / "my.csv", [*chain, *kin]))
-    assert config_of(recipe).data.split_by == "group"
-    assert "nearly the same prompts (61 times)" in said
-    assert "a row that is added needs a group too: any word of its own, or that of the rows it resembles" in said
-    splits = Builder(config_of(recipe), recipe).splits()
-    asked = read_prompts(recipe / "data/prompts.jsonl")
-    found = {finding.id for finding in checks.check(splits, asked).findings}
-    assert not found & LEAKS
-    twins = read_prompts(recipe / "data/twins.jsonl")
-    assert f"{len(asked)} rows set aside, with {len(twins)} like them" in said
-    assert len(asked) + len(twins) + sum(map(len, splits.values())) == 183, "every row is somewhere, once"
-    sides = {name for name, part in splits.items() for row in part if row.response.startswith("Link")}
-    assert len(sides) == 1
-
-
-def boiling(count: int) -> list[tuple[str, str]]:
-    """Rows of one template: any two prompts are nearly the same."""
-    text = "What is the boiling point of {} in degrees Celsius at sea level?"
-    return [
-        (text.format(f"{SUBJECTS[at % 16]}{at}"), f"Element {at} boils at {at * 7} degrees.") for at in range(count)
-    ]
-
-
-def leaks_of(recipe: Path) -> set[str]:
-    prompts = read_prompts(recipe / "data/prompts.jsonl")
-    report = checks.check(Builder(config_of(recipe), recipe).splits(), prompts)
-    return {finding.id for finding in report.findings} & LEAKS
-
-
-def test_a_template_is_split_by_the_exact_prompt_and_that_is_said(root, tmp_path):
-    recipe, said = fork(root, table(tmp_path / "my.csv", boiling(60)))
-    assert "48 to train on, 8 held out, 4 asked" in said
-    assert "60 rows in nearly the same words are too many to stay on one side" in said
-    assert config_of(recipe).data.split_by is None
-    assert not leaks_of(recipe) & {"D002", "D003", "D103"}, "nearly the same is a warning, the same would be an error"
-
-
-def test_a_large_template_beside_other_rows_is_not_held_out_whole(root, tmp_path):
-    for size in (100, 240):  # one is held out whole, or trained on whole, by the luck of its hash
-        recipe, said = fork(root, table(tmp_path / f"{size}.csv", [*boiling(size), *PAIRS[:60]]), name=f"young-{size}")
-        splits = Builder(config_of(recipe), recipe).splits()
-        assert 0.08 < len(splits["held_out"]) / (size + 60) < 0.2
-        sides = {name for name, part in splits.items() for row in part if "boiling" in row.prompt}
-        assert sides == {"train", "held_out"}
-        assert f"{size} rows in nearly the same words" in said
-        assert all("boiling" not in prompt for prompt in read_prompts(recipe / "data/prompts.jsonl")), "others are left"
-        assert not leaks_of(recipe) & {"D002", "D003", "D102", "D103", "D104"}
-
-
-def test_several_templates_that_would_take_more_than_is_wanted_come_apart_too(root, tmp_path):
-    shapes = (
-        "Tell me in one line what the colour {} is for",
-        "How many grams of {} go into a cake of ours",
-        "Name a city whose old market sells {} all year",
-        "Which of your friends likes {} more than they say",
-        "Write down the price that {} had last winter here",
-        "Explain to a small child why {} falls from trees",
-    )
-    rows = [(shape.format(f"{word}{at}"), f"{word} {at}.") for at, shape in enumerate(shapes) for word in SUBJECTS[:14]]
+def test_prompts_that_are_spelt_differently_and_are_the_same_stay_on_one_side(root, tmp_path):
+    rows = [(question + end, answer) for question, answer in PAIRS for end in ("", "  ", "?!")]
     recipe, said = fork(root, table(tmp_path / "my.csv", rows))
-    assert "not by group: " in said
-    assert "would be held out or set aside, 12 are wanted" in said
-    assert len(Builder(config_of(recipe), recipe).splits()["train"]) == 72
+    assert config_of(recipe).data.split_by == "same_prompt"
+    assert not leaks_of(recipe)
+    assert "192 rows of" in said
+    assert "8 left out, which have the prompt of one that is asked" in said
+    asked = {plain(prompt).rstrip("?!") for prompt in read_prompts(recipe / "data/prompts.jsonl")}
+    assert len(asked) == 4
+    assert len(read_rows(recipe / "data/rows.jsonl")) == 192 - 12
+    assert not asked & {plain(row.prompt).rstrip("?!") for row in read_rows(recipe / "data/rows.jsonl")}
 
 
-def test_one_prompt_with_most_of_the_rows_is_refused_where_it_would_be_held_out(root, tmp_path):
+def test_prompts_with_one_row_are_asked_first_so_that_nothing_is_left_out(root, tmp_path):
+    rows = [*PAIRS, *((question, "Another answer.") for question in QUESTIONS[:8])]
+    _, said = fork(root, table(tmp_path / "my.csv", rows))
+    assert "left out" not in said
+
+
+def test_what_is_nearly_the_same_is_said_by_the_data_check(root, tmp_path):
+    text = "What is the boiling point of {} in degrees Celsius at sea level?"
+    rows = [(text.format(f"{SUBJECTS[at % 16]}{at}"), f"Element {at} boils at {at * 7} degrees.") for at in range(60)]
+    recipe, said = fork(root, table(tmp_path / "my.csv", rows))
+    assert "warning D101: 8 held-out prompts are trained on in nearly the same words" in said
+    assert f"{tmp_path / 'my.csv'}:" in said, "by the lines of the user's file"
+    assert leaks_of(recipe) <= {"D101", "D102", "D104"}
+
+
+def test_a_prompt_with_most_of_the_rows_is_refused_where_it_would_be_held_out(root, tmp_path):
     prompt = min((f"What is {at}?" for at in range(99)), key=lambda text: group_hash(text.lower()))
     rows = [(prompt, f"A thing of number {at}.") for at in range(240)]
-    with pytest.raises(DataError, match="of 304 rows would be held out or set aside, 34 are wanted") as error:
+    with pytest.raises(DataError, match="of 304 rows 53 would be left to train on") as error:
         fork(root, table(tmp_path / "my.csv", [*PAIRS, *rows]))
-    assert "one prompt comes 240 times" in str(error.value)
-
-
-def test_who_has_the_prompt_of_an_evaluation_is_neither_trained_on_nor_scored(root, tmp_path):
-    rows = [(question, f"{answer} {more}") for question, answer in PAIRS for more in ("Yes.", "No.", "Perhaps.")]
-    recipe, _ = fork(root, table(tmp_path / "my.csv", rows))
-    assert not leaks_of(recipe)
-    asked, twins = (read_prompts(recipe / f"data/{name}.jsonl") for name in ("prompts", "twins"))
-    assert sorted(twins) == sorted(asked * 2)
-    assert len(set(asked)) == len(asked) == 4
-    assert f"{len(twins)} rows with the same or nearly the same prompts" in " ".join(
-        (recipe / "README.md").read_text().split()
-    )
-
-
-def test_the_first_and_last_of_a_chain_are_kin_though_they_are_not_alike():
-    words = "one two three four five six seven eight nine ten eleven twelve".split()
-    chain = [" ".join(words[at : at + 9]) for at in range(4)]
-    assert not list(checks.near_pairs([(chain[0], "a")], [(chain[3], "b")]))
-    assert checks.alike([chain[0], chain[3], "Another thing altogether", chain[2], chain[1]]) == [0, 0, 2, 0, 0]
+    assert "one has 240" in str(error.value)
 
 
 def test_a_column_of_topics_holds_the_rows_of_a_topic_together(root, tmp_path):
     rows = [(q, a, SUBJECTS[at % 16], at) for at, (q, a) in enumerate(PAIRS)]
-    recipe, said = fork(root, table(tmp_path / "my.csv", rows, ("question", "answer", "topic", "ticket")))
+    recipe, _ = fork(root, table(tmp_path / "my.csv", rows, ("question", "answer", "topic", "ticket")))
     assert config_of(recipe).data.split_by == "topic"
-    assert "kept beside prompt and response, not trained on, part of the recipe: ticket" in said
     splits = Builder(config_of(recipe), recipe).splits()
     topics = [{row.extra["topic"] for row in part} for part in splits.values()]
     assert not topics[0] & topics[1]
-    few = [(q, a, at % 3, at) for at, (q, a) in enumerate(PAIRS)]
-    new.new(
-        "other",
-        "parent",
-        new.Own(table(tmp_path / "few.csv", few, ("question", "answer", "topic", "n")), {}, "auto"),
-        print,
-    )
-    assert config_of(recipe.with_name("other")).data.split_by is None, "three topics are too few to hold one out"
 
 
 @pytest.mark.parametrize(
-    ("topics", "reason"),
+    "topics",
     [
-        (["", *[f"t{at % 16}" for at in range(63)]], "1 of 64 rows have none"),
-        ([f"t{at % 3}" for at in range(64)], "it has 3 values, 10 are needed"),
-        ([f"t{at}" for at in range(64)], "it has 64 values for 64 rows"),
-        (["t", *["t"] * 39, *[f"t{at}" for at in range(24)]], "one value has 40 of 64 rows"),
+        ["", *[f"t{at % 16}" for at in range(63)]],
+        [f"t{at % 3}" for at in range(64)],
+        [f"t{at}" for at in range(64)],
+        ["t", *["t"] * 39, *[f"t{at}" for at in range(24)]],
     ],
+    ids=["a row has none", "too few", "as many as rows", "one is large"],
 )
-def test_why_a_column_is_not_taken_is_said(root, tmp_path, topics, reason):
+def test_a_column_that_makes_no_groups_is_not_taken(root, tmp_path, topics):
     rows = [(*pair, topic) for pair, topic in zip(PAIRS, topics, strict=True)]
-    recipe, said = fork(root, table(tmp_path / "my.csv", rows, ("question", "answer", "topic")))
+    recipe, _ = fork(root, table(tmp_path / "my.csv", rows, ("question", "answer", "topic")))
     assert config_of(recipe).data.split_by is None
-    assert f"; not by topic: {reason}" in said
-    assert "not by topic" in (recipe / "config.yaml").read_text()
+    assert not leaks_of(recipe)
+
+
+def test_a_column_that_would_part_equal_prompts_is_not_taken(root, tmp_path):
+    rows = [(*pair, f"t{(at + again) % 16}") for again in range(2) for at, pair in enumerate(PAIRS)]
+    recipe, _ = fork(root, table(tmp_path / "my.csv", rows, ("question", "answer", "topic")))
+    assert config_of(recipe).data.split_by is None
+    assert not leaks_of(recipe)
 
 
 def test_the_share_means_the_rows_it_says_and_adding_one_moves_no_other(root, tmp_path):
@@ -400,26 +336,18 @@ def test_the_share_means_the_rows_it_says_and_adding_one_moves_no_other(root, tm
     ],
 )
 def test_passes_and_intervals_by_the_number_of_rows(rows, batch, limit, stop, warm, every):
-    found = {setting.key.rpartition(".")[2]: setting.value for setting in schedule(rows, batch, limit)[:3]}
+    found = {key.rpartition(".")[2]: value for key, (value, _) in [*schedule(rows, batch, limit).items()][:3]}
     assert found == {stop[0]: stop[1], "warmup_steps": warm, "every": every}
 
 
-def test_long_rows_are_cut_only_where_they_are_few_and_would_pad_all_the_others():
-    def of(*sizes: int) -> int | None:
-        return max_length(Lengths(sizes, sizes, "by a test", 2048)).value
-
-    assert of(*[90] * 99, 180) is None, "within twice what the others need"
-    assert of(*[90] * 99, 400) == 96
-    assert of(*[90] * 50, *[400] * 50) is None, "half of the rows are no outliers"
-
-
-def test_without_a_tokenizer_lengths_are_estimated_and_that_is_said(root, tmp_path, tiny_base):
+def test_a_base_that_is_not_here_is_not_fetched_and_that_is_said(root, tmp_path, tiny_base, monkeypatch):
     for layer in ("config.yaml", "hw/cpu.yaml"):
         path = root / "recipes/parent" / layer
         path.write_text(path.read_text().replace(str(tiny_base), "tinyllama-1.1b-chat"))
+    monkeypatch.setattr("common.model.bases._pinned", lambda *words: pytest.fail("it is fetched"))
     recipe, said = fork(root, table(tmp_path / "my.csv"))
-    assert "estimated at 3 bytes a token: no base's tokenizer is on this machine" in said
-    assert config_of(recipe).data.max_length is None, "the build counts"
+    assert "tokens are counted by the first run: tinyllama-1.1b-chat is not on this machine" in said
+    assert config_of(recipe).eval.max_new_tokens == 32
 
 
 def test_neither_torch_nor_the_network_is_needed(root, tmp_path, monkeypatch):
@@ -444,11 +372,12 @@ LINES = "".join(f"{question},{answer}\n" for question, answer in PAIRS)
 FEW, SAME = "question,answer\n" + LINES[: LINES.index("Who")], "question,answer\n" + "What is it?,A fox.\n" * 90
 KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
 BAD: dict[str, tuple[object, str, str]] = {
-    "other columns": ("ask,say\n" + LINES, "columns: ask, say", "prompt=ask --map response=say"),
+    "other columns": ("ask,say\n" + LINES, "columns: ask, say", "--map prompt=COLUMN --map response=COLUMN"),
     "too few": (FEW, "16 with 16 different prompts, 44 are needed", "32 to train on"),
-    "all the same": (SAME, "90 with 1 different prompts (case,", "write more"),
-    "empty": ("", "no row", "Your own data"),
-    "no row": ("question,answer\n", "no row", "Your own data"),
+    "all the same": (SAME, "90 with 1 different prompts, 44 are needed", "write more"),
+    "empty": ("", "no row", "my.csv"),
+    "no row": ("question,answer\n", "no row", "my.csv"),
+    "too many fields": ("question;answer\n" + "a;b;c\n" * 50, "50 rows cannot be used", "not the 2 columns"),
     "not UTF-8": ("question,answer\nWo ist das Café?,Da.\n".encode("latin-1"), "not UTF-8: byte 0xe9", "UTF-8"),
     "bad rows": (
         "question,answer\n,no question\n" + LINES + "No answer?,  \n",
@@ -459,7 +388,7 @@ BAD: dict[str, tuple[object, str, str]] = {
     "a marker": ("question,answer\n" + LINES.replace("\n", " <|user|>\n"), "error D005", "correct these"),
     "too long": (
         "question,answer\n" + LINES + f"What is long?,{'xyz ' * 400}\n",
-        "1 of 65 rows are longer than the 256 positions",
+        "the model has positions for 256",
         "shorten",
     ),
 }  # fmt: skip
@@ -488,22 +417,23 @@ def test_a_column_that_would_be_read_in_place_of_another_is_refused(root, tmp_pa
 
 @pytest.mark.parametrize(("suffix", "parent", "words"), [
     ("nowhere.csv", "parent", "no such file"),
-    (".", "parent", "rows come from one file"),
-    ("prose.txt", "parent", "--from tale"),
+    (".", "parent", "no such file"),
+    ("prose.txt", "parent", "start each question with a line 'Q: ...'"),
     ("prose.csv", "tale", "--from parent"),
     ("nowhere.txt", "tale", "no such file or folder"),
-    ("short.txt", "tale", "too small: 17 tokens to train on, 128 are needed"),
+    ("short.txt", "tale", "the corpus is shorter than one context: 17 bytes"),
     ("zero.txt", "tale", "binary data"),
     ("none.txt", "tale", "the corpus is empty"),
-    ("wide.txt", "tale", "no preset of this recipe has room"),
+    ("small.txt", "tale", "training rows do not fill"),
 ])  # fmt: skip
 def test_data_that_the_recipe_cannot_train_on_is_refused_with_what_can(root, tmp_path, suffix, parent, words):
     texts = {
         "prose.txt": "Once upon a time.\n" * 99,
         "prose.csv": "question,answer\n",
         "short.txt": "Once upon a time\n\n",
+        "small.txt": "Once upon a time.\n" * 5,
     }
-    texts |= {"zero.txt": "a\0b" * 999, "none.txt": "\n", "wide.txt": "".join(map(chr, range(0x4E00, 0x5000))) * 4}
+    texts |= {"zero.txt": "a\0b" * 999, "none.txt": "\n"}
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     before = everything(root)
@@ -519,6 +449,14 @@ def test_data_that_the_recipe_cannot_train_on_is_refused_with_what_can(root, tmp
 def test_a_name_that_is_no_folder_name_is_refused_with_the_rule(root, name):
     with pytest.raises(UsageError, match="lower-case letters, digits"):
         new.new(name, "parent", None, print)
+
+
+def test_a_parent_that_splits_by_rules_of_its_own_is_refused(root, tmp_path):
+    builder = root / "recipes/parent/dataset.py"
+    builder.write_text(builder.read_text().replace("config.data.held_out_share", "0.5"))
+    with pytest.raises(DataError, match="it makes 29 rows to train on of 52") as error:
+        fork(root, table(tmp_path / "my.csv"))
+    assert "splits by split_by and held_out_share" in str(error.value)
 
 
 def test_other_usage_that_is_refused(root, tmp_path):
@@ -538,7 +476,7 @@ def test_what_appears_meanwhile_is_not_overwritten_and_a_stop_leaves_nothing(roo
         assert {path.parent.name for path in root.glob("recipes/*/config.yaml")} == {"parent", "tale"}, "not yet there"
         (root / "recipes/young").write_text("somebody else's")
 
-    monkeypatch.setattr(new, "check", in_between)
+    monkeypatch.setattr("tools.results.schema.load", in_between)
     with pytest.raises(UsageError, match="already"):
         fork(root, table(tmp_path / "my.csv"))
     assert (root / "recipes/young").read_text() == "somebody else's"
@@ -548,7 +486,7 @@ def test_what_appears_meanwhile_is_not_overwritten_and_a_stop_leaves_nothing(roo
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(new, "check", stop)
+    monkeypatch.setattr("tools.results.schema.load", stop)
     with pytest.raises(KeyboardInterrupt):
         fork(root, table(tmp_path / "my.csv"))
     assert everything(root) == before
@@ -559,7 +497,7 @@ def test_a_parent_s_data_outside_of_its_folder_is_never_touched(root, tmp_path):
     path = root / "recipes/parent/config.yaml"
     for place in (str(outside), "../../../outside.csv"):
         path.write_text(ROWS_CONFIG.replace("data/foxes.csv", place).replace("BASE", str(tmp_path)))
-        new.forget(root / "recipes/parent", config_of(root / "recipes/parent"))
+        new.forget(root / "recipes/parent", config_of(root / "recipes/parent"), ())
         assert outside.is_file()
 
 
@@ -584,12 +522,16 @@ def test_a_fork_of_text_holds_its_end_out_and_asks_for_what_begins_there(root, t
     assert f"40 passes over {windows} windows of 32 tokens" in said
 
 
-def test_a_text_of_more_characters_gets_the_preset_that_has_room_and_is_nearest_in_size(root, tmp_path):
+def test_a_preset_is_made_as_wide_as_the_text_has_characters(root, tmp_path):
     data = tmp_path / "mine.txt"
     data.write_text("".join(f"{chr(200 + at % 70)} tells of {SUBJECTS[at % 16]}.\n" for at in range(900)))
-    recipe, said = fork(root, data, "tale")
-    assert config_of(recipe).model.preset == "larger"
-    assert "nearest in size to small that fits" in said
+    recipe, _ = fork(root, data, "tale")
+    shape = config_of(recipe).model.architecture
+    assert shape
+    assert (config_of(recipe).model.preset, shape.vocab_size) == ("small", 96)
+    head = (recipe / "presets/small.yaml").read_text().partition(" parameters")[0]
+    assert head == f"# {llama.parameters(shape.model_dump()):,}"
+    assert config_of(root / "recipes/tale").model.architecture != shape
 
 
 def test_of_a_folder_whole_files_are_held_out(root, tmp_path):
@@ -601,22 +543,13 @@ def test_of_a_folder_whole_files_are_held_out(root, tmp_path):
     assert {name: len(part) for name, part in documents.items()} == {"train": 8, "held_out": 2}, "one is not a tenth"
 
 
-def test_bpe_must_be_filled_by_the_text(tmp_path):
-    def of(text: str) -> corpus.Text:
-        part = [Document("a", text)]
-        return corpus.Text("a", {"train": part}, Setting("a", 0.1, ""))
-
-    shape = Architecture(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    assert not corpus.fits(of("ab " * 99), "bpe", 4, shape)
-    assert corpus.fits(of(" ".join(QUESTIONS)), "bpe", 40, shape)
+def test_a_text_that_cannot_fill_a_bpe_vocabulary_is_refused(root, tmp_path):
+    (root / "recipes/tale/hw").mkdir()
+    bpe = "data_config: {tokenizer: {type: bpe}}\nmodel_config: {preset: larger}\n"
+    (root / "recipes/tale/hw/cpu.yaml").write_text(bpe)
+    (tmp_path / "mine.txt").write_text("Once there was a fox.\n" * 99)
+    with pytest.raises(DataError, match="cannot fill a BPE vocabulary of 320: it gives 2"):
+        fork(root, tmp_path / "mine.txt", "tale")
 
 
 # --- a copy -----------------------------------------------------------------------------------------------------------
@@ -675,17 +608,6 @@ def test_no_line_is_longer_for_a_long_name_of_a_file(root, tmp_path):
     assert max(map(len, text.splitlines())) <= 160
 
 
-def test_lines_that_have_too_many_fields_are_no_matter_of_columns(root, tmp_path):
-    path = tmp_path / "my.csv"
-    path.write_text(
-        "question;answer\n" + "".join(f"{question};one; two; three {at}\n" for at, question in enumerate(QUESTIONS))
-    )
-    with pytest.raises(DataError) as error:
-        fork(root, path)
-    assert "double quotes" in str(error.value.todo)
-    assert "--map" not in str(error.value.todo)
-
-
 def test_a_fork_can_be_forked(root, tmp_path):
     recipe, _ = fork(root, table(tmp_path / "my.csv"))
     rows = [(f"{q} Really?", a) for q, a in PAIRS]
@@ -695,53 +617,6 @@ def test_a_fork_can_be_forked(root, tmp_path):
     assert all(row.prompt.endswith("Really?") for row in read_rows(child / "data/rows.jsonl"))
     assert (child / "config.yaml").read_text().count("num_epochs") == 1
     assert "my.csv" not in "".join(path.read_text() for path in child.rglob("*") if path.is_file())
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-def edited(tmp_path: Path, text: str, *settings: Setting, remove: tuple[str, ...] = ()) -> str:
-    path = tmp_path / "a.yaml"
-    path.write_text(text)
-    file = YamlFile(path)
-    for key in remove:
-        file.remove(key)
-    for setting in settings:
-        file.set(setting)
-    file.write()
-    return path.read_text() if path.is_file() else ""
-
-
-def test_a_value_changes_in_its_line_and_the_rest_stays_as_it_was(tmp_path):
-    text = "# head\na:\n  b: 1  # one\n  # about c\n  c: [1,\n    2]\n\n# about d\nd:\n  e:\n    - x\n    - y\n"
-    found = edited(tmp_path, text, Setting("a.c", 3, "three"), Setting("d.e", "z", "now one"))
-    assert found == (
-        "# head\na:\n  b: 1  # one\n  c: 3                            # three\n\n# about d\nd:\n"
-        "  e: z                            # now one\n"
-    )
-
-
-def test_a_key_that_is_not_there_goes_to_the_end_of_its_section(tmp_path):
-    found = edited(
-        tmp_path, "a:\n  b: 1\n\nd:\n  e: 2\n", Setting("a.x.y", None, "why " * 40), Setting("f.g", 1, "new")
-    )
-    assert found.startswith("a:\n  b: 1\n  x:\n    # why why")
-    assert found.endswith("why\n    y: null\n\nd:\n  e: 2\n\nf:\n  g: 1                            # new\n")
-    assert max(map(len, found.splitlines())) <= 120
-
-
-def test_what_is_removed_takes_its_empty_section_along_and_an_empty_file_goes(tmp_path):
-    text = "a:\n  b:\n    c: 1\n\nd: 2\n"
-    assert edited(tmp_path, text, remove=("a.b.c", "nothing.here")) == "d: 2\n"
-    assert edited(tmp_path, text, remove=("a.b.c", "d")) == ""
-
-
-def test_flow_style_is_written_out(tmp_path):
-    found = edited(tmp_path, "# head\na: {b: 1e-3, c: 2}\n", Setting("a.c", 3, "three"))
-    assert found == "# head\na:\n  b: 0.001\n  c: 3                            # three\n"
-    nested = "a:\n  b: 1  # one\n  c: {d: 1, e: {f: 2}}  # goes\ng: {h: 1}\n"
-    assert edited(tmp_path, nested, remove=("a.c.e.f",)) == "a:\n  b: 1  # one\n  c:\n    d: 1\ng: {h: 1}\n"
-    assert edited(tmp_path, '{"a": {"b": 1}}\n', Setting("a.b", 2, "two")).startswith("a:\n  b: 2 ")
 
 
 def test_an_error_of_the_fork_is_one_of_ours(root, tmp_path):
@@ -761,7 +636,7 @@ def test_the_command_reads_its_options_and_ends_with_the_error_s_code(root, tmp_
 
     data = table(tmp_path / "my.csv", columns=("ask", "say"))
     assert command("young", "--from", "parent", "--data", data) == 3
-    assert "--map response=say (make: MAP='prompt=ask response=say')" in capsys.readouterr().err
+    assert "columns: ask, say; name them with --map prompt=COLUMN" in capsys.readouterr().err
     assert command("young", "--from", "parent", "--map", "prompt=ask") == 2
     assert command("young", "--from", "parent", "--data", data, "--format", "cvs") == 2
     assert command("young", "--data", data) == 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -225,32 +224,6 @@ def sharing(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) ->
             index[word].append(at)
     for part in ours:
         yield sorted({at for word in rarest(part, frequency) for at in index[word]})
-
-
-def same(texts: Sequence[str]) -> list[int]:
-    """For each text, the index of the first one that is the same in its canonical form."""
-    first: dict[str, int] = {}
-    return [first.setdefault(canonical(text), at) for at, text in enumerate(texts)]
-
-
-def alike(texts: Sequence[str]) -> list[int]:
-    """For each text, the index of the first one that it is the same as or near to, over any chain of near ones."""
-    firsts = same(texts)
-    different = sorted(set(firsts))
-    found, parts = {at: at for at in different}, [words(texts[at]) for at in different]
-
-    def first(at: int) -> int:
-        while found[at] != at:
-            found[at] = at = found[found[at]]
-        return at
-
-    for number, candidates in enumerate(sharing(parts, parts)):
-        root = different[number]
-        for other in candidates[: bisect_left(candidates, number)]:
-            theirs = first(different[other])
-            if theirs != root and overlap(parts[number], parts[other]) >= NEAR:
-                found[max(root, theirs)] = root = min(root, theirs)
-    return [first(at) for at in firsts]
 
 
 def words(text: str) -> frozenset[str]:

@@ -17,6 +17,7 @@ import yaml
 from common.errors import UsageError
 from common.files import write_atomic
 from common.paths import ROOT
+from tools.edit_yaml import line_after
 from tools.git import git
 from tools.results.grade import recipe_of
 from tools.results.schema import FILE, load
@@ -201,7 +202,4 @@ def entries_of(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     tree, lines = yaml.safe_load(text), text.splitlines()
     nodes = next(value for key, value in root.value if key.value == "entries").value
     for node, old in zip(nodes, tree["entries"], strict=True):
-        after = node.end_mark.line + (1 if node.flow_style else 0)
-        while not lines[after - 1].strip() or lines[after - 1].lstrip().startswith("#"):
-            after -= 1
-        yield node.start_mark.line, after, old
+        yield node.start_mark.line, line_after(node, lines), old
