@@ -4,19 +4,20 @@
 
 MAIN_RECIPE := tinyllama-finetune
 TEST_WORKERS ?= 2
+OF_RUN := HW STEPS STOP_AT RESUME SET CONTAINER DRY OUT WORLD
 PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 # What users say on the command line reaches ci/*.sh as environment, letter for letter: $(value) keeps make from
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN RUNS STEPS STOP_AT SET RESUME DRY OUT WORLD DDP WEAK PROMPT BASE CHECK UPGRADE RECORD CALIBRATE FAULT FROM DATA MAP
+FROM_COMMAND_LINE := NAME STEPS STOP_AT SET RESUME DRY OUT WORLD UPGRADE FAULT FROM DATA MAP ARGS
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data generate report compare export doctor stop plan verify grade golden repro image image-verify test test-all test-processes test-containers rehearse lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data do golden image image-verify test test-all test-processes test-containers rehearse lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -28,68 +29,36 @@ setup: ## make .venv (every other target does it first): PYTHON=python3.12, LAUN
 	@ci/setup.sh
 
 recipe-finetune: setup ## fine-tune a small language model, evaluate and export it (HW= STEPS= SET= RESUME= DRY=1)
-	@ci/forward.sh run $(MAIN_RECIPE)
+	@ci/forward.sh run $(MAIN_RECIPE) $(OF_RUN)
 
 recipe-ddp: setup ## train on several devices, HW=n300 or HW=cpu-x2 (WORLD=4: so many; the variables above)
-	@ci/forward.sh run ddp-n300
+	@ci/forward.sh run ddp-n300 $(OF_RUN)
 
 recipe-scratch: setup ## train a small transformer from random weights on Shakespeare (the same variables)
-	@ci/forward.sh run nano-transformer-scratch
+	@ci/forward.sh run nano-transformer-scratch $(OF_RUN)
 
 recipe: setup ## run one recipe by name: NAME=tinyllama-finetune, and the variables above
 	@: "$${NAME:?which recipe? make recipe NAME=$(MAIN_RECIPE)}"
-	@ci/forward.sh run "$$NAME"
+	@ci/forward.sh run NAME $(OF_RUN)
 
 new-recipe: setup ## a recipe for your data: NAME=support-tickets FROM=tinyllama-finetune DATA=my.csv MAP="prompt=question ..."
 	@: "$${NAME:?what is it to be called? make new-recipe NAME=support-tickets FROM=$(MAIN_RECIPE) DATA=my.csv}"
-	@FROM="$${FROM:-$(MAIN_RECIPE)}" ci/forward.sh new "$$NAME"
+	@FROM="$${FROM:-$(MAIN_RECIPE)}" ci/forward.sh new NAME FROM DATA MAP
 
 data: setup ## build the data set of a recipe: NAME= (the fine-tuning recipe), HW=, SET=
-	@ci/forward.sh data build "$${NAME:-$(MAIN_RECIPE)}"
+	@NAME="$${NAME:-$(MAIN_RECIPE)}" ci/forward.sh data build NAME HW SET
 
-generate: setup ## talk to a trained model: RUN=runs/..., PROMPT="a question", BASE=1 to see the untuned answer too
-	@: "$${RUN:?which run? make generate RUN=runs/...}"
-	@ci/forward.sh generate "$$RUN"
-
-report: setup ## write the page over all runs, or with RUN=runs/... that run's: OUT=
-	@ci/forward.sh report $${RUN:+"$$RUN"}
-
-compare: setup ## compare runs, and draw runs/compare.html: RUNS="runs/... runs/..."
-	@: "$${RUNS:?which runs? make compare RUNS='runs/... runs/...'}"
-	@ci/forward.sh runs compare --html runs/compare.html
-
-export: setup ## write a run's Hugging Face folder and check it: RUN=runs/...
-	@: "$${RUN:?which run? make export RUN=runs/...}"
-	@ci/forward.sh export "$$RUN"
-
-doctor: setup ## what is wrong with this machine for a board: nodes, driver, firmware, memory, engine, locks: HW=
-	@ci/forward.sh doctor
-
-stop: setup ## end a run on this machine, which saves a checkpoint first: HW= or RUN= where several go on
-	@ci/forward.sh stop $${RUN:+"$$RUN"}
-
-plan: setup ## what a run would need, before it starts: NAME= (the fine-tuning recipe), HW=, STEPS=, SET=
-	@ci/forward.sh plan "$${NAME:-$(MAIN_RECIPE)}"
-
-verify: setup ## RUN=runs/...: does the run hold together; CALIBRATE=1: can that fail; HW=: is the board right; DDP=1, NAME=, WEAK=1
-	@ci/forward.sh verify
-
-grade: setup ## hold a run against the recorded figures of its training: RUN=runs/..., RECORD=1 writes them
-	@: "$${RUN:?which run? make grade RUN=runs/...}"
-	@ci/forward.sh grade "$$RUN"
+do: setup ## any other verb of `recipe`: ARGS="doctor --hw n150", ARGS="grade runs/..."; without ARGS a list of them
+	@ARGS="$${ARGS:---help}" ci/forward.sh ARGS
 
 golden: setup ## the recipes' short runs on this CPU again, graded by their recorded figures: what CI runs; seconds
 	.venv/bin/python -m ci.golden
 
-repro: setup ## run a run again from its manifest and compare the two: RUN=runs/...
-	@: "$${RUN:?which run? make repro RUN=runs/...}"
-	@ci/forward.sh repro "$$RUN"
-
 image: setup ## build a board's image with docker buildx: HW=, BASE_IMAGE=, WHEELHOUSE=folder, CA_BUNDLE=file
-	@ci/forward.sh image build
+	@BOARD="$${HW:-}" ci/forward.sh image build BASE_IMAGE WHEELHOUSE CA_BUNDLE BOARD
 
 image-verify: setup ## build it twice and compare the layers; compare what it holds with the lock: the same variables
-	@ci/forward.sh image verify
+	@BOARD="$${HW:-}" ci/forward.sh image verify BASE_IMAGE WHEELHOUSE CA_BUNDLE BOARD
 
 test: setup ## the tests, with one tiny run from data to export; some seven minutes on two cores, no network
 	$(PYTEST) -m "not slow" tests
@@ -124,4 +93,4 @@ bench: setup ## throughput beside a peer's trainer and a bare loop (minutes; the
 lock: ## make requirements/*.txt again from *.in, with hashes, then the pins of the images: UPGRADE=1 takes newer
 	@ci/tools.sh python ci/lock.py
 	@ci/setup.sh
-	@ci/forward.sh lock
+	@ci/forward.sh lock UPGRADE
