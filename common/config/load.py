@@ -18,32 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from common import hardware
-from common.config.layers import (
-    Key,
-    Layer,
-    Problem,
-    dotted,
-    flatten,
-    locate,
-    merge,
-    nest,
-    read_file,
-    read_override,
-    refuse,
-    shown,
-)
-from common.config.layers import to_yaml as _to_yaml
+from common.config import layers
+from common.config.layers import Key, Layer, Problem, dotted
 from common.config.schema import Checkpoint, Data, Device, Evaluation, Export, Logging, Model, Section, Training
 from common.errors import UsageError
 from common.hardware import Hardware
@@ -55,9 +35,9 @@ FORMAT = 2  # of config.resolved.yaml
 class _Origin:
     """Where each key was set. Ignored by ==, hash and digests."""
 
-    where: Mapping[Key, str] = field(default_factory=dict)
-    overlay: str | None = None
-    recipe_batch: int | None = None
+    where: Mapping[Key, str] = field(default_factory=dict, compare=False)
+    overlay: str | None = field(default=None, compare=False)
+    recipe_batch: int | None = field(default=None, compare=False)
 
 
 class Config(Section):
@@ -88,32 +68,23 @@ class Config(Section):
 
     @field_validator("data")
     @classmethod
-    def _rows_fit_positions(cls, data: Data, info: ValidationInfo) -> Data:
-        shape = info.data["model"].architecture if "model" in info.data else None
-        if shape and data.max_length and data.max_length > shape.max_position_embeddings:
-            text = f"longer than max_position_embeddings {shape.max_position_embeddings}"
-            raise PydanticCustomError("below", "{text}", {"text": text, "below": "max_length"})
-        return data
-
-    @field_validator("data")
-    @classmethod
-    def _text_for_random_weights(cls, data: Data, info: ValidationInfo) -> Data:
-        random = "model" in info.data and info.data["model"].init == "random"
-        if "model" in info.data and random != (data.corpus is not None):
+    def _data_suits_the_model(cls, data: Data, info: ValidationInfo) -> Data:
+        model, text = info.data.get("model"), ""
+        if model and (model.init == "random") != (data.corpus is not None):
             text = "init: random trains on a corpus, a pretrained base on rows (data_config.source)"
-            raise PydanticCustomError("below", "{text}", {"text": text, "below": "source" if random else "corpus"})
+            key = "corpus" if data.corpus else "source"
+        elif model and model.architecture and (data.max_length or 0) > model.architecture.max_position_embeddings:
+            text = f"longer than max_position_embeddings {model.architecture.max_position_embeddings}"
+            key = "max_length"
+        if text:
+            raise PydanticCustomError("below", "{text}", {"text": text, "below": key})
         return data
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Config) and self.dump() == other.dump()
-
-    def __hash__(self) -> int:
-        return hash(self.config_digest())
 
     @property
     def micro_batch(self) -> int:
-        """Rows that one device holds at once."""
-        return self.training.micro_batch_size or self.training.batch_size // self.device.devices
+        """Rows that one device holds at once; all of its share where no micro_batch_size is set."""
+        share = self.training.batch_size // self.device.devices
+        return min(self.training.micro_batch_size or share, share)
 
     @property
     def accumulation(self) -> int:
@@ -122,72 +93,64 @@ class Config(Section):
 
     @property
     def recipe_batch(self) -> int | None:
-        """The batch_size of config.yaml and preset, before overlay and --set; None if not known."""
+        """The batch_size of config.yaml and preset, before overlay and --set; None where that is not known."""
         return self._origin.recipe_batch
 
     def where(self, key: str) -> str:
-        """The file:line or option that set a long dotted key, or `(default)`."""
+        """Return the file:line or option that set a long dotted key, or `(default)`."""
         return self._origin.where.get(tuple(key.split(".")), "(default)")
 
     def departures(self) -> list[str]:
-        """What hw/<board>.yaml changes of the training itself; with any, this is another experiment."""
-        keys = {dotted(key): value for key, value in flatten(self._training_tree())}
+        """Return what hw/<board>.yaml changes of the training itself; with any, this is another experiment."""
+        keys = {dotted(key): value for key, value in layers.flatten(self._training_tree())}
         overlay = self._origin.overlay
         from_overlay = [key for key in keys if overlay and self.where(key).startswith(f"{overlay}/")]
         return [f"{key}: {_text(keys[key])} ({self.where(key)})" for key in from_overlay]
 
-    def with_values(self, **values: Any) -> Config:
-        """A validated copy with dotted keys set, e.g. `with_values(**{"training.precision": "fp32"})`.
+    def with_values(self, place: str = "set by the run", /, **values: Any) -> Config:
+        """Return a validated copy with dotted keys set, e.g. `with_values(**{"training.precision": "fp32"})`.
 
-        Sections may have their short or long names. Setting one of max_steps and num_epochs clears the other.
+        Sections may have their short or long names. Setting one of max_steps and num_epochs clears the other. `place`
+        is what `where` says of the keys.
         """
-        return self._set(values, "set by the run")
-
-    def _set(self, values: Mapping[str, Any], place: str) -> Config:
-        layers = []
+        changes = []
         for name, value in values.items():
             section, *rest = name.split(".")
             info = Config.model_fields.get(section)
             key = ((info.alias if info else None) or section, *rest)
-            layers.append(Layer(nest(key, value), {key: place}))
-        merged = _stack(Layer(self.dump(), dict(self._origin.where)), layers)
+            changes.append(Layer(layers.nest(key, value), {key: place}))
+        merged = _stack(Layer(self.dump(), dict(self._origin.where)), changes)
         copy = _validate(merged, f"the configuration of {self.recipe}")
         copy._origin = dataclasses.replace(self._origin, where=merged.where)
         return copy
 
-    def resolved(self) -> Config:
-        """This config, once the run's decisions are in; ValueError while precision or max_steps are open."""
-        open_keys = ["training.precision"] * (self.training.precision == "auto")
-        open_keys += ["training.max_steps"] * (self.training.max_steps is None)
-        if open_keys:
-            raise ValueError(f"not resolved yet: {', '.join(open_keys)} (use with_values)")
-        return self
-
     def dump(self) -> dict[str, Any]:
-        """All values under their YAML names, ready for JSON."""
+        """Return all values under their YAML names, ready for JSON."""
         return self.model_dump(mode="json", by_alias=True)
 
     def to_yaml(self) -> str:
-        """The text of config.resolved.yaml, which `load_resolved` reads."""
-        return _to_yaml({"format": FORMAT, **self.dump()})
+        """Return the text of config.resolved.yaml, which `load_resolved` reads."""
+        return layers.to_yaml({"format": FORMAT, **self.dump()})
 
     def changes(self, other: Config) -> list[str]:
-        """What differs in `other`, a line for each key: `training_config.learning_rate: 0.0001 -> 0.0002`."""
-        old, new = dict(flatten(self.dump())), dict(flatten(other.dump()))
+        """List what differs in `other`, a line for each key: `training_config.learning_rate: 0.0001 -> 0.0002`."""
+        old, new = dict(layers.flatten(self.dump())), dict(layers.flatten(other.dump()))
         keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
         return [f"{dotted(key)}: {_text(old.get(key, _ABSENT))} -> {_text(new.get(key, _ABSENT))}" for key in keys]
 
     def config_digest(self) -> str:
-        """sha256 over every value, for the record."""
+        """Return the sha256 over every value, for the record."""
         return _sha256(self.dump())
 
     def training_digest(self, facts: Mapping[str, str]) -> str:
-        """sha256 over what fixes the next update, with `facts` such as the hashes of base weights and data.
+        """Return the sha256 over what fixes the next update, with `facts` such as the identity of the base's weights.
 
-        Left out: the split into micro-batches, hardware, mesh, threads, compilation, checkpoints, evaluation,
-        logging, export, and the preset's name (its values are in). Raises ValueError if not `resolved`.
+        Left out: the split into micro-batches, hardware, mesh, threads, compilation, checkpoints, evaluation, logging,
+        export, and the preset's name (its values are in). Raise ValueError while precision or max_steps are open.
         """
-        tree = self.resolved()._training_tree()
+        if self.training.precision == "auto" or self.training.max_steps is None:
+            raise ValueError("not resolved yet: set training.precision and training.max_steps (with_values)")
+        tree = self._training_tree()
         del tree["model_config"]["preset"]
         # The batch stands where it always stood, so that runs made before can be resumed.
         batch = tree["training_config"].pop("batch_size")
@@ -201,54 +164,54 @@ class Config(Section):
 
 
 def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: int | None = None) -> Config:
-    """The configuration of a recipe on a board, all layers merged, the batch split over the board's chips.
+    """Return the configuration of a recipe on a board, all layers merged, the batch split over the board's devices.
 
-    `overrides` are `section.key=value`; `steps` replaces max_steps or num_epochs as the last layer.
-    Raises one UsageError that lists every mistake with its file:line.
+    `overrides` are `section.key=value`; `steps` replaces max_steps or num_epochs as the last layer. Raise one
+    UsageError that lists every mistake with its file:line.
     """
-    base = read_file(recipe_dir / "config.yaml")
+    base = layers.read_file(recipe_dir / "config.yaml")
     overlay = _overlay(recipe_dir / "hw", hw)
-    sets = [read_override(text) for text in overrides]
+    sets = [layers.read_override(text) for text in overrides]
     preset = _preset(recipe_dir / "presets", [base, *overlay, *sets])
-    last = [] if steps is None else [Layer(nest(_STOP[0], steps), {_STOP[0]: f"--steps {steps}"})]
+    last = [] if steps is None else [Layer(layers.nest(_STOP[0], steps), {_STOP[0]: f"--steps {steps}"})]
 
     recipe = _stack(_stack(Layer(), [base]), preset)
     groups = [*([layer] for layer in overlay), sets, last]
     merged = functools.reduce(_stack, groups, recipe)
-    merged.problems += [
-        Problem(locate(merged.where, (name,)), name, "unknown key") for name in ("recipe", "hw") if name in merged.tree
-    ]
-    merged.tree.update(recipe=recipe_dir.name, hw=hw.name)
-    config = _validate(merged, f"the configuration of {recipe_dir.name}")
-    config._origin = _Origin(merged.where, shown(recipe_dir / "hw") if overlay else None, _batch_of(recipe))
+    ours = {"recipe": recipe_dir.name, "hw": hw.name}
+    merged.problems += [Problem(merged.where[(name,)], name, "unknown key") for name in ours if name in merged.tree]
+    merged.tree |= ours
+    config, batch = _validate(merged, f"the configuration of {recipe_dir.name}"), recipe.get(_BATCH)
+    config._origin = _Origin(
+        where=merged.where,
+        overlay=layers.shown(recipe_dir / "hw") if overlay else None,
+        recipe_batch=batch if type(batch) is int else None,
+    )
     return _fit(config, hw)
 
 
 def load_resolved(path: Path) -> Config:
-    """The configuration of a run, from its config.resolved.yaml. Raises UsageError if it is not valid."""
-    layer = read_file(path)
+    """Return the configuration of a run, from its config.resolved.yaml. Raise UsageError if it is not valid."""
+    layer = layers.read_file(path)
     version = layer.tree.pop("format", None)
     if version == 1:
         _from_format_1(layer)
     elif version != FORMAT:
-        raise UsageError(f"unknown format {version!r}, this version reads formats 1 and {FORMAT}", where=shown(path))
-    config = _validate(layer, shown(path))
+        text = f"unknown format {version!r}, this version reads formats 1 and {FORMAT}"
+        raise UsageError(text, where=layers.shown(path))
+    config = _validate(layer, layers.shown(path))
     config._origin = _Origin(layer.where)
     return config
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of config.yaml, presets and overlays, for editors; each is a layer: nothing is required."""
+    """Return the JSON schema of config.yaml, presets and overlays, for editors: of a layer, so nothing is required."""
     schema = Config.model_json_schema(by_alias=True)
     for name in ("recipe", "hw"):
         del schema["properties"][name]
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **schema,
-        "title": "Recipe configuration",
-    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe configuration"}
 
 
 _STOP: tuple[Key, Key] = (("training_config", "max_steps"), ("training_config", "num_epochs"))
@@ -264,11 +227,9 @@ _SYNONYMS = {
 
 
 def _stack(below: Layer, group: Sequence[Layer]) -> Layer:
-    """The layers of one group (a file, or all --set) over `below`; max_steps clears num_epochs, or back."""
+    """Put the layers of one group (a file, or all --set) over `below`; max_steps clears num_epochs, or back."""
     set_in = {key: layer for layer in group for key in _STOP if layer.get(dotted(key)) is not None}
-    merged = below
-    for layer in group:
-        merged = merge(merged, layer)
+    merged = functools.reduce(layers.merge, group, below)
     if len(set_in) == 2:
         places = " and ".join(layer.where[key] for key, layer in set_in.items())
         text = f"both max_steps and num_epochs are set in one layer ({places}): keep one"
@@ -280,25 +241,20 @@ def _stack(below: Layer, group: Sequence[Layer]) -> Layer:
 
 
 def _overlay(folder: Path, hw: Hardware) -> list[Layer]:
-    """hw/<board>.yaml if there is one, over hw/cpu.yaml for cpu-x2.
-
-    A file named after no board would never be read: refused.
-    """
+    """Read hw/<board>.yaml if there is one, over hw/cpu.yaml for cpu-x2. Refuse a file named after no board."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in files:
         if path.suffix != ".yaml" or path.stem not in hardware.table():
-            known = ", ".join(f"{name}.yaml" for name in hardware.table())
-            raise UsageError(
-                "this overlay is named after no board and would never be read", where=shown(path), todo=known
-            )
+            text, known = "this overlay is named after no board and would never be read", hardware.table()
+            raise UsageError(text, where=layers.shown(path), todo=", ".join(f"{name}.yaml" for name in known))
     names = ("cpu", hw.name) if hw.is_cpu else (hw.name,)  # however many processes: one experiment on a CPU
-    return [read_file(path) for name in dict.fromkeys(names) for path in files if path.stem == name]
+    return [layers.read_file(path) for name in dict.fromkeys(names) for path in files if path.stem == name]
 
 
-def _preset(folder: Path, layers: Sequence[Layer]) -> list[Layer]:
-    """The preset that the last layer to name one names."""
+def _preset(folder: Path, stack: Sequence[Layer]) -> list[Layer]:
+    """Read the preset that the last layer to name one names."""
     key = ("model_config", "preset")
-    naming = [layer for layer in layers if key in layer.where]
+    naming = [layer for layer in stack if key in layer.where]
     name = naming[-1].get(dotted(key)) if naming else None
     if not isinstance(name, str):
         return []  # none, or not text: the schema says so
@@ -306,15 +262,10 @@ def _preset(folder: Path, layers: Sequence[Layer]) -> list[Layer]:
     if name not in files:
         known = ", ".join(files) or "none, there is no presets/ folder"
         raise UsageError(f"unknown preset {name!r}", where=naming[-1].where[key], todo=f"presets here: {known}")
-    layer = read_file(files[name])
+    layer = layers.read_file(files[name])
     if key in layer.where:
         raise UsageError("a preset cannot name a preset", where=layer.where[key])
     return [layer]
-
-
-def _batch_of(recipe: Layer) -> int | None:
-    rows = recipe.get(_BATCH)
-    return rows if isinstance(rows, int) else None
 
 
 def _fit(config: Config, hw: Hardware) -> Config:
@@ -343,7 +294,7 @@ def _fit(config: Config, hw: Hardware) -> Config:
         raise UsageError(text, where=places(_MICRO_BATCH), todo=f"use one of {', '.join(map(str, divide))}")
     values: dict[str, Any] = {"device.mesh_shape": mesh, "device.enable_ddp": devices > 1}
     values |= {} if rows == training.micro_batch_size else {"training.micro_batch_size": rows}
-    return config._set(values, f"hardware.yaml ({hw.name})")
+    return config.with_values(f"hardware.yaml ({hw.name})", **values)
 
 
 def _from_format_1(layer: Layer) -> None:
@@ -358,7 +309,8 @@ def _from_format_1(layer: Layer) -> None:
 def _instead_of_accumulation(layer: Layer) -> str:
     """Return what to write for `gradient_accumulation_steps`, beside the batch_size of the same layers."""
     at_once, parts, mesh = layer.get(_BATCH), layer.get(_ACCUMULATION), layer.get("device_config.mesh_shape")
-    mesh = mesh if isinstance(mesh, list) else hardware.get(layer.tree["hw"]).mesh_shape
+    if not isinstance(mesh, list):
+        mesh = hardware.get(layer.tree["hw"]).mesh_shape if "hw" in layer.tree else (1, 1)
     rule = "is no key: accumulation is batch_size / (micro_batch_size x devices)"
     if not all(type(number) is int and number > 0 for number in (at_once, parts, *mesh)):
         return rule
@@ -367,17 +319,17 @@ def _instead_of_accumulation(layer: Layer) -> str:
 
 
 def _validate(layer: Layer, what: str) -> Config:
+    problems = list(layer.problems)
     try:
         config = Config.model_validate(layer.tree)
     except ValidationError as error:
-        refuse([*layer.problems, *_explain(error, layer)], what)
-        raise
-    refuse(layer.problems, what)
+        problems += _explain(error, layer)
+    layers.refuse(problems, what)
     return config
 
 
 def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
-    """Pydantic's errors with the file:line of the key and the words of this project."""
+    """Yield pydantic's errors with the file:line of the key and the words of this project."""
     texts: dict[tuple[str, str], list[str]] = {}
     for item in error.errors(include_url=False):
         context = item.get("ctx", {})
@@ -394,13 +346,13 @@ def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
             text = item["msg"].removeprefix("Value error, ")
         else:
             text = f"{item['msg'].replace('Input should', 'should')}, got {_text(item['input'])}"
-        texts.setdefault((locate(layer.where, key), dotted(key)), []).append(text)
+        texts.setdefault((layers.locate(layer.where, key), dotted(key)), []).append(text)
     for (place, name), parts in texts.items():
         yield Problem(place, name, ", or ".join(parts))
 
 
 def _nearest(key: Key) -> str:
-    """The valid key that an unknown one may stand for."""
+    """Return the valid key that an unknown one may stand for, or those beside it."""
     name = str(key[-1])
     siblings = [path[-1] for path in _keys(Config) if path[:-1] == key[:-1]]
     if near := difflib.get_close_matches(name, siblings, n=1):
@@ -412,7 +364,7 @@ def _nearest(key: Key) -> str:
 
 
 def _keys(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every key that a YAML file may hold, sections included."""
+    """Yield every key that a YAML file may hold, sections included."""
     for name, info in section.model_fields.items():
         if section is Config and name in ("recipe", "hw"):
             continue
