@@ -31,6 +31,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, readable by people."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -59,7 +60,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turn a full or failing disk into one message."""
+    """Raise MachineError, with what it hindered in `doing`, for an error of a full or failing disk in the block."""
     try:
         yield
     except Exception as error:
@@ -74,7 +75,7 @@ def disk_errors(doing: str, path: Path) -> Iterator[None]:
 
 
 def error_number(error: Exception) -> int | None:
-    """The errno of an error; those of safetensors have it only in their text."""
+    """Return the errno of an error; those of safetensors have it only in their text."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))

@@ -1,4 +1,4 @@
-"""Signal handlers for as long as something goes on."""
+"""Handle signals for as long as something goes on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handler` called for these signals within the block; then whatever was called before."""
+    """Call `handler` for these signals within the block, and whatever was called before from its end on."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -1,8 +1,9 @@
-"""Checkpoints: a folder that is whole or is not there.
+"""Write, verify and delete checkpoints: a folder that is whole or is not there.
 
 `checkpoints/step-00000100/` is the state after the 100th update: the model (`model.safetensors`, or an adapter in
-PEFT's format), `optimizer.safetensors` and `state.json` with the sha256 of each file. It is written beside, synced
-and renamed; the file `latest` moves last.
+PEFT's format), `optimizer.safetensors` and `state.json` with the sha256 of each file. It is written under another name,
+flushed to the disk and renamed, so that a process killed at any point leaves the old checkpoints as they were; the file
+`latest`, for people and other programs, moves last, and nothing here reads it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from common.files import disk_errors, sha256_file, sync, write_atomic, write_jso
 from common.model.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
-PRUNED = ".pruned-"  # begins the name of what is being deleted
+PRUNED = ".pruned-"  # begins the name of a folder that is being deleted; `save` clears away what a kill left of one
 Array = np.ndarray[Any, Any]
 
 
@@ -37,10 +38,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Return the number of updates behind it."""
         return int(self.state["step"])
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
+    """Return the folder of a step, whether it is there or not. Eight digits: names sort as their steps do."""
     return checkpoints / f"step-{step:08d}"
 
 
@@ -51,7 +54,10 @@ def save(
     config: Config,
     facts: Mapping[str, Any],
 ) -> Path:
-    """Write the checkpoint of `step`; return its folder. `tensors` are `Backend.state`'s, `facts` go to state.json."""
+    """Write the checkpoint of `step`; return its folder.
+
+    `tensors` are `Backend.state`'s, `facts` go to state.json. Raises MachineError where the disk is full.
+    """
     checkpoints.mkdir(parents=True, exist_ok=True)
     folder = folder_of(checkpoints, step)
     temporary = checkpoints / f".tmp-step-{step:08d}-{os.getpid()}"
@@ -63,22 +69,22 @@ def save(
             write_tensors(temporary, tensors, config)
             hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             write_json(temporary / "state.json", {"format": FORMAT, "step": step, **facts, "sha256": hashes})
-            for file in temporary.iterdir():
+            for file in temporary.iterdir():  # before the rename: a name must not reach the disk before its content
                 sync(file)
-            set_aside(folder)
+            set_aside(folder)  # a damaged one of this step, which a resume passed over
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        sync(checkpoints)
+        sync(checkpoints)  # the rename itself
         write_atomic(checkpoints / "latest", folder.name + "\n")
     return folder
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Array]], config: Config) -> None:
-    """Write `Backend.state`'s tensors as they come, one in memory at a time."""
+    """Write `Backend.state`'s tensors as they come, one in memory at a time: with AdamW they are three models."""
     model_file = "adapter_model.safetensors" if config.model.lora else "model.safetensors"
     with (
-        SafetensorsWriter(folder / model_file, {"format": "pt"}) as model,
+        SafetensorsWriter(folder / model_file, {"format": "pt"}) as model,  # Hugging Face's loaders ask for this key
         SafetensorsWriter(folder / "optimizer.safetensors") as optimizer,
     ):
         files = {"model": model, "optimizer": optimizer}
@@ -90,7 +96,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Array]], config: Co
 
 
 def adapter_config(config: Config) -> dict[str, Any]:
-    """PEFT's adapter_config.json for the LoRA section of `config`."""
+    """Return PEFT's adapter_config.json for the LoRA section of `config`."""
     lora = config.model.lora
     assert lora is not None
     return {
@@ -109,7 +115,7 @@ def adapter_config(config: Config) -> dict[str, Any]:
 
 
 def set_aside(folder: Path) -> None:
-    """Move a folder of this name out of the way; nothing is overwritten."""
+    """Rename `folder`, if it is there, to `<name>.replaced-<n>`; nothing is overwritten."""
     number = 0
     while folder.exists():
         other = folder.with_name(f"{folder.name}.replaced-{number}")
@@ -119,13 +125,13 @@ def set_aside(folder: Path) -> None:
 
 
 def steps_saved(checkpoints: Path) -> list[int]:
-    """The steps that have a checkpoint folder, newest first; verified or not."""
+    """Return the steps that have a checkpoint folder, newest first; verified or not."""
     found = [re.fullmatch(r"step-(\d{8})", entry.name) for entry in checkpoints.glob("step-*")]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def verify(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, every file's hash checked. Raises MachineError saying what is wrong with it."""
+    """Return the checkpoint in `folder`, every file's hash checked. Raises MachineError, which says what is wrong."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -144,7 +150,7 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def newest(checkpoints: Path, skipped: list[str]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; each one passed over is described in `skipped`."""
+    """Return the newest checkpoint that verifies, or None; add a line to `skipped` for each one passed over."""
     for step in steps_saved(checkpoints):
         try:
             return verify(folder_of(checkpoints, step))
@@ -189,7 +195,7 @@ def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder; renamed first, so that its name never stands for half of it."""
+    """Delete a folder. It is renamed first, so that a kill in between leaves no half of it under its name."""
     leaving = folder.with_name(f"{PRUNED}{folder.name}")
     folder.rename(leaving)
     shutil.rmtree(leaving)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +18,7 @@ LEVELS = {"DEBUG": 0, "INFO": 1, "WARNING": 2}
 
 
 class Console:
-    """Says lines at or above a level; keeps those said before `train.log` exists and writes them there, too."""
+    """The screen and train.log. What is said before the log is opened is kept and written there, too."""
 
     def __init__(self, level: str = "INFO") -> None:
         self.level = LEVELS[level]
@@ -27,12 +28,14 @@ class Console:
         self.live: Live | None = None
 
     def open_log(self, path: Path) -> None:
+        """Append to the log at `path` from here on, beginning with the lines said so far."""
         self.log = path.open("a", encoding="utf-8")
         for line in self.early:
             self._write(line)
         self.early = []
 
     def say(self, text: str, level: str = "INFO") -> None:
+        """Write a line to the log and, at or above the console's level, to the screen."""
         if LEVELS[level] >= self.level:
             style = "yellow" if level == "WARNING" else None
             self.screen.print(Text(text, style=style or ""))
@@ -49,7 +52,7 @@ class Console:
             self.log.flush()
 
     def status(self, text: str) -> None:
-        """The one live line; without a terminal nothing, what matters is said as lines."""
+        """Show the one live line. Without a terminal there is none: whatever matters is said as lines, too."""
         if not self.screen.is_terminal or self.level > LEVELS["INFO"]:
             return
         if self.live is None:
@@ -58,6 +61,7 @@ class Console:
         self.live.update(Text(text, no_wrap=True, overflow="ellipsis"))
 
     def close(self) -> None:
+        """End the live line and the log."""
         if self.live:
             self.live.stop()
             self.live = None
@@ -72,18 +76,17 @@ class Progress:
 
     def __init__(self, console: Console, total: int, log_every: int) -> None:
         self.console, self.total, self.log_every = console, total, log_every
-        self.seconds: list[float] = []
-        self.tokens: list[int] = []
+        self.recent: deque[StepStats] = deque(maxlen=20)  # long enough to be steady, short enough to forget compiling
 
     def update(self, step: int, stats: StepStats) -> None:
-        self.seconds = [*self.seconds[-19:], stats.seconds]
-        self.tokens = [*self.tokens[-19:], stats.tokens]
-        mean = sum(self.seconds) / len(self.seconds)
-        rate = sum(self.tokens) / sum(self.seconds)
+        """Show the line of `step`; print it, too, at every `log_every`-th step, the first and the last."""
+        self.recent.append(stats)
+        seconds = sum(one.seconds for one in self.recent)
+        rate = sum(one.tokens for one in self.recent) / seconds
         line = (
             f"step {step:>{len(str(self.total))}}/{self.total}  loss {stats.loss:.4f}  "
             f"grad norm {stats.grad_norm:.3f}  lr {stats.learning_rate:.2e}  {rate:,.0f} tokens/s  "
-            f"{clock((self.total - step) * mean)} to go"
+            f"{clock((self.total - step) * seconds / len(self.recent))} to go"
         )
         done = int(20 * step / self.total)
         self.console.status(f"{'━' * done}{'╌' * (20 - done)} {line}")
@@ -92,6 +95,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
+    """Return a duration as people say it: `1h05m`, `3m07s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -78,7 +78,7 @@ def evaluated_text(dataset: TokenDataset, evaluation: Evaluation) -> EvaluatedTe
 
 
 def held_out(backend: Backend, split: TokenSplit) -> HeldOut:
-    """Evaluate every row of `split`, exactly; zero-mask rows that fill the last batch are left out."""
+    """Return the evaluation of every row of `split`; rows of zero mask, which fill the last batch, are left out."""
     nll: list[Array] = []
     tokens: list[Array] = []
     for batch in split.batches(EVAL_ROWS):

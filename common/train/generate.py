@@ -24,7 +24,7 @@ def generate(
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to max_new_tokens tokens; an end token ends a row and is not returned.
+    """Return for each prompt up to max_new_tokens further tokens; an end token ends a row and is not returned.
 
     Ids from `vocab_size` up are padding of the embedding and never chosen, nor are `never_ids`. `on_token(row, id)`
     sees each new token.
@@ -59,8 +59,8 @@ def generate(
 
 
 def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float) -> int:
-    """One token id from `logits` [V]; `draw` in [0, 1) decides among what temperature, top_k and top_p leave."""
-    logits = logits.astype(np.float64)
+    """Return one token id from `logits` [V]; `draw` in [0, 1) decides among what temperature, top_k, top_p leave."""
+    logits = logits.astype(np.float64)  # so that every backend's logits are summed alike
     if sampling.repetition_penalty != 1.0 and seen:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
@@ -69,7 +69,7 @@ def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float
     if sampling.top_k:
         order = order[: sampling.top_k]
     scaled = logits[order] / sampling.temperature
-    probability = np.exp(scaled - scaled[0])
+    probability = np.exp(scaled - scaled[0])  # order[0] is the largest: nothing overflows
     probability /= probability.sum()
     total = np.cumsum(probability)
     # top_p: the smallest set of likeliest tokens that holds this share (Holtzman et al., 2020)
@@ -79,7 +79,10 @@ def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float
 
 
 def penalize(logits: Array, seen: Sequence[int], penalty: float) -> Array:
-    """Make tokens already there less likely: positive logits divided, negative ones multiplied (Keskar 2019)."""
+    """Return `logits` [V] with tokens already there less likely: positive ones divided, others multiplied.
+
+    CTRL's repetition penalty (Keskar et al., 2019), as transformers has it.
+    """
     logits = logits.copy()
     ids = np.unique(np.asarray(seen))
     logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
@@ -87,6 +90,9 @@ def penalize(logits: Array, seen: Sequence[int], penalty: float) -> Array:
 
 
 def uniforms(seed: int, position: int, rows: int) -> Array:
-    """`rows` float64 values in [0, 1), a pure function of their arguments."""
+    """Return `rows` float64 values in [0, 1), a pure function of the arguments.
+
+    From the raw bits of a counter: the streams of numpy's Generator are not promised across its versions.
+    """
     raw = np.random.Philox(key=seed, counter=[0, 0, 0, position]).random_raw(rows)
-    return (np.asarray(raw) >> np.uint64(11)) * 2.0**-53
+    return (np.asarray(raw) >> np.uint64(11)) * 2.0**-53  # the 53 bits of a float64's mantissa

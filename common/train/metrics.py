@@ -20,12 +20,13 @@ class JsonLines:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; whoever reads the file sees it at once. Raises MachineError for a full disk."""
         with disk_errors("write a record", self.path):
             self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.file.flush()
 
     def sync(self) -> None:
-        """On the disk, not only with the kernel: done before a checkpoint that relies on it."""
+        """Flush the file to the disk, not only to the kernel; done before a checkpoint that relies on it."""
         with disk_errors("write a record", self.path):
             os.fsync(self.file.fileno())
 
@@ -34,7 +35,10 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `JsonLines` wrote; a last line cut short by a crash is left out."""
+    """Return the records of a file that `JsonLines` wrote, but for a last line cut short by a crash.
+
+    Raises MachineError for any other line that is not JSON.
+    """
     records, unreadable = scan(path)
     last = len(records) + len(unreadable)
     if damaged := [number for number in unreadable if number != last]:
@@ -43,7 +47,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def scan(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records that can be read, and the numbers of the lines, from 1, that cannot; nothing where no file is."""
+    """Return the records that can be read, and the numbers, from 1, of lines that cannot. No file: no records."""
     records, unreadable = [], []
     # Bytes: a crash may cut a character in two, and str.splitlines would also cut at U+2028, which JSON may hold.
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
@@ -60,7 +64,7 @@ def cut_back(
     target: Path | None = None,
     keep: Callable[[dict[str, Any]], bool] = lambda record: True,  # noqa: ARG005
 ) -> list[dict[str, Any]]:
-    """Write the records up to `step`, which a checkpoint holds the state of, to `target` (or back); return them."""
+    """Write the records up to the `step` of a checkpoint to `target` (or back to `path`); return them."""
     records = [record for record in read(path) if record["step"] <= step and keep(record)]
     write_atomic(target or path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return records

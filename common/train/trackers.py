@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, as optional readers of the numbers that go to metrics.jsonl."""
+"""Hand the numbers that go to metrics.jsonl on to TensorBoard and Weights & Biases, where a config asks for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Record = Mapping[str, Any]
 
 
 class Trackers:
-    """The readers a config asks for. One that is not installed costs one line, and the run goes on."""
+    """The trackers a config asks for. One that is not installed costs one line, and the run goes on."""
 
     def __init__(self, config: Config, folder: Path, say: Callable[[str], None]) -> None:
         self.sinks: list[Callable[[Record], None]] = []
@@ -27,7 +27,7 @@ class Trackers:
                     start(config, folder)
                 except ImportError:
                     say(f"{name} is not installed here: no {name} records (metrics.jsonl has every number)")
-                except Exception as error:  # no key, no network: a reader must not end the run
+                except Exception as error:  # no key, no network: a tracker must not end the run
                     say(f"{name} did not start ({type(error).__name__}: {error}): no {name} records")
 
     def _tensorboard(self, _config: Config, folder: Path) -> None:
@@ -57,9 +57,11 @@ class Trackers:
         self.closers.append(run.finish)
 
     def write(self, record: Record) -> None:
+        """Hand on one record of metrics.jsonl."""
         for sink in self.sinks:
             sink(record)
 
     def close(self) -> None:
+        """Close every tracker, so that what it still holds is written. Closing twice is harmless."""
         while self.closers:
             self.closers.pop()()

@@ -1,4 +1,4 @@
-"""Ends a run whose step does not end, with its likely cause and code 5; the same command goes on from the checkpoint.
+"""End a run whose step does not end, with its likely cause and code 5; the same command goes on from the checkpoint.
 
 A hung native call cannot be interrupted from Python, so the process is left at once. A thread watches, and where the
 call keeps Python's own lock, so that no thread of Python runs, a timer of the kernel does it a little later. Only steps
@@ -24,7 +24,7 @@ from common.errors import TrainingError, UsageError
 SETTING = "RECIPES_STALL_SECONDS"  # what any step may take, in place of the rule below; 0 watches nothing
 FIRST_STEP = 1800.0  # seconds: a board compiles its kernels, a CPU its graph
 AT_LEAST = 120.0  # seconds, for any later step, so that a machine that swaps or is shared raises no alarm
-TIMES_MEDIAN = 20
+TIMES_MEDIAN = 20  # generous: an alarm too many ends a run that was well, one too late costs some minutes
 TICK = 1.0  # seconds: time is counted in ticks of the thread's own, so that a stopped process does not age
 LOCKED_GRACE = 60.0  # seconds after which the kernel's timer takes it that the thread cannot run
 
@@ -51,7 +51,7 @@ class Watchdog:
 
     @property
     def allowed(self) -> float:
-        """Seconds that the step may take."""
+        """Return the seconds that the step may take."""
         if self.fixed is not None:
             return self.fixed
         if not self.seconds:
@@ -59,21 +59,23 @@ class Watchdog:
         return max(AT_LEAST, TIMES_MEDIAN * statistics.median(self.seconds))
 
     def begin(self, step: int) -> None:
+        """Watch `step` from now."""
         self.begun, self.step = self.begun + 1, step
         if self.fixed != 0:
             self.timer.start(self.allowed + LOCKED_GRACE)
-            # Written by a thread of C's: what the call was, where nothing of Python can say it.
+            # Before the timer ends the process, a thread of C's writes which call it was: no Python may run any more.
             faulthandler.dump_traceback_later(self.allowed + LOCKED_GRACE / 2, file=self.log or sys.stderr)
 
     def end(self, seconds: float | None = None) -> None:
-        """The step is over, after `seconds`; or something else goes on, which is not watched."""
+        """Watch no longer: the step is over, after `seconds`, or something begins that may take what it takes."""
         self.step = None
-        self.timer.stop()
+        self.timer.start(0)
         faulthandler.cancel_dump_traceback_later()
         if seconds is not None:
             self.seconds.append(seconds)
 
     def close(self) -> None:
+        """End the watching for good. Closing twice is harmless."""
         self.end()
         self.closed.set()
         self.timer.close()
@@ -99,7 +101,7 @@ class Watchdog:
 
 
 def fixed_allowance() -> float | None:
-    """The seconds of RECIPES_STALL_SECONDS; None where it is not set."""
+    """Return the seconds of RECIPES_STALL_SECONDS, None where it is not set. Raises UsageError for anything else."""
     text = os.environ.get(SETTING)
     if not text:
         return None
@@ -110,10 +112,14 @@ def fixed_allowance() -> float | None:
 
 
 class KernelTimer:
-    """Ends this process with code 5 after a time, whatever Python is doing.
+    """A timer of the kernel that ends this process with code 5, whatever Python is doing.
 
-    The signal of the timer is handled by C's `_exit`, whose argument is then the signal's number: SIGTRAP is 5, the
-    code of a training that failed. Nothing of Python runs: a call that keeps the interpreter's lock is left, too.
+    The handler of its signal is C's `_exit`, which is called with the signal's number: SIGTRAP is 5, the code of a
+    training that failed. Nothing of Python runs, so a native call that keeps the interpreter's lock is left, too.
+
+    Nothing simpler gives that code: `faulthandler.dump_traceback_later(exit=True)` leaves such a call with code 1,
+    which means a bug of ours; a signal's default action, or a process that kills this one, ends it with 128 and more;
+    a handler of Python's never gets to run; and the signals of `setitimer` have other numbers.
     """
 
     CLOCK_MONOTONIC = 1
@@ -130,14 +136,11 @@ class KernelTimer:
         self.before = self._handle(ctypes.cast(self.libc._exit, ctypes.c_void_p)) if self.works else None
 
     def start(self, seconds: float) -> None:
-        """Once, from now; 0 stops it."""
+        """End the process in so many seconds from now; 0: do not."""
         if self.works:
             whole, rest = divmod(seconds, 1)
             wait = (ctypes.c_long * 4)(0, 0, int(whole), int(rest * 1e9))  # struct itimerspec: no repetition
             self.libc.timer_settime(self.timer, 0, wait, None)
-
-    def stop(self) -> None:
-        self.start(0)
 
     def close(self) -> None:
         """Give the timer and the signal back. Closing twice is harmless."""
