@@ -2,14 +2,13 @@
 
     .venv/bin/python bench/loop.py
 
-The loop is the recipe's own train.py with an engine whose step returns at once; export and card are left out.
+The loop is the recipe's own train.py with an engine whose step returns at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import statistics
@@ -28,6 +27,7 @@ from common.data.order import random_words
 from common.data.tokens import Arrays, Batch, TokenSplit
 from common.engine import BackendInfo, StepStats
 from common.paths import find_recipe
+from common.recipe import load
 from common.train import run as runs
 from common.train.plan import Launch
 
@@ -75,18 +75,6 @@ class IdleEngine:
     def close(self) -> None: ...
 
 
-def recipe_loop(recipe: Path) -> Any:
-    """The recipe's train.py as a module, with export and card taken out."""
-    spec = importlib.util.spec_from_file_location("bench_recipe_train", recipe / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in ("export_run", "write_card"):
-        setattr(module, name, lambda _run: None)
-    return module
-
-
 def loop_gaps(recipe: Path, steps: int) -> list[float]:
     """Seconds between one call of the engine and the next one, over `steps` steps, evaluation and checkpoints off."""
     engine = IdleEngine(end_token=0)
@@ -99,7 +87,7 @@ def loop_gaps(recipe: Path, steps: int) -> list[float]:
         quiet = ("eval_config.every=0", "checkpoint_config.every=0")
         launch = Launch(recipe, hw="cpu", overrides=quiet, steps=steps, resume="never", out=Path(out))
         with mock.patch.object(runs, "open_backend", open_idle), contextlib.redirect_stdout(io.StringIO()):
-            recipe_loop(recipe).train(launch)
+            load(recipe, "train").train(launch)
     return [after - before for before, after in zip(engine.called[:-1], engine.called[1:], strict=True)]
 
 

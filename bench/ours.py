@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.engine import Backend
+from common.recipe import load_dataset
 from common.train.plan import Launch, make_plan
 from engines.registry import open_backend
 
@@ -42,7 +43,7 @@ def clocks() -> tuple[float, float]:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train the job's steps; per step its seconds, rows, tokens and loss."""
     launch = Launch(Path(job["recipe"]), hw="cpu", overrides=tuple(job["set"]), steps=job["steps"])
-    plan = make_plan(launch, lambda _: None, lambda _: None)
+    plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _: None, lambda _: None)
     if plan.dataset.tokens_sha256 != job["tokens_sha256"]:
         raise SystemExit("the token files changed while the bench ran")
     config, rows = plan.config, plan.dataset.train

@@ -23,10 +23,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.data import vocabulary
-from common.data.build_corpus import windows
+from common.data.build import windows
 from common.data.corpora import Document
 from common.data.tokens import write_arrays
 from common.paths import find_recipe
+from common.recipe import load_dataset
 from common.train.plan import Launch, Plan, make_plan
 from engines.registry import open_backend
 
@@ -138,7 +139,7 @@ def main() -> None:
         "data_config.tokenizer.type=" + ("bpe" if given.preset == "pico" else "char"),
     )
     launch = Launch(find_recipe(given.recipe), hw="cpu", overrides=overrides, steps=given.steps + WARM_UP)
-    plan = make_plan(launch, lambda _line: None, lambda _line: None)
+    plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _line: None, lambda _line: None)
     result = compare(plan, given.steps)
     text = "".join(plan.tokenizer.decode(plan.dataset.train.row(row).ids[1:]) for row in range(8000))
     result["corpus_mb_per_second"] = {

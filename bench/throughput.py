@@ -100,12 +100,13 @@ def make_job(arguments: argparse.Namespace) -> Job:
     """Everything that both sides must have in common, from the recipe's own config and rows."""
     from common.data.order import rows_of_step
     from common.paths import find_recipe
+    from common.recipe import load_dataset
     from common.train.plan import Launch, make_plan
 
     total = arguments.warmup + arguments.steps
     recipe = find_recipe(arguments.recipe)
     launch = Launch(recipe, hw="cpu", overrides=tuple(arguments.set), steps=total)
-    plan = make_plan(launch, lambda _: None, lambda text: print(f"bench: {text}"))
+    plan = make_plan(launch, *load_dataset(recipe), lambda _: None, lambda text: print(f"bench: {text}"))
     config, rows = plan.config, plan.dataset.train
     if config.model.lora is None:
         raise SystemExit("bench: compares LoRA fine-tuning of a pretrained base only")

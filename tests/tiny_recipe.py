@@ -5,15 +5,16 @@ The tests have recipes of their own, so that no folder of recipes/ is needed to 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
+from common import recipe
 from common.train.plan import Launch
+from tools.launch.after_run import after_run
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = Path(__file__).parent / "own_recipes"
@@ -53,6 +54,13 @@ def make_tiny_recipe(folder: Path, base: Path) -> Path:
         "device_config": {"threads": 1},
     }
     (folder / "config.yaml").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+    return folder
+
+
+def without_after_run(folder: Path) -> Path:
+    """The recipe in `folder`, whose runs are done when they are trained: no export, no card."""
+    path = folder / "train.py"
+    path.write_text(re.sub(r"^AFTER_RUN = .*", "AFTER_RUN = ()", path.read_text(), flags=re.MULTILINE))
     return folder
 
 
@@ -115,22 +123,11 @@ def run_tiny(
         out=out,
         command=("recipe", "run", recipe_dir.name),
     )
-    loop = load_loop(recipe_dir)
-    if not export:
-        vars(loop).update(dict.fromkeys(("export_run", "write_card", "report_unmoved"), lambda run: None))
+    script = recipe.load(recipe_dir, "train")
     with mock.patch.dict(os.environ, {"RECIPES_HOME": os.environ.get("RECIPES_HOME", str(out / "home"))}):
-        loop.train(launch)
+        script.train(launch)
+        after_run(newest_run(out), script.AFTER_RUN if export else ())
     return newest_run(out)
-
-
-def load_loop(recipe_dir: Path) -> ModuleType:
-    """The recipe's train.py, as a module of its own."""
-    spec = importlib.util.spec_from_file_location("train", recipe_dir / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def newest_run(out: Path) -> Path:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import hardware
+from common import hardware, recipe
 from common.errors import UsageError
 from common.hardware import Hardware
 from common.train.plan import Launch
 from engines.ttml.mesh import OURS
 from tests import doubles, hosts
 from tests.tiny_recipe import make_tiny_recipe, newest_run
-from tools.cli.main import load_script
+from tools.launch.after_run import after_run
 from tools.results import record
 from tools.runs import figures
 from tools.verify.tiny_base import write_tiny_base
@@ -156,8 +156,6 @@ def train(ground: Ground, out: Path, seed: int) -> Path:
     command = ("recipe", "run", str(ground.recipe), "--steps", str(STEPS))
     changes = (f"training_config.seed={seed}",) if seed != 1 else ()
     launch = Launch(ground.recipe, ground.board.name, changes, STEPS, resume="never", out=out, command=command)
-    loop = load_script(ground.recipe / "train.py")
-    vars(loop).update(dict.fromkeys(("export_run", "write_card"), lambda _run: None))
     out.mkdir(parents=True)
     with (
         mock.patch.dict(os.environ, ground.machine()),
@@ -166,5 +164,6 @@ def train(ground: Ground, out: Path, seed: int) -> Path:
         contextlib.redirect_stdout(screen),
         contextlib.redirect_stderr(screen),
     ):
-        loop.train(launch)
+        recipe.load(ground.recipe, "train").train(launch)
+        after_run(newest_run(out), ())
     return newest_run(out)

@@ -1,39 +1,44 @@
-"""From a recipe's dataset builder to token files, built once and reused while nothing that shapes them has
-changed.
+"""From what a recipe's `splits()` gives to token files, reused while nothing that shapes them changes.
 
-A recipe's `dataset.py` has `splits(config, recipe_dir) -> {"train": rows, "held_out": rows}` and
-`prompts(config, recipe_dir) -> [text]`. It may name the files it reads by `sources(config, recipe_dir) ->
-[path]`; otherwise that is `data_config.source`. A builder depends on those files and on `data_config`, on
-nothing else: that is what the key of the stored tokens covers.
+`splits(config, recipe_dir)` returns {"train": [...], "held_out": [...]}: rows of a conversation, read with the base's
+tokenizer; or, for `data_config.corpus`, texts, from whose training part a tokenizer is made. A split of texts is one
+stream of tokens, cut into windows of `data_config.max_length` predictions; every token but the first of a stream is
+predicted once an epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from common.data import tokens
+import numpy as np
+
+from common import recipe
+from common.data import tokens, vocabulary
 from common.data.chat import ChatTokenizer
-from common.data.corpora import Document
+from common.data.corpora import Document, text_sha256
 from common.data.rows import Row, control_rows
-from common.data.tokens import Encoded, TokenDataset
-from common.errors import DataError, RecipeError
+from common.data.tokens import Arrays, Encoded, TokenDataset
+from common.data.vocabulary import Ids
+from common.errors import DataError
 from common.files import sha256_file
 
 if TYPE_CHECKING:
     from common.config import Config
     from common.config.schema import Data
+    from common.recipe import Splits
 
 SPLITS = ("train", "held_out")
-SHAPERS = ("rows.py", "chat.py", "tokens.py", "order.py", "build.py")
+# Files whose code shapes tokens out of rows and texts: an edit of one makes every token set anew.
+SHAPERS = ("build.py", "chat.py", "tokens.py", "vocabulary.py")
 CUTS_SHOWN = 10
+UNKNOWN_ALLOWED = 1e-3  # share of held-out characters; above it bits per byte would leave out too much text
+
+Parts = Mapping[str, Sequence[Any]]  # rows, or texts, by split
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,7 @@ class BuildReport:
         """The report for a person, one line a fact."""
         rows = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.rows.items())
         size = f"{sum(self.tokens.values())} tokens, length {self.length}"
-        found = [
-            f"data {self.action} ({self.reason}): {rows} rows, {size}",
-            *self.notes,
-        ]
+        found = [f"data {self.action} ({self.reason}): {rows} rows, {size}", *self.notes]
         if self.supervised_share < 1:
             found.append(f"supervised tokens: {self.supervised_share:.1%} of what is trained on")
         if self.cut:
@@ -81,48 +83,129 @@ class BuildReport:
         return asdict(self)
 
 
-def build(config: Config, recipe_dir: Path, tokenizer: ChatTokenizer, home: Path) -> TokenDataset:
-    """The recipe's token data set, with `.report`: the stored one if it verifies, else a new one in
-    `home`/tokens.
+def read_splits(splits: Splits, config: Config, recipe_dir: Path) -> dict[str, list[Any]]:
+    """Call a recipe's `splits`; return the rows, or the texts of a corpus, always under both names.
 
-    Raises DataError: for rows that cannot be used, a train split smaller than the batch, or tokens
-    of which none are supervised (or all, unless `data_config.supervise_all` says so).
+    Raises DataError for a fault in the recipe's code, for what is neither, and where there is nothing to train on.
     """
-    builder = Builder(config, recipe_dir)
-    key = source_key(config, builder, tokenizer)
+    found = recipe.call(splits, config, recipe_dir)
+    where = str(recipe_dir / "dataset.py")
+    if not isinstance(found, Mapping) or not set(found) <= set(SPLITS):
+        raise DataError(f"splits() must return a dict of {' and '.join(SPLITS)}", where=where)
+    parts = {name: list(found.get(name, ())) for name in SPLITS}
+    kind = Document if config.data.corpus else Row
+    strangers = [part for name in SPLITS for part in parts[name] if not isinstance(part, kind)]
+    if strangers:
+        raise DataError(f"splits() holds a {type(strangers[0]).__name__}, not a {kind.__name__}", where=where)
+    if not parts["train"] and not config.data.corpus:
+        todo = "add rows or lower data_config.held_out_share"
+        raise DataError("no training row", where=str(config.data.source), todo=todo)
+    return parts
+
+
+def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_folder: Path, home: Path) -> TokenDataset:
+    """Return the token data set of a recipe's rows or texts: the stored one if it verifies, else a new one.
+
+    It is stored below `home`/tokens; its `.report` says how it came about. Raises DataError for rows that cannot be
+    used, for too few of them to fill an optimizer step, and for tokens of which none are supervised (or all, unless
+    `data_config.supervise_all` says so).
+    """
+    data = config.data
+    parts = {**parts, "train": parts["train"] if data.corpus else control_rows(parts["train"], data.control)}
+    key = source_key(data, parts, tokenizer)
     folder = home / "tokens" / key[:16]
     dataset, action, reason = reopen(folder, key)
     if dataset is None:
-        dataset = make(config, builder, tokenizer, folder, key)
+        splits, info = of_texts(data, parts, tokenizer_folder) if data.corpus else of_rows(data, parts, tokenizer)
+        dataset = tokens.write_arrays(folder, splits, source_key=key, info=info, length=data.max_length)
     dataset.report = report_of(dataset, action, reason)
-    refuse_too_small(len(dataset.train), config.training.batch_size, builder.where)
+    if len(dataset.train) < config.training.batch_size:
+        raise DataError(
+            f"{len(dataset.train)} training rows do not fill one batch of {config.training.batch_size}",
+            where=source_of(data),
+            todo="add rows, or lower training_config.batch_size",
+        )
     return dataset
 
 
 def reopen(folder: Path, key: str) -> tuple[TokenDataset | None, str, str]:
     """The stored data set of this key if it is whole, and what to say: (data set, action, reason)."""
     if not folder.exists():
-        return None, "built", "no stored tokens for these sources"
+        return None, "built", "no stored tokens for these rows"
     try:
         dataset = TokenDataset.open(folder)
     except DataError as error:
         return None, "rebuilt", f"the stored tokens did not verify: {error.what}"
     if dataset.source_key != key:
-        return None, "rebuilt", "the stored tokens belong to other sources"
-    return dataset, "reused", "sources unchanged"
+        return None, "rebuilt", "the stored tokens belong to other rows"
+    return dataset, "reused", "nothing changed"
 
 
-def make(config: Config, builder: Builder, tokenizer: ChatTokenizer, folder: Path, key: str) -> TokenDataset:
-    """Encode the recipe's rows and store them."""
-    data = config.data
-    splits = builder.splits()
-    splits["train"] = control_rows(splits["train"], data.control)
-    encoded = {name: encode(rows, tokenizer, data) for name, rows in splits.items()}
+def source_key(data: Data, parts: Parts, tokenizer: ChatTokenizer) -> str:
+    """Return the sha256 over all that shapes the tokens: rows or texts, tokenizer and template, options, this code.
+
+    No library version and no path is in it: a moved repository or a newer numpy builds nothing anew.
+    """
+    facts = {
+        "format": tokens.FORMAT,
+        "parts": {name: text_sha256(part) if data.corpus else rows_sha256(part) for name, part in parts.items()},
+        "tokenizer": tokenizer.sha256,
+        "options": [data.max_length, data.system_prompt, data.supervise_all],
+        "code": {name: sha256_file(Path(__file__).with_name(name)) for name in SHAPERS},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def rows_sha256(rows: Sequence[Row]) -> str:
+    """Return the sha256 over what rows say and the file names and lines they stand at, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        turns = [[turn.role, turn.content] for turn in row.messages]
+        digest.update(json.dumps([Path(row.where).name, turns]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def source_of(data: Data) -> str:
+    return str(data.corpus or data.source)
+
+
+def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
+    """The report of a data set, from what is stored with it."""
+    info, notes = dataset.info, []
+    if "corpus" in info:
+        sizes = [f"{name.replace('_', ' ')} {facts['characters']:,}" for name, facts in info["corpus"].items()]
+        count = len(info["corpus"]["held_out"]["documents"])
+        notes = [
+            f"characters: {', '.join(sizes)} in {count} held-out documents",
+            f"vocabulary of {info['vocab_size']} ids; training text sha256 {info['corpus']['train']['sha256']}",
+        ]
+        if info["unknown"]:
+            refused = "; bits per byte is not given" if info["unknown"] > UNKNOWN_ALLOWED else ""
+            notes.append(f"warning: {info['unknown']:.3%} of the held-out characters are in no training text{refused}")
+    return BuildReport(
+        action=action,
+        reason=reason,
+        folder=str(dataset.folder),
+        length=dataset.length,
+        rows={name: len(split) for name, split in dataset.splits.items()},
+        tokens={name: split.tokens for name, split in dataset.splits.items()},
+        supervised_share=float(info["supervised_share"]),
+        cut=[Cut(**cut) for cut in info["cut"]],
+        notes=notes,
+    )
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatTokenizer) -> tuple[Any, dict[str, Any]]:
+    """Encode rows; return the arrays of each split, and what is stored beside them."""
+    encoded = {name: encode(rows, tokenizer, data) for name, rows in parts.items()}
     share = supervised_share(encoded["train"])
-    refuse_share(share, data.supervise_all, builder.where)
+    refuse_share(share, data.supervise_all, source_of(data))
     cut = [
         asdict(Cut(name, row.where, tokens_of.cut))
-        for name, rows in splits.items()
+        for name, rows in parts.items()
         for row, tokens_of in zip(rows, encoded[name], strict=True)
         if tokens_of.cut
     ]
@@ -131,9 +214,9 @@ def make(config: Config, builder: Builder, tokenizer: ChatTokenizer, folder: Pat
         "cut": cut,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "rows": {name: [row.where for row in rows] for name, rows in splits.items()},
+        "rows": {name: [row.where for row in rows] for name, rows in parts.items()},
     }
-    return tokens.write(folder, encoded, source_key=key, info=info, length=data.max_length)
+    return {name: tokens.pack(rows) for name, rows in encoded.items()}, info
 
 
 def encode(rows: Sequence[Row], tokenizer: ChatTokenizer, data: Data) -> list[Encoded]:
@@ -146,15 +229,13 @@ def encode(rows: Sequence[Row], tokenizer: ChatTokenizer, data: Data) -> list[En
 
 
 def supervised_share(rows: Sequence[Encoded]) -> float:
-    """Share of predicted tokens that count in the loss (the first token of a row is never predicted); 0 if
-    none.
-    """
+    """Share of predicted tokens that count in the loss (the first token of a row is never predicted); 0 if none."""
     predicted = sum(len(row.ids) - 1 for row in rows)
     return sum(int(row.mask[1:].sum()) for row in rows) / predicted if predicted else 0.0
 
 
 def refuse_share(share: float, supervise_all: bool, where: str) -> None:
-    """Raises DataError when no token is supervised, or every one without being asked for."""
+    """Raise DataError when no token is supervised, or every one without being asked for."""
     if share == 0.0:
         raise DataError("no token is supervised: there is nothing to learn", where=where)
     if share == 1.0 and not supervise_all:
@@ -165,141 +246,84 @@ def refuse_share(share: float, supervise_all: bool, where: str) -> None:
         )
 
 
-def refuse_too_small(rows: int, batch_size: int, where: str) -> None:
-    """Raises DataError when the rows do not fill one batch."""
-    if rows < batch_size:
+# --- texts --------------------------------------------------------------------------------------------------------
+
+
+def corpus_tokenizer(config: Config, texts: Sequence[Document], home: Path) -> Path:
+    """Return the folder below `home` of the tokenizer of these training texts, which is made when it is not there.
+
+    Raises DataError for too little text to fill one context, or a tokenizer that does not fit the model's vocabulary.
+    """
+    options, architecture = config.data.tokenizer, config.model.architecture
+    assert architecture is not None, "a corpus comes with init: random, which has an architecture"
+    vocabulary.use_threads(config.data.num_proc)
+    refuse_too_short(sum(len(text.text.encode()) for text in texts), "bytes", config.data)
+    room = architecture.vocab_size
+    if options.vocab_size and options.vocab_size > room:
         raise DataError(
-            f"{rows} training rows do not fill one batch of {batch_size}",
-            where=where,
-            todo="add rows, or lower training_config.batch_size",
+            f"a tokenizer of {options.vocab_size} ids does not fit the model's vocabulary of {room}",
+            where="data_config.tokenizer.vocab_size",
+            todo="lower it, or choose a preset with a larger vocabulary",
+        )
+    size = options.vocab_size or room
+    facts = json.dumps([options.type, size, text_sha256(texts), sha256_file(Path(vocabulary.__file__))])
+    folder = home / "tokenizers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return folder if folder.is_dir() else vocabulary.train(options.type, size, texts, folder)
+
+
+def of_texts(data: Data, parts: Mapping[str, Sequence[Document]], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Encode texts by the tokenizer in `folder`; return the arrays of each split, and what is stored beside them."""
+    kind, length = data.tokenizer.type, data.max_length
+    assert length is not None, "a corpus has a context"
+    ids = {name: vocabulary.encode(folder, kind, part) for name, part in parts.items()}
+    refuse_too_short(len(ids["train"]), "tokens", data)
+    unknown, sizes = vocabulary.unknown_id(folder), vocabulary.bytes_of_ids(folder, kind)
+    splits = {name: windows(part, length, unknown) for name, part in ids.items()}
+    held_out = splits["held_out"]
+    # A unigram model: how often each id comes in the training text, one added to each count (Laplace).
+    counts = np.bincount(ids["train"], minlength=len(sizes)) + 1.0
+    info = {
+        "supervised_share": 1.0,
+        "cut": [],
+        "rows": {name: [f"{name}, token {start}" for start in part.starts.tolist()] for name, part in splits.items()},
+        "vocab_size": len(sizes),
+        "corpus": {
+            name: {
+                "sha256": text_sha256(part),
+                "documents": [document.where for document in part],
+                "characters": sum(len(document.text) for document in part),
+            }
+            for name, part in parts.items()
+        },
+        "unknown": float((ids["held_out"] == unknown).mean()) if unknown is not None and len(ids["held_out"]) else 0.0,
+        "held_out_bytes": supervised_sums(held_out, sizes),
+        "unigram_nll": supervised_sums(held_out, -np.log(counts / counts.sum())),
+    }
+    return splits, info
+
+
+def refuse_too_short(size: int, unit: str, data: Data) -> None:
+    """Raise DataError where the training text has no more tokens (or bytes: a token is one at least) than a context."""
+    needed = (data.max_length or 0) + 1
+    if size < needed:
+        raise DataError(
+            f"the corpus is shorter than one context: {size} {unit} to train on, {needed} tokens are needed",
+            where=str(data.corpus),
+            todo="use a larger corpus, or a smaller data_config.max_length",
         )
 
 
-def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
-    """The report of a data set, from what is stored with it."""
-    return BuildReport(
-        action=action,
-        reason=reason,
-        folder=str(dataset.folder),
-        length=dataset.length,
-        rows={name: len(split) for name, split in dataset.splits.items()},
-        tokens={name: split.tokens for name, split in dataset.splits.items()},
-        supervised_share=float(dataset.info["supervised_share"]),
-        cut=[Cut(**cut) for cut in dataset.info["cut"]],
-    )
+def windows(ids: Ids, length: int, unknown: int | None) -> Arrays:
+    """A stream of tokens as rows of up to `length` predictions; the last token of a row is the next row's first.
 
-
-def source_key(config: Config, builder: Builder, tokenizer: ChatTokenizer) -> str:
-    """sha256 over everything that shapes the tokens: sources, tokenizer and template, builder, options, this
-    code.
-
-    No library version and no path is in it: a moved repository or a newer numpy rebuilds nothing.
+    The unknown character is never supervised: no training text has it, so the model cannot know it.
     """
-    options = config.data.model_dump(mode="json")
-    source = str(options.pop("source", ""))
-    parts = {
-        "format": tokens.FORMAT,
-        "sources": builder.source_digests(),
-        "source": source if source.startswith("hub:") else Path(source).name,
-        "tokenizer": tokenizer.sha256,
-        "builder": builder.sha256,
-        "code": {name: file_sha256(Path(__file__).parent / name) for name in SHAPERS},
-        "options": options,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    starts = np.arange(0, max(len(ids) - 1, 0), length, dtype=np.int64)
+    mask = np.ones(len(ids), np.uint8) if unknown is None else (ids != unknown).astype(np.uint8)
+    return Arrays(ids, mask, starts, np.minimum(starts + length + 1, len(ids)))
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file. Raises DataError if it cannot be read."""
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
-
-
-def source_path(config: Config, recipe_dir: Path) -> Path | None:
-    """The file of `data_config.source`, relative to the recipe; None for a data set of the Hub."""
-    source = config.data.source
-    return None if not source or source.startswith("hub:") else recipe_dir / source
-
-
-class Builder:
-    """A recipe's `dataset.py`, loaded from its path (recipes are folders of scripts, not packages)."""
-
-    def __init__(self, config: Config, recipe_dir: Path) -> None:
-        self.config = config
-        self.recipe_dir = recipe_dir
-        self.path = recipe_dir / "dataset.py"
-        self.where = str(config.data.corpus or source_path(config, recipe_dir) or config.data.source)
-        try:
-            code = self.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"the recipe has no dataset builder: {error.strerror}", where=str(self.path)) from error
-        self.sha256 = hashlib.sha256(code).hexdigest()
-        # Run from its source, under a name of its own: every recipe has a dataset.py. It must be in sys.modules
-        # while it runs, where dataclasses look their annotations up.
-        self.module = ModuleType(f"dataset_{self.sha256[:12]}")
-        self.module.__file__ = str(self.path)
-        sys.modules[self.module.__name__] = self.module
-        self._guard(lambda: exec(compile(code, str(self.path), "exec"), self.module.__dict__))
-
-    def splits(self) -> dict[str, list[Row]]:
-        """The recipe's rows by split, always with both names. Raises DataError when they are none."""
-        found = self._call("splits")
-        if not isinstance(found, Mapping) or not set(found) <= set(SPLITS):
-            raise DataError(f"splits() must return a dict of {' and '.join(SPLITS)}", where=str(self.path))
-        rows = {name: list(found.get(name, ())) for name in SPLITS}
-        strangers = [row for name in SPLITS for row in rows[name] if not isinstance(row, Row)]
-        if strangers:
-            raise DataError(f"splits() holds a {type(strangers[0]).__name__}, not a Row", where=str(self.path))
-        if not rows["train"]:
-            raise DataError("no training row", where=self.where, todo="add rows or lower data_config.held_out_share")
-        return rows
-
-    def documents(self) -> dict[str, list[Document]]:
-        """The recipe's texts by split, always with both names; see `common.data.build_corpus`."""
-        found = self._call("documents")
-        if not isinstance(found, Mapping) or not set(found) <= set(SPLITS):
-            raise DataError(f"documents() must return a dict of {' and '.join(SPLITS)}", where=str(self.path))
-        return {name: list(found.get(name, ())) for name in SPLITS}
-
-    def prompts(self) -> list[str]:
-        """The recipe's evaluation prompts."""
-        return list(self._call("prompts"))
-
-    def source_digests(self) -> list[str]:
-        """sha256 of every file the builder reads."""
-        if hasattr(self.module, "sources"):
-            paths = [Path(path) for path in self._call("sources")]
-        else:
-            own = source_path(self.config, self.recipe_dir)
-            paths = [] if own is None else [own]
-        return [file_sha256(path) for path in paths]
-
-    def _call(self, name: str) -> Any:
-        function = getattr(self.module, name, None)
-        if not callable(function):
-            raise DataError(f"no function {name}(config, recipe_dir)", where=str(self.path))
-        return self._guard(lambda: function(self.config, self.recipe_dir))
-
-    def _guard(self, call: Any) -> Any:
-        """Run the recipe's code; a fault in it is the recipe's, named with its line."""
-        try:
-            return call()
-        except RecipeError:
-            raise
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(self.path)), None)
-            line = getattr(error, "lineno", None) or line
-            raise DataError(f"{type(error).__name__}: {error}", where=f"{self.path}:{line or 1}") from error
-
-
-def prompts(config: Config, recipe_dir: Path) -> list[str]:
-    """The recipe's evaluation prompts, from its `dataset.py`."""
-    return Builder(config, recipe_dir).prompts()
-
-
-def rows(config: Config, recipe_dir: Path) -> dict[str, list[Row]]:
-    """The recipe's rows by split, from its `dataset.py`."""
-    return Builder(config, recipe_dir).splits()
+def supervised_sums(arrays: Arrays, values: np.ndarray[Any, Any]) -> list[float]:
+    """For every row, the sum of `values` [ids] over its supervised labels."""
+    per_token = np.concatenate([[0], np.cumsum(values[arrays.ids] * arrays.mask)])
+    return [float(x) for x in per_token[arrays.ends] - per_token[arrays.starts + 1]]

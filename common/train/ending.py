@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,35 +14,29 @@ from common.files import utc_now
 from common.signals import handled
 from common.train.console import Console
 from common.train.manifest import Manifest
-from common.train.plan import AtEnd
 
 BEGINS, ENDS = "run begins:", "run ends:"  # in train.log; without the second one, the process was killed
 
 
 @contextlib.contextmanager
-def recorded_end(manifest: Manifest, folder: Path, console: Console, at_end: AtEnd | None) -> Iterator[None]:
-    """Record how the block ended; then call `at_end`, which finds the manifest as it stays."""
-    reason, text = "done", None
-    console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
+def recorded_end(manifest: Manifest, folder: Path, console: Console) -> Iterator[None]:
+    """Record how the block ended, where that was before its end; see `record_end` for the end itself."""
     try:
         yield
     except Stopped as stop:
-        reason = f"stopped: {stop.what}"
+        record_end(manifest, folder, console, f"stopped: {stop.what}", None)
         raise
     except RecipeError as error:
-        reason, text = f"failed: {error.what}", str(error)
-        console.say(text, "DEBUG")
+        console.say(str(error), "DEBUG")
+        record_end(manifest, folder, console, f"failed: {error.what}", str(error))
         raise
     except BaseException as error:
-        reason = f"failed: {type(error).__name__}: {error}"
+        record_end(manifest, folder, console, f"failed: {type(error).__name__}: {error}", None)
         raise
-    finally:
-        record_end(manifest, folder, console, reason, text)
-        if at_end:
-            at_end(folder, console.say)
 
 
 def record_end(manifest: Manifest, folder: Path, console: Console, reason: str, error: str | None) -> None:
+    """Write how the run ended (done, `stopped: ...`, `failed: ...`) into its manifest and its log."""
     with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
         console.say(f"{ENDS} {reason}", "DEBUG")
         manifest.exit_reason, manifest.error, manifest.end = reason, error, utc_now()
@@ -79,8 +72,8 @@ def saved_if_a_rank_dies(folder: Path, save: Callable[[], int]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def catch_signals(console: Console) -> Iterator[list[str]]:
-    """Collect the name of a SIGTERM or SIGINT, so that the run ends where nothing is lost; a second ends it here."""
+def catch_signals(console: Console, what: str) -> Iterator[list[str]]:
+    """Collect the name of a SIGTERM or SIGINT, and say `what` it leads to; a second one ends the process here."""
     names: list[str] = []
 
     def handler(number: int, _frame: FrameType | None) -> None:
@@ -88,7 +81,7 @@ def catch_signals(console: Console) -> Iterator[list[str]]:
             raise KeyboardInterrupt
         names.append(signal.Signals(number).name)
         with contextlib.suppress(RuntimeError):  # the signal came while this very file was being written
-            console.say(f"{names[0]}: saving as soon as this step is over; once more to stop without saving")
+            console.say(f"{names[0]}: {what}")
 
     with handled((signal.SIGTERM, signal.SIGINT), handler):
         yield names

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.config.schema import Evaluation
-from common.data.build_corpus import UNKNOWN_ALLOWED
+from common.data.build import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
 from common.engine import Backend
 

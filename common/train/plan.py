@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from common import config as configs
-from common import hardware
+from common import hardware, recipe
 from common.config import Config
 from common.data import build
-from common.data.build_corpus import build_corpus
 from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
 from common.data.tokens import TokenDataset
@@ -19,12 +18,11 @@ from common.errors import DataError, UsageError
 from common.hardware import TILE, Hardware
 from common.model import bases, llama
 from common.model.bases import Base
+from common.recipe import Prompts, Splits
 from common.train.schedule import warmup_steps
 from engines.registry import precision_for, refuse_model, refuse_without_engine
 from engines.ttml import memory
 from tools.plan import lint
-
-AtEnd = Callable[[Path, Callable[[str], None]], None]  # gets the folder of a run that ended, and how to say a line
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Launch:
     accept_changes: bool = False
     out: Path = Path("runs")
     command: tuple[str, ...] = ()
-    at_end: AtEnd | None = None
+    on_start: Callable[[Path], None] | None = field(default=None, compare=False)  # is told the run's folder
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,10 @@ class Plan:
         return self.config.training_digest({"base": self.base.identity})
 
 
-def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], None]) -> Plan:
-    """Resolve `launch`, saying each decision as it falls; nothing of an engine is imported."""
+def make_plan(
+    launch: Launch, splits: Splits, prompts_of: Prompts, say: Callable[[str], None], warn: Callable[[str], None]
+) -> Plan:
+    """Resolve `launch` with the recipe's data, saying each decision as it falls; nothing of an engine is imported."""
     choice = hardware.choose(launch.hw)
     say(f"{launch.recipe_dir.name} on {choice.reason}")
     config = configs.load(launch.recipe_dir, choice.hardware, launch.overrides, launch.steps)
@@ -74,7 +74,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
         say(f"{choice.hardware.name} is another experiment than a board's: it has its own {own}")
     for finding in lint.lint(config, choice.hardware):
         warn(f"{finding.id}: {finding.message}")
-    base, tokenizer, dataset = prepare(config, choice.hardware, launch.recipe_dir, say)
+    base, tokenizer, dataset = prepare(config, choice.hardware, launch.recipe_dir, splits, say)
     for line in dataset.report.lines():
         say(line)
     refuse_too_long(dataset, base.architecture)
@@ -84,7 +84,7 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
             where="data_config.held_out_share",
             todo="raise it, or leave data_config.split_by out",
         )
-    prompts = build.Builder(config, launch.recipe_dir).prompts()
+    prompts = list(recipe.call(prompts_of, config, launch.recipe_dir))
     check_prompts(prompts, config, tokenizer, base.architecture, warn)
     precision, why = precision_for(choice.hardware)
     if config.training.precision == "auto":
@@ -100,19 +100,20 @@ def make_plan(launch: Launch, say: Callable[[str], None], warn: Callable[[str], 
 
 
 def prepare(
-    config: Config, hw: Hardware, recipe_dir: Path, say: Callable[[str], None]
+    config: Config, hw: Hardware, recipe_dir: Path, splits: Splits, say: Callable[[str], None]
 ) -> tuple[Base, ChatTokenizer, TokenDataset]:
-    """What the config starts from and trains on: a fetched base and rows, or random weights and a corpus."""
+    """Return what the config starts from, its tokenizer and tokens: a base and rows, or random weights and a corpus."""
+    parts = build.read_splits(splits, config, recipe_dir)
     if config.model.architecture is not None:
         refuse_model(hw, llama.hf_config(config.model.architecture.model_dump()))
-        folder, dataset = build_corpus(config, recipe_dir, bases.home())
+        folder = build.corpus_tokenizer(config, parts["train"], bases.home())
         base = bases.random_base(config.model, config.training.seed, folder)
-        return base, ChatTokenizer.load(folder), dataset
-    assert config.model.base is not None, "a pretrained base has a name"
-    base = bases.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
-    refuse_model(hw, base.architecture)
+    else:
+        assert config.model.base is not None, "a pretrained base has a name"
+        base = bases.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
+        refuse_model(hw, base.architecture)
     tokenizer = ChatTokenizer.load(base.folder)
-    return base, tokenizer, build.build(config, recipe_dir, tokenizer, bases.home())
+    return base, tokenizer, build.build(config, parts, tokenizer, base.folder, bases.home())
 
 
 def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from common.data.tokens import TokenDataset
 from common.engine import Backend, StepStats
 from common.errors import Stopped, TrainingError
 from common.files import disk_errors, sha256_file, utc_now, write_atomic
+from common.recipe import Prompts, Splits
 from common.train import checkpoint, samples
 from common.train.console import LEVELS, Console, Progress, clock
 from common.train.early_stop import best_step, early_stop
-from common.train.ending import catch_signals, record_stall, recorded_end, saved_if_a_rank_dies
+from common.train.ending import BEGINS, catch_signals, record_stall, recorded_end, saved_if_a_rank_dies
 from common.train.evaluate import describe, evaluated_rows, evaluated_text, from_rows, held_out, scores
 from common.train.first_loss import check_first_loss
 from common.train.manifest import Manifest
@@ -37,27 +39,36 @@ from common.train.trackers import Trackers
 from common.train.watchdog import Watchdog
 from engines.registry import open_backend
 
+SAVING = "saving as soon as this step is over; once more to stop without saving"
+
 
 @contextlib.contextmanager
-def open_run(launch: Launch) -> Iterator[Run]:
-    """Yield the run that `launch` asks for, restored and recorded; whatever ends the block, it is said how."""
+def open_run(launch: Launch, splits: Splits, prompts: Prompts) -> Iterator[Run]:
+    """Yield the run that `launch` asks for, restored and recorded, on the data of the recipe's `splits` and `prompts`.
+
+    Whatever ends the block before its end, it is recorded how; a run that was trained is over after what follows it.
+    """
     console = Console()
     with contextlib.closing(console), disk_errors("write the run's files", launch.out):
-        plan = make_plan(launch, console.say, console.warn)
+        plan = make_plan(launch, splits, prompts, console.say, console.warn)
         console.level = LEVELS[plan.config.logging.log_level]
         start = find_start(plan, console.say)
         with start.lock:
             plan = keep_decisions(plan, start)
             console.open_log(start.folder / "train.log")
             manifest = open_manifest(plan, start)
-            with (
-                recorded_end(manifest, start.folder, console, launch.at_end),
-                catch_signals(console) as signals,
-                open_backend(plan.hw, plan.config) as backend,
-                contextlib.closing(Run(plan, start, backend, console, manifest, signals)) as run,
-                saved_if_a_rank_dies(run.folder, run.save_trained),
-            ):
-                yield run
+            if launch.on_start:
+                launch.on_start(start.folder)
+            console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
+            with recorded_end(manifest, start.folder, console), catch_signals(console, SAVING) as signals:
+                with (
+                    open_backend(plan.hw, plan.config) as backend,
+                    contextlib.closing(Run(plan, start, backend, console, manifest, signals)) as run,
+                    saved_if_a_rank_dies(run.folder, run.save_trained),
+                ):
+                    yield run
+                if signals:
+                    raise run.stopped(f"stopped by {signals[0]} after the last step, before the export")
 
 
 class Run:
@@ -129,11 +140,11 @@ class Run:
         """Yield the steps still to do, from 1; save and raise Stopped at `--stop-at`, SIGTERM or SIGINT."""
         stop_at, start = self.plan.launch.stop_at, self.start.step
         if stop_at is not None and stop_at <= start:
-            raise self._stopped(f"--stop-at {stop_at}: this run already stands after step {start}")
+            raise self.stopped(f"--stop-at {stop_at}: this run already stands after step {start}")
         if self.signals and start == 0:
             raise KeyboardInterrupt  # nothing was trained, and nothing is there to go on from
         if self.signals:
-            raise self._stopped(f"stopped by {self.signals[0]} before step {start + 1}")
+            raise self.stopped(f"stopped by {self.signals[0]} before step {start + 1}")
         if self.owes_evaluation:
             self.evaluate(start)
         for step in range(start + 1, self.last_step + 1):
@@ -142,7 +153,7 @@ class Run:
             if self.signals or step == stop_at:
                 self.save(step)
                 reason = self.signals[0] if self.signals else f"--stop-at {step}"
-                raise self._stopped(f"stopped by {reason} after step {step}, which is saved")
+                raise self.stopped(f"stopped by {reason} after step {step}, which is saved")
             if step == self.last_step:  # the evaluation of this step may have ended the run early
                 return
 
@@ -267,8 +278,6 @@ class Run:
             )
         self.evaluate(step)
         self.save(step)
-        if self.signals:
-            raise self._stopped(f"stopped by {self.signals[0]} after the last step, before the export")
         self.close()
         self.manifest.trained = utc_now()
         self.manifest.metrics_sha256 = sha256_file(self.folder / "metrics.jsonl")
@@ -282,7 +291,8 @@ class Run:
         early = early_stop(self.losses, self.config.eval.patience, self.start.step)
         return early or self.config.training.max_steps or 0
 
-    def _stopped(self, what: str) -> Stopped:
+    def stopped(self, what: str) -> Stopped:
+        """Return what ends a run that was asked to stop, with the way to go on."""
         launch = self.plan.launch
         how = "" if launch.resume == "auto" else ", with --resume auto in place of what was given,"
         how += "" if launch.stop_at is None else ", without --stop-at,"

@@ -12,7 +12,7 @@ from common.data.corpora import Document, read_corpus, split_documents
 from common.data.rows import evaluation_prompts
 
 
-def documents(config: Config, recipe_dir: Path) -> dict[str, list[Document]]:
+def splits(config: Config, recipe_dir: Path) -> dict[str, list[Document]]:
     """Training and held-out texts. Each of several is on one side whole, so that none was half seen."""
     assert config.data.corpus is not None
     return split_documents(read_corpus(config.data.corpus, recipe_dir), config.data.held_out_share)

@@ -12,9 +12,11 @@ import pytest
 from common import config as configs
 from common import hardware
 from common.config import Config
-from common.data.build_corpus import UNKNOWN_ALLOWED, build_corpus
+from common.data.build import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset
 from common.errors import DataError
+from common.recipe import load_dataset
+from common.train.plan import prepare
 from tests.tiny_recipe import FROM_SCRATCH as RECIPE
 from tests.tiny_recipe import tiny_scratch
 
@@ -22,13 +24,15 @@ T = 64
 
 
 @pytest.fixture
-def build(tmp_path) -> Callable[..., TokenDataset]:
+def build(tmp_path, monkeypatch) -> Callable[..., TokenDataset]:
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     small = tiny_scratch(tmp_path / "play.txt")
 
     def run(*overrides: str, text: str | None = None) -> TokenDataset:
         if text is not None:
             (tmp_path / "play.txt").write_text(text, encoding="utf-8")
-        return build_corpus(config_of(*small, *overrides), RECIPE, tmp_path / "home")[1]
+        config, splits = config_of(*small, *overrides), load_dataset(RECIPE)[0]
+        return prepare(config, hardware.get("cpu"), RECIPE, splits, pytest.fail)[2]
 
     return run
 

@@ -9,6 +9,7 @@ import ast
 import functools
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +24,15 @@ from common.errors import MachineError, RecipeError, UsageError
 from common.model import llama
 from tests.runs.commands import House, Wrong, shown
 from tools.cli.data import CARDS, LICENCE_LINE
-from tools.launch import dry_run
+from tools.launch import after_run, dry_run
 from tools.results import schema as results
 
 FILES = ("config.yaml", "dataset.py", "train.py", "README.md", "results.yaml")
 SPLITS_BADLY = re.compile(r"does not divide by the \d+ devices|the mesh \[.*\] has \d+ devices")
 NOT_ON_A_BOARD = ("torch", "transformers", "peft", "accelerate")  # its image has none of them
 NOT_PLAIN = ("importlib", "runpy", "sys", "imp")  # ways round a plain import
-OF_OTHERS = ("recipes", "tests", "ci", "bench")
+OF_OTHERS = ("recipes", "tests", "ci", "bench", "engines")
+BESIDE = (1, "dataset")  # `from .dataset import ...`: how many folders up, and what
 IN_THE_LOOP = {
     "train_step": "it updates nothing",
     "record": "metrics.jsonl stays empty",
@@ -41,7 +43,6 @@ AROUND_THE_LOOP = {
     "open_run": "it opens no run",
     "evaluate": "there is nothing to compare with: run.evaluate(step=0) before the first step",
     "finish": "the last step may go without evaluation and checkpoint",
-    "export_run": "nobody else can load what was trained",
 }
 PATHS = ("data_config.source", "data_config.corpus", "eval_config.prompts")
 COUNT = re.compile(r"# ([\d,]+) parameters")
@@ -105,12 +106,14 @@ def licence(recipe: Path) -> None:
 
 
 def independent(recipe: Path) -> None:
-    """It imports `common` and libraries, never another recipe, and reads no file outside its folder."""
+    """It imports `common` and its own dataset.py, never another recipe, and reads no file outside its folder."""
     others = [path.parent.name for path in recipe.parent.glob("*/config.yaml") if path.parent != recipe]
     for path in sorted(recipe.rglob("*.py")):
         for node, module in imports(path):
             where, top = f"{path.name}:{node.lineno}", module.partition(".")[0]
-            need(top, f"{where}: it imports relatively; a recipe is no package and imports `common`")
+            if path.name == "train.py":
+                plain = top in ("common", "__future__", "") or top in sys.stdlib_module_names
+                need(plain, f"{where}: it imports {module}; train.py imports `common` and its own dataset")
             need(top not in OF_OTHERS, f"{where}: it imports {module}; a recipe imports `common`")
             need(top not in NOT_PLAIN, f"{where}: it imports {module}; a recipe imports `common`, and that plainly")
             need(top not in NOT_ON_A_BOARD, f"{where}: it imports {module}, which a board's image does not have")
@@ -126,12 +129,16 @@ def independent(recipe: Path) -> None:
 
 
 def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Every import with its module; "" for a relative one."""
+    """Every import with its module; "" for one of the dataset.py beside it. Raises Broken for another relative one."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node, name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            beside = (node.level, node.module) == BESIDE
+            need(beside, f"{path.name}:{node.lineno}: it imports relatively what is not its own dataset.py")
+            yield node, ""
         elif isinstance(node, ast.ImportFrom):
-            yield node, "" if node.level else str(node.module)
+            yield node, str(node.module)
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
@@ -158,6 +165,12 @@ def loop(recipe: Path) -> None:
     ):
         for name, without in wanted.items():
             need(name in found, f"train.py:{inside[0].lineno}: {place} {name}: {without}")
+    last = trains[0].body[-1]
+    finishes = isinstance(last, ast.With) and "finish" in calls(last.body[-1])
+    need(finishes, f"train.py:{last.lineno}: `with open_run(...) as run:` does not end with run.finish()")
+    constants = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    named = after_run.known_steps(ast.literal_eval(constants.get("AFTER_RUN", ast.Tuple([]))), "train.py")
+    need("export" in named, "train.py: no export in AFTER_RUN: nobody else can load what was trained")
 
 
 def calls(tree: ast.AST, but: ast.AST | None = None) -> set[str]:

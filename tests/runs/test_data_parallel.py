@@ -24,7 +24,7 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common.errors import MachineError, Stopped, UsageError
 from common.train import metrics
 from tests.outcomes import folders, log, manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tests.tiny_recipe import make_tiny_recipe, run_tiny, without_after_run
 from tools.launch.processes import Hosts, answers, meeting_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
@@ -34,12 +34,7 @@ LONG = ("training_config.max_steps=3000", "eval_config.every=3000", "checkpoint_
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tiny_base) -> Path:
-    folder = make_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny", tiny_base)
-    text = (folder / "train.py").read_text()
-    (folder / "train.py").write_text(
-        text.replace("        export_run(run)\n", "").replace("        write_card(run)\n", "")
-    )
-    return folder
+    return without_after_run(make_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny", tiny_base))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from common.files import sha256_file
 from common.model import bases
 from common.train import checkpoint
 from tests.outcomes import folders, log, manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe
+from tests.tiny_recipe import make_tiny_recipe, without_after_run
 from tools.cli import main
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
@@ -35,9 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def recipe(tiny_base, tmp_path) -> Path:
-    folder = make_tiny_recipe(tmp_path / "tiny", tiny_base)
-    (folder / "train.py").write_text((folder / "train.py").read_text().replace("        export_run(run)\n", ""))
-    return folder
+    return without_after_run(make_tiny_recipe(tmp_path / "tiny", tiny_base))
 
 
 class Ended:

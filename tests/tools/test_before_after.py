@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.train import metrics
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
-from tools.export.before_after import TrainingText, card_of_folder, repeated_share, responses
+from tools.export.before_after import TrainingText, repeated_share, responses, write_card
 from tools.runs import trained
 
 TEXT = TrainingText(
@@ -81,7 +81,7 @@ def test_copies_markers_and_cut_answers_are_named(run):
     where, response = trained_rows(run)[3]
     rewrite_answers(run, f"Well. {response}", "Steps <|user|> downhill", "New.", "word " * 40)
     lines: list[str] = []
-    path = card_of_folder(run, lines.append)
+    path = write_card(trained.read(run, lines.append), lines.append)
     assert path is not None
     rows = [line for line in path.read_text().splitlines() if line.startswith(("| 1", "| 2", "| 3", "| 4"))]
 
@@ -100,7 +100,7 @@ def test_without_the_training_rows_the_card_says_that_nothing_was_checked(run, m
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps({**manifest, "recipe_dir": str(tmp_path / "gone")}))
     lines: list[str] = []
-    path = card_of_folder(other, lines.append)
+    path = write_card(trained.read(other, lines.append), lines.append)
 
     assert "no check for memorised answers" in lines[0]
     assert path is not None
@@ -111,7 +111,7 @@ def test_a_run_that_was_never_evaluated_has_no_card(run, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "run"))
     (other / "evaluations.jsonl").write_text("")
     lines: list[str] = []
-    assert card_of_folder(other, lines.append) is None
+    assert write_card(trained.read(other, lines.append), lines.append) is None
     assert "no evaluation of the untrained model" in lines[0]
     assert (other / "before_after.md").read_text() == (run / "before_after.md").read_text(), "nothing is overwritten"
 
@@ -123,7 +123,7 @@ def test_answers_are_paired_by_their_prompt(run, tmp_path):
     dropped, *kept = records[0]["samples"]
     records[0]["samples"] = [{**sample, "answer": f"old: {sample['prompt']}"} for sample in reversed(kept)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    card_of_folder(other, print)
+    write_card(trained.read(other, print), print)
     text = (other / "before_after.md").read_text()
     assert dropped["prompt"] not in text, "it was not asked before"
     for sample in kept:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 
+from common import recipe as recipes
 from common.errors import (
     DataError,
     MachineError,
@@ -21,8 +22,10 @@ from common.errors import (
     VerificationError,
 )
 from common.paths import find_recipe
+from common.train.plan import Launch
 from tests.tiny_recipe import FINE_TUNE
 from tools.cli import main
+from tools.launch.after_run import train_here
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "peft", "safetensors", "ttnn", "ttml", "numpy", "pydantic")
@@ -200,7 +203,7 @@ def test_an_unknown_recipe_lists_the_known(command):
 def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
-    monkeypatch.setattr(main, "load_script", lambda path: script)
+    monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
     settings = ("training_config.seed=1", "eval_config.every=1")
     arguments = [*"--hw cpu --steps 7 --stop-at 3 --resume never --accept-changes".split()]
     arguments += [word for setting in settings for word in ("--set", setting)]
@@ -216,7 +219,7 @@ def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
 def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command, monkeypatch):
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
-    monkeypatch.setattr(main, "load_script", lambda path: script)
+    monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
     monkeypatch.setenv("HW", "n300")
     command("run", "fine_tune", "--no-container")
     monkeypatch.setenv("HW", "")
@@ -236,12 +239,38 @@ def test_a_script_may_hold_a_dataclass(tmp_path):
     (tmp_path / "train.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    b: int\n"
     )
-    assert main.load_script(tmp_path / "train.py").A(1).b == 1
+    assert recipes.load(tmp_path, "train").A(1).b == 1
+
+
+def test_the_script_of_each_recipe_gets_the_dataset_beside_it(tmp_path):
+    for name in ("one", "two-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.py").write_text("from .dataset import name\n")
+        (tmp_path / name / "dataset.py").write_text(f"name = {name!r}\n")
+    assert [recipes.load(tmp_path / name, "train").name for name in ("one", "two-b", "one")] == ["one", "two-b", "one"]
+
+
+@pytest.mark.parametrize(
+    ("script", "beside", "where"),
+    [("from .dataset import a\n", "\na = b\n", "dataset.py:2"), ("\n\na = b\n", "", "train.py:3")],
+)
+def test_a_fault_in_a_script_is_named_with_its_line(tmp_path, script, beside, where):
+    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "dataset.py").write_text(beside)
+    with pytest.raises(DataError, match="NameError: name 'b' is not defined") as error:
+        recipes.load(tmp_path, "train")
+    assert str(error.value.where) == str(tmp_path / where)
+
+
+def test_a_step_after_the_run_that_nobody_knows_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "train.py").write_text("AFTER_RUN = ('exprot',)\n")
+    with pytest.raises(UsageError, match="'exprot'; known: export, before_after, never_moved"):
+        train_here(Launch(tmp_path))
 
 
 def test_a_recipe_without_a_script_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"no train.py"):
-        main.load_script(tmp_path / "train.py")
+        recipes.load(tmp_path, "train")
 
 
 def test_config_show_prints_the_resolved_config_of_any_board(command):
@@ -262,7 +291,7 @@ def test_config_schema_is_json(command):
 
 
 def test_dry_run_trains_nothing(command, monkeypatch):
-    monkeypatch.setattr(main, "load_script", pytest.fail)
+    monkeypatch.setattr("common.recipe.load", pytest.fail)
     code, out, _ = command("run", "fine_tune", "--hw", "n150", "--steps", "7", "--set", "a_b.c=1", "--dry-run")
     assert code == 2, "a config that a run would refuse"
     seed = "training_config.seed=1"

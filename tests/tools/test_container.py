@@ -201,7 +201,8 @@ def launched(monkeypatch) -> Callable[..., Any]:
 
     def run(*words: str) -> Any:
         seen: list[Any] = []
-        monkeypatch.setattr(main, "load_script", lambda path: type("Script", (), {"train": staticmethod(seen.append)}))
+        script = type("Script", (), {"train": staticmethod(seen.append)})
+        monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
         monkeypatch.setattr(sys, "argv", ["recipe", *words])
         with pytest.raises(SystemExit) as ended:
             main.main()

@@ -18,7 +18,7 @@ from common.errors import UsageError, VerificationError
 from common.paths import ROOT
 from common.train.manifest import code_facts
 from tests.outcomes import manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tests.tiny_recipe import make_tiny_recipe, run_tiny, without_after_run
 from tools.cli import main
 from tools.containers import images
 from tools.containers.images import Image
@@ -36,15 +36,7 @@ def home(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_base, tmp_path_factory) -> Path:
-    folder = make_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny", tiny_base)
-    loop = (
-        (folder / "train.py")
-        .read_text()
-        .replace("        export_run(run)\n", "")
-        .replace("        write_card(run)\n", "")
-    )
-    (folder / "train.py").write_text(loop)
-    return folder
+    return without_after_run(make_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny", tiny_base))
 
 
 @pytest.fixture(scope="module")

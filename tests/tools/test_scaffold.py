@@ -6,15 +6,17 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common import config as configs
 from common import hardware
-from common.data.build import Builder
+from common.data.build import read_splits
 from common.data.rows import group_hash, plain, read_prompts, read_rows
 from common.errors import DataError, RecipeError, UsageError
 from common.model import llama
+from common.recipe import load_dataset
 from tools.cli import main
 from tools.cli.data import licence_of
 from tools.data import checks
@@ -36,7 +38,7 @@ TEXT_BUILDER = """
 from common.data.corpora import read_corpus, split_documents
 from common.data.rows import evaluation_prompts
 
-def documents(config, recipe_dir):
+def splits(config, recipe_dir):
     return split_documents(read_corpus(config.data.corpus, recipe_dir), config.data.held_out_share)
 
 def prompts(config, recipe_dir):
@@ -134,7 +136,7 @@ def fork(
 def leaks_of(recipe: Path) -> set[str]:
     """Errors and warnings of the data check that say that a prompt is on two sides."""
     prompts = read_prompts(recipe / "data/prompts.jsonl")
-    report = checks.check(Builder(config_of(recipe), recipe).splits(), prompts)
+    report = checks.check(splits_of(recipe), prompts)
     return {finding.id for finding in report.findings} & {"D002", "D003", "D101", "D102", "D103", "D104"}
 
 
@@ -146,12 +148,16 @@ def config_of(recipe: Path, board: str = "n150") -> configs.Config:
     return configs.load(recipe, hardware.get(board))
 
 
+def splits_of(recipe: Path) -> dict[str, list[Any]]:
+    return read_splits(load_dataset(recipe)[0], config_of(recipe), recipe)
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_of_the_user_s_is_in_the_fork_once_and_on_one_side(root, tmp_path):
     recipe, said = fork(root, table(tmp_path / "my.csv"))
-    splits = Builder(config_of(recipe), recipe).splits()
+    splits = splits_of(recipe)
     asked = [json.loads(line) for line in (recipe / "data/prompts.jsonl").read_text().splitlines()]
     found = [(row.prompt, row.response) for part in splits.values() for row in part]
     assert sorted(found + [(row["prompt"], row["response"]) for row in asked]) == sorted(PAIRS)
@@ -224,7 +230,7 @@ def test_every_format_that_data_convert_takes(root, tmp_path, format):
     data = tmp_path / ("my.txt" if format == "text" else "my.csv" if format == "semicolon" else "my.json")
     data.write_text(values[format])
     recipe, said = fork(root, data)
-    splits = Builder(config_of(recipe), recipe).splits()
+    splits = splits_of(recipe)
     asked = [json.loads(line) for line in (recipe / "data/prompts.jsonl").read_text().splitlines()]
     found = [(row.prompt, row.response) for part in splits.values() for row in part]
     assert sorted(found + [(row["prompt"], row["response"]) for row in asked]) == sorted(PAIRS)
@@ -287,7 +293,7 @@ def test_a_column_of_topics_holds_the_rows_of_a_topic_together(root, tmp_path):
     rows = [(q, a, SUBJECTS[at % 16], at) for at, (q, a) in enumerate(PAIRS)]
     recipe, _ = fork(root, table(tmp_path / "my.csv", rows, ("question", "answer", "topic", "ticket")))
     assert config_of(recipe).data.split_by == "topic"
-    splits = Builder(config_of(recipe), recipe).splits()
+    splits = splits_of(recipe)
     topics = [{row.extra["topic"] for row in part} for part in splits.values()]
     assert not topics[0] & topics[1]
 
@@ -318,10 +324,10 @@ def test_a_column_that_would_part_equal_prompts_is_not_taken(root, tmp_path):
 
 def test_the_share_means_the_rows_it_says_and_adding_one_moves_no_other(root, tmp_path):
     recipe, _ = fork(root, table(tmp_path / "my.csv"))
-    before = {row.prompt for row in Builder(config_of(recipe), recipe).splits()["held_out"]}
+    before = {row.prompt for row in splits_of(recipe)["held_out"]}
     with (recipe / "data/rows.jsonl").open("a") as file:
         file.write('{"prompt": "What is new here?", "response": "This one."}\n')
-    after = {row.prompt for row in Builder(config_of(recipe), recipe).splits()["held_out"]}
+    after = {row.prompt for row in splits_of(recipe)["held_out"]}
     assert before == after - {"What is new here?"}
 
 
@@ -510,7 +516,7 @@ def test_a_fork_of_text_holds_its_end_out_and_asks_for_what_begins_there(root, t
     recipe, said = fork(root, data, "tale")
     config = config_of(recipe)
     assert (recipe / "data/corpus.txt").read_bytes() == data.read_bytes()
-    documents = Builder(config, recipe).documents()
+    documents = splits_of(recipe)
     assert "".join(part.text for split in ("train", "held_out") for part in documents[split]) == data.read_text()
     assert all(prompt in documents["held_out"][0].text for prompt in read_prompts(recipe / "data/prompts.jsonl"))
     assert config.model.preset == "small"
@@ -539,7 +545,7 @@ def test_of_a_folder_whole_files_are_held_out(root, tmp_path):
         (tmp_path / "texts/deep").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"texts/deep/{at}.txt").write_text(f"File {at} tells of the {SUBJECTS[at]} at length.\n" * 20)
     recipe, _ = fork(root, tmp_path / "texts", "tale")
-    documents = Builder(config_of(recipe), recipe).documents()
+    documents = splits_of(recipe)
     assert {name: len(part) for name, part in documents.items()} == {"train": 8, "held_out": 2}, "one is not a tenth"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -213,10 +214,12 @@ class Recipe:
     def tokens(self) -> tuple[ChatTokenizer, TokenDataset]:
         """The recipe's tokenizer and its token files, made when they are not there."""
         from common import hardware
+        from common.recipe import load_dataset
         from common.train.plan import prepare
 
-        board = hardware.get(self.config.hw)
-        _, tokenizer, dataset = prepare(self.config, board, self.folder, lambda line: click.echo(line, err=True))
+        board, splits = hardware.get(self.config.hw), load_dataset(self.folder)[0]
+        say = functools.partial(click.echo, err=True)
+        _, tokenizer, dataset = prepare(self.config, board, self.folder, splits, say)
         return tokenizer, dataset
 
     def tokenizer(self) -> ChatTokenizer:
@@ -267,18 +270,20 @@ def look_at(name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence
         tokenizer = tokenizer_of(base, None) if base else None
         return Seen({"train": rows}, problems, (), tokenizer, None, Path(name), [Path(name).parent])
     refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
-    from common.data import build as builder
+    from common.data.build import read_splits
+    from common.recipe import call, load_dataset
 
     recipe = open_recipe(name, hw, overrides)
-    source = builder.source_path(recipe.config, recipe.folder)
+    at = recipe.config.data.source or ""
+    source = None if at.startswith("hub:") else recipe.folder / at
     cards = [source.parent, recipe.folder] if source else []
     if source is not None:
         _, problems = scan(source, recipe.config.data.format, recipe.config.data.map)
         if problems:  # the recipe's own builder would stop at them
             return Seen({}, problems, (), None, None, source, cards)
-    loaded = builder.Builder(recipe.config, recipe.folder)
-    tokenizer = recipe.tokenizer()
-    return Seen(loaded.splits(), (), loaded.prompts(), tokenizer, recipe.config, source, cards)
+    splits, prompts = load_dataset(recipe.folder)
+    parts, asked = read_splits(splits, recipe.config, recipe.folder), call(prompts, recipe.config, recipe.folder)
+    return Seen(parts, (), asked, recipe.tokenizer(), recipe.config, source, cards)
 
 
 def corpus_of(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe | None:

@@ -5,7 +5,7 @@ Only click is imported here; what a verb needs is imported in the verb.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -152,14 +152,14 @@ def run(
         return launcher.launch(recipe_dir, asked, click.echo)
     from common.train.plan import Launch
     from tools.launch import processes
+    from tools.launch.after_run import train_here
     from tools.machine.host import launched
-    from tools.report.pages import write_at_end
 
     command = tuple(launched().get("command") or processes.typed())
-    launch = Launch(recipe_dir=recipe_dir, command=command, at_end=write_at_end, **asked)
+    launch = Launch(recipe_dir=recipe_dir, command=command, **asked)
     hosts = processes.Hosts(nnodes, rdzv_endpoint, rdzv_timeout)
     with launcher.native_lease(recipe_dir.name, asked["hw"]):
-        return processes.train(launch, hosts, lambda: load_script(recipe_dir / "train.py").train(launch), click.echo)
+        return processes.train(launch, hosts, lambda: train_here(launch), click.echo)
 
 
 @recipe.command()
@@ -330,14 +330,3 @@ def explain(target: Path) -> None:
     from tools.runs.explain import report
 
     report(target, click.echo)
-
-
-def load_script(path: Path) -> Any:
-    """Import a recipe's script by its path: recipe folders are no packages."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UsageError("the recipe has no train.py", where=str(path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass in the script looks its annotations up
-    spec.loader.exec_module(module)
-    return module

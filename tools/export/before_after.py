@@ -19,9 +19,7 @@ from common.data.chat import ChatTokenizer
 from common.errors import DataError
 from common.files import write_atomic
 from common.train.evaluate import from_rows
-from common.train.run import Run
 from tools.export.model_card import quoted
-from tools.runs import trained
 from tools.runs.trained import TrainedRun
 
 VERBATIM = 8  # words in a row out of one training response: more than chance gives, so it was learned by heart
@@ -30,18 +28,11 @@ REPEAT = 4  # words of the phrases that are counted as repeated within an answer
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
-def write_card(run: Run) -> Path | None:
-    """Write the card of a run that is still open and say its one line; return before_after.md."""
-    return card(trained.of_run(run), run.console.say)
+def write_card(run: TrainedRun, say: Callable[[str], None]) -> Path | None:
+    """Write before_after.md, say its one line and return it.
 
-
-def card_of_folder(run_folder: Path, say: Callable[[str], None]) -> Path | None:
-    """As `write_card`, from the folder of a finished or killed run."""
-    return card(trained.read(run_folder, say), say)
-
-
-def card(run: TrainedRun, say: Callable[[str], None]) -> Path | None:
-    """Write the card; None, and a line, for a run that has no evaluation of the untrained model on these rows."""
+    Returns None, and says so, for a run that has no evaluation of the untrained model on these rows.
+    """
     records = run.evaluations()
     if len(records) < 2 or records[0]["step"] != 0:
         say("no before_after.md: this run has no evaluation of the untrained model")

@@ -20,7 +20,6 @@ from common.files import disk_errors, sha256_file, sync, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
 from common.train.resume import try_lock
-from common.train.run import Run
 from tools.export.check import Outcome, check
 from tools.export.hf_folder import export_dtype, write_adapter, write_merged
 from tools.export.model_card import adapter_card, merged_card
@@ -32,19 +31,11 @@ Say = Callable[[str], None]
 TO_DO = "do not use this export; run it again, and if it fails again report it with export.json"
 
 
-def export_run(run: Run) -> Path:
-    """Export the last checkpoint of a run at its end, closing its engine; return runs/<run>/export.
+def export_folder(run_folder: Path, say: Say) -> Path:
+    """Export the newest verified checkpoint of a finished or killed run; return runs/<run>/export.
 
     Raises VerificationError when the export does not compute what the run computed.
     """
-    run.console.status("exporting ...")
-    saved = trained.of_run(run)
-    run.backend.close()  # training is over, and its memory is wanted for loading the export
-    return export(saved, run.manifest, run.console.say)
-
-
-def export_folder(run_folder: Path, say: Say) -> Path:
-    """Export the newest verified checkpoint of a finished or killed run, without its engine; as `export_run`."""
     with alone_with(run_folder):
         run = trained.read(run_folder, say)
         return export(run, Manifest.load(run.folder), say)

@@ -5,25 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from common.train.checkpoint import Tensors
-from common.train.run import Run
+from common.train.console import Console
+from common.train.manifest import Manifest
 from tools.export.hf_folder import stored
-from tools.runs import trained
 from tools.runs.trained import TrainedRun
 
 NAMED = 5  # tensors that the line names; the manifest has all
 
 
-def report_unmoved(run: Run) -> list[str]:
-    """Say which trained tensors of a run that is still open never moved, and put them into its manifest."""
-    found, count = unmoved(trained.of_run(run))
+def report_unmoved(run: TrainedRun, manifest: Manifest, console: Console) -> None:
+    """Say which trained tensors of a run never moved, and put them into its manifest."""
+    found, count = unmoved(run)
     if found:
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-        run.console.warn(f"never moved, of {count} trained tensors: {', '.join(found[:NAMED])}{more}")
+        console.warn(f"never moved, of {count} trained tensors: {', '.join(found[:NAMED])}{more}")
     else:
-        run.console.say(f"every one of {count} trained tensors moved")
-    run.manifest.never_moved = found
-    run.manifest.save(run.folder)
-    return found
+        console.say(f"every one of {count} trained tensors moved")
+    manifest.never_moved = found
+    manifest.save(run.folder)
 
 
 def unmoved(run: TrainedRun) -> tuple[list[str], int]:

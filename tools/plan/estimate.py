@@ -22,6 +22,7 @@ from common.data import build, corpora
 from common.data.order import steps_for
 from common.hardware import Hardware, round_up
 from common.model import bases, llama
+from common.recipe import load_dataset
 from common.train.console import clock
 from common.train.plan import batch_equation, prepare
 from engines.ttml import memory
@@ -129,7 +130,7 @@ def known(config: Config, hw: Hardware, recipe: Path) -> tuple[Mapping[str, Any]
         assert config.model.architecture is not None, "a corpus comes with an architecture"
         why = f"the corpus {corpus} is not here: its rows are unknown"
         return config.model.architecture.model_dump(), Rows(None, None, config.data.max_length, None, None, why)
-    found, _, dataset = prepare(config, hw, recipe, lambda _line: None)
+    found, _, dataset = prepare(config, hw, recipe, load_dataset(recipe)[0], lambda _line: None)
     train, held_out = dataset.train, dataset.held_out
     predicted = (train.tokens - len(train)) / len(train)
     padding = 1 - predicted / dataset.length
@@ -139,7 +140,7 @@ def known(config: Config, hw: Hardware, recipe: Path) -> tuple[Mapping[str, Any]
 
 def estimated(config: Config, recipe: Path, why: str) -> Rows:
     """Rows counted, and their length by their characters."""
-    splits = build.Builder(config, recipe).splits()
+    splits = build.read_splits(load_dataset(recipe)[0], config, recipe)
     sizes = [sum(len(turn.content) for turn in row.messages) for row in splits["train"]]
     longest = round_up(math.ceil(max(sizes) / CHARACTERS_A_TOKEN))
     length = config.data.max_length or longest

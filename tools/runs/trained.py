@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from common import config as configs
 from common import hardware
 from common.config import Config
 from common.data import build
-from common.data.build_corpus import build_corpus
 from common.data.chat import ChatTokenizer
 from common.data.tokens import TokenDataset, TokenSplit
 from common.engine import Backend
@@ -21,10 +20,10 @@ from common.errors import DataError, MachineError, UsageError
 from common.model import bases
 from common.model.weights import Weights
 from common.paths import ROOT
+from common.recipe import load_dataset
 from common.train import checkpoint, metrics, resume
 from common.train.checkpoint import Checkpoint, Tensors
 from common.train.evaluate import evaluated_rows, from_rows
-from common.train.run import Run
 from engines.registry import open_backend, refuse_without_engine
 
 Say = Callable[[str], None]
@@ -40,7 +39,6 @@ class TrainedRun:
     base: bases.Base
     tokenizer: ChatTokenizer
     checkpoint: Checkpoint
-    open_dataset: TokenDataset | None = field(default=None, repr=False)
 
     @property
     def step(self) -> int:
@@ -53,14 +51,13 @@ class TrainedRun:
 
     def dataset(self) -> TokenDataset:
         """The tokens this run was trained and evaluated on. Raises DataError when they cannot be had any more."""
-        if self.open_dataset is not None:
-            return self.open_dataset
         facts = self.manifest["data"]
         folder = bases.home() / "tokens" / facts["source_key"][:16]
         try:
             dataset = TokenDataset.open(folder)
         except DataError:
-            dataset = self._build_again()
+            parts = build.read_splits(load_dataset(self.recipe_dir)[0], self.config, self.recipe_dir)
+            dataset = build.build(self.config, parts, self.tokenizer, self.base.folder, bases.home())
         if dataset.tokens_sha256 != facts["tokens_sha256"]:
             raise DataError(
                 f"the data changed since this run: its tokens had sha256 {facts['tokens_sha256'][:12]}..., "
@@ -69,11 +66,6 @@ class TrainedRun:
                 todo="bring back the rows of that time",
             )
         return dataset
-
-    def _build_again(self) -> TokenDataset:
-        if self.config.data.corpus:
-            return build_corpus(self.config, self.recipe_dir, bases.home())[1]
-        return build.build(self.config, self.recipe_dir, self.tokenizer, bases.home())
 
     def held_out(self) -> TokenSplit:
         """The rows that this run evaluates."""
@@ -91,14 +83,6 @@ class TrainedRun:
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The record of one step."""
         return next((record for record in self.evaluations() if record["step"] == step), None)
-
-
-def of_run(run: Run) -> TrainedRun:
-    """A run that is still open, by what it saved last."""
-    found = result(run.folder, run.config, run.console.say)
-    plan = run.plan
-    values = run.manifest.as_json()
-    return TrainedRun(run.folder, run.config, values, plan.base, plan.tokenizer, found, run.dataset)
 
 
 def read(path: Path, say: Say) -> TrainedRun:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from common.config import Config
 from common.config.layers import read_file
-from common.data import corpora, vocabulary
-from common.data.build_corpus import build_corpus
+from common.data import build, corpora, vocabulary
+from common.data.chat import ChatTokenizer
 from common.data.corpora import Document
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import llama
+from common.recipe import load_dataset
 from tools.edit_yaml import set_key
 from tools.scaffold.rows import PROMPTS, Settings
 from tools.scaffold.split import ASKED, share_of
@@ -78,7 +79,9 @@ def schedule(made: Path, config: Config, home: Path) -> Settings:
 
     The tokens are made in `home`, as the fork's first run would. Raises DataError for what would end that run.
     """
-    windows = len(build_corpus(config, made, home)[1].train)
+    parts = build.read_splits(load_dataset(made)[0], config, made)
+    folder = build.corpus_tokenizer(config, parts["train"], home)
+    windows = len(build.build(config, parts, ChatTokenizer.load(folder), folder, home).train)
     asked, most = config.training.max_steps, math.ceil(PASSES * windows / config.training.batch_size)
     if asked is None or asked <= most:
         return {}

@@ -15,6 +15,7 @@ from common.data.rows import read_rows, split_held_out, write_rows
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import bases
+from common.recipe import call, load_dataset
 from common.train.plan import check_prompts, refuse_too_long
 from tools.data import checks, convert
 from tools.plan.estimate import CHARACTERS_A_TOKEN
@@ -70,13 +71,14 @@ def prove(made: Path, found: Split, configs: Sequence[Config], home: Path, say: 
     """
     splits = split_held_out(found.rows, found.share, by=found.column)
     for config in {config.model.base: config for config in configs}.values():
-        base, builder = base_here(config, made), build.Builder(config, made)
-        tokenizer, prompts = ChatTokenizer.load(base.folder) if base else None, builder.prompts()
+        base, (splits_of, prompts_of) = base_here(config, made), load_dataset(made)
+        tokenizer, prompts = ChatTokenizer.load(base.folder) if base else None, call(prompts_of, config, made)
         report = checks.check(splits, prompts, tokenizer, config)
         if report.errors:
             lines = [line for finding in report.errors for line in finding.lines()]
             raise DataError("\n".join(["the data check failed:", *lines]), todo="correct these rows, then run it again")
-        theirs = {name: len(part) for name, part in builder.splits().items()}
+        parts = build.read_splits(splits_of, config, made)
+        theirs = {name: len(part) for name, part in parts.items()}
         if theirs != {name: len(part) for name, part in splits.items()}:
             raise DataError(
                 f"it makes {theirs['train']} rows to train on of {found.train}, {theirs['held_out']} held out",
@@ -84,7 +86,7 @@ def prove(made: Path, found: Split, configs: Sequence[Config], home: Path, say: 
                 todo="fork one whose dataset.py splits by split_by and held_out_share",
             )
         if base and tokenizer:
-            refuse_too_long(build.build(config, made, tokenizer, home), base.architecture)
+            refuse_too_long(build.build(config, parts, tokenizer, base.folder, home), base.architecture)
             check_prompts(prompts, config, tokenizer, base.architecture, say)
         else:
             say(f"tokens are counted by the first run: {config.model.base} is not on this machine")

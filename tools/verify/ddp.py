@@ -28,6 +28,7 @@ from common.files import utc_now
 from common.hardware import Hardware
 from common.model.bases import Base
 from common.paths import find_recipe
+from common.recipe import load_dataset
 from common.train.evaluate import HeldOut, held_out
 from common.train.manifest import code_facts
 from common.train.plan import prepare
@@ -78,7 +79,7 @@ class Comparison:
         self.recipe_dir, self.hw, self.overrides, self.steps = recipe_dir, hw, tuple(overrides), steps
         self.config = self.config_for(None)
         self.devices = self.config.device.devices
-        prepared = prepare(self.config, hw, recipe_dir, say)
+        prepared = prepare(self.config, hw, recipe_dir, load_dataset(recipe_dir)[0], say)
         self.base: Base = prepared[0]
         self.dataset: TokenDataset = prepared[2]
 

@@ -21,6 +21,7 @@ from common.data.tokens import TokenDataset
 from common.errors import DataError, VerificationError
 from common.files import sha256_file
 from common.model.weights import Weights
+from common.recipe import call, load_dataset
 from common.train import metrics
 from common.train.checkpoint import Tensors
 from common.train.evaluate import evaluated_rows, held_out
@@ -185,12 +186,13 @@ def leakage(case: Case) -> str:
     """No held-out or evaluation prompt was trained on."""
     run = case.run
     dataset_of(case)  # the rows of now are those of the run
-    builder = build.Builder(run.config, run.recipe_dir)
+    splits, prompts = load_dataset(run.recipe_dir)
+    rows = build.read_splits(splits, run.config, run.recipe_dir)
     if run.config.data.corpus:
-        train, kept = ({document.text for document in part} for part in builder.documents().values())
+        train, kept = ({document.text for document in part} for part in rows.values())
         return hold(not train & kept, f"{len(train & kept)} of {len(kept)} held-out texts are trained on")
-    rows = builder.splits()
-    found = [finding for finding in leaks(rows["train"], rows["held_out"], builder.prompts()) if finding.is_error]
+    asked = call(prompts, run.config, run.recipe_dir)
+    found = [finding for finding in leaks(rows["train"], rows["held_out"], asked) if finding.is_error]
     says = "; ".join(f"{finding.message} ({len(finding.where)}: {finding.where[0]})" for finding in found)
     return hold(
         not found, says or f"none of {len(rows['held_out'])} held-out rows is among {len(rows['train'])} trained"

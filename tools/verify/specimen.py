@@ -16,10 +16,11 @@ from typing import Any
 from common.data.tokens import Batch
 from common.files import sha256_file, write_json
 from common.model.weights import SafetensorsWriter, Weights
+from common.recipe import load_dataset
 from common.train import checkpoint
 from common.train.plan import Launch
 from common.train.run import open_run
-from tools.export.export import export_run
+from tools.launch.after_run import after_run
 from tools.verify.tiny_base import write_tiny_base
 
 STEPS = 6
@@ -102,7 +103,7 @@ def train(root: Path, spoil: Callable[[Batch], Batch], overrides: tuple[str, ...
     """The loop of the recipes, silent; return the run's folder."""
     out = Path(tempfile.mkdtemp(dir=root))
     launch = Launch(root / "specimen", hw="cpu", overrides=overrides, resume="never", out=out)
-    with contextlib.redirect_stdout(io.StringIO()), open_run(launch) as run:
+    with contextlib.redirect_stdout(io.StringIO()), open_run(launch, *load_dataset(launch.recipe_dir)) as run:
         config, rows = run.config, run.dataset.train
         run.evaluate(step=0)
         for step in run.steps():
@@ -113,9 +114,9 @@ def train(root: Path, spoil: Callable[[Batch], Batch], overrides: tuple[str, ...
             if run.checkpoint_due(step):
                 run.save(step)
         run.finish()
-        if export:
-            export_run(run)
-        return run.folder
+    with contextlib.redirect_stdout(io.StringIO()):
+        after_run(run.folder, ("export",) if export else ())
+    return run.folder
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from common.train.plan import Launch
 from common.train.run import open_run
-from tools.export.export import export_run
-from tools.export.unmoved import report_unmoved
+
+from .dataset import prompts, splits
+
+AFTER_RUN = ("never_moved", "export")  # what `recipe run` does with the run's folder next
 
 
 def train(launch: Launch) -> None:
-    with open_run(launch) as run:
+    with open_run(launch, splits, prompts) as run:
         config, rows = run.config, run.dataset.train
         run.evaluate(step=0)
 
@@ -24,5 +26,3 @@ def train(launch: Launch) -> None:
                 run.save(step)
 
         run.finish()
-        report_unmoved(run)
-        export_run(run)
