@@ -15,8 +15,8 @@ from common.errors import DataError, RecipeError, UsageError
 if TYPE_CHECKING:
     from common.config import Config
 
-# What a recipe's dataset.py has: splits(config, recipe_dir), the rows (or the texts of a corpus) to train on and to hold
-# out; prompts(config, recipe_dir), the evaluation prompts.
+# What a recipe's dataset.py has: splits(config, recipe_dir), the rows (or a corpus' texts) to train on and to hold out;
+# prompts(config, recipe_dir), the evaluation prompts.
 Splits = Callable[["Config", Path], Mapping[str, Sequence[Any]]]
 Prompts = Callable[["Config", Path], Sequence[str]]
 PACKAGE = "this_recipe"  # recipe folders have hyphens, so none is a package by its own name
@@ -26,10 +26,12 @@ T = TypeVar("T")
 def load(folder: Path, script: str) -> ModuleType:
     """Import train.py or dataset.py (`script`, without the suffix) of the recipe in `folder`, anew at each call.
 
-    Raises UsageError where there is no such script, DataError with file and line for a fault in it.
+    Raises UsageError for a recipe without train.py, DataError for one without dataset.py, and for a fault with its
+    file and line.
     """
     if not (folder / f"{script}.py").is_file():
-        raise UsageError(f"the recipe has no {script}.py", where=str(folder))
+        missing = UsageError if script == "train" else DataError
+        raise missing(f"the recipe has no {script}.py", where=str(folder))
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
     package = ModuleType(PACKAGE)

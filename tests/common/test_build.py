@@ -214,7 +214,7 @@ def test_missing_builder_and_missing_source_are_errors_of_the_data(recipe, token
         built(recipe, tokenizer)
     assert "rows.jsonl" in str(error.value.where)
     (recipe / "dataset.py").unlink()
-    with pytest.raises(UsageError, match=r"no dataset\.py"):
+    with pytest.raises(DataError, match=r"no dataset\.py"):
         built(recipe, tokenizer)
 
 
