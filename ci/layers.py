@@ -15,7 +15,7 @@ import click
 
 from ci.command import run
 from common.errors import MachineError, UsageError, VerificationError
-from tools.containers.docker_cli import inspect_image
+from tools.containers.docker import inspect_image
 from tools.containers.images import read_local
 
 

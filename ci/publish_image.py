@@ -25,7 +25,7 @@ from common.errors import MachineError, UsageError, VerificationError
 from common.files import write_json
 from common.paths import ROOT
 from tools.containers.build import Inputs, build_variables, fill_wheelhouse
-from tools.containers.docker_cli import bake, docker, inspect_image
+from tools.containers.docker import bake, docker, inspect_image
 from tools.containers.images import LOCK, Json, read_lock, target_of
 
 BUILDER = "recipes-publish"

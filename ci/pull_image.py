@@ -6,9 +6,8 @@ import click
 
 from ci.command import run
 from common import hardware
-from tools.containers.docker_cli import docker
+from tools.containers.docker import fetch
 from tools.containers.images import image_for
-from tools.containers.verify import present
 
 
 @click.command()
@@ -16,9 +15,7 @@ from tools.containers.verify import present
 def main(board: str) -> None:
     """Code 4 where no image is published (docker/images.lock.json says why) and none was built on this machine."""
     image = image_for(hardware.get(board))
-    if image.source == "published":
-        docker("pull", "--quiet", image.reference)
-    present(image)
+    fetch(image, click.echo)
     click.echo(f"{board}: {image.source} image {image.reference}")
 
 

@@ -9,7 +9,6 @@ from ci.hardware.job import Job, say
 from common import hardware
 from common.errors import MachineError
 from tools.containers import launcher
-from tools.containers.engine import connect
 from tools.containers.spec import STOP_SECONDS, process
 from tools.launch import stop
 from tools.machine import host
@@ -25,7 +24,7 @@ def end_own(job: Job, now: bool = False) -> None:
             stop.finish(running, now=True, say=say)
     if not job.native:
         with contextlib.suppress(MachineError):  # no engine, no containers
-            launcher.remove_ended(connect())
+            launcher.remove_ended()
 
 
 def ends(job: Job, running: stop.Native | stop.Contained) -> bool:
@@ -46,7 +45,7 @@ def ends(job: Job, running: stop.Native | stop.Contained) -> bool:
 def is_own(job: Job, running: stop.Native | stop.Contained) -> bool:
     """Whether the process that `train` started has the board, or launched the container."""
     if isinstance(running, stop.Contained):
-        return launcher.label(running.container, "launcher") == job.record.get("process")
+        return running.container.launcher == job.record.get("process")
     return process(running.owner.pid) == job.record.get("process")
 
 

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from common import hardware
 from common.errors import MachineError, RecipeError, VerificationError
 from tests import hosts
 from tests.tiny_recipe import FROM_SCRATCH
+from tools.containers import launcher
 from tools.containers.spec import process
 from tools.doctor import machine as doctor_host
 from tools.doctor.findings import Finding
@@ -102,15 +102,14 @@ def host(tmp_path, monkeypatch) -> Host:
     return found
 
 
-def no_engine() -> None:
+def no_engine() -> list[launcher.Container]:
     raise MachineError("no Docker engine answers here")
 
 
 @pytest.fixture(autouse=True)
 def without_engine(monkeypatch) -> None:
     """No test here looks at this machine's containers."""
-    monkeypatch.setattr(own, "connect", no_engine)
-    monkeypatch.setattr(stop, "connect", no_engine)
+    monkeypatch.setattr(launcher, "ours", no_engine)
 
 
 # --- what is reset --------------------------------------------------------------------------------------------------
@@ -369,9 +368,9 @@ def test_anybody_elses_run_goes_on(host, goes_on):
     assert goes_on.poll() is None
 
 
-@pytest.mark.parametrize(("launcher", "own_one"), [("7@11", True), ("7@12", False)])
-def test_a_container_is_the_jobs_own_by_the_process_that_launched_it(host, launcher, own_one):
-    container: Any = SimpleNamespace(labels={"training-recipes.launcher": launcher})
+@pytest.mark.parametrize(("process", "own_one"), [("7@11", True), ("7@12", False)])
+def test_a_container_is_the_jobs_own_by_the_process_that_launched_it(host, process, own_one):
+    container = launcher.Container("recipes-x", "running", "x", "n150", "", launcher=process, lent="")
     assert own.is_own(host.job(5, process="7@11"), stop.Contained(container)) is own_one
 
 

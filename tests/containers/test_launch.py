@@ -23,11 +23,12 @@ import pytest
 from common.errors import MachineError
 from common.paths import ROOT
 from common.train import metrics
+from tests.containers.conftest import docker
 from tests.hosts import fake_host, pci, real_nodes
 from tests.outcomes import folders, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe
 from tools.containers import launcher
-from tools.containers.engine import connect
+from tools.containers.docker import check_engine
 from tools.containers.images import Image
 from tools.containers.spec import LABEL, process
 from tools.machine import lease
@@ -36,27 +37,23 @@ SECONDS = 90  # until something must have happened
 
 
 @pytest.fixture(scope="session")
-def engine() -> Any:
+def image(cpu_image) -> Image:
     try:
-        return connect()
+        check_engine()
     except MachineError as error:
         pytest.skip(f"no container can be started here: {error.what}")
-
-
-@pytest.fixture(scope="session")
-def image(engine, cpu_image) -> Image:
     return cpu_image
 
 
 @pytest.fixture(scope="session")
-def board_image(engine, image) -> Iterator[Image]:
+def board_image(image) -> Iterator[Image]:
     """The same image, in which a double stands for ttml."""
     entrypoint = json.dumps(["python", "-m", "tests.containers.on_double", "1"])
-    source = engine.containers.create(image.reference)
-    made = source.commit(changes=f"ENTRYPOINT {entrypoint}")
-    source.remove()
-    yield Image("n150", made.id, "local", image.lock_sha256)
-    engine.images.remove(made.id, force=True)
+    source = docker("create", image.reference)
+    made = docker("commit", "--change", f"ENTRYPOINT {entrypoint}", source)
+    docker("rm", source)
+    yield Image("n150", made, "local", image.lock_sha256)
+    docker("image", "rm", "--force", made)
 
 
 @dataclass
@@ -116,14 +113,18 @@ def bench(tmp_path, tiny_base) -> Iterator[Bench]:
         path.chmod(0o755)
     values = {"RECIPES_HOME": str(tmp_path / "home"), "RECIPES_SYSFS_ROOT": str(tmp_path / "machine")}
     yield Bench(tmp_path, make_tiny_recipe(tmp_path / "tiny", tiny_base), values)
-    for container in launcher.ours(connect()):
-        if str(tmp_path) in json.dumps(container.attrs["Mounts"]):  # of a test that failed
-            container.remove(force=True, v=True)
+    for container in ours(tmp_path):  # of a test that failed
+        docker("rm", "--force", "--volumes", container.name)
 
 
-def ours(engine: Any, bench: Bench) -> list[Any]:
-    """This test's containers that are still there."""
-    return [item for item in launcher.ours(engine) if str(bench.folder) in json.dumps(item.attrs["Mounts"])]
+def ours(folder: Path) -> list[launcher.Container]:
+    """The containers of the test with this folder that are still there."""
+    return [item for item in launcher.ours() if str(folder) in json.dumps(attributes(item.name)["Mounts"])]
+
+
+def attributes(name: str) -> dict[str, Any]:
+    described: list[dict[str, Any]] = json.loads(docker("container", "inspect", name))
+    return described[0]
 
 
 def owners(folder: Path) -> set[int]:
@@ -153,16 +154,16 @@ def test_a_run_is_the_native_one_value_for_value_and_goes_on_in_and_out_of_its_c
 
 
 @pytest.fixture
-def inspected(engine, bench, image) -> Iterator[dict[str, Any]]:
+def inspected(bench, image) -> Iterator[dict[str, Any]]:
     started = bench.run(image, "--hw", "cpu", "--container", *LONG)
     started.until("grad norm")
-    (container,) = ours(engine, bench)
-    yield container.attrs
+    (container,) = ours(bench.folder)
+    yield attributes(container.name)
     started.process.send_signal(signal.SIGTERM)
     assert started.end() == 75, started.said
 
 
-def test_a_container_has_no_right_that_it_does_not_need(inspected, engine):
+def test_a_container_has_no_right_that_it_does_not_need(inspected):
     host, config = inspected["HostConfig"], inspected["Config"]
     assert config["User"].split(":")[0] not in ("", "0", "root")
     assert host["CapDrop"] == ["ALL"]
@@ -173,22 +174,22 @@ def test_a_container_has_no_right_that_it_does_not_need(inspected, engine):
     assert host["LogConfig"] == {"Type": "local", "Config": {"max-size": "50m", "max-file": "2"}}
     writable = {mount["Destination"] for mount in inspected["Mounts"] if mount["RW"] and mount["Type"] == "bind"}
     assert {Path(path).name for path in writable} == {"runs", "home"}
-    status = engine.containers.get(inspected["Id"]).exec_run(["grep", "-E", "CapEff|NoNewPrivs|Uid", "/proc/1/status"])
-    assert b"CapEff:\t0000000000000000" in status.output
-    assert b"NoNewPrivs:\t1" in status.output
-    assert b"Uid:\t0" not in status.output
+    status = docker("exec", inspected["Id"], "grep", "-E", "CapEff|NoNewPrivs|Uid", "/proc/1/status")
+    assert "CapEff:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status
+    assert "Uid:\t0" not in status
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_ends_with_75(bench, image, engine, number):
+def test_a_signal_saves_and_ends_with_75(bench, image, number):
     started = bench.run(image, "--hw", "cpu", "--container", *LONG)
     started.until("grad norm")
     started.process.send_signal(number)
     assert started.end() == 75, started.said
-    assert ours(engine, bench) == [], "the container is gone"
+    assert ours(bench.folder) == [], "the container is gone"
     (folder,) = folders(bench.runs)
     assert manifest(folder)["exit_reason"].startswith("stopped")
     last = outcome(folder)["step"]
@@ -217,7 +218,7 @@ def test_a_terminal_has_its_live_line(bench, image):
     assert b"saving as soon as this step is over" in said
 
 
-def test_a_reader_that_goes_away_lets_the_run_save(bench, image, engine):
+def test_a_reader_that_goes_away_lets_the_run_save(bench, image):
     command = [sys.executable, "-m", "tests.containers.launch", image.reference, image.lock_sha256]
     process = subprocess.Popen(
         [*command, "run", str(bench.recipe), "--hw", "cpu", "--container", "--out", str(bench.runs), *LONG],
@@ -231,7 +232,7 @@ def test_a_reader_that_goes_away_lets_the_run_save(bench, image, engine):
         assert process.poll() is None
     process.stdout.close()
     assert process.wait(SECONDS) == 75
-    assert ours(engine, bench) == []
+    assert ours(bench.folder) == []
 
 
 # --- boards ---------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def board(bench) -> Bench:
 SMALL = ("--set", "training_config.precision=bf16", "--set", "model_config.lora=null")
 
 
-def test_a_board_runs_in_its_image_by_itself(board, board_image, engine):
+def test_a_board_runs_in_its_image_by_itself(board, board_image):
     said = board.done(board_image, "--hw", "n150", *SMALL)
     (folder,) = folders(board.runs)
     assert manifest(folder)["backend"]["backend"] == "ttml"
@@ -270,9 +271,9 @@ def occupied(board, board_image) -> Iterator[Launched]:
         started.process.wait()
 
 
-def test_a_second_run_on_a_board_is_told_who_has_it(board, board_image, engine, occupied):
-    (container,) = ours(engine, board)
-    assert container.attrs["HostConfig"]["Devices"] == [
+def test_a_second_run_on_a_board_is_told_who_has_it(board, board_image, occupied):
+    (container,) = ours(board.folder)
+    assert attributes(container.name)["HostConfig"]["Devices"] == [
         {
             "PathOnHost": str(board.folder / "machine/dev/tenstorrent/0"),
             "PathInContainer": "/dev/tenstorrent/0",
@@ -290,51 +291,45 @@ def test_a_second_run_on_a_board_is_told_who_has_it(board, board_image, engine, 
     assert board.done(board_image, "--hw", "n150", *SMALL), "the board is free again"
 
 
-def test_a_killed_launcher_leaves_a_container_that_is_found_and_stopped(board, board_image, engine, occupied):
+def test_a_killed_launcher_leaves_a_container_that_is_found_and_stopped(board, board_image, occupied):
     occupied.process.kill()
     occupied.process.wait()
-    (container,) = ours(engine, board)
+    (container,) = ours(board.folder)
     assert container.status == "running"
     said = board.done(board_image, "--hw", "n150", *SMALL, code=4)
     assert f"n150 is in use by the container {container.name}, whose launcher is gone" in said
     assert "recipe stop --hw n150" in said
     stopped = board.start(board_image, "stop", "--hw", "n150")
     assert stopped.end() == 0, stopped.said
-    assert ours(engine, board) == []
+    assert ours(board.folder) == []
     (folder,) = folders(board.runs)
     assert manifest(folder)["exit_reason"].startswith("stopped")
     assert owners(folder) == {os.getuid()}, "what was lent is given back though its launcher was killed"
     assert board.done(board_image, "--hw", "n150", *SMALL, "--resume", "never"), "the board is free again"
 
 
-def test_only_ended_containers_of_dead_launchers_are_cleared_away(bench, board_image, image, engine):
-    words = {
-        "image": image.reference,
-        "entrypoint": ["sleep", "600"],
-        "labels": {LABEL + "run": "x", LABEL + "launcher": "1@0"},
-    }
-    dead = engine.containers.create(**words)
-    alive = engine.containers.run(**words, detach=True)
-    waited = engine.containers.create(**{**words, "labels": {LABEL + "run": "x", LABEL + "launcher": own_name()}})
-    foreign = engine.containers.create(**{**words, "labels": {}})
+def test_only_ended_containers_of_dead_launchers_are_cleared_away(bench, board_image, image):
+    def made(verb: str, **labels: str) -> str:
+        words = [word for key, value in labels.items() for word in ("--label", f"{LABEL}{key}={value}")]
+        return docker(*verb.split(), *words, "--entrypoint", "sleep", image.reference, "600")
+
+    dead = made("create", run="x", launcher="1@0")
+    alive = made("run --detach", run="x", launcher="1@0")
+    waited = made("create", run="x", launcher=process(os.getpid()))
+    foreign = made("create")
     try:
-        launcher.remove_ended(engine)
-        there = {item.id for item in engine.containers.list(all=True)}
-        assert dead.id not in there
-        assert {alive.id, waited.id, foreign.id} <= there
+        launcher.remove_ended()
+        there = docker("ps", "--all", "--quiet", "--no-trunc").split()
+        assert dead not in there
+        assert {alive, waited, foreign} <= set(there)
     finally:
-        for item in (alive, waited, foreign):
-            item.remove(force=True, v=True)
-
-
-def own_name() -> str:
-    return process(os.getpid())
+        docker("rm", "--force", "--volumes", alive, waited, foreign)
 
 
 # --- what can go wrong ----------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_in_the_container_is_one_message(bench, image, engine):
+def test_a_full_disk_in_the_container_is_one_message(bench, image):
     bench.runs.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "small", str(bench.runs)], check=False)
     if mounted.returncode:
@@ -343,17 +338,17 @@ def test_a_full_disk_in_the_container_is_one_message(bench, image, engine):
         said = bench.done(image, "--hw", "cpu", "--container", code=4)
         assert "No space left on device" in said
         assert "Traceback" not in said
-        assert ours(engine, bench) == []
+        assert ours(bench.folder) == []
     finally:
         subprocess.run(["umount", str(bench.runs)], check=True)
 
 
-def test_a_killed_container_says_so_and_its_run_goes_on(bench, image, engine):
+def test_a_killed_container_says_so_and_its_run_goes_on(bench, image):
     saving = ("--hw", "cpu", "--container", "--steps", "2000", "--set", "eval_config.every=0")
     started = bench.run(image, *saving)
     started.until("step    4/")
-    (container,) = ours(engine, bench)
-    container.kill("SIGKILL")
+    (container,) = ours(bench.folder)
+    docker("kill", container.name)
     assert started.end() == 5
     assert "the run was killed from outside" in started.said
     again = bench.run(image, *saving)
@@ -366,7 +361,7 @@ def test_a_killed_container_says_so_and_its_run_goes_on(bench, image, engine):
     ("change", "text"),
     [
         ({"reference": "sha256:" + "0" * 64}, "is gone from the Docker engine"),
-        ({"lock_sha256": "0" * 64}, "the engine's image is not the locked one: its label recipes.lock is "),
+        ({"lock_sha256": "0" * 64}, "is not the locked one: its label recipes.lock is "),
     ],
 )
 def test_an_image_that_is_not_the_recorded_one_is_one_message(bench, image, change, text):

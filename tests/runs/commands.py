@@ -187,5 +187,5 @@ def plan(recipe: Path, params: dict[str, Any]) -> None:
     asked = {name: params[name] for name in ("hw", "overrides", "steps", "stop_at", "resume", "accept_changes", "out")}
     if params["world"]:
         asked["overrides"] += (f"device_config.mesh_shape=[1,{params['world']}]",)
-    with mock.patch.object(dry_run, "connect", side_effect=MachineError("no engine is asked")):
+    with mock.patch.object(dry_run, "check_engine", side_effect=MachineError("no engine is asked")):
         assert list(dry_run.describe(recipe, recipe.name, asked, params["container"]))

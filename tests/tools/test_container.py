@@ -5,21 +5,20 @@ Without an engine: tests/containers runs the same on one.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import docker.errors
 import pytest
-import requests
-from docker.client import DockerClient
 
 from common import hardware
 from common.errors import EngineLost, MachineError, TrainingError
@@ -28,10 +27,10 @@ from tests.common.test_hardware import MACHINES
 from tests.hosts import fake_host
 from tests.tiny_recipe import FINE_TUNE as RECIPE
 from tools.cli import main
-from tools.containers import engine, images, launcher, ownership
+from tools.containers import docker, images, launcher, ownership
 from tools.containers import spec as container
 from tools.containers.images import Image
-from tools.containers.spec import Run, command_line, configuration, host_settings, spec_of
+from tools.containers.spec import Run, arguments_of, spec_of
 from tools.launch import dry_run
 
 IMAGE = Image("n150", "sha256:" + "ab" * 32, "local", "cd" * 32)
@@ -56,9 +55,10 @@ def run_on(board: str, **asked: Any) -> Run:
     return launcher.described(RECIPE, choice, {**ASKED, **asked}, IMAGE)
 
 
-def arguments(spec: container.Spec) -> dict[str, Any]:
-    """All that the engine is told of a container."""
-    return {**configuration(spec), **host_settings(spec)}
+def said(spec: container.Spec, flag: str) -> list[str]:
+    """The values that `docker create` is given with one of its flags."""
+    words = arguments_of(spec)
+    return [words[at + 1] for at, word in enumerate(words) if word == flag]
 
 
 def spec_on(board: str, **asked: Any) -> container.Spec:
@@ -80,8 +80,8 @@ def test_a_board_s_container_has_its_nodes_and_no_other(place, board):
     count = hardware.get(board).nodes
     outside = str(place / "machine/dev/tenstorrent")
     assert spec.devices == tuple((f"{outside}/{index}", f"/dev/tenstorrent/{index}") for index in range(count))
-    assert arguments(spec)["devices"] == [f"{outside}/{index}:/dev/tenstorrent/{index}:rw" for index in range(count)]
-    assert arguments(spec)["ulimits"][0] == {"Name": "memlock", "Soft": -1, "Hard": -1}
+    assert said(spec, "--device") == [f"{outside}/{index}:/dev/tenstorrent/{index}:rw" for index in range(count)]
+    assert said(spec, "--ulimit") == ["memlock=-1"]
     assert spec.environment["ARCH_NAME"] == hardware.get(board).arch
 
 
@@ -112,49 +112,39 @@ def test_a_container_may_write_to_runs_and_the_cache_alone(place):
         str(place / "home/me/cache"): True,
     }
     assert spec.devices == ()
-    assert arguments(spec)["ulimits"] == []
+    assert said(spec, "--ulimit") == []
 
 
 def test_no_container_runs_as_root(monkeypatch):
     for uid, user in ((0, "1000:1000"), (1234, "1234:55")):
         monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
         monkeypatch.setattr(os, "getgid", lambda: 55)
-        assert arguments(spec_on("cpu"))["user"] == user
+        assert said(spec_on("cpu"), "--user") == [user]
 
 
-def test_the_printed_line_is_what_the_engine_is_told(place, monkeypatch):
+def test_a_container_has_no_right_that_it_does_not_need(place):
     fake_host(place / "machine", "p300c")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
     spec = spec_on("p300c", overrides=("training_config.seed=1",))
-    told, words = arguments(spec), shlex.split(command_line(spec))
+    words = arguments_of(spec)
+    assert {"--init", "--read-only"} <= set(words)
+    assert (said(spec, "--cap-drop"), said(spec, "--security-opt")) == (["ALL"], ["no-new-privileges"])
+    assert "--privileged" not in words
+    assert said(spec, "--stop-timeout") == ["120"], "ten seconds are too few for a checkpoint"
+    assert words[words.index(spec.image) + 1 :] == list(spec.words)
 
-    def said(flag: str) -> list[str]:
-        return [words[at + 1] for at, word in enumerate(words) if word == flag]
 
-    assert ("--init" in words, "--read-only" in words, "--tty" in words) == (
-        told["init"],
-        told["read_only"],
-        told["tty"],
-    )
-    assert (said("--cap-drop"), said("--security-opt")) == (told["cap_drop"], told["security_opt"])
-    assert (told["cap_drop"], told["read_only"], told["init"]) == (["ALL"], True, True)
-    assert (said("--device"), len(said("--mount"))) == (told["devices"], len(told["mounts"]))
-    assert (said("--user"), said("--ipc")) == ([told["user"]], [told["ipc_mode"]])
-    assert said("--stop-timeout") == [str(told["stop_timeout"])] == ["120"], "ten seconds are too few for a checkpoint"
-    assert (said("--workdir"), said("--cpuset-cpus")) == ([told["working_dir"]], [told["cpuset_cpus"]])
-    assert dict(line.split("=", 1) for line in said("--env")) == told["environment"]
-    assert dict(line.split("=", 1) for line in said("--label")) == told["labels"]
-    assert words[words.index(spec.image) :] == [told["image"], *told["command"]]
-    assert "privileged" not in command_line(spec) + str(told)
+def test_a_path_with_a_comma_is_one_path(place):
+    (place / "a,b").mkdir()
+    assert f'type=bind,"source={place}/a,b","target={place}/a,b"' in said(spec_on("cpu", out=place / "a,b"), "--mount")
 
 
 def test_what_the_user_has_set_of_tt_metal_wins_and_the_host_s_own_tree_stays_outside(place, monkeypatch):
     fake_host(place / "machine", "n150")
     for name, value in (("TT_METAL_OPERATION_TIMEOUT_SECONDS", "7"), ("TT_METAL_HOME", "/opt/tt"), ("SECRET", "x")):
         monkeypatch.setenv(name, value)
-    environment = arguments(spec_on("n150"))["environment"]
-    assert environment["TT_METAL_OPERATION_TIMEOUT_SECONDS"] == "7"
-    assert not {"TT_METAL_HOME", "SECRET"} & set(environment)
+    environment = said(spec_on("n150"), "--env")
+    assert "TT_METAL_OPERATION_TIMEOUT_SECONDS=7" in environment
+    assert not {"TT_METAL_HOME", "SECRET"} & {line.partition("=")[0] for line in environment}
 
 
 def test_a_descriptor_that_the_user_named_is_there_inside(place, monkeypatch):
@@ -179,17 +169,15 @@ def test_kernels_are_kept_apart_by_image_architecture_and_card(place):
 def test_secrets_are_handed_over_and_never_printed(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     spec = spec_on("cpu")
-    assert arguments(spec)["environment"]["HF_TOKEN"] == "hf_secret"
-    assert "hf_secret" not in command_line(spec)
-    assert "--env HF_TOKEN " in command_line(spec)
-    assert "hf_secret" not in json.dumps(dict(spec.labels)) + spec.environment["RECIPES_LAUNCH"]
+    assert "HF_TOKEN" in said(spec, "--env"), "docker has the value from its own environment"
+    assert "hf_secret" not in " ".join(arguments_of(spec))
 
 
 def test_threads_are_those_of_a_native_run(monkeypatch):
     assert len(os.sched_getaffinity(0)) <= (os.cpu_count() or 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1})
-    assert arguments(spec_on("cpu"))["cpuset_cpus"] == "1,3"
+    assert said(spec_on("cpu"), "--cpuset-cpus") == ["1,3"]
 
 
 # --- the same command inside ----------------------------------------------------------------------------------------
@@ -247,7 +235,7 @@ def test_a_board_goes_into_its_container_by_itself_and_no_further(monkeypatch):
 
 @pytest.mark.parametrize("board", MACHINES)
 def test_a_dry_run_prints_the_whole_line_for_a_board_that_is_not_here(board, monkeypatch):
-    monkeypatch.setattr(dry_run, "connect", lambda: None)
+    monkeypatch.setattr(dry_run, "check_engine", lambda: "1")
     lines = list(dry_run.describe(RECIPE, RECIPE.name, {**ASKED, "hw": board}, None))
     (line,) = (line for line in lines if line.startswith("in the container: docker run "))
     words = shlex.split(line.partition(": ")[2])
@@ -263,7 +251,7 @@ def test_a_dry_run_names_the_image_where_it_is_built_and_a_lack_of_an_engine(mon
     def none() -> None:
         raise MachineError("no Docker engine answers here")
 
-    monkeypatch.setattr(dry_run, "connect", none)
+    monkeypatch.setattr(dry_run, "check_engine", none)
     monkeypatch.setattr(dry_run, "image_for", lambda hw: IMAGE)
     lines = list(dry_run.describe(RECIPE, RECIPE.name, {**ASKED, "hw": "cpu"}, True))
     assert any(f" {IMAGE.reference} run " in line for line in lines)
@@ -325,9 +313,13 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
 # --- what can go wrong ----------------------------------------------------------------------------------------------
 
 
-def api_error(text: str) -> Exception:
-    error: Exception = docker.errors.APIError("500 Server Error", explanation=text)
-    return error
+@pytest.fixture
+def double(tmp_path, monkeypatch) -> Path:
+    """tests/doubles/docker is the `docker` command; the folder of files by which it is told what to do."""
+    (tmp_path / "double").mkdir()
+    monkeypatch.setenv("DOUBLE", str(tmp_path / "double"))
+    monkeypatch.setenv("PATH", f"{ROOT / 'tests/doubles'}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "double"
 
 
 SAYINGS = {
@@ -344,113 +336,101 @@ SAYINGS = {
 }
 
 
-@pytest.mark.parametrize("said", SAYINGS)
-def test_what_an_engine_says_is_one_message_with_a_cure(said):
-    with pytest.raises(MachineError, match=SAYINGS[said]) as caught, engine.explained("launching"):
-        raise api_error(said)
-    assert said in str(caught.value)
+@pytest.mark.parametrize("text", SAYINGS)
+def test_what_an_engine_says_is_one_message_with_a_cure(double, text):
+    (double / "pull").write_text(f"Error response from daemon: {text}")
+    with pytest.raises(MachineError, match=SAYINGS[text]) as caught:
+        docker.docker("pull", "x")
+    assert text in str(caught.value)
     assert caught.value.todo
 
 
+NOBODY = "Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
+MINE = "permission denied while trying to connect to the Docker daemon socket at unix:///x"
+
+
 @pytest.mark.parametrize(
-    ("reason", "what", "cure"),
+    ("info", "what", "cure"),
     [
+        ({"ServerErrors": [NOBODY]}, "no Docker engine answers here", "--no-container"),
+        ({"ServerErrors": [MINE]}, "no permission on the Docker engine's socket", "group"),
         (
-            "FileNotFoundError(2, 'No such file or directory')",
-            "no Docker engine answers here",
-            "systemctl start docker",
+            {"ServerVersion": "1", "SecurityOptions": ["name=seccomp", "name=rootless"]},
+            "runs without root",
+            "--no-container",
         ),
-        ("ConnectionRefusedError(111, 'Connection refused')", "no Docker engine answers here", "--no-container"),
-        ("PermissionError(13, 'Permission denied')", "no permission on the Docker engine's socket", "group docker"),
+        (
+            {"ServerVersion": "1", "SecurityOptions": ["name=userns"]},
+            "maps its containers' users to others",
+            "--no-container",
+        ),
+        ({"host": {"security": {"rootless": True}}}, "is not Docker's", "Podman"),
     ],
 )
-def test_no_engine_and_no_permission_are_told_apart(monkeypatch, reason, what, cure):
-    def none() -> None:
-        raise docker.errors.DockerException(
-            f"Error while fetching server API version: ('Connection aborted.', {reason})"
-        )
-
-    monkeypatch.setattr(DockerClient, "from_env", none)
+def test_an_engine_that_cannot_be_used_is_one_message(double, info, what, cure):
+    (double / "info").write_text(json.dumps(info))
     with pytest.raises(MachineError, match=what) as caught:
-        engine.connect()
+        docker.check_engine()
     assert cure in str(caught.value.todo)
 
 
+def test_an_engine_that_answers_is_named_by_its_version(double):
+    (double / "info").write_text(json.dumps({"ServerVersion": "20.10.24", "SecurityOptions": ["name=seccomp"]}))
+    assert docker.check_engine() == "20.10.24"
+
+
+@pytest.mark.skipif(shutil.which("docker") is None, reason="there is no docker command here")
 def test_no_engine_at_a_socket_that_is_not_there(place, monkeypatch):
-    """The real SDK, not a message we wrote."""
+    """The real command, not a message we wrote."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{place}/none.sock")
     with pytest.raises(MachineError, match="no Docker engine answers here"):
-        engine.connect()
+        docker.check_engine()
 
 
-@pytest.mark.parametrize(
-    ("option", "words"), [("name=rootless", "without root"), ("name=userns", "maps its containers")]
-)
-def test_an_engine_whose_users_are_others_is_refused(monkeypatch, option, words):
-    client = type("Client", (), {"info": lambda self: {"SecurityOptions": ["name=seccomp", option]}})
-    monkeypatch.setattr(DockerClient, "from_env", client)
-    with pytest.raises(MachineError, match=words):
-        engine.connect()
-
-
-class Found:
-    def __init__(self, id: str, *digests: str, pins: str = IMAGE.lock_sha256) -> None:
-        self.id, self.attrs, self.labels = id, {"RepoDigests": list(digests)}, {"recipes.lock": pins}
-
-
-class Store:
-    """The images of an engine, and what its registry gives."""
-
-    def __init__(self, here: Found | None, registry: Found | None = None) -> None:
-        self.here, self.registry, self.images, self.api = here, registry, self, self
-        self.trouble: list[dict[str, str]] = []
-
-    def get(self, reference: str) -> Found:
-        if self.here is None:
-            raise docker.errors.ImageNotFound("none")
-        return self.here
-
-    def pull(self, reference: str, stream: bool, decode: bool) -> list[dict[str, str]]:
-        assert stream
-        assert decode
-        self.here = self.registry
-        return [{"status": "Pulling"}, *self.trouble]
+def test_an_engine_that_hangs_is_not_waited_for(double, monkeypatch):
+    os.mkfifo(double / "info")  # nobody writes to it
+    monkeypatch.setattr(docker, "ANSWER_SECONDS", 0.2)
+    with pytest.raises(MachineError, match="does not answer"):
+        docker.check_engine()
 
 
 PUBLISHED = Image("n150", "registry.example/recipes@sha256:" + "12" * 32, "published", IMAGE.lock_sha256)
 
 
-def test_a_published_image_is_fetched_once_by_its_digest():
-    said: list[str] = []
-    store = Store(None, Found("sha256:34", PUBLISHED.reference))
-    engine.fetch(store, PUBLISHED, said.append)
-    engine.fetch(store, PUBLISHED, said.append)
-    assert said == [f"fetching {PUBLISHED.reference} (once)"]
+def image_of(id: str, *digests: str, pins: str = IMAGE.lock_sha256) -> str:
+    """What `docker image inspect` prints."""
+    return json.dumps([{"Id": id, "RepoDigests": list(digests), "Config": {"Labels": {"recipes.lock": pins}}}])
 
 
-def test_a_fetch_that_breaks_off_says_why():
-    store = Store(None)
-    store.trouble = [{"error": "write /var/lib/docker/tmp/1: no space left on device"}]
+def test_a_published_image_is_fetched_once_by_its_digest(double):
+    lines: list[str] = []
+    (double / "registry").write_text(image_of("sha256:34", PUBLISHED.reference))
+    docker.fetch(PUBLISHED, lines.append)
+    docker.fetch(PUBLISHED, lines.append)
+    assert lines == [f"fetching {PUBLISHED.reference} (once)"]
+
+
+def test_a_fetch_that_breaks_off_says_why(double):
+    (double / "pull").write_text("write /var/lib/docker/tmp/1: no space left on device")
     with pytest.raises(MachineError, match="the disk of the Docker engine is full"):
-        engine.fetch(store, PUBLISHED, [].append)
+        docker.fetch(PUBLISHED, print)
 
 
 @pytest.mark.parametrize(
-    ("store", "image", "words"),
+    ("here", "registry", "image", "words"),
     [
-        (Store(None), IMAGE, "is gone from the Docker engine"),
-        (Store(Found("sha256:other")), IMAGE, "is not the locked one: it has sha256:other"),
-        (Store(Found(IMAGE.reference, pins="0" * 64)), IMAGE, "is not the locked one: its label recipes.lock is 000"),
-        (
-            Store(None, Found("sha256:34", "registry.example/recipes@sha256:" + "56" * 32)),
-            PUBLISHED,
-            "not the locked one",
-        ),
+        (None, None, IMAGE, "is gone from the Docker engine"),
+        (image_of("sha256:other"), None, IMAGE, "is not the locked one: it has sha256:other"),
+        (image_of(IMAGE.reference, pins="0" * 64), None, IMAGE, "is not the locked one: its label recipes.lock is 000"),
+        (None, image_of("sha256:34", "registry.example/recipes@sha256:5"), PUBLISHED, "is not the locked one: it has"),
     ],
 )
-def test_an_image_of_another_digest_is_refused(store, image, words):
+def test_an_image_of_another_digest_is_refused(double, here, registry, image, words):
+    for name, text in (("image", here), ("registry", registry)):
+        if text:
+            (double / name).write_text(text)
     with pytest.raises(MachineError, match=words):
-        engine.fetch(store, image, print)
+        docker.fetch(image, print)
 
 
 def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place):
@@ -465,57 +445,46 @@ def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place):
 # --- watching one ---------------------------------------------------------------------------------------------------
 
 
-class Box:
-    """A container and its engine: what it prints and how it ends; `asked` are the signals it got."""
-
-    name, id, status = "recipes-x", "1", "exited"
-
-    def __init__(self, wait: Callable[[Box], int], oom: bool = False) -> None:
-        self.waiting, self.oom, self.asked, self.removed = wait, oom, list[str](), False
-        self.client = self.api = self.containers = self
-
-    def create_host_config(self, **settings: Any) -> dict[str, Any]:
-        return settings
-
-    def create_container(self, **settings: Any) -> dict[str, str]:
-        return {"Id": self.id}
-
-    def get(self, id: str) -> Box:
-        return self
-
-    def attach(self, *_: Any, **__: Any) -> list[tuple[bytes | None, bytes | None]]:
-        return [(b"said\n", None), (None, b"warned\n")]
-
-    def wait(self, *_: Any, **__: Any) -> dict[str, int]:
-        return {"StatusCode": self.waiting(self)}
-
-    def inspect_container(self, id: str) -> dict[str, Any]:
-        return {"State": {"OOMKilled": self.oom}}
-
-    def kill(self, name: str) -> None:
-        self.asked.append(name)
-
-    def start(self) -> None: ...
-
-    def reload(self) -> None: ...
-
-    def remove(self, **_: Any) -> None:
-        self.removed = True
+def follow() -> int:
+    return launcher.follow(spec_on("cpu"))
 
 
-def follow(box: Box) -> int:
-    return launcher.follow(box, spec_on("cpu"))
+def calls(double: Path, verb: str) -> list[str]:
+    """The calls of the `docker` command that begin with `verb`."""
+    return [line for line in (double / "calls").read_text().splitlines() if line.startswith(verb)]
 
 
-def test_the_exit_code_and_what_was_said_come_through(capfdbinary):
-    with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
-        box = Box(lambda box: 75)
-        assert follow(box) == 75
-    assert box.removed
+def asked(double: Path) -> list[str]:
+    """The signals that the container got."""
+    return (double / "asked").read_text().split() if (double / "asked").exists() else []
+
+
+def later(act: Callable[[], None]) -> threading.Thread:
+    """`act` beside a launcher, which has this thread."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_exit_code_and_what_was_said_come_through(double, capfd, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (double / "end").write_text("3")
+    assert follow() == 3
+    assert capfd.readouterr() == ("said\n", "warned\n")
+    assert "HF_TOKEN=hf_secret\n" in (double / "environment").read_text()
+    assert "hf_secret" not in (double / "calls").read_text()
+    assert calls(double, "rm") == [f"rm --volumes {calls(double, 'start')[0].split()[-1]} "]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "asked"),
+    ("numbers", "names"),
     [
         ([signal.SIGINT], ["SIGINT"]),
         ([signal.SIGTERM], ["SIGTERM"]),
@@ -523,31 +492,80 @@ def test_the_exit_code_and_what_was_said_come_through(capfdbinary):
         ([signal.SIGINT] * 3, ["SIGINT", "SIGINT", "SIGKILL"]),
     ],
 )
-def test_signals_are_handed_on_and_waited_for(numbers, asked):
-    def wait(box: Box) -> int:
+def test_signals_are_handed_on_and_waited_for(double, numbers, names):
+    def has_got(count: int) -> bool:
+        return len(asked(double)) == count
+
+    def send() -> None:
+        until((double / "started").exists)
         for count, number in enumerate(numbers, 1):
             os.kill(os.getpid(), number)
-            while len(box.asked) < count:
-                time.sleep(0.001)
-        return 75
+            until(functools.partial(has_got, count))
+        (double / "end").write_text("75")
 
     before = signal.getsignal(signal.SIGINT)
-    box = Box(wait)
-    assert follow(box) == 75
-    assert box.asked == asked
+    sender = later(send)
+    assert follow() == 75
+    sender.join()
+    assert asked(double) == names
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_engine_that_dies_in_the_middle_is_one_message():
-    def wait(box: Box) -> int:
-        raise requests.ConnectionError("('Connection aborted.', RemoteDisconnected())")
+def test_a_signal_that_comes_before_the_container_runs_is_handed_on_once(double):
+    def send() -> None:
+        until(lambda: (double / "calls").exists() and calls(double, "start"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: asked(double))
+        time.sleep(0.3)
+        (double / "end").write_text("75")
 
-    with pytest.raises(MachineError, match="engine went away while the run was on") as caught:
-        follow(Box(wait))
+    (double / "slow").write_text("0.5")
+    sender = later(send)
+    assert follow() == 75
+    sender.join()
+    assert asked(double) == ["SIGTERM"]
+
+
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(double):
+    (double / "deaf").touch()
+    assert follow() == 75
+    assert asked(double) == ["SIGTERM"]
+
+
+def test_a_ctrl_c_on_a_terminal_is_no_command_s_of_ours(double):
+    """Every `docker` has a session of its own, so that the terminal's signal reaches the launcher alone."""
+    (double / "end").write_text("0")
+    follow()
+    assert len(calls(double, "")) >= 4
+    assert str(os.getsid(0)) not in (double / "sessions").read_text().split()
+
+
+def test_an_engine_that_dies_in_the_middle_is_one_message(double, capfd):
+    def die() -> None:
+        until((double / "started").exists)
+        time.sleep(0.3)
+        (double / "gone").touch()
+
+    dying = later(die)
+    with pytest.raises(EngineLost, match="engine went away while the run was on") as caught:
+        follow()
+    dying.join()
     assert "recipe stop" in str(caught.value.todo)
+    assert "Cannot connect" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("code", "oom", "words"), [(137, True, "no memory was left"), (137, False, "from outside")])
-def test_a_killed_run_is_said_to_be(code, oom, words):
+def test_a_container_that_cannot_be_started_is_one_message(double, capfd):
+    (double / "refused").write_text("setting rlimits for ready process: error setting rlimit type 8")
+    with pytest.raises(MachineError, match="locked memory"):
+        follow()
+    assert capfd.readouterr().err == ""
+    assert calls(double, "rm")
+
+
+@pytest.mark.parametrize(("oom", "words"), [(True, "no memory was left"), (False, "from outside")])
+def test_a_killed_run_is_said_to_be(double, oom, words):
+    (double / "end").write_text("137")
+    if oom:
+        (double / "oom").touch()
     with pytest.raises(TrainingError, match=words):
-        follow(Box(lambda box: code, oom))
+        follow()

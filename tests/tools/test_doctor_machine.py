@@ -26,17 +26,10 @@ from tools.machine.lease import Owner
 LINES = ["t3k", "qb2", "galaxy", "n300", "p300c"]
 
 
-class Engine:
-    """A Docker engine that answers."""
-
-    def version(self) -> dict[str, str]:
-        return {"Version": "28.0"}
-
-
 @pytest.fixture
 def doctor(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, dict[str, Any], str]]:
     """Run `recipe doctor --json` for a board on the machine below `root`: exit code, findings by id, standard error."""
-    monkeypatch.setattr(doctor_host, "connect", Engine)
+    monkeypatch.setattr(doctor_host, "check_engine", lambda: "28.0")
     monkeypatch.setattr(doctor_host, "ROOM_GB", 0)
     own = [
         check for check in doctor_host.ANY if check is not doctor_host.lock
@@ -158,7 +151,7 @@ def test_an_engine_that_does_not_answer_is_a_fault_for_a_board_and_none_for_a_cp
     def none() -> None:
         raise MachineError("no Docker engine answers here", todo="start Docker")
 
-    monkeypatch.setattr(doctor_host, "connect", none)
+    monkeypatch.setattr(doctor_host, "check_engine", none)
     assert wrong(doctor("n150", fake_host(tmp_path / "root", "n150"))[1]) == ["engine.answers"]
     code, found, _ = doctor("cpu", tmp_path)
     assert code == 0
@@ -169,7 +162,7 @@ def test_a_board_whose_runs_need_no_container_needs_no_engine(doctor, tmp_path, 
     def none() -> None:
         raise MachineError("no Docker engine answers here", todo="start Docker")
 
-    monkeypatch.setattr(doctor_host, "connect", none)
+    monkeypatch.setattr(doctor_host, "check_engine", none)
     code, found, _ = doctor("n150", fake_host(tmp_path / "root", "n150"), options=["--no-container"])
     assert found["engine.answers"]["ok"] is None
     assert (code, wrong(found)) == (4, ["python.ttml"]), "but a ttml"

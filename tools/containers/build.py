@@ -15,7 +15,7 @@ from pathlib import Path
 from common.errors import MachineError, UsageError
 from common.files import sha256_file, utc_now
 from common.paths import ROOT
-from tools.containers.docker_cli import bake, inspect_image
+from tools.containers.docker import bake, inspect_image
 from tools.containers.images import LOCK, Json, pins_of, pins_sha256, record_local, requirements_of, unknown_pins
 from tools.git import git
 

@@ -6,15 +6,16 @@ import contextlib
 import importlib.util
 import json
 import os
-import queue
-import shutil
+import select
 import signal
+import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
 from common import config as configs
 from common import hardware
@@ -27,15 +28,15 @@ from common.model import bases
 from common.paths import run_name
 from common.signals import handled
 from tools.containers import ownership
-from tools.containers.engine import connect, explained, fetch
-from tools.containers.images import Image, image_for
+from tools.containers.docker import ANSWER_SECONDS, check_engine, docker, explained, fetch
+from tools.containers.images import Image, Json, image_for
 from tools.containers.spec import (
     LABEL,
+    LABELS,
     USER,
     Run,
     Spec,
-    configuration,
-    host_settings,
+    arguments_of,
     process,
     spec_of,
     users_environment,
@@ -44,14 +45,10 @@ from tools.containers.spec import (
 from tools.machine import host, lease
 from tools.machine.lease import Owner
 
-if TYPE_CHECKING:
-    from docker.client import DockerClient
-    from docker.models.containers import Container
-
 Say = Callable[[str], None]
-FORWARDED = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM"}
+FORWARDED: dict[int, str] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGTERM"}
 PATIENCE = 3  # signals: the first saves, the second ends without saving, the third kills what does not listen
-AGAIN_SECONDS = 1  # a signal just before the main thread sleeps does not wake it: it is then seen so much later
+LOOK_SECONDS = 0.1  # how late a signal may be handed on: less than a person notices
 
 
 def wanted(container: bool | None, hw: str | None) -> bool:
@@ -72,15 +69,15 @@ def launch(recipe_dir: Path, asked: Mapping[str, Any], say: Say) -> int:
     refuse_no_memory(run)
     for name, value in users_environment().items():
         say(f"as you have set it: {name}={value}")
-    client = connect()
+    check_engine()
     fetch_pinned(run.config, say)
     keys = [card.key for card in host.cards(run.nodes)]
     with lease.taken(keys, Owner(run.hw.name, os.getpid(), run.id, f"recipes-{run.id}")):
-        remove_ended(client)
-        refuse_orphan(client, choice.hardware.name, keys)
-        fetch(client, image, say)
+        remove_ended()
+        refuse_orphan(choice.hardware.name, keys)
+        fetch(image, say)
         with folders(run) as lent:
-            return follow(client, spec_of(run, lent))
+            return follow(spec_of(run, lent))
 
 
 @contextlib.contextmanager
@@ -145,169 +142,194 @@ def fetch_pinned(config: Config, say: Say) -> None:
         corpora.fetched(corpus, say)
 
 
-def ours(client: DockerClient) -> list[Container]:
-    """All containers that a launcher of this repository made, ended ones too."""
-    with explained("listing containers"):
-        found: list[Container] = client.containers.list(all=True, filters={"label": LABEL + "run"}, ignore_removed=True)
-        return found
+# --- containers of ours ---------------------------------------------------------------------------------------------
 
 
-def running(container: Container) -> bool:
-    return container.status in ("running", "restarting", "paused", "removing")
+@dataclass(frozen=True)
+class Container:
+    """A container that a launcher of this repository made, as the engine lists it; what follows `status` are labels."""
+
+    name: str
+    status: str
+    run: str
+    hw: str
+    cards: str
+    launcher: str
+    lent: str
+
+    @property
+    def running(self) -> bool:
+        return self.status in ("running", "restarting", "paused", "removing")
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the launcher that waits for it is gone."""
+        return process(int(self.launcher.partition("@")[0] or 0)) != self.launcher
 
 
-def label(container: Container, name: str) -> str:
-    return str(container.labels.get(LABEL + name, ""))
+def ours() -> list[Container]:
+    """Return all containers of ours, ended ones too. Raises MachineError."""
+    labels = ", ".join(f'"{name}": {{{{json (.Label "{LABEL}{name}")}}}}' for name in LABELS)
+    line = f'{{"name": {{{{json .Names}}}}, "status": {{{{json .State}}}}, {labels}}}'
+    said = docker("ps", "--all", "--filter", f"label={LABEL}run", "--format", line, seconds=ANSWER_SECONDS)
+    return [Container(**json.loads(item)) for item in said.splitlines()]
 
 
-def orphaned(container: Container) -> bool:
-    """Whether the launcher that waits for a container is gone."""
-    launcher = label(container, "launcher")
-    return process(int(launcher.partition("@")[0] or 0)) != launcher
-
-
-def remove_ended(client: DockerClient) -> None:
+def remove_ended() -> None:
     """Clear away containers of ours that have ended and whose launcher was killed; nothing else."""
-    for container in ours(client):
-        if not running(container) and orphaned(container):
+    for container in ours():
+        if not container.running and container.orphaned:
             clear(container)
 
 
 def clear(container: Container) -> None:
     """Remove an ended container, and give back what was lent to it."""
-    import docker.errors
-
-    with contextlib.suppress(docker.errors.NotFound), explained("removing a container"):
-        container.remove(v=True)
+    with contextlib.suppress(MachineError):  # somebody else removes it just now; what stays is found again
+        docker("rm", "--volumes", container.name)
     if os.getuid() == 0:
-        for folder in json.loads(label(container, "lent") or "[]"):
+        for folder in json.loads(container.lent or "[]"):
             ownership.give(Path(folder), USER, 0)
 
 
-def refuse_orphan(client: DockerClient, board: str, keys: Sequence[str]) -> None:
+def refuse_orphan(board: str, keys: Sequence[str]) -> None:
     """Raise MachineError where a container still has a card though its launcher was killed: a lease ends with that."""
-    for container in ours(client):
-        if running(container) and set(keys) & set(label(container, "cards").split(",")):
+    for container in ours():
+        if container.running and set(keys) & set(container.cards.split(",")):
             raise lease.busy(board, f"the container {container.name}, whose launcher is gone")
 
 
 # --- one container, from start to end -------------------------------------------------------------------------------
 
 
-def follow(client: DockerClient, spec: Spec) -> int:
-    """Start the container, show what it prints, hand signals on, wait for its end; return its exit code."""
-    events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()  # whose put() a signal handler may call
-    with caught(events), explained("launching the container"):
-        container = create(client, spec)
+def follow(spec: Spec) -> int:
+    """Start the container, show what it prints, hand signals on, wait for its end; return its exit code.
+
+    Raises MachineError where it cannot be started, EngineLost, TrainingError where something killed it.
+    """
+    signals = Signals(spec.name)
+    with handled((*FORWARDED, signal.SIGWINCH), signals.hear):
+        docker("create", *arguments_of(spec))
         try:
-            output = client.api.attach(container.id, stream=True, demux=True)
-            container.start()
-            shown = threading.Thread(target=show, args=(output, events), daemon=True)
-            shown.start()
-            threading.Thread(target=wait, args=(client, container, events), daemon=True).start()
-            resize(container, spec)
-            code = attend(container, spec, events)
-            shown.join(timeout=10)
-            return judged(container, code)
+            with beside("start", "--attach", spec.name) as shown:
+                wait_for_start(shown, spec.name)
+                attend(shown, signals)
+            while state_of(spec.name)["Running"]:  # and nobody reads what it prints any more: it is to save
+                if not signals.told:
+                    signals.hear(signal.SIGTERM)
+                with beside("wait", spec.name, stdout=subprocess.DEVNULL) as waiting:
+                    attend(waiting, signals)
+            return judged(spec.name)
         finally:
-            clear_ended(container)
+            with contextlib.suppress(MachineError):  # one that runs on without us is left, and found by its labels
+                docker("rm", "--volumes", spec.name, seconds=ANSWER_SECONDS)
 
 
-def create(client: DockerClient, spec: Spec) -> Container:
-    """The container, made and not started. (`containers.create` of the SDK knows no stop_timeout.)"""
-    settings = client.api.create_host_config(**host_settings(spec))
-    made = client.api.create_container(**configuration(spec), host_config=settings)
-    return client.containers.get(made["Id"])
+class Signals:
+    """The signals that this process gets, to be handed on to a container."""
+
+    def __init__(self, container: str) -> None:
+        self.container = container
+        self.heard: list[int] = []
+        self.told = 0
+
+    def hear(self, number: int, _frame: FrameType | None = None) -> None:
+        """Note a signal, in place of its usual end."""
+        self.heard.append(number)
+
+    def hand_on(self, client: subprocess.Popen[bytes]) -> None:
+        """Tell the container what was heard, and the client that the terminal has another size.
+
+        By `docker kill`: the signals that a client itself proxies are lost while it starts, and newer clients end at
+        the third.
+        """
+        while self.heard:
+            number = self.heard.pop(0)
+            if number == signal.SIGWINCH:
+                client.send_signal(number)
+                continue
+            self.told += 1
+            name = "SIGKILL" if self.told >= PATIENCE else FORWARDED[number]
+            with contextlib.suppress(MachineError):  # it has just ended, or the engine is gone: so does the client
+                docker("kill", "--signal", name, self.container, seconds=ANSWER_SECONDS)
 
 
-def caught(events: queue.SimpleQueue[tuple[str, Any]]) -> AbstractContextManager[None]:
-    """Put signals into `events` in place of their usual end."""
-    return handled((*FORWARDED, signal.SIGWINCH), lambda number, _frame: events.put(("signal", number)))
+@contextlib.contextmanager
+def beside(*arguments: str, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Have `docker ARGUMENTS` run during the block, in a session of its own: a Ctrl-C typed here is not for it.
 
-
-def show(output: Any, events: queue.SimpleQueue[tuple[str, Any]]) -> None:
-    """Write the container's output to ours, byte for byte; where nobody reads it any more, the run is to stop."""
-    reader = True
-    with contextlib.suppress(Exception):  # the engine went away: `wait` says so
-        for parts in output:
-            for stream, data in zip((sys.stdout, sys.stderr), parts, strict=True):
-                try:
-                    if data and reader:
-                        stream.buffer.write(data)
-                        stream.flush()
-                except OSError:
-                    reader = False
-                    events.put(("signal", signal.SIGTERM))
-
-
-def wait(client: DockerClient, container: Container, events: queue.SimpleQueue[tuple[str, Any]]) -> None:
-    try:
-        events.put(("ended", int(client.api.wait(container.id, timeout=None)["StatusCode"])))
-    except Exception as error:  # told to the main thread, whatever it is
-        events.put(("lost", error))
-
-
-def attend(container: Container, spec: Spec, events: queue.SimpleQueue[tuple[str, Any]]) -> int:
-    """Hand signals on until the container has ended; its exit code."""
-    import docker.errors
-
-    asked = 0
-    while True:
+    What it says of an engine that went away is left out: `state_of` says that.
+    """
+    command = ["docker", "--log-level", "fatal", *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, start_new_session=True
+    ) as client:
         try:
-            what, value = events.get(timeout=AGAIN_SECONDS)
-        except queue.Empty:
+            yield client
+        finally:
+            client.kill()  # it has ended, unless something was raised
+
+
+def wait_for_start(client: subprocess.Popen[bytes], name: str) -> None:
+    """Wait until the container runs, or has. Raises MachineError where it could not be started."""
+    while True:
+        over = client.poll() is not None  # asked first, so that what comes then is the last word
+        state = state_of(name)
+        if state["Status"] != "created":
+            return
+        if over:
+            raise explained(state["Error"], "starting the container")
+        time.sleep(LOOK_SECONDS)
+
+
+def attend(client: subprocess.Popen[bytes], signals: Signals) -> None:
+    """Hand signals on, and show the container's stderr, until the client ends: it writes to our stdout by itself.
+
+    The stderr comes through here because the client's own words do too, and those of a failed start are not shown.
+    """
+    assert client.stderr is not None
+    while True:
+        signals.hand_on(client)
+        if not select.select([client.stderr], [], [], LOOK_SECONDS)[0]:
             continue
-        if what == "ended":
-            return int(value)
-        if what == "lost":
-            raise EngineLost(
-                "the Docker engine went away while the run was on; its container may run on",
-                where=f"container {spec.name}: {' '.join(str(value).split())[:200]}",
-                todo="start the engine again; recipe stop ends the run if it is still there; then the same command "
-                "goes on from the last checkpoint",
-            )
-        if value == signal.SIGWINCH:
-            resize(container, spec)
-            continue
-        asked += 1
-        with contextlib.suppress(docker.errors.APIError):  # it has just ended
-            container.kill("SIGKILL" if asked >= PATIENCE else FORWARDED[value])
+        data = os.read(client.stderr.fileno(), 65536)
+        if not data:
+            return
+        try:
+            sys.stderr.buffer.write(data)
+            sys.stderr.flush()
+        except OSError:  # our reader went away
+            return
 
 
-def resize(container: Container, spec: Spec) -> None:
-    """Give the container's terminal the size of ours, for the live line."""
-    import docker.errors
+def state_of(name: str) -> Json:
+    """Return the engine's State of a container that was started. Raises EngineLost where it does not say."""
+    try:
+        said = docker("container", "inspect", "--format", "{{json .State}}", name, seconds=ANSWER_SECONDS)
+    except MachineError as error:
+        raise EngineLost(
+            "the Docker engine went away while the run was on; its container may run on",
+            where=f"container {name}: {error.where}",
+            todo="start the engine again; recipe stop ends the run if it is still there; then the same command "
+            "goes on from the last checkpoint",
+        ) from error
+    state: Json = json.loads(said)
+    return state
 
-    if spec.terminal:
-        size = shutil.get_terminal_size()
-        with contextlib.suppress(docker.errors.APIError):
-            container.resize(size.lines, size.columns)
 
-
-def judged(container: Container, code: int) -> int:
-    """The exit code, which the run itself has explained; or what it could not say any more."""
-    state = container.client.api.inspect_container(container.id)["State"]
-    if state.get("OOMKilled"):
+def judged(name: str) -> int:
+    """Return the exit code, which the run itself has explained. Raises TrainingError for what it could not say."""
+    state = state_of(name)
+    if state["OOMKilled"]:
         raise TrainingError(
             "the run was killed: no memory was left",
-            where=container.name,
+            where=name,
             todo="a smaller training_config.micro_batch_size; the same command goes on",
         )
+    code: int = state["ExitCode"]
     if code == 128 + signal.SIGKILL:
         raise TrainingError(
             "the run was killed from outside",
-            where=container.name,
+            where=name,
             todo="the same command goes on from the last checkpoint; on a board, `recipe doctor` first",
         )
     return code
-
-
-def clear_ended(container: Container) -> None:
-    """Remove the container if it has ended. One that runs on without us is left, to be found by its labels."""
-    import docker.errors
-    import requests
-
-    with contextlib.suppress(docker.errors.DockerException, requests.RequestException, MachineError):
-        container.reload()
-        if not running(container):
-            container.remove(v=True)

@@ -1,4 +1,4 @@
-"""What a run's container is: one description, said to the Docker engine and printed as the command it amounts to.
+"""What a run's container is: one description, as the arguments of `docker create` and of the `docker run` of a dry run.
 
 Host paths are container paths: checkout, recipe, runs and RECIPES_HOME are mounted where they are, so a config, a
 manifest and a message mean the same on both sides, and a run goes on in and out of the container.
@@ -6,9 +6,10 @@ manifest and a message mean the same on both sides, and a run goes on in and out
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from tools.containers.images import Image
 from tools.machine import host
 
 LABEL = "training-recipes."
+LABELS = ("run", "hw", "cards", "launcher", "lent")  # of every container; labels_of gives them their values
 NOT_BUILT = "<not built>"
 USER = 1000  # what a root caller's run is inside: a container never runs as root
 MEMLOCK = -1  # without an end: what a card reads and writes by DMA is locked in memory
@@ -74,59 +76,23 @@ class Spec:
         return f"{self.user[0]}:{self.user[1]}"
 
 
-def configuration(spec: Spec) -> dict[str, Any]:
-    """The keyword arguments of docker's `create_container`, but for its host_config; `command_line` says the same."""
-    return {
-        "image": spec.image,
-        "command": list(spec.words),
-        "name": spec.name,
-        "user": spec.user_name,
-        "working_dir": str(ROOT),
-        "tty": spec.terminal,
-        "stop_timeout": STOP_SECONDS,
-        "environment": {**spec.environment, **spec.secret},
-        "labels": dict(spec.labels),
-    }
-
-
-def host_settings(spec: Spec) -> dict[str, Any]:
-    """The keyword arguments of docker's `create_host_config`."""
-    from docker.types import DriverConfig, LogConfig, Ulimit
-    from docker.types import Mount as Bind
-
-    return {
-        "init": True,
-        "read_only": True,
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges"],
-        "ipc_mode": "host",  # tt-umd's locks between processes lie in /dev/shm
-        "devices": [f"{outside}:{inside}:rw" for outside, inside in spec.devices],
-        "ulimits": [Ulimit(name="memlock", soft=MEMLOCK, hard=MEMLOCK)] if spec.devices else [],
-        "mounts": [
-            Bind(str(mount.inside or mount.path), str(mount.path), type="bind", read_only=not mount.writable)
-            for mount in spec.mounts
-        ]
-        + [
-            Bind(str(path), None, type="volume", no_copy=True, driver_config=DriverConfig("local", SCRATCH))
-            for path in spec.scratch
-        ],
-        "cpuset_cpus": spec.cpus,
-        "log_config": LogConfig(type="local", config=LOG),
-    }
-
-
-def command_line(spec: Spec) -> str:
-    """The container as a `docker run` command. Variables of `secret` stand without values: docker takes them over."""
-    words = ["docker", "run", "--rm", "--init", "--name", spec.name, "--user", spec.user_name, "--workdir", str(ROOT)]
-    words += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--ipc", "host"]
+def arguments_of(spec: Spec) -> list[str]:
+    """Return what follows `docker create` or `docker run`. Variables of `secret` have no value there: docker has them
+    from its own environment."""
+    words = ["--name", spec.name, "--user", spec.user_name, "--workdir", str(ROOT), "--init", "--read-only"]
+    words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    words += ["--ipc", "host"]  # tt-umd's locks between processes lie in /dev/shm
     words += [word for outside, inside in spec.devices for word in ("--device", f"{outside}:{inside}:rw")]
     words += ["--ulimit", f"memlock={MEMLOCK}"] if spec.devices else []
     for mount in spec.mounts:
-        bind = f"type=bind,source={mount.path},target={mount.inside or mount.path}"
-        words += ["--mount", bind + ("" if mount.writable else ",readonly")]
-    options = ",".join(["volume-driver=local", *(f'"volume-opt={key}={SCRATCH[key]}"' for key in SCRATCH)])
+        bind = ["type=bind", f"source={mount.path}", f"target={mount.inside or mount.path}"]
+        words += ["--mount", csv_line(bind if mount.writable else [*bind, "readonly"])]
     for path in spec.scratch:
-        words += ["--mount", f"type=volume,target={path},volume-nocopy,{options}"]
+        options = [f"volume-opt={key}={value}" for key, value in SCRATCH.items()]
+        words += [
+            "--mount",
+            csv_line(["type=volume", f"target={path}", "volume-nocopy", "volume-driver=local", *options]),
+        ]
     words += [word for name, value in spec.environment.items() for word in ("--env", f"{name}={value}")]
     words += [word for name in spec.secret for word in ("--env", name)]
     words += [word for name, value in spec.labels.items() for word in ("--label", f"{name}={value}")]
@@ -134,7 +100,14 @@ def command_line(spec: Spec) -> str:
     words += ["--tty"] if spec.terminal else []
     words += ["--stop-timeout", str(STOP_SECONDS)]
     words += ["--log-driver", "local", *(word for item in LOG.items() for word in ("--log-opt", "=".join(item)))]
-    return shlex.join([*words, spec.image, *spec.words])
+    return [*words, spec.image, *spec.words]
+
+
+def csv_line(fields: Sequence[str]) -> str:
+    """Return the fields as docker reads those of `--mount`: a path with a comma is quoted."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(fields)
+    return line.getvalue()
 
 
 @dataclass(frozen=True)

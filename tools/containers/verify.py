@@ -13,7 +13,7 @@ from common.errors import MachineError, UsageError, VerificationError
 from common.hardware import Hardware
 from common.paths import ROOT
 from tools.containers.build import Inputs, build, build_variables, commit_of, fill_wheelhouse
-from tools.containers.docker_cli import docker, inspect_image
+from tools.containers.docker import docker, present
 from tools.containers.images import Image, Json, image_for, pins_of, read_lock
 from tools.git import git
 
@@ -54,21 +54,6 @@ def verify_contents(hw: Hardware, container: str | None, say: Say) -> None:
 
 def _in_a_container(image: Image) -> list[str]:
     return ["run", "--rm", "--network", "none", "--entrypoint", "python", image.reference]
-
-
-def present(image: Image) -> Json:
-    """The engine's description of an image that was chosen. Raises MachineError where it is gone or another one."""
-    described = inspect_image(image.reference)
-    if described is None:
-        todo = "make image" if image.source == "local" else f"docker pull {image.reference}"
-        raise MachineError(f"the engine does not have the image of {image.target}", where=image.reference, todo=todo)
-    if image.source == "published" and image.reference not in (described["RepoDigests"] or []):
-        raise MachineError(
-            f"the engine's image of {image.target} has another digest: {described['RepoDigests']}",
-            where=image.reference,
-            todo=f"docker pull {image.reference}",
-        )
-    return described
 
 
 def differences(image: Image, described: Json, pins: Json, installed: dict[str, str]) -> Iterator[str]:

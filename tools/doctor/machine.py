@@ -18,7 +18,7 @@ from common.hardware import Choice, Hardware
 from common.paths import ROOT, home
 from engines.ttml.mesh import check_descriptor, find_descriptor
 from tools.containers import launcher
-from tools.containers.engine import connect, explained
+from tools.containers.docker import check_engine
 from tools.containers.images import image_for, pins_of, read_lock, requirements_of
 from tools.doctor import findings
 from tools.doctor.findings import Finding
@@ -162,12 +162,7 @@ def descriptor(machine: Machine) -> Iterator[Finding]:
 
 
 def engine(machine: Machine) -> Iterator[Finding]:
-    def look() -> str:
-        client = connect()
-        with explained("asking the Docker engine"):
-            return f"Docker {client.version()['Version']} answers"
-
-    yield attempt("engine.answers", look, untold=not machine.contained)
+    yield attempt("engine.answers", lambda: f"Docker {check_engine()} answers", untold=not machine.contained)
 
 
 def image(machine: Machine) -> Iterator[Finding]:

@@ -19,9 +19,9 @@ from common.train.plan import batch_equation
 from engines.registry import precision_for, refuse_without_engine
 from engines.ttml.mesh import find_descriptor
 from tools.containers import launcher
-from tools.containers.engine import connect
+from tools.containers.docker import check_engine
 from tools.containers.images import Image, image_for
-from tools.containers.spec import Run, command_line, spec_of
+from tools.containers.spec import Run, arguments_of, spec_of
 from tools.plan import lint
 
 
@@ -39,7 +39,7 @@ def describe(recipe_dir: Path, name: str, asked: Mapping[str, Any], container: b
     image, contained = image_of(board), launcher.wanted(container, board.name)
     if contained:
         run = Run(run_name(config.recipe, board.name), recipe_dir, config, board, nodes, asked, image)
-        yield f"in the container: {command_line(spec_of(run))}"
+        yield f"in the container: {shlex.join(['docker', 'run', '--rm', *arguments_of(spec_of(run))])}"
     yield f"device nodes: {', '.join(nodes) or 'none needed'}"
     yield (
         f"{start_of(config)}; precision {precision_for(board)[0] if precision == 'auto' else precision}; "
@@ -70,7 +70,7 @@ def image_of(board: hardware.Hardware) -> Image | None:
 
 def lacks_contained(board: hardware.Hardware) -> Iterator[str]:
     """What a run in a container needs and this machine does not have."""
-    for needed in (lambda: hardware.choose(board.name), lambda: image_for(board), connect):
+    for needed in (lambda: hardware.choose(board.name), lambda: image_for(board), check_engine):
         try:
             needed()
         except MachineError as error:

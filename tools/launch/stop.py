@@ -9,17 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import MachineError, UsageError
 from tools.containers import launcher
-from tools.containers.engine import connect, explained
+from tools.containers.docker import docker
+from tools.containers.launcher import Container
 from tools.containers.spec import STOP_SECONDS
 from tools.machine import lease
 from tools.machine.lease import Owner
-
-if TYPE_CHECKING:
-    from docker.models.containers import Container
 
 Say = Callable[[str], None]
 
@@ -63,32 +60,25 @@ class Contained:
 
     @property
     def run(self) -> str:
-        return launcher.label(self.container, "run")
+        return self.container.run
 
     @property
     def board(self) -> str:
-        return launcher.label(self.container, "hw")
+        return self.container.hw
 
     def __str__(self) -> str:
         return f"{self.run} ({self.board}, container {self.container.name})"
 
     def end(self, now: bool) -> None:
-        with explained("stopping a container"):
-            self.container.kill("SIGKILL" if now else "SIGTERM")
+        docker("kill", "--signal", "SIGKILL" if now else "SIGTERM", self.container.name)
 
     def ended(self) -> bool:
         """Where nobody waits for it any more, it is cleared away."""
-        import docker.errors
-
-        with explained("looking at a container"):
-            try:
-                self.container.reload()
-            except docker.errors.NotFound:
-                return True
-        if launcher.running(self.container):
-            return False
-        if launcher.orphaned(self.container):
-            launcher.clear(self.container)
+        for container in launcher.ours():
+            if container.name == self.container.name:
+                if not container.running and container.orphaned:
+                    launcher.clear(container)
+                return not container.running
         return True
 
 
@@ -142,4 +132,4 @@ def going_on(say: Say) -> list[Native | Contained]:
 
 
 def contained() -> Iterator[Contained]:
-    yield from (Contained(container) for container in launcher.ours(connect()) if launcher.running(container))
+    yield from (Contained(container) for container in launcher.ours() if container.running)

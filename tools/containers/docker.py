@@ -1,0 +1,198 @@
+"""The `docker` command, the one way to this machine's engine; what goes wrong there becomes one message with a cure."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from common.errors import MachineError
+from tools.containers.images import Image, Json
+
+# What the command says, as a pattern; what that means; what to do. Of those that match, the first counts.
+SAYINGS = (
+    (
+        r"no space left on device",
+        "the disk of the Docker engine is full",
+        "make room where `docker info` says Docker Root Dir; `docker system df` shows what takes it",
+    ),
+    (
+        r"gathering device information|not a device node",
+        "a device node of the board cannot be given to a container",
+        "is the driver loaded, and is it a node and no plain file? `recipe doctor` looks",
+    ),
+    (
+        r"setting rlimit",
+        "this engine may not lift the limit of locked memory, which a board's DMA needs",
+        "give the engine's service LimitMEMLOCK=infinity, or CAP_SYS_RESOURCE where it runs in a container itself",
+    ),
+    (r"docker-init", "this engine has no docker-init", "install it with the engine (Debian: the package tini)"),
+    (
+        r"bind source path does not exist",
+        "a folder that the container needs is not on the engine's machine",
+        "the engine must be this machine's own: unset DOCKER_HOST",
+    ),
+    (
+        r"manifest verification failed|does not match (?:the )?digest|manifest unknown",
+        "the registry has no image of the locked digest",
+        "do not work around it: report it; an image of another digest is another image",
+    ),
+    (
+        r"permission denied while trying to connect",
+        "no permission on the Docker engine's socket",
+        "let an administrator add you to the group docker, log in anew; that group is as good as root here",
+    ),
+    (
+        r"connect to the docker (?:daemon|API)|error during connect|daemon (?:is )?running",
+        "no Docker engine answers here",
+        "start it: systemctl start docker, or ci/engine.sh; or run on this machine's own Python: --no-container",
+    ),
+    (
+        r"unknown command: docker|is not a docker command",
+        "the docker command lacks a plugin",
+        "install Docker's buildx plugin; on a Debian machine without a registry: ci/engine.sh",
+    ),
+    (
+        r"unauthorized|denied: |forbidden",
+        "the registry refuses to give the image",
+        "log in with `docker login`, or build it here: make image",
+    ),
+    (
+        r"no such host|i/o timeout|network is unreachable|connection refused|TLS handshake",
+        "the registry cannot be reached",
+        "check network and proxy of the Docker engine, or build the image here: make image",
+    ),
+)
+ANSWER_SECONDS = 60  # for what an engine does at once even on a busy machine: one that hangs is as good as none
+
+
+def docker(*arguments: str, seconds: float | None = None) -> str:
+    """Return what `docker ARGUMENTS` prints.
+
+    Raises MachineError with what its refusal means, or where it takes more than `seconds`.
+    """
+    done = _run(arguments, seconds)
+    if done.returncode:
+        raise explained(done.stderr, f"docker {arguments[0]}")
+    return done.stdout
+
+
+def explained(said: str, doing: str) -> MachineError:
+    """Return the error for what Docker `said`: its meaning and cure where they are known, its own last words always."""
+    said = " ".join(said.split()).removeprefix("Error response from daemon: ")
+    where = f"{doing}: {said[-300:] or 'no reason given'}"
+    for pattern, means, cure in SAYINGS:
+        if re.search(pattern, said, re.IGNORECASE):
+            return MachineError(means, where=where, todo=cure)
+    return MachineError("the Docker engine refused", where=where, todo="recipe doctor; docker info")
+
+
+def check_engine() -> str:
+    """Return the version of the engine that answers here.
+
+    Raises MachineError: none, no permission, not Docker's, or one whose containers' users are others outside of them.
+    """
+    info: Json = json.loads(docker("info", "--format", "{{json .}}", seconds=ANSWER_SECONDS))
+    if errors := info.get("ServerErrors"):  # an older command ends with 0 all the same
+        raise explained(errors[0], "docker info")
+    if "ServerVersion" not in info:
+        raise MachineError(
+            "the `docker` command of this machine is not Docker's",
+            where="docker info: it names no ServerVersion",
+            todo="put Docker's own before it on PATH (Podman has one of that name), or --no-container (CONTAINER=0)",
+        )
+    options = " ".join(info.get("SecurityOptions") or ())
+    # User 1000 of a container is then somebody else outside of it, who may not write runs/.
+    for name, words in (("rootless", "runs without root"), ("userns", "maps its containers' users to others")):
+        if f"name={name}" in options:
+            raise MachineError(
+                f"this Docker engine {words}: a run's files would not be yours",
+                where="docker info: Security Options",
+                todo="use the system's ordinary engine (DOCKER_HOST names one), or --no-container",
+            )
+    return str(info["ServerVersion"])
+
+
+def inspect_image(reference: str) -> Json | None:
+    """Return the engine's description of an image, or None where it does not have it."""
+    done = _run(("image", "inspect", reference))
+    if "no such image" in done.stderr.lower():
+        return None
+    if done.returncode:
+        raise explained(done.stderr, "docker image inspect")
+    described: list[Json] = json.loads(done.stdout)
+    return described[0]
+
+
+def present(image: Image) -> Json:
+    """Return the engine's description of an image. Raises MachineError where it is gone or another one."""
+    described = inspect_image(image.reference)
+    todo = f"make image HW={image.target}" if image.source == "local" else f"docker pull {image.reference}"
+    if described is None:
+        raise MachineError(
+            f"the image of {image.target} is gone from the Docker engine", where=image.reference, todo=todo
+        )
+    known = [described["Id"], *(described["RepoDigests"] or [])]
+    if image.reference not in known:
+        raise MachineError(
+            f"the engine's image of {image.target} is not the locked one: it has {', '.join(known)}",
+            where=image.reference,
+            todo=f"do not work around it: an image of another digest is another image; {todo}",
+        )
+    return described
+
+
+def fetch(image: Image, say: Callable[[str], None]) -> None:
+    """Have the image on this engine: a published one is fetched by its digest.
+
+    Raises MachineError where it is not to be had, or is not the one that the lock means.
+    """
+    if image.source == "published" and inspect_image(image.reference) is None:
+        say(f"fetching {image.reference} (once)")
+        docker("pull", "--quiet", image.reference)
+    pins = (present(image)["Config"]["Labels"] or {}).get("recipes.lock")
+    if pins != image.lock_sha256:
+        raise MachineError(
+            f"the engine's image of {image.target} is not the locked one: its label recipes.lock is {pins}",
+            where=f"{image.reference}, pins {image.lock_sha256[:12]}...",
+            todo=f"do not work around it: an image of other pins is another image; make image HW={image.target}",
+        )
+
+
+def bake(target: str, variables: Mapping[str, str], *options: str, context: Path) -> None:
+    """Run `docker buildx bake TARGET` in `context`, its progress on this terminal. Raises MachineError if it fails."""
+    docker("buildx", "version")
+    command = ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl", *options, target]
+    # SOURCE_DATE_EPOCH of the caller would be taken for the bake file's variable, and make other layers.
+    environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
+    if subprocess.run(command, cwd=context, env={**environment, **variables}, check=False).returncode:
+        room = shutil.disk_usage("/").free // 2**30
+        raise MachineError(
+            f"the build of {target} failed; the step and its last words are above",
+            where="docker/Dockerfile",
+            todo=f"mend what it names and run the same command again ({room} GiB are free on /; a build takes 6)",
+        )
+
+
+def _run(arguments: tuple[str, ...], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a session of its own: a Ctrl-C is this process's alone, which decides what it means."""
+    command = ["docker", *arguments]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=seconds, start_new_session=True
+        )
+    except FileNotFoundError as error:
+        raise MachineError(
+            "there is no `docker` command on this machine",
+            todo="install Docker Engine and its buildx plugin; on a Debian machine without a registry: ci/engine.sh",
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(
+            "the Docker engine does not answer",
+            where=f"docker {arguments[0]}: nothing within {seconds} s",
+            todo="restart it (systemctl restart docker), or run on this machine's own Python: --no-container",
+        ) from error
