@@ -322,26 +322,18 @@ def double(tmp_path, monkeypatch) -> Path:
     return tmp_path / "double"
 
 
-SAYINGS = {
-    "write /var/lib/docker/x: no space left on device": "the disk of the Docker engine is full",
-    "error gathering device information while adding custom device": "a device node of the board",
-    "setting rlimits for ready process: error setting rlimit type 8": "locked memory",
-    'exec: "docker-init": executable file not found': "no docker-init",
-    "invalid mount config: bind source path does not exist: /x": "not on the engine's machine",
-    "manifest unknown": "no image of the locked digest",
-    "error pulling image: does not match digest": "no image of the locked digest",
-    "pull access denied: unauthorized": "refuses to give the image",
-    "dial tcp: lookup ghcr.io: no such host": "cannot be reached",
-    "something that nobody has heard of": "the Docker engine refused",
-}
-
-
-@pytest.mark.parametrize("text", SAYINGS)
-def test_what_an_engine_says_is_one_message_with_a_cure(double, text):
-    (double / "pull").write_text(f"Error response from daemon: {text}")
-    with pytest.raises(MachineError, match=SAYINGS[text]) as caught:
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("write /var/lib/docker/x: no space left on device", "the disk of the Docker engine is full"),
+        ("something that nobody has heard of", "the Docker engine refused"),
+    ],
+)
+def test_what_an_engine_says_is_one_message_with_a_cure(double, said, means):
+    (double / "pull").write_text(f"Error response from daemon: {said}")
+    with pytest.raises(MachineError, match=means) as caught:
         docker.docker("pull", "x")
-    assert text in str(caught.value)
+    assert caught.value.where == f"docker pull: {said}"
     assert caught.value.todo
 
 

@@ -312,22 +312,6 @@ def test_no_docker_is_one_message(command: Path) -> None:
         docker("info")
 
 
-@pytest.mark.parametrize(
-    ("said", "cure"),
-    [
-        ("permission denied while trying to connect to the Docker daemon socket", "group docker"),
-        ("Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?", "systemctl start docker"),
-        ("docker: unknown command: docker buildx", "buildx plugin"),
-    ],
-)
-def test_what_docker_says_comes_with_its_cure(command: Path, said: str, cure: str) -> None:
-    script(command, "docker", f"echo 'ERROR: {said}' >&2; exit 1")
-    with pytest.raises(MachineError) as error:
-        docker("buildx", "version")
-    assert said in str(error.value)
-    assert cure in (error.value.todo or "")
-
-
 def test_a_base_by_tag_alone_is_refused(command: Path) -> None:
     script(command, "docker", "echo 'Error: No such image: python:3.11' >&2; exit 1")
     with pytest.raises(UsageError, match="neither an image of this engine nor named by digest"):

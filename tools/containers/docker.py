@@ -4,69 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from common import known_errors
 from common.errors import MachineError
 from tools.containers.images import Image, Json
 
-# What the command says, as a pattern; what that means; what to do. Of those that match, the first counts.
-SAYINGS = (
-    (
-        r"no space left on device",
-        "the disk of the Docker engine is full",
-        "make room where `docker info` says Docker Root Dir; `docker system df` shows what takes it",
-    ),
-    (
-        r"gathering device information|not a device node",
-        "a device node of the board cannot be given to a container",
-        "is the driver loaded, and is it a node and no plain file? `recipe doctor` looks",
-    ),
-    (
-        r"setting rlimit",
-        "this engine may not lift the limit of locked memory, which a board's DMA needs",
-        "give the engine's service LimitMEMLOCK=infinity, or CAP_SYS_RESOURCE where it runs in a container itself",
-    ),
-    (r"docker-init", "this engine has no docker-init", "install it with the engine (Debian: the package tini)"),
-    (
-        r"bind source path does not exist",
-        "a folder that the container needs is not on the engine's machine",
-        "the engine must be this machine's own: unset DOCKER_HOST",
-    ),
-    (
-        r"manifest verification failed|does not match (?:the )?digest|manifest unknown",
-        "the registry has no image of the locked digest",
-        "do not work around it: report it; an image of another digest is another image",
-    ),
-    (
-        r"permission denied while trying to connect",
-        "no permission on the Docker engine's socket",
-        "let an administrator add you to the group docker, log in anew; that group is as good as root here",
-    ),
-    (
-        r"connect to the docker (?:daemon|API)|error during connect|daemon (?:is )?running",
-        "no Docker engine answers here",
-        "start it: systemctl start docker, or ci/engine.sh; or run on this machine's own Python: --no-container",
-    ),
-    (
-        r"unknown command: docker|is not a docker command",
-        "the docker command lacks a plugin",
-        "install Docker's buildx plugin; on a Debian machine without a registry: ci/engine.sh",
-    ),
-    (
-        r"unauthorized|denied: |forbidden",
-        "the registry refuses to give the image",
-        "log in with `docker login`, or build it here: make image",
-    ),
-    (
-        r"no such host|i/o timeout|network is unreachable|connection refused|TLS handshake",
-        "the registry cannot be reached",
-        "check network and proxy of the Docker engine, or build the image here: make image",
-    ),
-)
 ANSWER_SECONDS = 60  # for what an engine does at once even on a busy machine: one that hangs is as good as none
 
 
@@ -85,9 +31,8 @@ def explained(said: str, doing: str) -> MachineError:
     """Return the error for what Docker `said`: its meaning and cure where they are known, its own last words always."""
     said = " ".join(said.split()).removeprefix("Error response from daemon: ")
     where = f"{doing}: {said[-300:] or 'no reason given'}"
-    for pattern, means, cure in SAYINGS:
-        if re.search(pattern, said, re.IGNORECASE):
-            return MachineError(means, where=where, todo=cure)
+    if known := known_errors.match(said, "docker"):
+        return MachineError(known.means, where=where, todo=known.answer)
     return MachineError("the Docker engine refused", where=where, todo="recipe doctor; docker info")
 
 
