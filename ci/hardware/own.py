@@ -9,6 +9,7 @@ from ci.hardware.job import Job, say
 from common import hardware
 from common.errors import MachineError
 from tools.containers import launcher
+from tools.containers.launcher import Container
 from tools.containers.spec import STOP_SECONDS, process
 from tools.launch import stop
 from tools.machine import host
@@ -27,7 +28,7 @@ def end_own(job: Job, now: bool = False) -> None:
             launcher.remove_ended()
 
 
-def ends(job: Job, running: stop.Native | stop.Contained) -> bool:
+def ends(job: Job, running: stop.Native | Container) -> bool:
     """Ask the run to save and end, and wait; whether it did. Asked once more than `train` has, it would not save."""
     try:
         if not job.record.get("asked"):
@@ -42,10 +43,10 @@ def ends(job: Job, running: stop.Native | stop.Contained) -> bool:
     return running.ended()
 
 
-def is_own(job: Job, running: stop.Native | stop.Contained) -> bool:
+def is_own(job: Job, running: stop.Native | Container) -> bool:
     """Whether the process that `train` started has the board, or launched the container."""
-    if isinstance(running, stop.Contained):
-        return running.container.launcher == job.record.get("process")
+    if isinstance(running, Container):
+        return running.launcher == job.record.get("process")
     return process(running.owner.pid) == job.record.get("process")
 
 

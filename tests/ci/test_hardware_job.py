@@ -371,7 +371,7 @@ def test_anybody_elses_run_goes_on(host, goes_on):
 @pytest.mark.parametrize(("process", "own_one"), [("7@11", True), ("7@12", False)])
 def test_a_container_is_the_jobs_own_by_the_process_that_launched_it(host, process, own_one):
     container = launcher.Container("recipes-x", "running", "x", "n150", "", launcher=process, lent="")
-    assert own.is_own(host.job(5, process="7@11"), stop.Contained(container)) is own_one
+    assert own.is_own(host.job(5, process="7@11"), container) is own_one
 
 
 def test_a_tt_smi_that_hangs_is_killed_with_what_it_started(host, monkeypatch, tmp_path):

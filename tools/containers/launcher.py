@@ -166,6 +166,20 @@ class Container:
         """Whether the launcher that waits for it is gone."""
         return process(int(self.launcher.partition("@")[0] or 0)) != self.launcher
 
+    def __str__(self) -> str:
+        return f"{self.run} ({self.hw}, container {self.name})"
+
+    def end(self, now: bool) -> None:
+        """Ask its run to save and end, or kill it `now`."""
+        docker("kill", "--signal", "SIGKILL" if now else "SIGTERM", self.name)
+
+    def ended(self) -> bool:
+        """Return whether it has ended by now. Where nobody waits for it any more, it is then cleared away."""
+        goes_on = any(container.running for container in ours() if container.name == self.name)
+        if not goes_on:
+            remove_ended()
+        return not goes_on
+
 
 def ours() -> list[Container]:
     """Return all containers of ours, ended ones too. Raises MachineError."""
@@ -176,19 +190,15 @@ def ours() -> list[Container]:
 
 
 def remove_ended() -> None:
-    """Clear away containers of ours that have ended and whose launcher was killed; nothing else."""
+    """Clear away ended containers of ours whose launcher was killed, and give back what was lent to them."""
     for container in ours():
-        if not container.running and container.orphaned:
-            clear(container)
-
-
-def clear(container: Container) -> None:
-    """Remove an ended container, and give back what was lent to it."""
-    with contextlib.suppress(MachineError):  # somebody else removes it just now; what stays is found again
-        docker("rm", "--volumes", container.name)
-    if os.getuid() == 0:
-        for folder in json.loads(container.lent or "[]"):
-            ownership.give(Path(folder), USER, 0)
+        if container.running or not container.orphaned:
+            continue
+        with contextlib.suppress(MachineError):  # somebody else removes it just now; what stays is found again
+            docker("rm", "--volumes", container.name)
+        if os.getuid() == 0:
+            for folder in json.loads(container.lent or "[]"):
+                ownership.give(Path(folder), USER, 0)
 
 
 def refuse_orphan(board: str, keys: Sequence[str]) -> None:

@@ -6,13 +6,12 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import MachineError, UsageError
 from tools.containers import launcher
-from tools.containers.docker import docker
 from tools.containers.launcher import Container
 from tools.containers.spec import STOP_SECONDS
 from tools.machine import lease
@@ -33,11 +32,11 @@ class Native:
         return self.owner.run
 
     @property
-    def board(self) -> str:
+    def hw(self) -> str:
         return self.owner.board
 
     def __str__(self) -> str:
-        return f"{self.run} ({self.board}, process {self.owner.pid})"
+        return f"{self.run} ({self.hw}, process {self.owner.pid})"
 
     def end(self, now: bool) -> None:
         try:
@@ -52,36 +51,6 @@ class Native:
         return lease.free(self.key)
 
 
-@dataclass(frozen=True)
-class Contained:
-    """A run in a container of ours, whose launcher may wait for it or be gone."""
-
-    container: Container
-
-    @property
-    def run(self) -> str:
-        return self.container.run
-
-    @property
-    def board(self) -> str:
-        return self.container.hw
-
-    def __str__(self) -> str:
-        return f"{self.run} ({self.board}, container {self.container.name})"
-
-    def end(self, now: bool) -> None:
-        docker("kill", "--signal", "SIGKILL" if now else "SIGTERM", self.container.name)
-
-    def ended(self) -> bool:
-        """Where nobody waits for it any more, it is cleared away."""
-        for container in launcher.ours():
-            if container.name == self.container.name:
-                if not container.running and container.orphaned:
-                    launcher.clear(container)
-                return not container.running
-        return True
-
-
 def stop(run: str | None, board: str | None, now: bool, say: Say) -> None:
     """End the one run that goes on, or the one named by its run (or the run's folder) or its board.
 
@@ -89,7 +58,7 @@ def stop(run: str | None, board: str | None, now: bool, say: Say) -> None:
     """
     jobs = going_on(say)
     found = [job for job in jobs if run is None or job.run == Path(run).name]
-    found = [job for job in found if board in (None, job.board)]
+    found = [job for job in found if board in (None, job.hw)]
     if not found and jobs and (run or board):
         raise UsageError(f"no run {run or f'on {board}'} goes on here", todo=f"these do: {listed(jobs)}")
     if len(found) > 1:
@@ -100,11 +69,11 @@ def stop(run: str | None, board: str | None, now: bool, say: Say) -> None:
         finish(job, now, say)
 
 
-def listed(jobs: Sequence[Native | Contained]) -> str:
+def listed(jobs: Sequence[Native | Container]) -> str:
     return "; ".join(map(str, jobs))
 
 
-def finish(job: Native | Contained, now: bool, say: Say) -> None:
+def finish(job: Native | Container, now: bool, say: Say) -> None:
     """Ask the run to end, and wait for that."""
     say(f"{'killing' if now else 'stopping'} {job}")
     job.end(now)
@@ -120,16 +89,12 @@ def finish(job: Native | Contained, now: bool, say: Say) -> None:
     say("it has ended; the same command goes on from its last checkpoint")
 
 
-def going_on(say: Say) -> list[Native | Contained]:
+def going_on(say: Say) -> list[Native | Container]:
     """Runs in containers of ours, then runs on this machine's own Python that have a board."""
     leases = {owner.pid: (key, owner) for key, owner in lease.all_held().items() if owner.container is None}
     native = [Native(key, owner) for key, owner in leases.values()]
     try:
-        return [*contained(), *native]
+        return [*(container for container in launcher.ours() if container.running), *native]
     except MachineError as error:
         say(f"runs in containers are not seen: {error.what}")
         return [*native]
-
-
-def contained() -> Iterator[Contained]:
-    yield from (Contained(container) for container in launcher.ours() if container.running)
