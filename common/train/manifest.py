@@ -26,160 +26,118 @@ NAME = "manifest.json"
 
 
 class Section(BaseModel):
-    """A part of the manifest. Keys that it does not know, of a later version, are kept as they are."""
+    """A part of the manifest. Keys of a later version, which it does not know, are kept as they are."""
 
-    model_config = ConfigDict(extra="allow", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow", validate_assignment=True)
 
 
 class ImageFacts(Section):
     """The container image that the run was in."""
 
-    reference: str
-    """Digest of a published image, or id of one built here."""
-    target: str | None = None
-    """Target of docker/docker-bake.hcl."""
-    source: str | None = None
-    """Where the reference was found: a lock file."""
-    pins_sha256: str | None = None
-    """Over the pins that the image was built from."""
+    reference: str  # digest of a published image, or id of one built here
+    target: str | None = None  # of docker/docker-bake.hcl
+    source: str | None = None  # published or local
+    pins_sha256: str | None = None  # over the pins that the image was built from
 
 
 class HostFacts(Section):
     """The machine under the run; lists go by device node."""
 
     kernel: str | None = None
-    driver: str | None = None
-    """Version of the tenstorrent kernel module."""
-    nodes: list[str] = []
-    """/dev/tenstorrent/<N>, as the run was given them."""
-    pci: list[str | None] = []
-    """PCI addresses."""
-    firmware: list[str | None] = []
-    """Versions of the firmware bundle."""
-    iommu: list[str | None] = []
-    """Types of the IOMMU groups."""
+    driver: str | None = None  # version of the tenstorrent kernel module
+    nodes: list[str] = []  # /dev/tenstorrent/<N>
+    pci: list[str | None] = []  # addresses
+    firmware: list[str | None] = []  # versions of the firmware bundle
+    iommu: list[str | None] = []  # types of the IOMMU groups
 
 
 class Environment(Section):
-    """The code and the machine of one process; none of it fixes the bits of a CPU run but lock and CPU."""
+    """The code and the machine of one process. Of these, `lock_sha256` and `cpu_class` fix a CPU run's bits."""
 
     git_commit: str | None = None
-    git_dirty: bool | None = None
-    """Whether the checkout differed from the commit; null where there is no git."""
-    lock_sha256: str | None = None
-    """Of the lock file of this Python's libraries."""
-    image: ImageFacts | None = None
-    """Null for the machine's own Python."""
+    git_dirty: bool | None = None  # whether the checkout differed from the commit; null: no git there
+    lock_sha256: str | None = None  # of the lock file of this Python's libraries
+    image: ImageFacts | None = None  # null: the machine's own Python
     host: HostFacts = HostFacts()
-    cpu_class: str | None = None
-    """Vendor, family and the instruction sets that decide a CPU's bits."""
+    cpu_class: str | None = None  # vendor, family and instruction sets
 
 
 class Resumption(Environment):
-    """One continuation of the run, or its start from another run's checkpoint."""
+    """One time that the run went on, or its start from another run's checkpoint."""
 
-    at: str
-    """UTC."""
-    step: int
-    """The step that was the last one done."""
+    at: str  # UTC, as every time here
+    step: int  # the last one done
     command: list[str]
     overrides: list[str]
     config_digest: str
-    notes: list[str]
-    """What differs from the run until then, what of it was accepted, and whether the bits end there."""
+    notes: list[str]  # what differs from the run until then, what of it was accepted, whether the bits end there
 
 
 class BaseFacts(Section):
     """The weights that training started from."""
 
     name: str
-    identity: str
-    """Of the weights: a hash, or the rule that makes random ones."""
+    identity: str  # a hash of the weights, or the rule that makes random ones
     origin: str
     licence: str
 
 
 class DataFacts(Section):
-    """What was trained on: hashes, and the counts that outlive the token files."""
+    """What was trained on: hashes, and the counts that outlive the token files. `rows` and `tokens` go by split."""
 
-    source_key: str = ""
-    """Names the folder of token files in the home."""
+    source_key: str = ""  # names the folder of token files in the home
     tokens_sha256: str
-    length: int
-    """T of every batch, tokens."""
+    length: int  # T of every batch, tokens
     rows: dict[str, int]
-    """By split."""
     tokens: dict[str, int]
-    """By split."""
-    supervised_share: float | None = None
-    """Tokens that the loss counts, of all training tokens."""
-    rows_cut: int = 0
-    """Rows longer than `length`."""
-    corpus: dict[str, Any] | None = None
-    """By split: sha256, documents and characters of the text."""
+    supervised_share: float | None = None  # of the training tokens: what the loss counts
+    rows_cut: int = 0  # rows that were longer than `length`
+    corpus: dict[str, Any] | None = None  # by split: sha256, documents and characters of the text
 
 
 class ExportFacts(Section):
-    """The export beside the run; export.json has more."""
+    """What export.json says of the export, in short."""
 
-    status: str
-    """verified, unverified or failed."""
+    status: str  # verified, unverified or failed
     reason: str
     step: int
     dtype: str
-    difference: dict[str, float | None] | None = None
-    """Held-out loss of the exported folder less the run's, nats a token, by folder."""
+    difference: dict[str, float | None] | None = None  # by folder: held-out loss less the run's, nats per token
 
 
 class Manifest(Environment):
     """The record of a run."""
 
     format: Literal[1] = 1
-    run: str
-    """Name of the folder."""
+    run: str  # the folder's name
     recipe: str
     recipe_dir: str | None = None
     command: list[str]
     overrides: list[str]
     start: str
-    """UTC, as are `end` and `trained`."""
     end: str | None = None
-    exit_reason: str
-    """running, done, `stopped: ...` or `failed: ...`."""
-    error: str | None = None
-    """The whole message of a failure."""
-    parent: str | None = None
-    """<run>/<checkpoint> that this run branched from."""
+    exit_reason: str  # running, done, `stopped: ...` or `failed: ...`
+    error: str | None = None  # the whole message of a failure
+    parent: str | None = None  # <run>/<checkpoint> that this run branched from
     resumed: list[Resumption] = []
     hw: str
-    reasons: dict[str, str] = {}
-    """Why this hardware, and why this precision."""
+    reasons: dict[str, str] = {}  # why this hardware, and why this precision
     seed: int
-    steps: int
-    """max_steps."""
+    steps: int  # max_steps
     config_digest: str
     training_digest: str | None = None
     base: BaseFacts
     data: DataFacts
     tokenizer_sha256: str
-    base_parameters: int | None = None
-    """Parameters of the base, without adapters."""
-    backend: BackendInfo | None = None
-    """The engine, as it described itself last."""
-    first_loss: str | None = None
-    """What the gate of random weights found at step 1."""
-    ended_early: int | None = None
-    """The step that eval_config.patience ended the run at."""
-    trained: str | None = None
-    """When the last step was evaluated and saved."""
-    metrics_sha256: str | None = None
-    """Of metrics.jsonl at that time."""
-    peak_memory_mib: int | None = None
-    """The most memory of the host that the process held; a device's own is not in it."""
-    replicas: list[str] | None = None
-    """sha256 over the trained parameters on each device; null for one device."""
-    never_moved: list[str] | None = None
-    """Trained tensors that ended as they began."""
+    base_parameters: int | None = None  # without adapters
+    backend: BackendInfo | None = None  # the engine, as it described itself last
+    first_loss: str | None = None  # what the gate of random weights found
+    ended_early: int | None = None  # the step that eval_config.patience ended the run at
+    trained: str | None = None  # when the last step was evaluated and saved
+    metrics_sha256: str | None = None  # of metrics.jsonl at that time
+    peak_memory_mib: int | None = None  # of the host, by this process; a device's own memory is not in it
+    replicas: list[str] | None = None  # sha256 over the trained parameters by device; null: one device
+    never_moved: list[str] | None = None  # trained tensors that ended as they began
     export: ExportFacts | None = None
 
     def save(self, folder: Path) -> None:

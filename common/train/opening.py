@@ -32,16 +32,14 @@ def keep_decisions(plan: Plan, start: Start) -> Plan:
 
 def open_manifest(plan: Plan, start: Start) -> Manifest:
     """Write and return the manifest: of a new run, or of the run that goes on, with the resumption noted."""
-    launch, config, environment = plan.launch, plan.config, code_facts(plan.nodes)
-    event = Resumption(
-        at=utc_now(),
-        step=start.step,
-        command=list(launch.command),
-        overrides=list(launch.overrides),
-        config_digest=config.config_digest(),
-        notes=start.notes,
-        **environment,
-    )
+    launch, config, base = plan.launch, plan.config, plan.base
+    now = {
+        "command": list(launch.command),
+        "overrides": list(launch.overrides),
+        "config_digest": config.config_digest(),
+        **code_facts(plan.nodes),
+    }
+    event = Resumption(at=utc_now(), step=start.step, notes=start.notes, **now)
     if start.manifest is not None:
         manifest = start.manifest
         keep_config(plan, start)
@@ -50,15 +48,12 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         manifest.save(start.folder)
         return manifest
     write_atomic(start.folder / "config.resolved.yaml", config.to_yaml())
-    if plan.base.initial:  # a tokenizer of this corpus, and the run must outlive the cache
-        shutil.copytree(plan.base.folder, start.folder / "tokenizer")
-    base = plan.base
+    if base.initial:  # a tokenizer of this corpus, and the run must outlive the cache
+        shutil.copytree(base.folder, start.folder / "tokenizer")
     manifest = Manifest(
         run=start.folder.name,
         recipe=config.recipe,
         recipe_dir=str(launch.recipe_dir),
-        command=list(launch.command),
-        overrides=list(launch.overrides),
         start=utc_now(),
         end=None,
         exit_reason="running",
@@ -68,12 +63,11 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         reasons=plan.reasons,
         seed=config.training.seed,
         steps=config.training.max_steps or 0,
-        config_digest=config.config_digest(),
         training_digest=plan.training_digest,
         base=BaseFacts(name=base.name, identity=base.identity, origin=base.origin, licence=base.licence),
         data=data_facts(plan.dataset),
         tokenizer_sha256=plan.tokenizer.sha256,
-        **environment,
+        **now,
     )
     manifest.save(start.folder)
     return manifest

@@ -19,7 +19,7 @@ from common.train.manifest import Manifest
 from common.train.plan import Plan
 from tools.machine.host import launched
 
-INEXACT = (
+INEXACT = (  # keys that change the order of floating-point sums, and so the last bits, but not the training
     "training_config.micro_batch_size",
     "model_config.gradient_checkpointing",
     "device_config.threads",
