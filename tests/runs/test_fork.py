@@ -23,7 +23,7 @@ COMMANDS = [
     if line.startswith(("make ", ".venv/bin/recipe "))
 ]
 NEW = dict(word.split("=", 1) for word in COMMANDS[0][2:])
-NOT_COPIED = (".git", ".venv*", "runs", "__pycache__", ".*_cache", ".new-*", "*.egg-info")
+NOT_COPIED = (".git", ".venv*", "__pycache__", ".*_cache", ".new-*", "*.egg-info")
 SMALL = ("eval_config.max_new_tokens=2", "device_config.threads=1", "training_config.precision=fp32")
 
 pytestmark = [
@@ -35,11 +35,16 @@ pytestmark = [
 ]
 
 
+def not_copied(folder: str, names: list[str]) -> set[str]:
+    """What a clone does not have, and the runs in the repository's own folder, as shutil's `ignore`."""
+    return shutil.ignore_patterns(*NOT_COPIED, *["runs"] * (Path(folder) == ROOT))(folder, names)
+
+
 class Clone:
     """A copy of the working tree whose `make` uses this Python and sets nothing up."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = Path(shutil.copytree(ROOT, folder / "clone", ignore=shutil.ignore_patterns(*NOT_COPIED)))
+        self.root = Path(shutil.copytree(ROOT, folder / "clone", ignore=not_copied))
         self.home = folder / "home"
         self.script("ci/setup.sh", "exit 0")
         self.script(".venv/bin/recipe", f'exec {shlex.quote(sys.executable)} -m tools.cli "$@"')

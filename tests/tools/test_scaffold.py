@@ -549,13 +549,14 @@ def test_of_a_folder_whole_files_are_held_out(root, tmp_path):
     assert {name: len(part) for name, part in documents.items()} == {"train": 8, "held_out": 2}, "one is not a tenth"
 
 
-def test_a_text_that_cannot_fill_a_bpe_vocabulary_is_refused(root, tmp_path):
+def test_a_text_that_cannot_fill_a_bpe_vocabulary_gets_a_smaller_one(root, tmp_path):
     (root / "recipes/tale/hw").mkdir()
     bpe = "data_config: {tokenizer: {type: bpe}}\nmodel_config: {preset: larger}\n"
     (root / "recipes/tale/hw/cpu.yaml").write_text(bpe)
-    (tmp_path / "mine.txt").write_text("Once there was a fox.\n" * 99)
-    with pytest.raises(DataError, match="cannot fill a BPE vocabulary of 320: it gives 2"):
-        fork(root, tmp_path / "mine.txt", "tale")
+    (tmp_path / "mine.txt").write_text("Once there was a fox.\n" * 999)
+    recipe, _ = fork(root, tmp_path / "mine.txt", "tale")
+    assert 256 < (config_of(recipe, "cpu").data.tokenizer.vocab_size or 0) < 320
+    assert config_of(recipe).data.tokenizer.type == "char"
 
 
 # --- a copy -----------------------------------------------------------------------------------------------------------

@@ -60,18 +60,26 @@ def settings(name: str, folder: Path) -> tuple[Settings, Documents]:
     }, splits
 
 
-def widen(made: Path, config: Config, documents: Documents) -> None:
-    """Make room in the preset for every character of the text, where characters are the tokens."""
-    shape, needed = config.model.architecture, len(vocabulary.characters(documents["train"])) + 1
+def fit_vocabulary(made: Path, config: Config, documents: Documents) -> Settings:
+    """Make room in the preset for every character of the text, or return as many pieces as it gives where they are few.
+
+    Which of the two depends on the tokenizer of `config`: characters, or byte-level BPE.
+    """
+    shape = config.model.architecture
     assert shape is not None, "random weights have an architecture"
-    if config.data.tokenizer.type != "char" or needed <= shape.vocab_size:
-        return
-    layer = made / f"presets/{config.model.preset}.yaml" if config.model.preset else made / "config.yaml"
-    why = f"{needed} characters, and what makes a multiple of 32"
-    text = set_key(layer.read_text(encoding="utf-8"), "model_config.architecture.vocab_size", round_up(needed), why)
-    layer.write_text(text, encoding="utf-8")
-    count = llama.parameters(read_file(layer).get("model_config.architecture"))
-    layer.write_text(re.sub(r"\A# [\d,]+ parameters", f"# {count:,} parameters", text), encoding="utf-8")
+    if config.data.tokenizer.type == "bpe":
+        pieces = vocabulary.bpe_tokenizer(documents["train"], shape.vocab_size).get_vocab_size()
+        few = pieces < (config.data.tokenizer.vocab_size or shape.vocab_size)
+        return {"data_config.tokenizer.vocab_size": (pieces, "pieces that the text gives")} if few else {}
+    needed = len(vocabulary.characters(documents["train"])) + 1
+    if needed > shape.vocab_size:
+        layer = made / f"presets/{config.model.preset}.yaml" if config.model.preset else made / "config.yaml"
+        why = f"{needed} characters, and what makes a multiple of 32"
+        text = set_key(layer.read_text(encoding="utf-8"), "model_config.architecture.vocab_size", round_up(needed), why)
+        layer.write_text(text, encoding="utf-8")
+        count = llama.parameters(read_file(layer).get("model_config.architecture"))
+        layer.write_text(re.sub(r"\A# [\d,]+ parameters", f"# {count:,} parameters", text), encoding="utf-8")
+    return {}
 
 
 def schedule(made: Path, config: Config, home: Path) -> Settings:

@@ -249,10 +249,11 @@ def fork_corpus(made: Path, source: Path, data: Path, home: Path, say: Say) -> F
     edit(made / "config.yaml", OF_THE_DATA, settings)
     layers = {"config.yaml": on_board, "hw/cpu.yaml": on_cpu}
     for layer in [layer for layer in layers if (made / layer).is_file()]:
-        corpus.widen(made, layers[layer](made), documents)
-        found = corpus.schedule(made, layers[layer](made), home)
-        edit(made / layer, (), found)
-        for line in reasons(layer, settings | found):
+        pieces = corpus.fit_vocabulary(made, layers[layer](made), documents)
+        edit(made / layer, (), pieces)
+        steps = corpus.schedule(made, layers[layer](made), home)
+        edit(made / layer, (), steps)
+        for line in reasons(layer, settings | pieces | steps):
             say(line)
         settings = {}
     return Facts(
