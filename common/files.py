@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.errors import MachineError
 
@@ -47,6 +48,32 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):  # a checkpoint is larger than memory may be
             digest.update(block)
     return digest.hexdigest()
+
+
+def try_lock(folder: Path) -> IO[str] | None:
+    """Lock a run's folder for this process; return None if another one has it. The lock of a dead process is free."""
+    lock = (folder / ".lock").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process has the lock of a run's folder. Writes nothing: the folder may be somebody else's."""
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or one that may not be read
+        return False
+    return False
 
 
 def sync(path: Path) -> None:

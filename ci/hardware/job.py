@@ -14,6 +14,7 @@ from common.errors import RecipeError, UsageError
 from common.files import disk_errors, utc_now, write_json
 from common.hardware import Hardware
 from common.paths import find_recipe
+from tools.runs.folder import runs_in
 
 FORMAT = 1  # of job.json
 CLEAN = (0, 2, 3, 6, 75, 130)  # codes of a run that has closed its device, or never opened it
@@ -59,13 +60,8 @@ class Job:
 
     @property
     def run(self) -> Path | None:
-        """The folder of this job's run. None: it did not come to that, and a board is opened only later."""
-        return max((path.parent for path in self.runs.glob("*/manifest.json")), default=None)
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.run / "manifest.json").read_text("utf-8")) if self.run else {}
-        return found
+        """Return the folder of this job's run. None: it did not come to that, and a board is opened only later."""
+        return next((run.folder for run in runs_in(self.runs)), None)
 
     @property
     def where(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from ci.hardware.job import Job
 from common import known_errors
 from tools.doctor import findings
+from tools.runs.folder import read_run
 
 
 def add(job: Job, lines: list[str]) -> None:
@@ -89,13 +90,15 @@ def run_lines(job: Job) -> Iterator[str]:
     """What ran, and what its log is known to mean."""
     if job.run is None:
         return
-    facts, engine = job.manifest, job.manifest.get("backend", {})
-    yield f"Run `{job.run.name}`: {cell(str(facts.get('exit_reason', 'it did not end')))}"
-    image = (facts.get("image") or {}).get("reference", "none, this machine's own Python")
-    changes = " with changes" if facts.get("git_dirty") else ""
-    yield f"- commit `{facts.get('git_commit')}`{changes}; image: {cell(image)}"
-    yield f"- engine: {cell(str(engine.get('backend')))}, {engine.get('world')} devices; {cell(str(facts.get('host')))}"
-    log = job.run / "train.log"
+    run = read_run(job.run)
+    fact = run.fact
+    yield f"Run `{run.name}`: {cell(str(fact('exit_reason') or 'it did not end'))}"
+    changes = " with changes" if fact("git_dirty") else ""
+    image = run.image or "none, this machine's own Python"
+    yield f"- commit `{fact('git_commit')}`{changes}; image: {cell(image)}"
+    engine = cell(str(fact("backend", "backend")))
+    yield f"- engine: {engine}, {fact('backend', 'world')} devices; {cell(str(fact('host')))}"
+    log = run.folder / "train.log"
     lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
     for known in {row.id: row for line in lines if (row := known_errors.match(line))}.values():
         yield f"- its log says {known.id}: {known.means}; {known.answer}"

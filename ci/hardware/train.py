@@ -16,6 +16,7 @@ from common.errors import MachineError, TrainingError
 from common.paths import ROOT
 from common.signals import handled
 from tools.containers.spec import STOP_SECONDS, process
+from tools.runs.folder import read_run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -41,7 +42,7 @@ def train(job: Job) -> str:
         show(screen)
     code = child.returncode
     if code == 0:
-        return f"{job.run.name if job.run else 'no run folder'}: {job.manifest.get('exit_reason')}"
+        return f"{job.run.name}: {read_run(job.run).fact('exit_reason')}" if job.run else "no run folder"
     if code is None:
         raise Failed(TrainingError.code, f"recipe run goes on{why}, and cannot be killed: it waits for a card")
     if code < 0:

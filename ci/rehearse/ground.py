@@ -22,7 +22,7 @@ from tests import doubles, hosts
 from tests.tiny_recipe import make_tiny_recipe, newest_run
 from tools.launch.after_run import after_run
 from tools.results import record
-from tools.runs import figures
+from tools.runs.folder import read_run
 from tools.verify.tiny_base import write_tiny_base
 
 STEPS = 6
@@ -147,7 +147,7 @@ def write_recipe(ground: Ground) -> None:
 def record_figures(ground: Ground) -> None:
     """Two trainings by the double: the recipe's own, and one of another seed, which says how far figures may stray."""
     runs = ground.folder / "reference"
-    first, second = (figures.read(train(ground, runs / str(seed), seed)) for seed in (1, 2))
+    first, second = (read_run(train(ground, runs / str(seed), seed), strict=True) for seed in (1, 2))
     record.write(ground.recipe, record.entry_of(first, [second], speed=False), lambda _line: None)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import IO
 
 from common import config as configs
 from common.errors import DataError, MachineError, UsageError
-from common.files import disk_errors
+from common.files import disk_errors, try_lock
 from common.paths import run_name
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
@@ -174,17 +172,3 @@ def new_run(plan: Plan) -> Start:
     lock = try_lock(folder)
     assert lock is not None, "the folder is ours alone"
     return Start(folder, lock)
-
-
-def try_lock(folder: Path) -> IO[str] | None:
-    """Lock a run folder for this process, or None if another one has it; a dead process has none."""
-    lock = (folder / ".lock").open("a", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock

@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 from common.train import metrics
 from tests.run_folders import write_lines, write_run
 from tools.report import pages
-from tools.runs import run_record
+from tools.runs.folder import read_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -62,7 +62,7 @@ def written(tmp_path_factory) -> dict[str, Path]:
     runs = [whole, hostile, broken]
     found = {folder.name.split("-")[1]: pages.write_run(folder) for folder in runs}
     found["overview"], _ = pages.write_overview(out)
-    records_ = [run_record.read(folder) for folder in runs]
+    records_ = [read_run(folder) for folder in runs]
     return {**found, "comparison": pages.write_comparison(records_, out / "compare.html")}
 
 

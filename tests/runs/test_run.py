@@ -19,8 +19,8 @@ import pytest
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.errors import DataError, MachineError, Stopped, TrainingError, UsageError
+from common.files import try_lock
 from common.train import checkpoint, metrics
-from common.train.resume import try_lock
 from common.train.run import Run
 from engines.cpu.engine import TorchCPU
 from tests.outcomes import folders, log, manifest, outcome

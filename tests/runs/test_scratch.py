@@ -286,7 +286,7 @@ def test_a_run_outlives_the_cache(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "empty"))
     run = trained.read(finished, print)
     assert run.tokenizer.encode_text("FOX")
-    assert run.dataset().tokens_sha256 == run.manifest["data"]["tokens_sha256"], "built again from the corpus"
+    assert run.dataset().tokens_sha256 == run.manifest.data.tokens_sha256, "built again from the corpus"
     copy = shutil.copytree(finished, tmp_path / finished.name)
     shutil.rmtree(copy / "export")
     export_folder(copy, print)

@@ -13,9 +13,9 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.data.chat import ChatTokenizer
 from common.errors import MachineError, Stopped, UsageError, VerificationError
+from common.files import try_lock
 from common.model.weights import Weights
 from common.train import metrics
-from common.train.resume import try_lock
 from tests.tiny import write_tiny_base
 from tests.tiny_recipe import make_tiny_recipe, newest_run, run_tiny
 from tools.export import check, hf_folder

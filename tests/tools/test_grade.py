@@ -23,7 +23,7 @@ from tests.tiny_recipe import make_tiny_recipe, run_tiny
 from tools.cli import main
 from tools.results import grade, record
 from tools.results.schema import load
-from tools.runs import figures
+from tools.runs.folder import read_run
 
 FAILS = pytest.raises(VerificationError, match="graded fail")
 
@@ -77,12 +77,12 @@ def elsewhere(folder: Path) -> Path:
 
 
 def verdicts(folder: Path) -> dict[str, str]:
-    return {line.figure: line.verdict for line in grade.grade(figures.read(folder)).lines}
+    return {line.figure: line.verdict for line in grade.grade(read_run(folder, strict=True)).lines}
 
 
 def report(folder: Path) -> dict[str, Any]:
     said: list[str] = []
-    grade.report(folder, True, said.append)
+    grade.print_grade(folder, True, said.append)
     found: dict[str, Any] = json.loads(said[0])
     return found
 
@@ -108,7 +108,7 @@ def test_a_doubled_learning_rate_fails(recorded, go, place):
     assert found["loss at 1"] == "pass", "the first loss comes before the first update"
     assert found["loss at 6"] == "fail"
     with FAILS as error:
-        grade.report(folder, False, lambda line: None)
+        grade.print_grade(folder, False, lambda line: None)
     assert error.value.code == 6
 
 
@@ -154,7 +154,7 @@ def test_a_hidden_change_that_no_recorded_step_shows_fails_by_its_bits(recorded,
 def test_another_length_or_model_is_no_regression_but_another_training(recorded, go):
     for override in ("training_config.max_steps=4", "model_config.lora=null"):
         with pytest.raises(UsageError, match="nothing is recorded for this training"):
-            grade.grade(figures.read(go(override)))
+            grade.grade(read_run(go(override), strict=True))
 
 
 def test_json_for_machines(recorded):
@@ -231,9 +231,9 @@ def test_a_record_replaces_the_entry_of_its_training_and_nothing_else(recorded, 
 
 def test_the_figures_are_those_of_the_run(recorded, recipe):
     entry = yaml.safe_load((recipe / "results.yaml").read_text())["entries"][0]
-    run = figures.read(recorded)
+    run = read_run(recorded, strict=True)
     assert entry["loss_at"] == {step: run.losses[step] for step in (1, 5, 6)}
-    assert entry["held_out"]["loss"] == run.scores[6]["eval_loss"]
+    assert entry["held_out"]["loss"] == run.last_score["eval_loss"]
     assert entry["commit"] == manifest(recorded)["git_commit"]
     assert 'training_config.precision: "fp32" -> "bf16-mixed"' in entry["band"]["origin"]
     assert f"{run.losses[6]:.5g} at 6" in docs._shown(load(recipe).numbers[0])
@@ -259,22 +259,22 @@ def test_a_tree_with_changes_records_nothing(recorded, tmp_path, monkeypatch):
     for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "x", "--allow-empty"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     monkeypatch.setattr("tools.git.ROOT", tmp_path)
-    record.refuse_unclean(figures.read(recorded))
+    record.refuse_unclean(read_run(recorded, strict=True))
     (tmp_path / "results.yaml").touch()
-    record.refuse_unclean(figures.read(recorded))
+    record.refuse_unclean(read_run(recorded, strict=True))
     (tmp_path / "new.py").touch()
     with pytest.raises(UsageError, match=r"not clean: new\.py"):
-        record.refuse_unclean(figures.read(recorded))
+        record.refuse_unclean(read_run(recorded, strict=True))
 
 
 def test_a_band_comes_from_runs_of_the_same_data_and_length(recorded, go):
     with pytest.raises(UsageError, match="other tokens, or of another length"):
-        record.refuse_unlike(figures.read(recorded), figures.read(go("training_config.max_steps=2")))
+        record.refuse_unlike(read_run(recorded, strict=True), read_run(go("training_config.max_steps=2"), strict=True))
 
 
 def test_no_run_and_no_step_are_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(UsageError, match="no run there"):
-        figures.read(tmp_path)
+        read_run(tmp_path, strict=True)
     monkeypatch.setattr("sys.argv", ["recipe", "grade", str(tmp_path), "--speed"])
     with pytest.raises(SystemExit) as ended:
         main.main()

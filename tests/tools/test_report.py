@@ -18,7 +18,7 @@ from common.train import metrics
 from tests.run_folders import held, write_lines, write_run
 from tools.report import facts, pages, plots
 from tools.report.curves import Curve, curve, running_mean, thinned
-from tools.runs import run_record
+from tools.runs.folder import read_run
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -98,7 +98,7 @@ def test_it_stands_beside_the_recipe_s_own_figures(tmp_path, undrawn):
     page = page_of(write_run(tmp_path))
     assert "published on p300c" in page.text
     assert "measured on cpu" in page.text
-    record = run_record.read(write_run(tmp_path, "other", steps=100))
+    record = read_run(write_run(tmp_path, "other", steps=100))
     first = facts.standing(record)[0][0]
     loss = next(step["loss"] for step in record.steps if step["step"] == 1)
     assert first.figures[0] == ("training loss at 1", "5.2500", f"{loss:.4f}")
@@ -108,7 +108,7 @@ def test_the_same_training_as_an_entry_s_is_called_that(tmp_path):
     """The entry without overrides, against a run of the recipe as it stands, and against one of another seed."""
     found = {}
     for seed in ("5489", "7"):
-        record = run_record.read(write_run(tmp_path, seed, overrides=(f"training_config.seed={seed}",)))
+        record = read_run(write_run(tmp_path, seed, overrides=(f"training_config.seed={seed}",)))
         assert record.config is not None
         record.__dict__["config"] = record.config.with_values(**{"training.max_steps": 800})
         entries = [entry for entry in facts.standing(record)[0] if entry.entry.evidence == "measured"]
@@ -131,10 +131,10 @@ def test_a_failed_run_s_cause_comes_first(tmp_path, undrawn):
 def test_a_run_that_says_running_is_killed_where_nobody_holds_it(tmp_path, locked, state):
     folder = write_run(tmp_path, exit_reason="running")
     if not locked:
-        assert run_record.read(folder).state == state
+        assert read_run(folder).state == state
         return
     with held(folder):
-        assert run_record.read(folder).state == state
+        assert read_run(folder).state == state
 
 
 # --- what is broken -----------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_what_is_not_finite_is_marked_and_said(tmp_path):
 
     change_metrics(folder, ruin)
     assert "grad_norm is not a finite number at 2 of 40 steps (crosses at the top): 7, 19" in page_of(folder).text
-    (panel,) = (panel for panel in facts.panels(run_record.read(folder)) if panel.title == "Gradient norm")
+    (panel,) = (panel for panel in facts.panels(read_run(folder)) if panel.title == "Gradient norm")
     assert str(plots.svg(panel, 400, 240, "x")).count("var(--warning)") >= 2
 
 
@@ -221,7 +221,7 @@ def test_what_stands_in_data_and_config_is_shown_and_never_run(tmp_path, undrawn
     assert page.text.count("<script>alert(1)</script>") > 8
     pages.write_overview(tmp_path)
     Page((tmp_path / "report.html").read_text()).refuse_anything_active()
-    record = run_record.read(folder)
+    record = read_run(folder)
     Page(pages.comparison_page([record, record], tmp_path)).refuse_anything_active()
 
 
@@ -308,7 +308,7 @@ def test_the_first_steps_set_no_scale_where_runs_lie_over_each_other():
 
     def highest(skip: float, spike: float) -> float:
         values = np.array([100.0, 3.0, 2.5, 2.4, spike, 2.2, 2.1, 2.05, 2.02, 2.01, 2.0])
-        panel = plots.Panel("Loss", [plots.Line(Curve(np.arange(11.0), values), 0)], skip=skip)
+        panel = plots.Panel("Loss", [plots.PlotLine(Curve(np.arange(11.0), values), 0)], skip=skip)
         text = str(plots.svg(panel, 400, 240, "x"))
         return max(float(tick) for tick in re.findall(r"text-anchor: end[^>]*>([\d.]+)</text>", text))
 
@@ -319,7 +319,7 @@ def test_the_first_steps_set_no_scale_where_runs_lie_over_each_other():
 
 def test_a_plot_has_the_page_s_colours_and_whole_tick_labels():
     """Small numbers on the axis keep their digits, and no colour of matplotlib's own is left."""
-    panel = plots.Panel("Learning rate", [plots.Line(Curve(np.arange(1.0, 9), np.linspace(1e-3, 2e-3, 8)), 0)])
+    panel = plots.Panel("Learning rate", [plots.PlotLine(Curve(np.arange(1.0, 9), np.linspace(1e-3, 2e-3, 8)), 0)])
     text = str(plots.svg(panel, 400, 240, "x"))
     assert "#0c0" not in text
     assert "var(--series-0)" in text

@@ -24,7 +24,7 @@ from tools.containers import images
 from tools.containers.images import Image
 from tools.git import git
 from tools.results import repro
-from tools.runs import figures
+from tools.runs.folder import read_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +80,7 @@ def test_a_run_of_format_1_gets_its_split_back_from_the_code_of_now(done, tmp_pa
     path = run / "config.resolved.yaml"
     text = path.read_text().replace("format: 2", "format: 1").replace("batch_size: 4", "batch_size: 2", 1)
     path.write_text(text.replace("micro_batch_size: 4", "gradient_accumulation_steps: 2"))
-    found = repro.prepare(figures.read(edit(run, overrides=["training_config.batch_size=2"])), ROOT, print)
+    found = repro.prepare(read_run(edit(run, overrides=["training_config.batch_size=2"])), ROOT, print)
     for setting in ("training_config.batch_size=4", "training_config.micro_batch_size=2"):
         assert setting in found.sets
 
@@ -103,7 +103,7 @@ def test_what_is_another_here_is_said(done, tmp_path, monkeypatch):
 
     def lost(**values: object) -> list[str]:
         folder = edit(Path(shutil.copytree(done, tmp_path / f"run{len(list(tmp_path.iterdir()))}")), **values)
-        return list(repro.lost_environment(figures.read(folder), ROOT))
+        return list(repro.lost_environment(read_run(folder, strict=True), ROOT))
 
     engine = manifest(done)["backend"]
     assert lost() == []
@@ -116,7 +116,8 @@ def test_what_is_another_here_is_said(done, tmp_path, monkeypatch):
     assert lost(image={"reference": "sha256:1"}, lock_sha256="0" * 64) == [], "what is in it is not of this environment"
     assert "the image: sha256:2; here sha256:1" in lost(image={"reference": "sha256:2"})[0]
     assert "a board promises none" in lost(backend=engine | {"backend": "ttml"})[0]
-    resumed = [{"step": 2, "notes": ["changed: device_config.threads: 1 -> 2"]}]
+    asked: dict[str, object] = {"at": "", "command": [], "overrides": [], "config_digest": ""}
+    resumed = [{**asked, "step": 2, "notes": ["changed: device_config.threads: 1 -> 2"]}]
     assert "after step 2, which changed something" in lost(resumed=resumed)[0]
 
 
@@ -137,7 +138,10 @@ def test_the_code_is_that_of_the_commit_and_its_tree_goes_away_again(done, tmp_p
         for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", version]):
             subprocess.run(["git", "-C", str(root), *command], check=True)
     first = git("rev-parse", "HEAD~1").stdout.strip()
-    with repro.code_of(figures.read(edit(copy(done, tmp_path), git_commit=first)), lambda line: None) as (tree, lost):
+    with repro.code_of(read_run(edit(copy(done, tmp_path), git_commit=first), strict=True), lambda line: None) as (
+        tree,
+        lost,
+    ):
         assert (tree / "code.py").read_text() == "one"
         assert not lost
     assert not tree.exists()
@@ -147,7 +151,10 @@ def test_the_code_is_that_of_the_commit_and_its_tree_goes_away_again(done, tmp_p
         ({"git_commit": "0" * 40}, "is not in this repository"),
         ({"git_dirty": True}, "not a commit"),
     ):
-        with repro.code_of(figures.read(edit(copy(done, tmp_path), **values)), lambda line: None) as (tree, lost):
+        with repro.code_of(read_run(edit(copy(done, tmp_path), **values), strict=True), lambda line: None) as (
+            tree,
+            lost,
+        ):
             assert tree == root
             assert words in lost[0]
 
@@ -157,13 +164,13 @@ def copy(folder: Path, to: Path) -> Path:
 
 
 def test_a_difference_is_named_and_fails_where_the_same_bits_are_expected(done, tmp_path):
-    run, other = figures.read(done), copy(done, tmp_path)
+    run, other = read_run(done, strict=True), copy(done, tmp_path)
     lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if line["step"] == 2 and "loss" in line:
             line["loss"] += 1e-15
     (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    new = figures.read(other)
+    new = read_run(other, strict=True)
     with pytest.raises(VerificationError, match="not reproduced: loss of step 2: ") as error:
         repro.compare(run, new, True, lambda line: None)
     assert error.value.code == 6
@@ -173,12 +180,12 @@ def test_a_difference_is_named_and_fails_where_the_same_bits_are_expected(done, 
 
 
 def test_the_last_checkpoint_and_every_answer_are_compared_too(done, tmp_path):
-    run, other = figures.read(done), copy(done, tmp_path)
+    run, other = read_run(done, strict=True), copy(done, tmp_path)
     state = other / "checkpoints" / "step-00000003"
     shutil.rmtree(state)
-    assert repro.first_difference(run, figures.read(other)) is not None
+    assert repro.first_difference(run, read_run(other, strict=True)) is not None
     text = (other / "evaluations.jsonl").read_text()
     (other / "evaluations.jsonl").write_text(text.replace('"answer": "', '"answer": "?', 1))
-    assert repro.first_difference(run, figures.read(other)) == "the evaluation after step 0"
+    assert repro.first_difference(run, read_run(other, strict=True)) == "the evaluation after step 0"
     os.truncate(other / "evaluations.jsonl", 0)
-    assert repro.first_difference(run, figures.read(other)) == "2 evaluations, now 0"
+    assert repro.first_difference(run, read_run(other, strict=True)) == "2 evaluations, now 0"

@@ -13,7 +13,7 @@ from common.errors import UsageError
 from tests.run_folders import held, write_checkpoint, write_lines, write_run
 from tools.cli.main import recipe
 from tools.runs.compare import groups, verdict
-from tools.runs.run_record import read
+from tools.runs.folder import read_run as read
 
 OTHER_TOKENIZER: dict[str, Any] = {"tokenizer_sha256": "d" * 64}
 

@@ -308,9 +308,9 @@ def grade(run: Path, record: bool, others: tuple[Path, ...], speed: bool, as_jso
 
         write(run, others, speed, click.echo)
         return
-    from tools.results.grade import report
+    from tools.results.grade import print_grade
 
-    report(run, as_json, click.echo)
+    print_grade(run, as_json, click.echo)
 
 
 @recipe.command()
@@ -327,6 +327,6 @@ def repro(run: Path, out: Path) -> None:
 @click.argument("target", metavar="LOG|RUN", type=click.Path(path_type=Path, exists=True))
 def explain(target: Path) -> None:
     """Look in a log, or a run's folder, for what is known to go wrong, and say what to do."""
-    from tools.runs.explain import report
+    from tools.runs.explain import print_explanation
 
-    report(target, click.echo)
+    print_explanation(target, click.echo)

@@ -14,7 +14,7 @@ from common.paths import ROOT
 
 if TYPE_CHECKING:
     from tools.runs.compare import Verdict
-    from tools.runs.run_record import RunRecord
+    from tools.runs.folder import RunFolder
 
 RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 out_option = click.option(
@@ -47,7 +47,7 @@ def runs() -> None:
 @json_option
 def list_runs(out: Path, as_json: bool) -> None:
     """Print every run, the newest first: how it ended, how far it came, what it reached."""
-    from tools.runs.run_record import runs_in
+    from tools.runs.folder import runs_in
 
     records = list(runs_in(out))
     if as_json:
@@ -66,9 +66,9 @@ def show(run: Path) -> None:
     from rich.text import Text
 
     from tools.report import facts, terminal
-    from tools.runs import run_record
+    from tools.runs.folder import read_run
 
-    record = run_record.read(run)
+    record = read_run(run)
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"{record.name}: {record.state}", style="bold"))
     if record.state in ("failed", "stopped"):
@@ -92,12 +92,12 @@ def compare(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None
     Losses of other tokens, tokenizers or lengths are never compared; bits per byte are, on the same text.
     """
     from tools.report import pages
-    from tools.runs import run_record
     from tools.runs.compare import SEED_NOTE, config_table, verdict
+    from tools.runs.folder import read_run
 
     if len(folders) < 2:
         raise UsageError("one run has nothing to be compared with", todo="recipe runs compare RUN RUN...")
-    records = [run_record.read(folder) for folder in folders]
+    records = [read_run(folder) for folder in folders]
     verdicts = [verdict(records[0], other) for other in records[1:]]
     if as_json:
         print_json({"runs": [*map(summary, records)], "verdicts": [*map(as_dict, verdicts)]})
@@ -124,10 +124,10 @@ def prune(folders: tuple[Path, ...], out: Path, keep: int, exports: bool, yes: b
     Metrics, config, manifest, log, samples and reports stay as they are; a run that is going on is not touched.
     """
     from common.files import disk_errors
-    from tools.runs import run_record
+    from tools.runs.folder import read_run, runs_in
     from tools.runs.prune import locked, removable, remove, shown_size
 
-    records = [run_record.read(folder) for folder in folders] or list(run_record.runs_in(out))
+    records = [read_run(folder) for folder in folders] or list(runs_in(out))
     with disk_errors("delete checkpoints", out), contextlib.ExitStack() as held:
         going = [
             folder
@@ -150,19 +150,19 @@ def prune(folders: tuple[Path, ...], out: Path, keep: int, exports: bool, yes: b
 # --- what is printed ------------------------------------------------------------------------------------------------
 
 
-def summary(record: RunRecord) -> dict[str, Any]:
+def summary(record: RunFolder) -> dict[str, Any]:
     """A run's figures for machines."""
     return {
         "run": record.name,
         "folder": str(record.folder),
-        "recipe": record.manifest.get("recipe"),
-        "hw": record.manifest.get("hw"),
+        "recipe": record.facts.get("recipe"),
+        "hw": record.facts.get("hw"),
         "state": record.state,
-        "exit_reason": record.manifest.get("exit_reason"),
+        "exit_reason": record.facts.get("exit_reason"),
         "step": record.last_step,
-        "steps": record.manifest.get("steps"),
+        "steps": record.facts.get("steps"),
         "training_loss": record.steps[-1]["loss"] if record.steps else None,
-        "evaluation": record.evaluation or None,
+        "evaluation": record.last_score or None,
         "faults": record.faults,
     }
 
@@ -186,7 +186,7 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(strict, indent=1, ensure_ascii=False))
 
 
-def print_table(records: list[RunRecord]) -> None:
+def print_table(records: list[RunFolder]) -> None:
     """A line a run; where the terminal is narrower it wraps, and nothing is cut."""
     from rich.console import Console
     from rich.table import Table
@@ -198,11 +198,11 @@ def print_table(records: list[RunRecord]) -> None:
     for column in ("run", "state", "steps", "training loss", "held-out loss", "bits per byte"):
         found.add_column(column, no_wrap=True)
     for record in records:
-        evaluation = record.evaluation
+        evaluation = record.last_score
         cells = [
             record.name,
             record.state,
-            f"{record.last_step} of {record.manifest.get('steps', '–')}",
+            f"{record.last_step} of {record.facts.get('steps', '–')}",
             facts.text_of(record.steps[-1]["loss"]) if record.steps else "–",
             facts.with_error(evaluation.get("eval_loss", "–"), evaluation.get("eval_loss_se")),
             facts.with_error(evaluation.get("bits_per_byte", "–"), evaluation.get("bits_per_byte_se")),

@@ -33,7 +33,7 @@ def write_card(run: TrainedRun, say: Callable[[str], None]) -> Path | None:
 
     Returns None, and says so, for a run that has no evaluation of the untrained model on these rows.
     """
-    records = run.evaluations()
+    records = run.evaluations
     if len(records) < 2 or records[0]["step"] != 0:
         say("no before_after.md: this run has no evaluation of the untrained model")
         return None

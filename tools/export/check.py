@@ -78,7 +78,7 @@ def check(folder: Path, run: TrainedRun, dtype: str) -> Outcome:
     if faults := tokenizer_faults(folder / "merged", run):
         return Outcome("failed", faults[0])
     try:
-        split = run.held_out()
+        split = run.held_out_split()
     except DataError as error:
         return Outcome("unverified", f"the run's held-out rows are not here: {error.what}")
     if not len(split):
@@ -135,11 +135,10 @@ def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Out
 
 def run_evaluation(run: TrainedRun) -> tuple[HeldOut, str]:
     """The run's own evaluation of the exported step, and where it stands; made now by the engine if it is not there."""
-    record = run.evaluation(run.step)
-    if record is not None:
-        return from_rows(record["nll"], record["tokens"]), f"evaluations.jsonl, step {run.step}"
+    if (recorded := run.held_out(run.step)) is not None:
+        return recorded, f"evaluations.jsonl, step {run.step}"
     with trained.engine(run) as backend:
-        return held_out(backend, run.held_out()), f"the engine at step {run.step}, which the run did not evaluate"
+        return held_out(backend, run.held_out_split()), f"the engine at step {run.step}, which the run did not evaluate"
 
 
 def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) -> HeldOut:
@@ -194,7 +193,7 @@ def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     system = run.config.data.system_prompt
     before = [{"role": "system", "content": system}] if system else []
-    record = (run.evaluations() or [{"samples": []}])[-1]
+    record = (run.evaluations or [{"samples": []}])[-1]
     faults = []
     for prompt in [sample["prompt"] for sample in record["samples"]] or ["Hello!"]:
         turns = [*before, {"role": "user", "content": prompt}]

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError, UsageError, VerificationError
-from common.files import disk_errors, sha256_file, sync, write_json
+from common.files import disk_errors, sha256_file, sync, try_lock, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
-from common.train.resume import try_lock
 from tools.export.check import Outcome, check
 from tools.export.hf_folder import export_dtype, write_adapter, write_merged
 from tools.export.model_card import adapter_card, merged_card
 from tools.runs import trained
+from tools.runs.folder import read_run
 from tools.runs.trained import TrainedRun
 
 FORMAT = 1
@@ -44,7 +44,7 @@ def export_folder(run_folder: Path, say: Say) -> Path:
 @contextlib.contextmanager
 def alone_with(run_folder: Path) -> Iterator[None]:
     """Hold a run's lock. Raises UsageError while the run is going, or for a folder that is no run."""
-    trained.refuse_other_folders(run_folder)
+    read_run(run_folder)
     lock = try_lock(run_folder)
     if lock is None:
         raise UsageError("the run is still going; it exports by itself at its end", where=str(run_folder))

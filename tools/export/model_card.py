@@ -13,11 +13,11 @@ from typing import Any
 
 from common.data import corpora
 from common.errors import DataError
-from common.train import metrics
 from common.train.console import clock
-from common.train.evaluate import HeldOut, from_rows
+from common.train.evaluate import HeldOut
 from tools.export.check import Outcome
 from tools.export.hf_folder import base_for_peft
+from tools.runs.folder import at_step
 from tools.runs.trained import TrainedRun
 
 HEADER = """\
@@ -244,15 +244,11 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
     """What both cards say, all of it from the run's own files."""
     config, manifest = run.config, run.manifest
     training, lora = config.training, config.model.lora
-    records = [
-        record
-        for record in metrics.read(run.folder / "metrics.jsonl")
-        if "loss" in record and record["step"] <= run.step
-    ]
+    steps = [record for record in run.steps if record["step"] <= run.step]
     prompt, example = example_of(run)
     system, source = config.data.system_prompt, config.data.source or ""
     rows = rows_of(run)
-    commit = manifest.get("git_commit")
+    commit = manifest.git_commit
     return {
         "recipe": config.recipe,
         "base_name": run.base.name,
@@ -272,21 +268,21 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         "held_out_rows": rows["held_out"],
         "train_rows": rows["train"],
         "seed": training.seed,
-        "device": f"{config.hw}, {manifest['backend']['device']}" if "backend" in manifest else config.hw,
+        "device": f"{config.hw}, {manifest.backend.device}" if manifest.backend else config.hw,
         "precision": training.precision,
         "steps": run.step if run.step == training.max_steps else f"{run.step} of {training.max_steps}",
         "batch_size": config.training.batch_size,
-        "tokens": f"{sum(record['supervised_tokens'] for record in records):,}",
-        "time": clock(math.fsum(record["seconds"] for record in records)),
+        "tokens": f"{sum(record['supervised_tokens'] for record in steps):,}",
+        "time": clock(math.fsum(record["seconds"] for record in steps)),
         "method": f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
         if lora
         else "all weights trained",
         "optimizer": training.optimizer.type,
         "learning_rate": f"{training.learning_rate:g}",
         "scheduler": training.scheduler.type,
-        "commit": f"`{commit}`{', with changes' if manifest.get('git_dirty') else ''}" if commit else None,
-        "training_digest": manifest["training_digest"][:16],
-        "tokens_sha256": manifest["data"]["tokens_sha256"][:16],
+        "commit": f"`{commit}`{', with changes' if manifest.git_dirty else ''}" if commit else None,
+        "training_digest": run.checkpoint.state["training_digest"][:16],
+        "tokens_sha256": manifest.data.tokens_sha256[:16],
         "prompt": prompt,
         "example": example,
         "system_turn": f'{{"role": "system", "content": {python_text(system)}}}, ' if system else "",
@@ -295,24 +291,21 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
 
 def losses(run: TrainedRun) -> dict[str, str]:
     """The rows of the numbers table; none when the exported step was not evaluated."""
-    before, after = run.evaluation(0), run.evaluation(run.step)
+    before, after = run.held_out(0), run.held_out(run.step)
     if after is None:
         return {}
-    tuned = from_rows(after["nll"], after["tokens"])
-    table = {f"this model (step {run.step})": with_error(tuned)}
+    table = {f"this model (step {run.step})": with_error(after)}
     if before:
-        base = from_rows(before["nll"], before["tokens"])
-        gain, error = tuned.improvement_over(base)
+        gain, error = after.improvement_over(before)
         before_name = "random weights" if run.base.initial else "base"
-        table = {before_name: with_error(base), **table, "gain, paired by row": f"{gain:.4f} ± {error:.4f}"}
+        table = {before_name: with_error(before), **table, "gain, paired by row": f"{gain:.4f} ± {error:.4f}"}
     return table
 
 
 def bits_line(run: TrainedRun) -> str | None:
     """Bits per byte of the exported step, for a corpus."""
-    records = metrics.read(run.folder / "metrics.jsonl")
-    found = next((r for r in records if r["step"] == run.step and "bits_per_byte" in r), None)
-    if found is None:
+    found = at_step(run.scores, run.step)
+    if found is None or "bits_per_byte" not in found:
         return None
     error = "" if found["bits_per_byte_se"] is None else f" ± {found['bits_per_byte_se']:.4f}"
     return f"Bits per byte, which can be compared between tokenizers: {found['bits_per_byte']:.4f}{error}."

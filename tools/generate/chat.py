@@ -22,6 +22,7 @@ from common.train.generate import generate
 from engines.registry import open_backend, refuse_without_engine
 from tools.export.hf_folder import ANSWER_TOKENS
 from tools.runs import trained
+from tools.runs.folder import is_run
 
 Say = Callable[[str], None]
 
@@ -167,7 +168,7 @@ def within(config: Config, room: int) -> Evaluation:
 @contextlib.contextmanager
 def open_speakers(target: Path, base: bool, changes: Mapping[str, Any], say: Say) -> Iterator[list[Speaker]]:
     """The model at `target`, and the untuned one after it when `base` asks for it."""
-    if trained.is_run(target) or (target / "state.json").is_file():
+    if is_run(target) or (target / "state.json").is_file():
         with run_speakers(target, base, changes, say) as speakers:
             yield speakers
     elif base:

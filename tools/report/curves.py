@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.runs.run_record import Record
+from tools.runs.folder import Record
 
 Array = np.ndarray[Any, Any]
 DRAWABLE = 1e100  # beyond it axes overflow; a value that large is told in words, as NaN is

@@ -15,12 +15,11 @@ from common.config import Config
 from common.data.order import steps_for
 from common.errors import RecipeError
 from common.train.console import clock
-from common.train.evaluate import from_rows
 from tools.report.curves import Curve, curve, rate, running_mean
-from tools.report.plots import Line, Panel
+from tools.report.plots import Panel, PlotLine
 from tools.results import schema
 from tools.results.schema import Measured, Numbers
-from tools.runs.run_record import Record, RunRecord, few
+from tools.runs.folder import Record, RunFolder, at_step, few
 
 BAND = 2  # standard errors to each side of a held-out loss
 SAMPLES = 10  # evaluations whose answers are shown
@@ -40,16 +39,16 @@ OUTCOMES = {
 }
 
 
-def cause(record: RunRecord) -> str:
+def cause(run: RunFolder) -> str:
     """Why a run is not done: the whole message where the run recorded one."""
-    reason = str(record.manifest.get("exit_reason", "no reason recorded"))
-    return str(record.manifest.get("error") or reason.partition(": ")[2] or reason)
+    reason = str(run.facts.get("exit_reason", "no reason recorded"))
+    return str(run.facts.get("error") or reason.partition(": ")[2] or reason)
 
 
-def last_lines(record: RunRecord) -> list[str]:
+def last_lines(run: RunFolder) -> list[str]:
     """The end of train.log."""
     try:
-        text = (record.folder / "train.log").read_bytes().decode("utf-8", errors="replace")
+        text = (run.folder / "train.log").read_bytes().decode("utf-8", errors="replace")
     except OSError:
         return []
     return text.splitlines()[-LOG_LINES:]
@@ -66,33 +65,33 @@ def with_error(value: Any, error: Any) -> str:
     return f"{value:.4f}{plus_minus}"
 
 
-def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
+def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     """The figures at the head of the page: (name, value, what it is)."""
-    found = [("steps", f"{record.last_step:,}", f"of {record.manifest.get('steps', 'unknown')}")]
-    evaluation = record.evaluation
+    found = [("steps", f"{run.last_step:,}", f"of {run.facts.get('steps', 'unknown')}")]
+    evaluation = run.last_score
     if evaluation:
         loss = with_error(evaluation["eval_loss"], evaluation.get("eval_loss_se"))
         found.append(("held-out loss", loss, f"nats per token after step {evaluation['step']}"))
-    if gain := gain_over_untrained(record):
+    if gain := gain_over_untrained(run):
         found.append(("better than untrained", with_error(*gain), "nats per token, paired by row"))
     if "bits_per_byte" in evaluation:
         bits = with_error(evaluation["bits_per_byte"], evaluation.get("bits_per_byte_se"))
         found.append(("bits per byte", bits, "of held-out text, whatever the tokenizer"))
-    if record.steps:
-        found.append(("training loss", with_error(record.steps[-1]["loss"], None), "nats per token, last step"))
-    if (speed := median(rate(record.steps))) is not None:
+    if run.steps:
+        found.append(("training loss", with_error(run.steps[-1]["loss"], None), "nats per token, last step"))
+    if (speed := median(rate(run.steps))) is not None:
         found.append(("tokens/s", f"{speed:,.0f}", "median of all steps"))
-    seconds = curve(record.steps, "seconds").known.values.sum()
+    seconds = curve(run.steps, "seconds").known.values.sum()
     return [*found, ("training time", clock(float(seconds)), "all steps, without evaluations")]
 
 
-def gain_over_untrained(record: RunRecord) -> tuple[float, float] | None:
+def gain_over_untrained(run: RunFolder) -> tuple[float, float] | None:
     """How much lower the last held-out loss is than the untrained model's, and its standard error, paired by row."""
-    first = next((answer for answer in record.answers if answer["step"] == 0), None)
-    if first is None or record.held_out is None or record.answers[-1]["step"] == 0:
+    before, after = run.held_out(0), run.held_out()
+    if before is None or after is None or run.evaluations[-1]["step"] == 0:
         return None
     try:
-        return record.held_out.improvement_over(from_rows(first["nll"], first["tokens"]))
+        return after.improvement_over(before)
     except ValueError:  # resumed on other rows
         return None
 
@@ -102,37 +101,37 @@ def median(points: Curve) -> float | None:
     return float(np.median(values)) if len(values) else None
 
 
-def panels(record: RunRecord) -> list[Panel]:
+def panels(run: RunFolder) -> list[Panel]:
     """The plots of a run, the loss first."""
-    loss, seconds, speed = curve(record.steps, "loss"), curve(record.steps, "seconds"), rate(record.steps)
+    loss, seconds, speed = curve(run.steps, "loss"), curve(run.steps, "seconds"), rate(run.steps)
     window = max(1, len(loss) // 20)
-    held_out = with_band(record.evaluations, "eval_loss")
-    training = [Line(loss, 0 if window == 1 else None, "training loss, each step")]
+    held_out = with_band(run.scores, "eval_loss")
+    training = [PlotLine(loss, 0 if window == 1 else None, "training loss, each step")]
     if window > 1:
-        training.append(Line(running_mean(loss, window), 0, f"mean of the last {window} steps"))
+        training.append(PlotLine(running_mean(loss, window), 0, f"mean of the last {window} steps"))
     found = [
         Panel("Loss", [*training, held_out], "nats per token", not_drawn({"loss": loss, "eval_loss": held_out.curve}))
     ]
-    if any("bits_per_byte" in evaluation for evaluation in record.evaluations):
-        bits = with_band(record.evaluations, "bits_per_byte")
+    if any("bits_per_byte" in evaluation for evaluation in run.scores):
+        bits = with_band(run.scores, "bits_per_byte")
         found.append(Panel("Bits per byte", [bits], "of held-out text", not_drawn({"bits_per_byte": bits.curve})))
     plain = {
-        "lr": ("Learning rate", "", curve(record.steps, "lr")),
-        "grad_norm": ("Gradient norm", "before clipping", curve(record.steps, "grad_norm")),
+        "lr": ("Learning rate", "", curve(run.steps, "lr")),
+        "grad_norm": ("Gradient norm", "before clipping", curve(run.steps, "grad_norm")),
         "tokens/s": ("Speed", "tokens per second", speed),
         "seconds": ("Time per step", "seconds", seconds),
     }
     for key, (title, unit, points) in plain.items():
-        found.append(Panel(title, [Line(points, 0)], unit, not_drawn({key: points})))
+        found.append(Panel(title, [PlotLine(points, 0)], unit, not_drawn({key: points})))
     return found
 
 
-def with_band(evaluations: Sequence[Record], key: str) -> Line:
+def with_band(evaluations: Sequence[Record], key: str) -> PlotLine:
     points, error = curve(evaluations, key), curve(evaluations, f"{key}_se")
     whole = np.array_equal(points.steps, error.steps)
     name = "held-out loss" if key == "eval_loss" else "held-out"
     label = f"{name}, ± {BAND} standard errors" if whole and len(error.known) else name
-    return Line(points, 1, label, BAND * error.values if whole else None, dots=True)
+    return PlotLine(points, 1, label, BAND * error.values if whole else None, dots=True)
 
 
 def not_drawn(points: dict[str, Curve]) -> list[str]:
@@ -147,18 +146,18 @@ def not_drawn(points: dict[str, Curve]) -> list[str]:
     return notes
 
 
-def numbers(record: RunRecord, rows: int = 24) -> tuple[list[str], list[list[str]]]:
+def numbers(run: RunFolder, rows: int = 24) -> tuple[list[str], list[list[str]]]:
     """The numbers behind the plots, at evenly spread steps: column names, and rows of text."""
     columns = ["step", "loss", "lr", "grad_norm", "tokens", "seconds"]
-    chosen = some(record.steps, rows)
+    chosen = some(run.steps, rows)
     return columns, [[text_of(step.get(column)) for column in columns] for step in chosen]
 
 
-def evaluation_numbers(record: RunRecord, rows: int = 24) -> tuple[list[str], list[list[str]]]:
+def evaluation_numbers(run: RunFolder, rows: int = 24) -> tuple[list[str], list[list[str]]]:
     """As `numbers`, of the evaluations."""
     columns = ["step", "eval_loss", "eval_loss_se", "eval_tokens", "bits_per_byte", "bits_per_byte_se"]
-    columns = [column for column in columns if any(column in record_ for record_ in record.evaluations)]
-    chosen = some(record.evaluations, rows)
+    columns = [column for column in columns if any(column in score for score in run.scores)]
+    chosen = some(run.scores, rows)
     return columns, [[text_of(evaluation.get(column)) for column in columns] for evaluation in chosen]
 
 
@@ -178,15 +177,15 @@ def text_of(value: Any) -> str:
 # --- samples, data, config ------------------------------------------------------------------------------------------
 
 
-def samples(record: RunRecord) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[str]]:
+def samples(run: RunFolder) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[str]]:
     """Under each prompt the answers (name of the step, text), oldest first; and what is left out, in words."""
-    if not record.answers:
+    if not run.evaluations:
         return [], []
-    chosen = some(record.answers, SAMPLES)
-    asked = [str(sample.get("prompt")) for sample in record.answers[-1]["samples"] if isinstance(sample, dict)]
+    chosen = some(run.evaluations, SAMPLES)
+    asked = [str(sample.get("prompt")) for sample in run.evaluations[-1]["samples"] if isinstance(sample, dict)]
     left_out = []
-    if len(chosen) < len(record.answers):
-        left_out.append(f"{len(chosen)} of {len(record.answers)} evaluations are shown; samples.md has all")
+    if len(chosen) < len(run.evaluations):
+        left_out.append(f"{len(chosen)} of {len(run.evaluations)} evaluations are shown; samples.md has all")
     if len(asked) > PROMPTS:
         left_out.append(f"{PROMPTS} of {len(asked)} prompts are shown; samples.md has all")
     return [(prompt, [*answers_to(prompt, chosen)]) for prompt in asked[:PROMPTS]], left_out
@@ -203,23 +202,23 @@ def answers_to(prompt: str, evaluations: Sequence[Record]) -> list[tuple[str, st
     return found
 
 
-def data_rows(record: RunRecord) -> list[tuple[str, str]]:
+def data_rows(run: RunFolder) -> list[tuple[str, str]]:
     """What the run was trained on, as (name, value)."""
-    facts = record.fact("data") or {}
+    facts = run.fact("data") or {}
     found = []
-    if record.config:
-        found.append(("source", str(record.config.data.corpus or record.config.data.source)))
+    if run.known_config:
+        found.append(("source", str(run.known_config.data.corpus or run.known_config.data.source)))
     for split in facts.get("rows") or {}:
         tokens = (facts.get("tokens") or {}).get(split, 0)
         found.append((f"{split.replace('_', ' ')} rows", f"{facts['rows'][split]:,} ({tokens:,} tokens)"))
-    if record.config and (rows := record.fact("data", "rows", "train")):
-        epochs = record.last_step * record.config.training.batch_size / rows
-        found.append(("seen", f"{epochs:.2f} epochs in batches of {record.config.training.batch_size} rows"))
+    if run.known_config and (rows := run.fact("data", "rows", "train")):
+        epochs = run.last_step * run.known_config.training.batch_size / rows
+        found.append(("seen", f"{epochs:.2f} epochs in batches of {run.known_config.training.batch_size} rows"))
     if isinstance(share := facts.get("supervised_share"), float):
         found.append(("supervised", f"{share:.1%} of the tokens"))
     if facts.get("rows_cut"):
         found.append(("cut to the length", f"{facts['rows_cut']} rows"))
-    length, rows = facts.get("length"), record.fact("data", "rows", "train")
+    length, rows = facts.get("length"), run.fact("data", "rows", "train")
     filled = f", {(facts['tokens']['train'] - rows) / (rows * length):.0%} of it filled on average" if rows else ""
     found.append(("length", f"{length or 'unknown'} tokens a row{filled}"))
     for split, corpus in (facts.get("corpus") or {}).items():
@@ -227,34 +226,34 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
             (f"{split.replace('_', ' ')} text", f"{corpus['characters']:,} characters, sha256 {corpus['sha256']}")
         )
     found.append(("tokens sha256", str(facts.get("tokens_sha256", "not recorded"))))
-    return [*found, ("tokenizer sha256", str(record.manifest.get("tokenizer_sha256", "not recorded")))]
+    return [*found, ("tokenizer sha256", str(run.facts.get("tokenizer_sha256", "not recorded")))]
 
 
-def resolved_as(config: Config, record: RunRecord) -> Config:
+def resolved_as(config: Config, run: RunFolder) -> Config:
     """`config` with what it leaves open decided as this run decided it, so that the two can be compared."""
-    training, rows = config.training, record.fact("data", "rows", "train")
-    if training.precision == "auto" and record.config:
-        config = config.with_values(**{"training.precision": record.config.training.precision})
+    training, rows = config.training, run.fact("data", "rows", "train")
+    if training.precision == "auto" and run.known_config:
+        config = config.with_values(**{"training.precision": run.known_config.training.precision})
     if training.max_steps is None and training.num_epochs and rows:
         steps = steps_for(training.num_epochs, rows, config.training.batch_size)
         config = config.with_values(**{"training.max_steps": steps})
     return config
 
 
-def config_changes(record: RunRecord) -> tuple[list[str], str]:
+def config_changes(run: RunFolder) -> tuple[list[str], str]:
     """What differs from the recipe as it stands here now, a line a key; and why that cannot be said, if so."""
-    if record.config is None:
+    if run.known_config is None:
         return [], "the run's config cannot be read"
     try:
-        default = configs.load(record.recipe_dir, hardware.get(record.config.hw))
+        default = configs.load(run.recipe_dir, hardware.get(run.known_config.hw))
     except RecipeError as error:
         return [], f"the recipe cannot be read here: {error.what}"
-    return resolved_as(default, record).changes(record.config), ""
+    return resolved_as(default, run).changes(run.known_config), ""
 
 
-def ran(record: RunRecord) -> list[tuple[str, str]]:
+def ran(run: RunFolder) -> list[tuple[str, str]]:
     """What ran, out of the manifest, as (name, value)."""
-    fact = record.fact
+    fact = run.fact
     versions = fact("backend", "versions") or {}
     dirty = {True: ", with changes that are not in it", False: "", None: ""}[fact("git_dirty")]
     rows = {
@@ -306,37 +305,38 @@ class Beside:
         return f"published: {entry.stack}, in {entry.source}"
 
 
-def standing(record: RunRecord) -> tuple[list[Beside], str]:
+def standing(run: RunFolder) -> tuple[list[Beside], str]:
     """Where the run stands beside every figure of the recipe's results.yaml; and why that cannot be said, if so."""
     try:
-        entries = schema.load(record.recipe_dir).numbers
+        entries = schema.load(run.recipe_dir).numbers
     except RecipeError as error:
         return [], error.what
-    return [Beside(entry, figures(entry, record), differences(entry, record)) for entry in entries], ""
+    return [Beside(entry, figures(entry, run), differences(entry, run)) for entry in entries], ""
 
 
-def differences(entry: Numbers, record: RunRecord) -> list[str]:
+def differences(entry: Numbers, run: RunFolder) -> list[str]:
     """What was trained otherwise than the entry; empty where it is the same training on the same board."""
     if not isinstance(entry, Measured):
         return ["another program, on other hardware or data: see its source"]
-    if record.config is None:
+    if run.known_config is None:
         return ["the run's config cannot be read"]
     try:
-        config = configs.load(record.recipe_dir, hardware.get(entry.board), entry.overrides, entry.steps)
+        config = configs.load(run.recipe_dir, hardware.get(entry.board), entry.overrides, entry.steps)
     except RecipeError as error:
         return [f"the entry's config cannot be read any more: {error.what}"]
     sections = ("training_config.", "model_config.", "data_config.")
-    lines = [line for line in resolved_as(config, record).changes(record.config) if line.startswith(sections)]
-    board = [f"board: {entry.board} -> {record.config.hw}"] if entry.board != record.config.hw else []
+    lines = [line for line in resolved_as(config, run).changes(run.known_config) if line.startswith(sections)]
+    board = [f"board: {entry.board} -> {run.known_config.hw}"] if entry.board != run.known_config.hw else []
     return board + lines
 
 
-def figures(entry: Numbers, record: RunRecord) -> list[tuple[str, str, str]]:
-    loss = {step["step"]: step["loss"] for step in record.steps}
-    rows = [(f"training loss at {at}", text_of(value), text_of(loss.get(at))) for at, value in entry.loss_at.items()]
+def figures(entry: Numbers, run: RunFolder) -> list[tuple[str, str, str]]:
+    rows = [
+        (f"training loss at {at}", text_of(value), text_of(run.losses.get(at))) for at, value in entry.loss_at.items()
+    ]
     if entry.held_out:
         at = entry.held_out.step
-        ours = next((found for found in record.evaluations if found["step"] == at), {})
+        ours = at_step(run.scores, at) or {}
         theirs = with_error(entry.held_out.loss, entry.held_out.standard_error)
         mine = with_error(ours.get("eval_loss", "–"), ours.get("eval_loss_se"))
         rows.append((f"held-out loss at {at}", theirs, mine))
@@ -345,6 +345,6 @@ def figures(entry: Numbers, record: RunRecord) -> list[tuple[str, str, str]]:
                 (f"bits per byte at {at}", text_of(entry.held_out.bits_per_byte), text_of(ours.get("bits_per_byte")))
             )
     if entry.tokens_per_second:
-        speed = median(rate(record.steps))
+        speed = median(rate(run.steps))
         rows.append(("tokens/s", f"{entry.tokens_per_second:,.0f}", "–" if speed is None else f"{speed:,.0f}"))
     return rows

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UsageError
 from common.files import disk_errors, write_atomic
-from tools.runs import run_record
-from tools.runs.run_record import RunRecord
+from tools.runs.folder import RunFolder, read_run, runs_in
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -44,20 +43,20 @@ def write_at_end(folder: Path, say: Callable[[str], None]) -> None:
 
 def write_run(folder: Path) -> Path:
     """Write runs/<run>/report.html; return it. Raises UsageError where no run is there."""
-    return write(folder / FILE, run_page(run_record.read(folder)))
+    return write(folder / FILE, run_page(read_run(folder)))
 
 
 def write_overview(out: Path) -> tuple[Path, int]:
     """Write the page over all runs of a folder; return it and their number. Raises UsageError where there is none."""
-    records = list(run_record.runs_in(out))
-    if not records:
+    runs = list(runs_in(out))
+    if not runs:
         raise UsageError("no runs there", where=str(out), todo="train one: recipe run NAME, or give --out FOLDER")
-    return write(out / FILE, overview_page(records, out)), len(records)
+    return write(out / FILE, overview_page(runs, out)), len(runs)
 
 
-def write_comparison(records: Sequence[RunRecord], path: Path) -> Path:
+def write_comparison(runs: Sequence[RunFolder], path: Path) -> Path:
     """Write the page that compares these runs, the first one being what the others are measured by."""
-    return write(path, comparison_page(records, path.resolve().parent))
+    return write(path, comparison_page(runs, path.resolve().parent))
 
 
 def write(path: Path, text: str) -> Path:
@@ -73,107 +72,107 @@ def write(path: Path, text: str) -> Path:
 # --- the pages ------------------------------------------------------------------------------------------------------
 
 
-def run_page(record: RunRecord) -> str:
+def run_page(run: RunFolder) -> str:
     """The page of one run."""
     from tools.report import facts
 
-    main, *others = facts.panels(record)
-    shown, left_out = facts.samples(record)
-    changes, no_changes = facts.config_changes(record)
-    standing, no_standing = facts.standing(record)
+    main, *others = facts.panels(run)
+    shown, left_out = facts.samples(run)
+    changes, no_changes = facts.config_changes(run)
+    standing, no_standing = facts.standing(run)
     return render(
         "run.html",
-        record=record,
-        title=record.name,
-        outcome=facts.OUTCOMES.get(record.state, "How it ended is not recorded."),
-        cause=facts.cause(record) if record.state in ("failed", "stopped") else "",
-        log=facts.last_lines(record) if record.state in ("failed", "killed") else [],
-        tiles=facts.tiles(record),
+        run=run,
+        title=run.name,
+        outcome=facts.OUTCOMES.get(run.state, "How it ended is not recorded."),
+        cause=facts.cause(run) if run.state in ("failed", "stopped") else "",
+        log=facts.last_lines(run) if run.state in ("failed", "killed") else [],
+        tiles=facts.tiles(run),
         main=figure(main, "main", wide=True),
         others=[figure(panel, f"plot-{number}") for number, panel in enumerate(others)],
-        tables=[("Training", *facts.numbers(record)), ("Evaluations", *facts.evaluation_numbers(record))],
-        card=card(record.folder / "before_after.md"),
+        tables=[("Training", *facts.numbers(run)), ("Evaluations", *facts.evaluation_numbers(run))],
+        card=card(run.folder / "before_after.md"),
         samples=shown,
         samples_left_out=left_out,
-        data=facts.data_rows(record),
-        ran=facts.ran(record),
+        data=facts.data_rows(run),
+        ran=facts.ran(run),
         changes=changes,
         no_changes=no_changes,
         standing=standing,
         no_standing=no_standing,
-        files=[name for name in FILES if (record.folder / name).is_file()],
-        faults=record.faults,  # last: reading what is above may have found more
+        files=[name for name in FILES if (run.folder / name).is_file()],
+        faults=run.faults,  # last: reading what is above may have found more
     )
 
 
-def overview_page(records: Sequence[RunRecord], out: Path) -> str:
+def overview_page(runs: Sequence[RunFolder], out: Path) -> str:
     """The page over all runs: a table, and the curves of those whose losses mean the same in one plot."""
     from tools.runs.compare import groups
 
-    alike = groups(records)
+    alike = groups(runs)
     return render(
         "overview.html",
-        title=f"{len(records)} runs",
+        title=f"{len(runs)} runs",
         out=out,
-        rows=[row(record, out.resolve()) for record in records],
+        rows=[row(run, out.resolve()) for run in runs],
         groups=[overlay(group, f"group-{number}") for number, group in enumerate(alike[:GROUPS])],
         not_drawn=sum(len(group) for group in alike[GROUPS:]),
-        faults=[f"{record.name}: {fault}" for record in records for fault in record.faults],
+        faults=[f"{run.name}: {fault}" for run in runs for fault in run.faults],
     )
 
 
-def comparison_page(records: Sequence[RunRecord], folder: Path) -> str:
+def comparison_page(runs: Sequence[RunFolder], folder: Path) -> str:
     """The page that compares runs with the first of them."""
     from tools.runs import compare
 
-    base, *others = records
+    base, *others = runs
     return render(
         "comparison.html",
-        title=f"{len(records)} runs compared",
-        rows=[row(record, folder) for record in records],
+        title=f"{len(runs)} runs compared",
+        rows=[row(run, folder) for run in runs],
         base=base,
         verdicts=[compare.verdict(base, other) for other in others],
         seed_note=compare.SEED_NOTE,
-        groups=[overlay(group, f"group-{number}") for number, group in enumerate(compare.groups(records))],
-        config=compare.config_table(records),
-        names=[record.name for record in records],
-        faults=[f"{record.name}: {fault}" for record in records for fault in record.faults],
+        groups=[overlay(group, f"group-{number}") for number, group in enumerate(compare.groups(runs))],
+        config=compare.config_table(runs),
+        names=[run.name for run in runs],
+        faults=[f"{run.name}: {fault}" for run in runs for fault in run.faults],
     )
 
 
-def row(record: RunRecord, folder: Path) -> dict[str, Any]:
+def row(run: RunFolder, folder: Path) -> dict[str, Any]:
     """A run in a table: its figures, and where its page is from `folder`, if it has one and lies below."""
     from tools.report import facts
     from tools.report.curves import rate
 
-    page = record.folder / FILE
-    evaluation, speed = record.evaluation, facts.median(rate(record.steps))
+    page = run.folder / FILE
+    evaluation, speed = run.last_score, facts.median(rate(run.steps))
     return {
-        "record": record,
+        "run": run,
         "page": page.relative_to(folder).as_posix() if page.is_file() and page.is_relative_to(folder) else "",
-        "loss": facts.text_of(record.steps[-1]["loss"]) if record.steps else "–",
+        "loss": facts.text_of(run.steps[-1]["loss"]) if run.steps else "–",
         "held_out": facts.with_error(evaluation.get("eval_loss", "–"), evaluation.get("eval_loss_se")),
         "bits": facts.with_error(evaluation.get("bits_per_byte", "–"), evaluation.get("bits_per_byte_se")),
         "speed": "–" if speed is None else f"{speed:,.0f}",
     }
 
 
-def overlay(group: Sequence[RunRecord], name: str) -> dict[str, Any]:
+def overlay(group: Sequence[RunFolder], name: str) -> dict[str, Any]:
     """The curves of runs that can be compared: the newest in colour, the others faint behind them."""
     from tools.report import facts
     from tools.report.curves import curve, running_mean
-    from tools.report.plots import Line, Panel
+    from tools.report.plots import Panel, PlotLine
     from tools.runs.compare import short
 
     columns = max(50, 3000 // len(group))
     training, held_out = [], []
-    for number, record in reversed(list(enumerate(group))):
-        colour, label = (number, record.name) if number < NAMED else (None, "")
-        loss = curve(record.steps, "loss")
-        training.append(Line(running_mean(loss, max(1, len(loss) // 20)), colour, label))
-        evaluations = facts.with_band(record.evaluations, "eval_loss")
+    for number, run in reversed(list(enumerate(group))):
+        colour, label = (number, run.name) if number < NAMED else (None, "")
+        loss = curve(run.steps, "loss")
+        training.append(PlotLine(running_mean(loss, max(1, len(loss) // 20)), colour, label))
+        evaluations = facts.with_band(run.scores, "eval_loss")
         band = evaluations.band if len(group) <= 3 else None  # more bands hide each other
-        held_out.append(Line(evaluations.curve, colour, label, band, dots=colour is not None))
+        held_out.append(PlotLine(evaluations.curve, colour, label, band, dots=colour is not None))
     banded = f", with ± {facts.BAND} standard errors" if len(group) <= 3 else ""
     panels = [
         Panel("Training loss", training, "nats per token, running mean", columns=columns, skip=SKIP),
@@ -181,12 +180,12 @@ def overlay(group: Sequence[RunRecord], name: str) -> dict[str, Any]:
     ]
     first = group[0]
     return {
-        "recipes": sorted({str(record.manifest.get("recipe", "unknown")) for record in group}),
+        "recipes": sorted({str(run.facts.get("recipe", "unknown")) for run in group}),
         "tokens": short(first.fact("data", "tokens_sha256")),
         "tokenizer": short(first.fact("tokenizer_sha256")),
         "length": first.fact("data", "length"),
         "faint": max(0, len(group) - NAMED),
-        "names": [(number, record.name) for number, record in enumerate(group[:NAMED])],
+        "names": [(number, run.name) for number, run in enumerate(group[:NAMED])],
         "plots": [figure(panel, f"{name}-{number}") for number, panel in enumerate(panels)],
     }
 

@@ -6,17 +6,17 @@ from typing import Any
 
 from tools.report import facts
 from tools.report.curves import Curve, curve, running_mean, thinned
-from tools.runs.run_record import RunRecord
+from tools.runs.folder import RunFolder
 
 HEIGHT = 14
 FRAME = 16  # columns beside the plot
 
 
-def loss_lines(record: RunRecord, width: int, colour: bool) -> list[str]:
+def loss_lines(run: RunFolder, width: int, colour: bool) -> list[str]:
     """The plot, `width` columns wide, and below it what it shows; one line where there is nothing to draw."""
     import plotille
 
-    training, held_out = curve(record.steps, "loss"), curve(record.evaluations, "eval_loss")
+    training, held_out = curve(run.steps, "loss"), curve(run.scores, "eval_loss")
     window = max(1, len(training) // 20)
     mean, points = running_mean(training, window), held_out.known
     if not len(mean) and not len(points):

@@ -17,10 +17,8 @@ from common import config as configs
 from common import hardware
 from common.config import Config
 from common.errors import UsageError, VerificationError
-from common.paths import find_recipe
-from tools.results.schema import FILE, Measured, Numbers, Results, load
-from tools.runs import figures
-from tools.runs.figures import RunFigures
+from tools.results.schema import FILE, Measured, Numbers, load
+from tools.runs.folder import RunFolder, at_step, read_run
 
 FORMAT = 1  # of the JSON
 UNGRADED = "ungraded"  # the verdict on a run of which nothing is recorded
@@ -49,10 +47,10 @@ NOT_LISTED = (
 class Ungraded(UsageError):
     """Nothing is recorded of this training. `recorded` is what results.yaml has."""
 
-    def __init__(self, run: RunFigures, recorded: Sequence[Numbers], path: Path) -> None:
+    def __init__(self, run: RunFolder, recorded: Sequence[Numbers], path: Path) -> None:
         there = [f"{entry.board}: {entry.what}" for entry in recorded] or ["none"]
         super().__init__(
-            f"nothing is recorded for this training on {run.manifest['hw']} ({run.manifest['steps']} steps); recorded: "
+            f"nothing is recorded for this training on {run.manifest.hw} ({run.manifest.steps} steps); recorded: "
             + "; ".join(there),
             where=str(path),
             todo="grade a run of a recorded training, or record this one: recipe grade RUN --record",
@@ -65,7 +63,7 @@ class Ungraded(UsageError):
 
 
 @dataclass(frozen=True)
-class Line:
+class GradeLine:
     """The verdict on one figure, with the reason in words."""
 
     figure: str
@@ -77,19 +75,19 @@ class Line:
 class Grade:
     """What a run was held against, and each figure's verdict."""
 
-    run: RunFigures
+    run: RunFolder
     entry: Numbers
-    lines: tuple[Line, ...]
+    lines: tuple[GradeLine, ...]
 
     @property
     def verdict(self) -> Verdict:
         return max((line.verdict for line in self.lines), key=ORDER.index)
 
 
-def report(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
+def print_grade(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
     """Print the grade of a run. Raises Ungraded where nothing is recorded for it, VerificationError for a fail."""
     try:
-        found = grade(figures.read(folder))
+        found = grade(read_run(folder, strict=True))
     except Ungraded as error:
         if as_json:
             say(error.as_json(folder.resolve().name))
@@ -119,25 +117,20 @@ def described(entry: Numbers) -> str:
     return f"{entry.what} ({entry.evidence}: {origin})"
 
 
-def recipe_of(run: RunFigures) -> Path:
-    """The recipe's folder, where the run had it or by its name. Raises UsageError where it is not here."""
-    folder = Path(run.manifest.get("recipe_dir") or "")
-    return folder if (folder / "config.yaml").is_file() else find_recipe(run.config.recipe)
-
-
-def grade(run: RunFigures) -> Grade:
+def grade(run: RunFolder) -> Grade:
     """Hold a run against the entry of its training. Raises Ungraded where results.yaml has none."""
-    recipe = recipe_of(run)
-    entry, config = choose(load(recipe), recipe, run)
+    entry, config = choose(run)
     lines = (*settings(run, entry, config), *losses(run, entry), *held_out(run, entry), *costs(run, entry))
     return Grade(run, entry, lines)
 
 
-def choose(results: Results, recipe: Path, run: RunFigures) -> tuple[Numbers, Config]:
+def choose(run: RunFolder) -> tuple[Numbers, Config]:
     """The entry of the run's board, model, data, batch and length, and the config it stands for; ours before others'.
 
     Of several, the one whose other settings differ least. Whether those may differ, the figures say.
     """
+    recipe = run.recipe_dir
+    results = load(recipe)
     found = [
         (not isinstance(entry, Measured), len(differences(config, run.config)), place, entry, config)
         for place, entry in enumerate(results.numbers)
@@ -158,10 +151,10 @@ def config_of(entry: Numbers, recipe: Path) -> Config | None:
         return None
 
 
-def is_of(entry: Numbers, config: Config, run: RunFigures) -> bool:
+def is_of(entry: Numbers, config: Config, run: RunFolder) -> bool:
     length = config.training.max_steps or (entry.held_out.step if entry.held_out else max(entry.loss_at, default=0))
-    same_length = length in (run.manifest["steps"], run.last_step)
-    return entry.board == run.manifest["hw"] and same_length and subject(config) == subject(run.config)
+    same_length = length in (run.manifest.steps, run.last_step)
+    return entry.board == run.manifest.hw and same_length and subject(config) == subject(run.config)
 
 
 def subject(config: Config) -> tuple[Any, ...]:
@@ -180,18 +173,20 @@ def differences(recorded: Config, run: Config) -> list[str]:
     ]
 
 
-def settings(run: RunFigures, entry: Numbers, config: Config) -> Iterator[Line]:
+def settings(run: RunFolder, entry: Numbers, config: Config) -> Iterator[GradeLine]:
     """Other settings, tokens and images, which explain other figures."""
     lines = differences(config, run.config)
     exact = entry.exact if isinstance(entry, Measured) else None
-    if exact and exact.tokens_sha256 != run.manifest["data"]["tokens_sha256"]:
+    if exact and exact.tokens_sha256 != run.manifest.data.tokens_sha256:
         lines.append("the tokens of the data set")
     if isinstance(entry, Measured) and entry.image != run.image:
         lines.append(f"the image: {entry.image or 'none'} -> {run.image or 'none'}")
-    yield Line("settings", "warn" if lines else "pass", f"differ: {'; '.join(lines)}" if lines else "the same training")
+    yield GradeLine(
+        "settings", "warn" if lines else "pass", f"differ: {'; '.join(lines)}" if lines else "the same training"
+    )
 
 
-def other_environment(run: RunFigures, entry: Numbers) -> list[str]:
+def other_environment(run: RunFolder, entry: Numbers) -> list[str]:
     """Why the entry's bits are not to be expected of this run; empty where they are."""
     if not isinstance(entry, Measured) or entry.exact is None:
         return ["the entry has no bits"]
@@ -199,12 +194,12 @@ def other_environment(run: RunFigures, entry: Numbers) -> list[str]:
     return [f"{key}: {wanted[key]} -> {value}" for key, value in run.environment.items() if wanted[key] != value]
 
 
-def losses(run: RunFigures, entry: Numbers) -> Iterator[Line]:
+def losses(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
     """The training loss at each recorded step, and on the entry's own kind of machine the bits of all steps."""
     exact, found = not other_environment(run, entry), run.losses
     for step, expected in sorted(entry.loss_at.items()):
         if step > run.last_step:
-            yield Line(f"loss at {step}", "not compared", f"the run ended after step {run.last_step}")
+            yield GradeLine(f"loss at {step}", "not compared", f"the run ended after step {run.last_step}")
         else:
             allowed = entry.band.loss.get(step) if entry.band else None
             yield within(f"loss at {step}", found[step], expected, allowed, entry, exact)
@@ -212,58 +207,58 @@ def losses(run: RunFigures, entry: Numbers) -> Iterator[Line]:
         yield bits(run, entry)
 
 
-def bits(run: RunFigures, entry: Measured) -> Line:
+def bits(run: RunFolder, entry: Measured) -> GradeLine:
     """Every step's loss and gradient norm, every evaluation and the last weights, bit for bit."""
     assert entry.exact is not None
     if other := other_environment(run, entry):
-        return Line("bits", "not compared", f"not expected here: {'; '.join(other)}")
+        return GradeLine("bits", "not compared", f"not expected here: {'; '.join(other)}")
     wrong = [] if run.history_sha256 == entry.exact.history_sha256 else ["the history of losses"]
     wrong += [] if run.weights_sha256 == entry.exact.weights_sha256 else ["the last weights"]
     if wrong:
-        return Line("bits", "fail", f"{' and '.join(wrong)} differ from the recorded run's")
-    return Line("bits", "pass", f"all {run.last_step} steps, all evaluations and the last weights are the same")
+        return GradeLine("bits", "fail", f"{' and '.join(wrong)} differ from the recorded run's")
+    return GradeLine("bits", "pass", f"all {run.last_step} steps, all evaluations and the last weights are the same")
 
 
-def within(figure: str, found: float, expected: float, allowed: float | None, entry: Numbers, exact: bool) -> Line:
+def within(figure: str, found: float, expected: float, allowed: float | None, entry: Numbers, exact: bool) -> GradeLine:
     """A loss beside the recorded one: equal, or within its band; what others published can only warn."""
     far = abs(found - expected)
     says = f"{found:.6g}, recorded {expected:.6g}: {far:.2g} apart"
     if exact:
-        return Line(figure, "pass" if found == expected else "fail", f"{says}, the same bits are expected")
+        return GradeLine(figure, "pass" if found == expected else "fail", f"{says}, the same bits are expected")
     if allowed is None:
         ours = isinstance(entry, Measured)
-        return Line(figure, "warn" if ours else "not compared", f"{says}; no band is recorded")
+        return GradeLine(figure, "warn" if ours else "not compared", f"{says}; no band is recorded")
     outside: Verdict = "fail" if isinstance(entry, Measured) else "warn"
-    return Line(figure, "pass" if far <= allowed else outside, f"{says}, {allowed:g} allowed")
+    return GradeLine(figure, "pass" if far <= allowed else outside, f"{says}, {allowed:g} allowed")
 
 
-def held_out(run: RunFigures, entry: Numbers) -> Iterator[Line]:
+def held_out(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
     """The held-out loss of the recorded step."""
     if entry.held_out is None:
         return
-    figure, score = f"held-out at {entry.held_out.step}", run.scores.get(entry.held_out.step)
+    figure, score = f"held-out at {entry.held_out.step}", at_step(run.scores, entry.held_out.step)
     if score is None:
-        yield Line(figure, "not compared", "the run did not evaluate that step")
+        yield GradeLine(figure, "not compared", "the run did not evaluate that step")
         return
     allowed = entry.band.held_out if entry.band else None
     yield within(figure, score["eval_loss"], entry.held_out.loss, allowed, entry, not other_environment(run, entry))
 
 
-def costs(run: RunFigures, entry: Numbers) -> Iterator[Line]:
+def costs(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
     """Speed and memory, which only a machine of the same kind must repeat."""
     other = [line for line in other_environment(run, entry) if not line.startswith("lock_sha256")]
     for figure, found, recorded, limits, sign in (
         ("tokens/s", run.tokens_per_second, entry.tokens_per_second, SLOWER, -1),
-        ("peak MiB", run.manifest.get("peak_memory_mib"), entry.peak_memory_mib, LARGER, 1),
+        ("peak MiB", run.manifest.peak_memory_mib, entry.peak_memory_mib, LARGER, 1),
     ):
         if recorded is None or found is None:
             continue
         worse = sign * (found / recorded - 1)
         says = f"{found:,.0f}, recorded {recorded:,.0f}: {found / recorded:.2f} of it"
         if other:
-            yield Line(figure, "not compared", f"{says}; another kind of machine: {'; '.join(other)}")
+            yield GradeLine(figure, "not compared", f"{says}; another kind of machine: {'; '.join(other)}")
         else:
-            yield Line(figure, verdict_of(worse, limits), f"{says}; from {limits['fail']:.0%} worse on it fails")
+            yield GradeLine(figure, verdict_of(worse, limits), f"{says}; {limits['fail']:.0%} worse fails")
 
 
 def verdict_of(worse: float, limits: Mapping[str, float]) -> Verdict:

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import datetime
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from common.engine import BackendInfo
 from common.errors import UsageError
 from common.files import write_atomic
 from common.paths import ROOT
 from tools.edit_yaml import line_after
 from tools.git import git
-from tools.results.grade import recipe_of
 from tools.results.schema import FILE, load
-from tools.runs import figures
-from tools.runs.figures import RunFigures
+from tools.runs.folder import RunFolder, at_step, read_run
 
 STEPS = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of which the training loss is kept, besides the last
 SPREAD = 3  # a band is so many times the largest deviation that was seen
@@ -34,10 +33,10 @@ def record(folder: Path, others: Sequence[Path], speed: bool, say: Callable[[str
 
     Raises UsageError for a run or a tree that is not clean, or runs that are not of one training.
     """
-    run = figures.read(folder)
-    recipe = recipe_of(run)
+    run = read_run(folder, strict=True)
+    recipe = run.recipe_dir
     refuse_unclean(run)
-    spread = [figures.read(other) for other in others]
+    spread = [read_run(other, strict=True) for other in others]
     for other in spread:
         refuse_unlike(run, other)
     write(recipe, entry_of(run, spread, speed), say)
@@ -59,15 +58,15 @@ def write(recipe: Path, entry: dict[str, Any], say: Callable[[str], None]) -> No
     say(f"{path}: {'unchanged' if old == new else 'written'}; make docs brings the tables up to date")
 
 
-def refuse_unclean(run: RunFigures) -> None:
+def refuse_unclean(run: RunFolder) -> None:
     """Raise UsageError unless the run is done, and it and the repository of now are of a commit."""
     manifest = run.manifest
-    if manifest.get("exit_reason") != "done":
-        raise UsageError(f"the run is not done: {manifest.get('exit_reason')}", where=str(run.folder))
-    if manifest.get("git_dirty") is not False:
+    if manifest.exit_reason != "done":
+        raise UsageError(f"the run is not done: {manifest.exit_reason}", where=str(run.folder))
+    if manifest.git_dirty is not False:
         raise UsageError(
             "the run is not of a commit: the tree it ran from had changes, or no git",
-            where=f"{run.folder}: git_dirty {manifest.get('git_dirty')}",
+            where=f"{run.folder}: git_dirty {manifest.git_dirty}",
             todo="commit, run again, and record that run",
         )
     refuse_changed_tree()
@@ -85,10 +84,9 @@ def refuse_changed_tree() -> None:
         )
 
 
-def refuse_unlike(run: RunFigures, other: RunFigures) -> None:
+def refuse_unlike(run: RunFolder, other: RunFolder) -> None:
     """Raise UsageError where `other` says nothing about how far `run` may stray."""
-    wanted, has = (r.manifest.get("data", {}).get("tokens_sha256") for r in (run, other))
-    if wanted != has or run.last_step != other.last_step:
+    if run.manifest.data.tokens_sha256 != other.manifest.data.tokens_sha256 or run.last_step != other.last_step:
         raise UsageError(
             "a run of other tokens, or of another length, does not say how far this one may stray",
             where=str(other.folder),
@@ -96,34 +94,34 @@ def refuse_unlike(run: RunFigures, other: RunFigures) -> None:
         )
 
 
-def entry_of(run: RunFigures, spread: Sequence[RunFigures], speed: bool) -> dict[str, Any]:
+def entry_of(run: RunFolder, spread: Sequence[RunFolder], speed: bool) -> dict[str, Any]:
     """The entry as the values of its YAML, in the order of CONTRIBUTING.md."""
-    manifest, last = run.manifest, run.last_step
+    manifest, last, engine = run.manifest, run.last_step, run.backend
     steps = sorted({step for step in STEPS if step < last} | {last})
     values = {
-        "board": manifest["hw"],
+        "board": manifest.hw,
         "evidence": "measured",
-        "what": f"recipe run {run.config.recipe} --hw {manifest['hw']}",
-        "overrides": list(manifest["overrides"]),
-        "steps": asked_steps(manifest["command"]),
-        "date": datetime.date.fromisoformat(manifest["start"][:10]),
-        "commit": manifest["git_commit"],
+        "what": f"recipe run {run.config.recipe} --hw {manifest.hw}",
+        "overrides": manifest.overrides,
+        "steps": asked_steps(manifest.command),
+        "date": datetime.date.fromisoformat(manifest.start[:10]),
+        "commit": manifest.git_commit,
         "image": run.image,
-        "machine": machine_of(manifest["backend"]),
+        "machine": machine_of(engine),
         "loss_at": {step: run.losses[step] for step in steps},
         "held_out": held_out_of(run),
         "tokens_per_second": round(run.tokens_per_second, 1) if speed and run.tokens_per_second else None,
-        "peak_memory_mib": manifest.get("peak_memory_mib") if manifest["backend"]["world"] == 1 else None,
+        "peak_memory_mib": manifest.peak_memory_mib if engine.world == 1 else None,
         "band": band_of(run, spread, steps) if spread else None,
-        "exact": exact_of(run) if manifest["backend"]["backend"] == "torch-cpu" else None,
+        "exact": exact_of(run) if engine.backend == "torch-cpu" else None,
     }
     return {key: value for key, value in values.items() if value is not None}
 
 
-def machine_of(engine: Mapping[str, Any]) -> str:
-    """What a run was on, of its manifest's `backend`."""
-    count = f"{engine['world']} processes of " if engine["world"] > 1 and engine["backend"] == "torch-cpu" else ""
-    return f"{engine['device']}, {count}{engine['threads']} thread{'s' if engine['threads'] > 1 else ''}"
+def machine_of(engine: BackendInfo) -> str:
+    """What a run was on, in words."""
+    count = f"{engine.world} processes of " if engine.world > 1 and engine.backend == "torch-cpu" else ""
+    return f"{engine.device}, {count}{engine.threads} thread{'s' if engine.threads > 1 else ''}"
 
 
 def asked_steps(command: Sequence[str]) -> int | None:
@@ -136,7 +134,7 @@ def asked_steps(command: Sequence[str]) -> int | None:
     return None
 
 
-def held_out_of(run: RunFigures) -> dict[str, Any] | None:
+def held_out_of(run: RunFolder) -> dict[str, Any] | None:
     """The last evaluation, and the untrained model on the same rows."""
     rows, before = run.held_out(run.last_step), run.held_out(0)
     if rows is None:
@@ -144,7 +142,7 @@ def held_out_of(run: RunFigures) -> dict[str, Any] | None:
     found: dict[str, Any] = {"step": run.last_step, "loss": rows.loss}
     if len(rows.nll) > 1:
         found["standard_error"] = rows.standard_error
-    if bits := run.scores.get(run.last_step, {}).get("bits_per_byte"):
+    if bits := (at_step(run.scores, run.last_step) or {}).get("bits_per_byte"):
         found["bits_per_byte"] = bits
     if before is not None and len(before.nll) == len(rows.nll) > 1:
         gain, error = rows.improvement_over(before)
@@ -153,7 +151,7 @@ def held_out_of(run: RunFigures) -> dict[str, Any] | None:
     return found
 
 
-def band_of(run: RunFigures, spread: Sequence[RunFigures], steps: Sequence[int]) -> dict[str, Any]:
+def band_of(run: RunFolder, spread: Sequence[RunFolder], steps: Sequence[int]) -> dict[str, Any]:
     """Three times the largest deviation of the other runs, at each step and of the held-out loss."""
 
     def band(values: list[float]) -> float:
@@ -170,16 +168,16 @@ def band_of(run: RunFigures, spread: Sequence[RunFigures], steps: Sequence[int])
     return {**values, "origin": f"{SPREAD} x the largest deviation of {len(spread)} other runs: {kinds}"}
 
 
-def kind_of(run: RunFigures, other: RunFigures) -> str:
+def kind_of(run: RunFolder, other: RunFolder) -> str:
     """What differs between two runs, in words."""
     settings = [line for line in run.config.changes(other.config) if not line.startswith(("logging_", "eval_"))]
     here, there = run.environment, other.environment
     return ", ".join(settings) or ", ".join(k for k in here if here[k] != there[k]) or "the same again"
 
 
-def exact_of(run: RunFigures) -> dict[str, Any]:
+def exact_of(run: RunFolder) -> dict[str, Any]:
     bits = {"history_sha256": run.history_sha256, "weights_sha256": run.weights_sha256}
-    return {**run.environment, "tokens_sha256": run.manifest["data"]["tokens_sha256"], **bits}
+    return {**run.environment, "tokens_sha256": run.manifest.data.tokens_sha256, **bits}
 
 
 def placed(text: str, entry: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,9 @@ from common.train.manifest import code_facts
 from tools.containers.images import LOCAL, image_for
 from tools.git import git
 from tools.machine import host
-from tools.results import grade, schema
-from tools.runs import figures, trained
-from tools.runs.figures import HISTORY, RunFigures
-
-Say = Callable[[str], None]
+from tools.results import grade
+from tools.runs.folder import HISTORY, RunFolder, Say, read_run
+from tools.runs.trained import find_base
 
 
 @dataclass(frozen=True)
@@ -60,25 +58,25 @@ def repro(folder: Path, out: Path, say: Say) -> Path:
     Raises UsageError, DataError or MachineError, before training, for what makes it another run, and
     VerificationError where the same bits were to be expected and are not there.
     """
-    run = figures.read(folder)
+    run = read_run(folder, strict=True)
     refuse_branch(run)
-    hardware.choose(run.manifest["hw"])
+    hardware.choose(run.manifest.hw)
     with code_of(run, say) as (root, lost):
         again = prepare(run, root, say)
         lost += list(lost_environment(run, root))
         for line in lost:
             say(f"cannot be restored: {line}")
         check_data(run, again)
-        trained.find_base(run.config, run.manifest, run.folder, say)
+        find_base(run, say)
         say("data and base are those of the run" + ("; the same bits are expected" if not lost else ""))
         where = "--container" if image_here(run) else "--no-container"
-        new = figures.read(train(again, out, where))
+        new = read_run(train(again, out, where), strict=True)
     compare(run, new, not lost and new.image == run.image, say)
     return new.folder
 
 
-def refuse_branch(run: RunFigures) -> None:
-    if parent := run.manifest.get("parent"):
+def refuse_branch(run: RunFolder) -> None:
+    if parent := run.manifest.parent:
         raise UsageError(
             f"the run starts from a checkpoint of another one, {parent}",
             where=str(run.folder),
@@ -87,10 +85,10 @@ def refuse_branch(run: RunFigures) -> None:
 
 
 @contextlib.contextmanager
-def code_of(run: RunFigures, say: Say) -> Iterator[tuple[Path, list[str]]]:
+def code_of(run: RunFolder, say: Say) -> Iterator[tuple[Path, list[str]]]:
     """A tree with the run's commit, and what is lost of the code: nothing where the run was of a commit we have."""
-    commit, now = run.manifest.get("git_commit"), code_facts()
-    if run.manifest.get("git_dirty") is not False or commit is None:
+    commit, now = run.manifest.git_commit, code_facts()
+    if run.manifest.git_dirty is not False or commit is None:
         yield ROOT, ["the code: the tree it ran from was not a commit as it stands; the code of now is used"]
     elif git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
         yield ROOT, [f"the code: commit {commit[:12]} is not in this repository; the code of now is used"]
@@ -111,31 +109,28 @@ def code_of(run: RunFigures, say: Say) -> Iterator[tuple[Path, list[str]]]:
                 git("worktree", "remove", "--force", str(tree))
 
 
-def prepare(run: RunFigures, root: Path, say: Say) -> Again:
+def prepare(run: RunFolder, root: Path, say: Say) -> Again:
     """The command that runs it again, with --set for whatever the recipe in `root` resolves to otherwise."""
-    manifest, engine = run.manifest, run.manifest["backend"]
-    recipe = root / "recipes" / run.config.recipe
-    was = Path(manifest["recipe_dir"])
-    if not (recipe / "config.yaml").is_file() or was.parts[-2:] != recipe.parts[-2:]:
-        recipe = was
-    if not (recipe / "config.yaml").is_file():
-        raise MachineError("the recipe of the run is not here any more", where=str(recipe), todo="put it back")
-    options: tuple[str, ...] = ("--hw", manifest["hw"], "--steps", str(manifest["steps"]))
-    sets = tuple(word for override in manifest["overrides"] for word in ("--set", override))
+    manifest, engine = run.manifest, run.backend
+    recipe = run.recipe_dir
+    if recipe.parent.name == "recipes" and (root / "recipes" / recipe.name / "config.yaml").is_file():
+        recipe = root / "recipes" / recipe.name  # of the run's commit, not of now
+    options: tuple[str, ...] = ("--hw", manifest.hw, "--steps", str(manifest.steps))
+    sets = tuple(word for override in manifest.overrides for word in ("--set", override))
     again = Again(root, recipe, options, sets)
     changes = settings_to_restore(run, again)
     if changes:
         say(f"restored from config.resolved.yaml: {', '.join(changes)}")
-    if engine["backend"] == "torch-cpu":
-        changes |= {"device_config.threads": engine["threads"]}
-        changes |= {"device_config.compile": "always" if engine["compiled"] else "never"}
+    if engine.backend == "torch-cpu":
+        changes |= {"device_config.threads": engine.threads}
+        changes |= {"device_config.compile": "always" if engine.compiled else "never"}
     more = tuple(word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}"))
-    if manifest["exit_reason"] != "done" and run.last_step < manifest["steps"]:
+    if manifest.exit_reason != "done" and run.last_step < manifest.steps:
         options += ("--stop-at", str(run.last_step))
     return Again(root, recipe, options, (*sets, *more))
 
 
-def settings_to_restore(run: RunFigures, again: Again) -> dict[str, Any]:
+def settings_to_restore(run: RunFolder, again: Again) -> dict[str, Any]:
     """Keys that the recipe resolves to another value than the run had, with the run's value."""
     words = again.call("config", "show", str(again.recipe), *again.options, *again.sets)
     now = yaml.safe_load(answer(again, words))
@@ -167,49 +162,49 @@ def environment(again: Again) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(again.root), "HW": ""}
 
 
-def lost_environment(run: RunFigures, root: Path) -> Iterator[str]:
+def lost_environment(run: RunFolder, root: Path) -> Iterator[str]:
     """What fixes the bits besides code and settings, and is another here."""
-    manifest, engine = run.manifest, run.manifest["backend"]
+    manifest, engine = run.manifest, run.backend
     if run.image != (image := image_here(run)):
         yield f"the image: {run.image or 'none'}; here {image or 'none'}"
     if image is None:
-        yield from lost_packages(manifest, root)
-    if manifest.get("cpu_class") != hardware.cpu_class():
-        yield f"the CPU's class: {manifest.get('cpu_class')}; here {hardware.cpu_class()}"
-    if engine["backend"] != "torch-cpu":
+        yield from lost_packages(run, root)
+    if manifest.cpu_class != hardware.cpu_class():
+        yield f"the CPU's class: {manifest.cpu_class}; here {hardware.cpu_class()}"
+    if engine.backend != "torch-cpu":
         yield "bits: a board promises none"
-    for event in manifest.get("resumed", []):
-        if changed := [note for note in event["notes"] if "changed" in note or "bit-exact" in note]:
-            yield f"the resumption after step {event['step']}, which changed something: {'; '.join(changed)}"
+    for event in manifest.resumed:
+        if changed := [note for note in event.notes if "changed" in note or "bit-exact" in note]:
+            yield f"the resumption after step {event.step}, which changed something: {'; '.join(changed)}"
 
 
-def lost_packages(manifest: Mapping[str, Any], root: Path) -> Iterator[str]:
+def lost_packages(run: RunFolder, root: Path) -> Iterator[str]:
     """What this environment has otherwise than the run's."""
     lock = root / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
     sha256 = sha256_file(lock) if lock.is_file() else None
-    if manifest.get("lock_sha256") != sha256:
+    if run.manifest.lock_sha256 != sha256:
         yield f"the lock file: {lock.name} has another sha256 than the run's"
-    for name, version in manifest["backend"]["versions"].items():
+    for name, version in run.backend.versions.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             if name != "python" and (here := importlib.metadata.version(name)) != version:
                 yield f"{name} {version}: {here} is installed"
 
 
-def image_here(run: RunFigures) -> str | None:
+def image_here(run: RunFolder) -> str | None:
     """The image that the run is made again in: none if it was in none itself, or none is to be had here."""
     if host.launched():
         return str(host.launched()["image"]["reference"])
     if run.image:
         with contextlib.suppress(MachineError):
-            return image_for(hardware.get(run.manifest["hw"])).reference
+            return image_for(hardware.get(run.manifest.hw)).reference
     return None
 
 
-def check_data(run: RunFigures, again: Again) -> None:
+def check_data(run: RunFolder, again: Again) -> None:
     """Raise DataError where the recipe of now makes other tokens than the run was trained on."""
     options = again.options[: again.options.index("--steps")]
     built = answer(again, again.call("data", "build", str(again.recipe), *options, *again.sets, "--json"))
-    now, then = json.loads(built)["tokens_sha256"], run.manifest["data"]["tokens_sha256"]
+    now, then = json.loads(built)["tokens_sha256"], run.manifest.data.tokens_sha256
     if now != then:
         raise DataError(
             f"the data changed since the run: its tokens had sha256 {then[:12]}..., now {now[:12]}...; nothing was run",
@@ -231,7 +226,7 @@ def train(again: Again, out: Path, where: str) -> Path:
     return new[-1].parent
 
 
-def compare(run: RunFigures, new: RunFigures, expected: bool, say: Say) -> None:
+def compare(run: RunFolder, new: RunFolder, expected: bool, say: Say) -> None:
     """Say how two runs differ. Raises VerificationError where the same bits were `expected`, or a band is left."""
     first = first_difference(run, new)
     if first is None:
@@ -249,11 +244,10 @@ def compare(run: RunFigures, new: RunFigures, expected: bool, say: Say) -> None:
     compare_by_band(run, new)
 
 
-def compare_by_band(run: RunFigures, new: RunFigures) -> None:
+def compare_by_band(run: RunFolder, new: RunFolder) -> None:
     """Where the training is on record with a band: within it at its steps, or VerificationError."""
     try:
-        recipe = grade.recipe_of(run)
-        entry, _ = grade.choose(schema.load(recipe), recipe, run)
+        entry, _ = grade.choose(run)
     except UsageError:
         return
     for step, allowed in entry.band.loss.items() if entry.band else ():
@@ -262,14 +256,14 @@ def compare_by_band(run: RunFigures, new: RunFigures) -> None:
             raise VerificationError(f"not reproduced: the losses at {step} are {far:.3g} apart, {allowed:g} is allowed")
 
 
-def first_difference(run: RunFigures, new: RunFigures) -> str | None:
+def first_difference(run: RunFolder, new: RunFolder) -> str | None:
     """The first thing in which two runs differ: a record of a step, an evaluation, a checkpoint's file."""
-    for step in sorted({*run.steps, *new.steps}):
-        if step not in run.steps or step not in new.steps:
-            return f"only one of them has step {step}"
+    for was, now in zip(run.steps, new.steps, strict=False):
         for key in HISTORY:
-            if run.steps[step][key] != new.steps[step][key]:
-                return f"{key} of step {step}: {run.steps[step][key]!r}, now {new.steps[step][key]!r}"
+            if was[key] != now[key]:
+                return f"{key} of step {was['step']}: {was[key]!r}, now {now[key]!r}"
+    if len(run.steps) != len(new.steps):
+        return f"{len(run.steps)} steps, now {len(new.steps)}"
     for then, now in zip(run.evaluations, new.evaluations, strict=False):
         if then != now:
             return f"the evaluation after step {then['step']}"

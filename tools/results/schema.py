@@ -106,7 +106,7 @@ class Exact(_Part):
     tokens_sha256: Sha256
     """Of the data; not part of the key: other tokens are another training."""
     history_sha256: Sha256
-    """Over every step's loss and gradient norm and every evaluation, as tools.runs.figures takes it."""
+    """Over every step's loss and gradient norm and every evaluation, as tools.runs.folder takes it."""
     weights_sha256: Sha256
     """Of the weights in the last checkpoint."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config.layers import dotted, flatten
-from tools.runs.run_record import RunRecord
+from tools.runs.folder import RunFolder
 
 NOISE = 2.0  # standard errors: 19 gaps of 20 that chance alone makes are smaller
 SEED_NOTE = (
@@ -25,8 +25,8 @@ SEED_NOTE = (
 class Verdict:
     """What can be said of `other` beside `base`. `unlike` are the reasons why their losses cannot be compared."""
 
-    base: RunRecord
-    other: RunRecord
+    base: RunFolder
+    other: RunFolder
     unlike: Sequence[str]
     measure: str = ""
     how: str = ""
@@ -57,28 +57,28 @@ class Verdict:
         return f"within the noise of the held-out rows (under {NOISE:.0f} standard errors)"
 
 
-def verdict(base: RunRecord, other: RunRecord) -> Verdict:
+def verdict(base: RunFolder, other: RunFolder) -> Verdict:
     """Compare the last evaluations of two runs, by the strongest measure that both allow."""
     unlike, notes = reasons_against(base, other), remarks(base, other)
-    if not unlike and base.held_out and other.held_out:
+    if not unlike and (before := base.held_out()) and (after := other.held_out()):
         try:
-            gap, error = other.held_out.improvement_over(base.held_out)
+            gap, error = after.improvement_over(before)
         except ValueError:
-            unlike = [f"other held-out rows ({len(base.held_out.nll)} and {len(other.held_out.nll)})"]
+            unlike = [f"other held-out rows ({len(before.nll)} and {len(after.nll)})"]
         else:
-            how = f"paired by row over the same {len(other.held_out.nll)} rows"
+            how = f"paired by row over the same {len(after.nll)} rows"
             return Verdict(base, other, (), "held-out loss", how, gap, error, notes)
     if same_text(base, other) and (bits := bits_per_byte(base, other)):
         how = "not paired, on windows of the same held-out text"
         return Verdict(base, other, unlike, "bits per byte", how, *bits, notes)
-    lacking = [record.name for record in (base, other) if not record.evaluation]
+    lacking = [run.name for run in (base, other) if not run.last_score]
     notes = [*(f"{name} has no evaluation" for name in lacking), *notes]
     if not unlike and not lacking:
         notes = ["evaluations.jsonl is not there: no comparison by row", *notes]
     return Verdict(base, other, unlike, notes=notes)
 
 
-def reasons_against(base: RunRecord, other: RunRecord) -> list[str]:
+def reasons_against(base: RunFolder, other: RunFolder) -> list[str]:
     """Why a token's loss of one run is not that of the other; empty where it is."""
     keys = {
         "other tokens": ("data", "tokens_sha256"),
@@ -99,13 +99,13 @@ def short(value: Any) -> str:
     return str(value)[:8]
 
 
-def remarks(base: RunRecord, other: RunRecord) -> list[str]:
+def remarks(base: RunFolder, other: RunFolder) -> list[str]:
     """What a reader of the gap should know."""
     found = []
-    steps = [record.evaluation.get("step") for record in (base, other)]
+    steps = [run.last_score.get("step") for run in (base, other)]
     if None not in steps and steps[0] != steps[1]:
         found.append(f"evaluated after other steps ({steps[0]}, {steps[1]})")
-    boards = [record.fact("backend", "backend") == "ttml" for record in (base, other)]
+    boards = [run.evaluated_in == "bf16" for run in (base, other)]
     if boards[0] != boards[1]:
         found.append("one was evaluated in bf16 on a board: gaps below 0.02 say nothing")
     if [line.partition(":")[0] for line in changes(base, other)] == ["training_config.seed"]:
@@ -113,18 +113,19 @@ def remarks(base: RunRecord, other: RunRecord) -> list[str]:
     return found
 
 
-def changes(base: RunRecord, other: RunRecord) -> list[str]:
-    return base.config.changes(other.config) if base.config and other.config else []
+def changes(base: RunFolder, other: RunFolder) -> list[str]:
+    first, second = base.known_config, other.known_config
+    return first.changes(second) if first and second else []
 
 
-def same_text(base: RunRecord, other: RunRecord) -> bool:
-    texts = [record.fact("data", "corpus", "held_out", "sha256") for record in (base, other)]
+def same_text(base: RunFolder, other: RunFolder) -> bool:
+    texts = [run.fact("data", "corpus", "held_out", "sha256") for run in (base, other)]
     return texts[0] is not None and texts[0] == texts[1]
 
 
-def bits_per_byte(base: RunRecord, other: RunRecord) -> tuple[float, float] | None:
+def bits_per_byte(base: RunFolder, other: RunFolder) -> tuple[float, float] | None:
     """The difference and its standard error, of two independent samples; None where a run has none."""
-    figures = [(r.evaluation.get("bits_per_byte"), r.evaluation.get("bits_per_byte_se")) for r in (base, other)]
+    figures = [(r.last_score.get("bits_per_byte"), r.last_score.get("bits_per_byte_se")) for r in (base, other)]
     (first, first_error), (second, second_error) = figures
     if first is None or second is None:
         return None
@@ -133,21 +134,21 @@ def bits_per_byte(base: RunRecord, other: RunRecord) -> tuple[float, float] | No
     return first - second, float((first_error**2 + second_error**2) ** 0.5)
 
 
-def groups(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
+def groups(runs: Iterable[RunFolder]) -> list[list[RunFolder]]:
     """Runs whose losses mean the same, together; in the order of their first ones."""
-    found: list[list[RunRecord]] = []
-    for record in records:
-        like = next((group for group in found if not reasons_against(group[0], record)), None)
+    found: list[list[RunFolder]] = []
+    for run in runs:
+        like = next((group for group in found if not reasons_against(group[0], run)), None)
         if like is None:
-            found.append([record])
+            found.append([run])
         else:
-            like.append(record)
+            like.append(run)
     return found
 
 
-def config_table(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+def config_table(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     """Every key that is not the same in all runs, with each run's value as text."""
-    known = [dict(flatten(record.config.dump())) if record.config else {} for record in records]
+    known = [dict(flatten(run.known_config.dump())) if run.known_config else {} for run in runs]
     rows = []
     for key in dict.fromkeys(key for values in known for key in values):
         texts = [json.dumps(values[key], ensure_ascii=False) if key in values else "(absent)" for values in known]

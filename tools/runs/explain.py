@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common import known_errors
 from common.errors import UsageError
@@ -16,8 +14,9 @@ from common.known_errors import KnownError
 from common.model import bases
 from common.model.llama import EMBEDDING, HEAD
 from common.model.weights import Weights
-from common.train import checkpoint, metrics
+from common.train import checkpoint
 from common.train.ending import BEGINS, ENDS
+from tools.runs.folder import RunFolder, is_run, read_run
 
 LINES = 200_000  # of a log that are looked at, the last ones
 FLAT = 20  # steps, and the nats around ln(vocabulary) that count as guessing
@@ -32,7 +31,7 @@ class Found:
     where: str
 
 
-def report(target: Path, say: Callable[[str], None]) -> None:
+def print_explanation(target: Path, say: Callable[[str], None]) -> None:
     """Print what is known of a log file, or of the run in a folder. Raises UsageError where there is neither."""
     found = list(explain(target))
     for one in found:
@@ -49,6 +48,7 @@ def explain(target: Path) -> Iterator[Found]:
     if not log.is_file():
         raise UsageError("no log there", where=str(log), todo="give a log file, or a folder of runs/")
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    run = read_run(target) if is_run(target) else None
     seen: set[str] = set()
     for number, line in list(enumerate(lines, 1))[-LINES:]:
         row = known_errors.match(line)
@@ -56,11 +56,11 @@ def explain(target: Path) -> Iterator[Found]:
             seen.add(row.id)
             yield Found(row, f"{log.name}:{number}: {line.strip()[:160]}")
     for row in known_errors.table():
-        if row.state and (where := STATES[row.state](lines, target)):
+        if row.state and (where := STATES[row.state](lines, run)):
             yield Found(row, where)
 
 
-def no_end(lines: list[str], target: Path) -> str | None:  # noqa: ARG001  one shape for all states
+def no_end(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001  one shape for all states
     """The last line that begins a run has none after it that ends it."""
     marks = [(number, line) for number, line in enumerate(lines, 1) if re.search(f"Z ({BEGINS}|{ENDS})", line)]
     if marks and f"Z {BEGINS}" in marks[-1][1]:
@@ -68,11 +68,10 @@ def no_end(lines: list[str], target: Path) -> str | None:  # noqa: ARG001  one s
     return None
 
 
-def flat_at_guessing(lines: list[str], target: Path) -> str | None:  # noqa: ARG001
+def flat_at_guessing(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
     """The last steps all cost what guessing among the vocabulary costs."""
-    losses = [(record["step"], record["loss"]) for record in records_of(target) if "loss" in record][-FLAT:]
-    vocabulary = vocabulary_of(target)
-    if len(losses) < FLAT or vocabulary is None:
+    losses = list(run.losses.items())[-FLAT:] if run else []
+    if run is None or len(losses) < FLAT or (vocabulary := vocabulary_of(run)) is None:
         return None
     guess = math.log(vocabulary)
     if all(abs(loss - guess) < FLAT_BAND for _, loss in losses):
@@ -80,23 +79,21 @@ def flat_at_guessing(lines: list[str], target: Path) -> str | None:  # noqa: ARG
     return None
 
 
-def evaluation_is_training(lines: list[str], target: Path) -> str | None:  # noqa: ARG001
+def evaluation_is_training(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
     """A held-out loss that is the training loss of its step."""
-    records = records_of(target)
-    losses = {record["step"]: record["loss"] for record in records if "loss" in record}
-    for record in records:
-        if "eval_loss" in record and record["eval_loss"] == losses.get(record["step"]):
-            return f"step {record['step']}: both are {record['eval_loss']!r}"
+    for score in run.scores if run else ():
+        if run and score["eval_loss"] == run.losses.get(score["step"]):
+            return f"step {score['step']}: both are {score['eval_loss']!r}"
     return None
 
 
-def never_moved(lines: list[str], target: Path) -> str | None:  # noqa: ARG001
+def never_moved(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
     """What the run itself found at its end."""
-    names = manifest_of(target).get("never_moved") or []
+    names = (run and run.fact("never_moved")) or []
     return f"{len(names)} tensors, such as {names[0]}" if names else None
 
 
-STATES: Mapping[str, Callable[[list[str], Path], str | None]] = {
+STATES: Mapping[str, Callable[[list[str], RunFolder | None], str | None]] = {
     "no_end": no_end,
     "flat_at_guessing": flat_at_guessing,
     "evaluation_is_training": evaluation_is_training,
@@ -104,20 +101,10 @@ STATES: Mapping[str, Callable[[list[str], Path], str | None]] = {
 }
 
 
-def records_of(target: Path) -> list[dict[str, Any]]:
-    return metrics.read(target / "metrics.jsonl") if target.is_dir() else []
-
-
-def manifest_of(target: Path) -> dict[str, Any]:
-    path = target / "manifest.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
-def vocabulary_of(target: Path) -> int | None:
+def vocabulary_of(run: RunFolder) -> int | None:
     """Rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
-    saved = checkpoint.newest(target / "checkpoints", [])
-    base = manifest_of(target).get("base", {"name": "", "origin": ""})
+    saved = checkpoint.newest(run.folder / "checkpoints", [])
+    base = run.fact("base") or {"name": "", "origin": ""}
     if entry := bases.locked().get(base["name"]):
         return int(entry["architecture"]["vocab_size"])
     for folder in ([saved.folder] if saved else []) + [Path(base["origin"])]:

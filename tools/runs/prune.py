@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import Config
 from common.errors import RecipeError
+from common.files import try_lock
 from common.train import checkpoint
-from common.train.resume import try_lock
-from tools.runs import run_record, trained
-from tools.runs.run_record import RunRecord
-
-Say = Callable[[str], None]
+from tools.runs.folder import RunFolder, Say, read_run
 
 
 @dataclass(frozen=True)
@@ -26,49 +22,40 @@ class Folder:
     size: int
 
 
-def locked(records: Sequence[RunRecord], stack: contextlib.ExitStack, say: Say) -> Iterator[RunRecord]:
+def locked(runs: Sequence[RunFolder], stack: contextlib.ExitStack, say: Say) -> Iterator[RunFolder]:
     """The runs that no process has, read again once they are held: until `stack` closes none of them starts."""
-    for record in records:
-        lock = try_lock(record.folder)
+    for run in runs:
+        lock = try_lock(run.folder)
         if lock is None:
-            say(f"{record.name} is running: not touched")
+            say(f"{run.name} is running: not touched")
             continue
         stack.enter_context(lock)
-        yield run_record.read(record.folder)
+        yield read_run(run.folder)
 
 
-def removable(record: RunRecord, keep: int, exports: bool, named: bool, say: Say) -> list[Folder]:
+def removable(run: RunFolder, keep: int, exports: bool, named: bool, say: Say) -> list[Folder]:
     """What of a run can go: all but its `keep` newest checkpoints and the one that stands for it; its export if asked.
 
     With `keep` 0 a run that is not done keeps the checkpoint that it can go on from, unless it was `named`.
     """
-    if record.config is None:
-        say(f"{record.name}: its config cannot be read, so which checkpoint stands for it is not known: not touched")
+    if run.known_config is None:
+        say(f"{run.name}: its config cannot be read, so which checkpoint stands for it is not known: not touched")
         return []
-    folder = record.folder / "checkpoints"
+    folder = run.folder / "checkpoints"
     steps = checkpoint.steps_saved(folder)
-    done = record.manifest.get("exit_reason") == "done"
+    done = run.fact("exit_reason") == "done"
     kept = set(steps[:keep])
     if steps and (keep or (not done and not named)):
-        kept.add(standing_step(record.folder, record.config, steps[0]))
+        try:
+            kept.add(run.result(lambda _line: None).step)
+        except RecipeError:  # none verifies
+            kept.add(steps[0])
         if not keep:
-            say(f"{record.name} is not done: it keeps a checkpoint to go on from; name the run to delete that, too")
+            say(f"{run.name} is not done: it keeps a checkpoint to go on from; name the run to delete that, too")
     going = [checkpoint.folder_of(folder, step) for step in steps if step not in kept]
-    going += [record.folder / "export"] if exports else []
-    going += [left for place in (folder, record.folder) for left in place.glob(f"{checkpoint.PRUNED}*")]
+    going += [run.folder / "export"] if exports else []
+    going += [left for place in (folder, run.folder) for left in place.glob(f"{checkpoint.PRUNED}*")]
     return [Folder(path, size_of(path)) for path in going if path.is_dir() and not path.is_symlink()]
-
-
-def standing_step(folder: Path, config: Config, newest: int) -> int:
-    """The step of the checkpoint that stands for a run: the newest that verifies; with keep_best, the best one."""
-    try:
-        return trained.result(folder, config, ignore).step
-    except RecipeError:  # none verifies
-        return newest
-
-
-def ignore(_line: str) -> None:
-    """What is passed over does not matter here: no checkpoint that verifies is deleted for it."""
 
 
 def remove(folder: Folder) -> None:

@@ -109,7 +109,7 @@ class Comparison:
         curve = Curve()
         with self.opened(config) as backend:
             backend.synchronise(synchronise)
-            curve.machine = machine_of(dataclasses.asdict(backend.info))
+            curve.machine = machine_of(backend.info)
             for step in range(1, steps + 1):
                 self.step(backend, config, step, curve)
                 curve.alike.append(len(set(backend.replicas())) == 1)

@@ -32,8 +32,8 @@ from tools.data.checks import leaks
 from tools.export import check, export
 from tools.export.hf_folder import adapters_of, merged_shapes, stored
 from tools.export.unmoved import unmoved
-from tools.runs import figures, trained
-from tools.runs.figures import RunFigures
+from tools.runs import trained
+from tools.runs.folder import RunFolder, at_step, read_run
 from tools.runs.trained import TrainedRun
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ class Case:
     """A run to look at, read once, at its newest checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
-        self.figures: RunFigures = figures.read(self.folder)
+        self.left: RunFolder = read_run(folder, strict=True)
+        self.folder = self.left.folder
 
     @functools.cached_property
     def run(self) -> TrainedRun:
         found = trained.read(self.folder, lambda _line: None)
-        return dataclasses.replace(found, checkpoint=trained.newest(self.folder, lambda _line: None))
+        return dataclasses.replace(found, checkpoint=found.newest_checkpoint(lambda _line: None))
 
     @property
     def precision(self) -> str:
@@ -65,9 +65,9 @@ class Case:
 def checkpoints(case: Case) -> str:
     """Every file of the newest checkpoint has its hash, and the metrics are those of the run's end."""
     skipped: list[str] = []
-    found = trained.newest(case.folder, skipped.append)
+    found = case.left.newest_checkpoint(skipped.append)
     hold(not skipped, "; ".join(skipped))
-    recorded = case.figures.manifest.get("metrics_sha256")
+    recorded = case.left.manifest.metrics_sha256
     same = recorded in (None, sha256_file(case.folder / "metrics.jsonl"))
     hold(same, "metrics.jsonl is not the file that the run closed")
     return f"{found.folder.name}: {len(found.state['sha256'])} files as they were written"
@@ -78,17 +78,17 @@ def history(case: Case) -> str:
     steps = [record["step"] for record in metrics.read(case.folder / "metrics.jsonl") if "loss" in record]
     odd = next((n for n, step in enumerate(steps, 1) if step != n), None)
     hold(odd is None, f"record {odd} is of step {steps[(odd or 1) - 1]}")
-    training = case.figures.config.training
-    other = [n for n, record in case.figures.steps.items() if record["lr"] != learning_rate(n, training)]
-    resumed = [event["step"] for event in case.figures.manifest.get("resumed", [])]
-    accepted = any("accepted" in note for e in case.figures.manifest.get("resumed", []) for note in e["notes"])
+    training = case.left.config.training
+    other = [r["step"] for r in case.left.steps if r["lr"] != learning_rate(r["step"], training)]
+    resumed = [event.step for event in case.left.manifest.resumed]
+    accepted = any("accepted" in note for event in case.left.manifest.resumed for note in event.notes)
     hold(not other or accepted, f"the learning rate of step {(other or [0])[0]} is not the schedule's")
     return f"steps 1 to {steps[-1]}, each once" + (f"; resumed after {', '.join(map(str, resumed))}" if resumed else "")
 
 
 def first_loss(case: Case) -> str:
     """A model that knows nothing scores ln(vocabulary); one that is pretrained does not score worse."""
-    loss, run = case.figures.losses[1], case.run
+    loss, run = case.left.losses[1], case.run
     if run.base.initial:
         try:
             return check_first_loss(loss, run.base, run.dataset().train.arrays.ids)
@@ -101,8 +101,8 @@ def first_loss(case: Case) -> str:
 def replay(case: Case) -> str:
     """Step 1 once more by plain transformers: the same rows, their own mask and labels, the weights before training."""
     need_transformers()
-    run, record = case.run, case.figures.steps[1]
-    if case.figures.manifest.get("parent"):
+    run, record = case.run, at_step(case.left.steps, 1)
+    if record is None or case.left.manifest.parent:
         raise Outcome("not checkable", "step 1 was another run's")
     train = dataset_of(case).train
     rows = rows_of_step(1, run.config.training.seed, run.config.training.batch_size, len(train))
@@ -118,7 +118,7 @@ def score(case: Case) -> str:
     """The newest checkpoint scores on the held-out rows what the run wrote down for its step."""
     need_transformers()
     run = case.run
-    rows = case.figures.held_out(run.step)
+    rows = case.left.held_out(run.step)
     if rows is None:
         raise Outcome("not checkable", f"the run did not evaluate step {run.step}")
     split = evaluated_rows(dataset_of(case), run.config.eval)
@@ -156,13 +156,12 @@ def frozen(case: Case) -> str:
 
 def replicas(case: Case) -> str:
     """Every device held the same weights when training ended, as the manifest has their hashes."""
-    manifest = case.figures.manifest
-    engine = manifest["backend"]
-    if engine["world"] == 1:
+    manifest, engine = case.left.manifest, case.left.backend
+    if engine.world == 1:
         raise Outcome("not checkable", "one device")
-    if notes := [note for note in engine["notes"] if note.startswith("replicas: not checkable")]:
+    if notes := [note for note in engine.notes if note.startswith("replicas: not checkable")]:
         raise Outcome("not checkable", notes[0])
-    if not (hashes := manifest.get("replicas")):
+    if not (hashes := manifest.replicas):
         raise Outcome("not checkable", "the run did not reach its end, where devices are compared")
     return hold(len(set(hashes)) == 1, f"{len(hashes)} devices hold {len(set(hashes))} different sets of weights")
 

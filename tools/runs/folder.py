@@ -1,0 +1,288 @@
+"""The one reader of a run's folder: whatever can be read is, and what cannot is said in sentences (`faults`).
+
+`manifest`, `config` and `recipe_dir` raise where they cannot be had; `read_run(folder, strict=True)` asks for all that
+a judgment of the run rests on. Nothing in the folder is changed, and nothing is imported that trains: a board's host,
+which has no numpy, reads runs too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import config as configs
+from common.config import Config
+from common.engine import BackendInfo
+from common.errors import MachineError, RecipeError, UsageError
+from common.files import is_locked
+from common.paths import find_recipe
+from common.train import metrics
+from common.train.manifest import FORMAT, NAME, Manifest
+
+if TYPE_CHECKING:
+    from common.train.checkpoint import Checkpoint
+    from common.train.evaluate import HeldOut
+
+Record = dict[str, Any]
+Say = Callable[[str], None]
+WARM_UP = 5  # steps whose speed does not count: compilation, caches, the first touch of memory
+HISTORY = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens")  # of a step's record: all but its seconds
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as its files tell it. `faults` are sentences about what could not be read, complete once it was asked for.
+
+    With `strict`, a damaged line of its records is an error.
+    """
+
+    folder: Path
+    strict: bool = False
+    faults: list[str] = field(default_factory=list, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    # --- what ran -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """Return manifest.json as it stands, of whatever version; empty, with a fault, where it cannot be read."""
+        try:
+            values = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            self.faults.append(f"{NAME} cannot be read ({type(error).__name__})")
+            return {}
+        if not isinstance(values, dict):
+            self.faults.append(f"{NAME} is no manifest")
+            return {}
+        if values.get("format") != FORMAT:
+            self.faults.append(f"{NAME} has format {values.get('format')!r}, this version reads {FORMAT}")
+        return values
+
+    def fact(self, *keys: str) -> Any:
+        """Return a value of manifest.json by its keys; None where it has none."""
+        value: Any = self.facts
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Return the manifest. Raises MachineError, which says what the file lacks."""
+        return Manifest.load(self.folder)
+
+    @property
+    def backend(self) -> BackendInfo:
+        """Return the engine as it described itself. Raises MachineError where the run did not open one."""
+        if self.manifest.backend is None:
+            raise MachineError(f"{NAME} names no backend: the run ended before it had one", where=str(self.folder))
+        return self.manifest.backend
+
+    @cached_property
+    def config(self) -> Config:
+        """Return the resolved config. Raises UsageError or MachineError where it cannot be read."""
+        return configs.load_resolved(self.folder / "config.resolved.yaml")
+
+    @cached_property
+    def known_config(self) -> Config | None:
+        """Return the resolved config; None, with a fault, where it cannot be read."""
+        try:
+            return self.config
+        except RecipeError as error:
+            self.faults.append(f"config.resolved.yaml: {error.what}")
+            return None
+
+    @property
+    def recipe_dir(self) -> Path:
+        """Return the recipe's folder: where the run had it, else that of its name under recipes/. Raises UsageError."""
+        was = self.fact("recipe_dir")
+        if was and (Path(was) / "config.yaml").is_file():
+            return Path(was)
+        return find_recipe(self.fact("recipe") or self.config.recipe)
+
+    @cached_property
+    def state(self) -> str:
+        """Return done, running, stopped, failed, or killed: ended with no time to say how."""
+        reason = str(self.facts.get("exit_reason", "unknown"))
+        if reason == "running":
+            return "running" if is_locked(self.folder) else "killed"
+        return reason.partition(":")[0]
+
+    @property
+    def image(self) -> str | None:
+        """Return digest or id of the image that the run was in; None for the machine's own Python."""
+        return self.fact("image", "reference")  # type: ignore[no-any-return]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Return what fixes a CPU run's bits besides its config and data; None where the manifest does not say."""
+        keys = ("lock_sha256",), ("cpu_class",), ("backend", "threads"), ("backend", "world"), ("backend", "compiled")
+        return {path[-1]: self.fact(*path) for path in keys}
+
+    @property
+    def evaluated_in(self) -> str:
+        """Return what the run's held-out losses were computed in: fp32 on a CPU, bf16 on a board."""
+        return "bf16" if self.fact("backend", "backend") == "ttml" else "fp32"
+
+    # --- its records --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _metrics(self) -> list[Record]:
+        return self._records("metrics.jsonl")
+
+    @cached_property
+    def steps(self) -> list[Record]:
+        """Return metrics.jsonl's records of updates, by step."""
+        return [record for record in self._metrics if "loss" in record]
+
+    @cached_property
+    def scores(self) -> list[Record]:
+        """Return metrics.jsonl's records of evaluations: step, eval_loss, eval_loss_se and, for text, bits_per_byte."""
+        return [record for record in self._metrics if "eval_loss" in record]
+
+    @cached_property
+    def evaluations(self) -> list[Record]:
+        """Return evaluations.jsonl: nll and tokens by held-out row, answers to prompts. Step 0: the untrained model."""
+        return self._records("evaluations.jsonl", "nll", "tokens", "samples")
+
+    def _records(self, name: str, *keys: str) -> list[Record]:
+        """Return the records of a file that have a step and `keys`, by step; whatever is left out is a fault."""
+        faults = []
+        try:
+            records, unreadable = metrics.scan(self.folder / name)
+        except OSError as error:
+            records, unreadable = [], []
+            faults.append(f"{name} cannot be read ({error.strerror})")
+        whole = [r for r in records if isinstance(r, dict) and type(r.get("step")) is int and r.keys() >= set(keys)]
+        if unreadable == [len(records) + 1]:  # what a kill leaves, and a resumption cuts off: no damage
+            self.faults.append(f"{name}: the last line is cut off, as by a process that was killed; left out")
+        elif unreadable:
+            faults.append(f"{name}: left out, no JSON: lines {few(unreadable)}")
+        if len(whole) < len(records):
+            faults.append(f"{name}: left out, not of the known form: {len(records) - len(whole)} records")
+        if faults and self.strict:
+            raise MachineError(faults[0], where=str(self.folder), todo="restore the file")
+        self.faults.extend(faults)
+        return sorted(whole, key=lambda record: record["step"])
+
+    @property
+    def last_step(self) -> int:
+        """Return the last step on record; 0 before the first."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+    @property
+    def last_score(self) -> Record:
+        """Return the figures of the last evaluation; empty before the first."""
+        return self.scores[-1] if self.scores else {}
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Return the training loss by step, nats a token."""
+        return {record["step"]: record["loss"] for record in self.steps}
+
+    def evaluation(self, step: int) -> Record | None:
+        """Return the record of evaluations.jsonl of one step."""
+        return at_step(self.evaluations, step)
+
+    def held_out(self, step: int | None = None) -> HeldOut | None:
+        """Return the held-out rows as evaluated after `step`, or last; None where they were not."""
+        from common.train.evaluate import from_rows
+
+        found = self.evaluation(step) if step is not None else next(reversed(self.evaluations), None)
+        return from_rows(found["nll"], found["tokens"]) if found else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the median of the steps after warm-up: what other programs do for a moment does not move it."""
+        rates = [record["tokens"] / record["seconds"] for record in self.steps if record["step"] > WARM_UP]
+        return statistics.median(rates) if rates else None
+
+    @property
+    def history_sha256(self) -> str:
+        """Return the hash over every step and evaluation at full precision, their seconds and answers left out."""
+        steps = [[record[key] for key in HISTORY] for record in self.steps]
+        evaluations = [[record["step"], record["nll"], record["tokens"]] for record in self.evaluations]
+        return hashlib.sha256(json.dumps([steps, evaluations]).encode()).hexdigest()
+
+    # --- its checkpoints ----------------------------------------------------------------------------------------------
+
+    def newest_checkpoint(self, say: Say) -> Checkpoint:
+        """Return the newest checkpoint that verifies, saying what is passed over. Raises MachineError without one."""
+        from common.train import checkpoint
+
+        skipped: list[str] = []
+        found = checkpoint.newest(self.folder / "checkpoints", skipped)
+        for line in skipped:
+            say(line)
+        if found is None:
+            raise MachineError("the run has no checkpoint that verifies", where=str(self.folder), todo="train it again")
+        return found
+
+    @property
+    def weights_sha256(self) -> str:
+        """Return the hash of the weights in the newest checkpoint that verifies. Raises MachineError without one."""
+        hashes = self.newest_checkpoint(lambda _line: None).state["sha256"]
+        return str(hashes.get("adapter_model.safetensors") or hashes["model.safetensors"])
+
+    def result(self, say: Say) -> Checkpoint:
+        """Return the checkpoint that stands for the run: the newest that verifies; with keep_best, the best one."""
+        from common.train import checkpoint
+        from common.train.evaluate import from_rows
+
+        found = self.newest_checkpoint(say)
+        if not self.config.checkpoint.keep_best:
+            return found
+        scored = [
+            (from_rows(record["nll"], record["tokens"]).loss, record["step"])
+            for record in self.evaluations
+            if 0 < record["step"] <= found.step
+        ]
+        for _, step in sorted(scored):
+            try:
+                return checkpoint.verify(checkpoint.folder_of(self.folder / "checkpoints", step))
+            except MachineError:  # not the best at the time, and pruned; or damaged
+                continue
+        return found
+
+
+def read_run(folder: Path, *, strict: bool = False) -> RunFolder:
+    """Return the run in `folder`. Raises UsageError where no run is there.
+
+    `strict` raises MachineError for a manifest, a config or records that cannot be read, and UsageError before step 1.
+    """
+    if not is_run(folder):
+        raise UsageError("no run there", where=str(folder), todo="give a folder of runs/")
+    run = RunFolder(folder.resolve(), strict)
+    if strict and run.manifest and run.config and not run.steps:
+        raise UsageError("the run has no step yet: there is nothing to look at", where=str(folder))
+    return run
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a run began in the folder: it wrote its config and then its manifest before anything else."""
+    return (folder / NAME).is_file() or (folder / "config.resolved.yaml").is_file()
+
+
+def runs_in(out: Path) -> Iterator[RunFolder]:
+    """Yield every run of a folder of runs, the newest first: their names begin with the time of their start."""
+    for path in sorted(out.glob(f"*/{NAME}"), key=lambda path: path.parent.name, reverse=True):
+        yield read_run(path.parent)
+
+
+def at_step(records: Sequence[Record], step: int) -> Record | None:
+    """Return the last record of a step."""
+    return next((record for record in reversed(records) if record["step"] == step), None)
+
+
+def few(numbers: Sequence[int], shown: int = 5) -> str:
+    """Return `3, 4, 5, 6, 7 and 12 more`."""
+    rest = len(numbers) - shown
+    return ", ".join(map(str, numbers[:shown])) + (f" and {rest} more" if rest > 0 else "")
