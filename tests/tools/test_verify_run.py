@@ -58,7 +58,9 @@ def test_a_planted_defect_is_caught(made, defect):
 
 def test_a_defect_that_nothing_catches_is_told_and_fails(made, monkeypatch):
     harmless = Defect("nothing at all", "export", lambda made: made.copy())
-    monkeypatch.setattr(calibrate, "calibrate", lambda: iter([calibrate.Finding(harmless.says, "export", False, "")]))
+    monkeypatch.setattr(
+        calibrate, "calibrate", lambda: iter([calibrate.DefectResult(harmless.says, "export", False, "")])
+    )
     assert calibrate.look(harmless.plant(made), harmless.caught_by).verdict == "pass"
     said: list[str] = []
     with pytest.raises(VerificationError, match="1 of 1 planted defects were not caught: nothing at all"):

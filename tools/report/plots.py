@@ -47,7 +47,7 @@ SETTINGS: Any = {
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """One curve: `colour` is a number of the style sheet's, None a faint line behind the others."""
 
     curve: Curve
@@ -62,14 +62,14 @@ class Panel:
     """One plot of the page: its title, what the axis counts, its lines from back to front."""
 
     title: str
-    lines: Sequence[Line]
+    lines: Sequence[PlotLine]
     unit: str = ""
     notes: Sequence[str] = field(default=())
     columns: int | None = None  # how finely a line is drawn; None: a point or two for each pixel
     skip: float = 0.0  # share of the steps, from the first, that may leave the plot at its top
 
     @property
-    def keyed(self) -> list[Line]:
+    def keyed(self) -> list[PlotLine]:
         """The lines that have a name, for the key beside the plot."""
         return [line for line in self.lines if line.label]
 
@@ -128,7 +128,7 @@ def make_room(figure: Figure, axes: Any, width: int, height: int) -> None:
     figure.subplots_adjust(left / width, 34 / height, 1 - 14 / width, 1 - 18 / height)
 
 
-def draw(axes: Any, line: Line, columns: int) -> None:
+def draw(axes: Any, line: PlotLine, columns: int) -> None:
     colour = FAINT if line.colour is None else f"#0c0a{line.colour % SERIES:02x}"
     known = line.curve.known
     if line.band is not None:

@@ -42,7 +42,7 @@ class Defect:
 
 
 @dataclass(frozen=True)
-class Finding:
+class DefectResult:
     """Whether a planted defect was caught, by which line, with the line's evidence."""
 
     defect: str
@@ -177,7 +177,7 @@ DEFECTS: Sequence[Defect] = (
 )
 
 
-def calibrate(defects: Sequence[Defect] = DEFECTS) -> Iterator[Finding]:
+def calibrate(defects: Sequence[Defect] = DEFECTS) -> Iterator[DefectResult]:
     """Plant each defect and look. Raises VerificationError where the run that has none is not found sound."""
     with specimen() as made:
         if unsound := [result for result in verify(made.sound) if result.verdict == "fail"]:
@@ -188,11 +188,11 @@ def calibrate(defects: Sequence[Defect] = DEFECTS) -> Iterator[Finding]:
             )
         for defect in defects:
             result = look(defect.plant(made), defect.caught_by)
-            yield Finding(defect.says, defect.caught_by, result.verdict == "fail", result.evidence)
+            yield DefectResult(defect.says, defect.caught_by, result.verdict == "fail", result.evidence)
         yield sync_off(made)
 
 
-def sync_off(made: Specimen) -> Finding:
+def sync_off(made: Specimen) -> DefectResult:
     """Two processes that do not sum their gradients: what the control of `verify ddp` turns off, and must notice."""
     words = ["verify", "ddp", "--hw", "cpu-x2", "--recipe", str(made.root / "specimen"), "--steps", "2", "--json"]
     command = [sys.executable, "-m", "tools.cli", *words]
@@ -200,8 +200,8 @@ def sync_off(made: Specimen) -> Finding:
     try:
         lines = {line["id"]: line for line in json.loads(done.stdout)["lines"]}
     except ValueError:
-        return Finding("sync off", "verify ddp", False, f"it did not run: {done.stderr.strip()[-300:]}")
-    return Finding("sync off", "verify ddp", lines["control"]["verdict"] == "pass", lines["control"]["evidence"])
+        return DefectResult("sync off", "verify ddp", False, f"it did not run: {done.stderr.strip()[-300:]}")
+    return DefectResult("sync off", "verify ddp", lines["control"]["verdict"] == "pass", lines["control"]["evidence"])
 
 
 def look(run: Path, line: str) -> Result:
