@@ -5,6 +5,7 @@ It holds no number that the run did not make.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,224 +21,33 @@ from tools.export.hf_folder import base_for_peft
 from tools.runs.folder import at_step
 from tools.runs.trained import TrainedRun
 
-HEADER = """\
----
-library_name: {{ library }}
-pipeline_tag: text-generation
-license: {{ licence | lower }}
-{% if base_id %}
-base_model: {{ base_id }}
-{% endif %}
-{% if hub_data %}
-datasets:
-- {{ hub_data }}
-{% endif %}
-tags:
-- {{ recipe }}
-- {{ "lora" if lora else "full-fine-tune" }}
-- tenstorrent-training-recipes
----
-
-"""
-
-NUMBERS = """\
-## Numbers
-
-{% if losses %}
-| held-out loss, nats per token | mean ± standard error |
-|---|---|
-{% for name, loss in losses.items() %}
-| {{ name }} | {{ loss }} |
-{% endfor %}
-{% else %}
-This run did not evaluate the exported step, so there is no loss to report.
-{% endif %}
-"""
-
-BODY = (
-    NUMBERS
-    + """\
-
-Evaluated in {{ evaluated_in }} on {{ held_out_rows }} rows that were not trained on. {{ proof }}
-
-## Training
-
-- recipe `{{ recipe }}`, seed {{ seed }}, on {{ device }} ({{ precision }})
-- {{ steps }} steps of {{ batch_size }} rows, over {{ train_rows }} training rows: {{ tokens }} supervised \
-tokens, {{ time }}
-- {{ method }}
-- {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
-{% if commit %}
-- code at commit {{ commit }}
-{% endif %}
-- digests: training `{{ training_digest }}`, tokens `{{ tokens_sha256 }}`, base `{{ base_identity }}`
-
-## Data and licences
-
-- base: {{ base_origin }}; licence: {{ licence }}
-- data: {{ data }}
-
-## Limits
-
-It learned from {{ train_rows }} rows: it sounds like them, and knows little that the base did not. It can state \
-things that are wrong in a confident voice; check what matters. It was measured by the held-out loss above and by \
-nothing else: no safety or bias evaluation was made. What is said of the base's limits holds here, too.
-"""
-)
-
-MERGED = (
-    HEADER
-    + """\
-# {{ recipe }} on {{ base_name }}
-
-{{ base_name }}, fine-tuned by the recipe `{{ recipe }}` and stored as a plain Llama in {{ dtype }}\
-{{ ", its LoRA adapter merged in" if lora else "" }}.
-
-## How to use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-chat = [{{ system_turn }}{"role": "user", "content": {{ prompt | tojson }}}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-or, with the recipes: `recipe generate FOLDER --prompt {{ prompt | tojson }}`.
-
-{% if example %}
-To that prompt the base answers:
-
-{{ example[0] }}
-
-and this model:
-
-{{ example[1] }}
-
-{% endif %}
-"""
-    + BODY
-)
-
-SCRATCH = (
-    """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- {{ recipe }}
-- from-scratch
-- tenstorrent-training-recipes
----
-
-# {{ recipe }}: {{ base_name }}
-
-A Llama of {{ parameters }} parameters, trained by the recipe `{{ recipe }}` from random weights, and stored in \
-{{ dtype }}. It continues text; it answers no questions.
-
-## How to use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-inputs = tokenizer({{ prompt | tojson }}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, do_sample=True, temperature=0.8)[0]))
-```
-
-{% if example %}
-It continued that with:
-
-{{ example[1] }}
-
-{% endif %}
-"""
-    + NUMBERS
-    + """\
-{% if bits %}
-
-{{ bits }}
-{% endif %}
-
-Evaluated in {{ evaluated_in }} on text that was not trained on. {{ proof }}
-
-## Training
-
-- recipe `{{ recipe }}`, seed {{ seed }}, on {{ device }} ({{ precision }})
-- {{ steps }} steps of {{ batch_size }} rows: {{ tokens }} tokens, {{ time }}
-- {{ optimizer }}, peak learning rate {{ learning_rate }}, {{ scheduler }} schedule
-{% if commit %}
-- code at commit {{ commit }}
-{% endif %}
-- digests: training `{{ training_digest }}`, tokens `{{ tokens_sha256 }}`
-
-## Data and licences
-
-- weights: random at the start; no base, and no base's licence
-- data: {{ data }}
-
-## Limits
-
-It knows the letters and the sound of one body of text, and nothing about the world. No safety or bias evaluation was \
-made.
-"""
-)
-
-ADAPTER = (
-    HEADER
-    + """\
-# {{ recipe }}: a LoRA adapter for {{ base_name }}
-
-The adapter alone, in PEFT's format. It belongs to these weights: {{ base_origin }}.
-{% if local_base %}
-
-`adapter_config.json` names the folder of that base on the machine it was trained on. Elsewhere, give your own copy of \
-the base, as below; over weights that were quantised otherwise the numbers differ.
-{% endif %}
-
-## How to use
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained("{{ base_id or "path/to/" ~ base_name }}")
-model = PeftModel.from_pretrained(base, folder)
-```
-
-The merged model beside it needs no PEFT.
-
-"""
-    + BODY
-)
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def merged_card(run: TrainedRun, dtype: str, outcome: Outcome) -> str:
-    template = SCRATCH if run.base.initial else MERGED
-    return render(template, {**facts(run, outcome), "library": "transformers", "dtype": dtype})
+    """Return the README.md of export/merged."""
+    name = "scratch" if run.base.initial else "merged"
+    return render(name, {**facts(run, outcome), "library": "transformers", "dtype": dtype})
 
 
 def adapter_card(run: TrainedRun, outcome: Outcome) -> str:
-    return render(ADAPTER, {**facts(run, outcome), "library": "peft"})
+    """Return the README.md of export/adapter."""
+    return render("adapter", {**facts(run, outcome), "library": "peft"})
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
+def render(name: str, values: Mapping[str, Any]) -> str:
     """Fill a template; a name it uses and nobody gives is an error, not an empty place."""
-    from jinja2 import Environment, StrictUndefined
+    import jinja2
 
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["tojson"] = python_text
-    return environment.from_string(template).render(values)
+    return environment.get_template(f"{name}.md.j2").render(values)
 
 
 def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
@@ -375,7 +185,5 @@ def data_line(run: TrainedRun) -> str:
 
 
 def python_text(text: str) -> str:
-    """A string as Python and JSON both write it."""
-    import json
-
+    """Return a string as Python and JSON both write it."""
     return json.dumps(text, ensure_ascii=False)
