@@ -8,14 +8,14 @@ import numpy as np
 
 from common.engine import Array
 from common.errors import VerificationError
-from common.model.bases import Base
 from common.model.init import logit_variance
+from common.model.weights import InitialWeights
 
 BAND = 0.1  # nats per token on either side: precision and the draw of the weights, besides what the text does
 
 
-def check_first_loss(loss: float, base: Base, ids: Array) -> str:
-    """Compare the loss of step 1 with that of untrained weights; return the comparison as a sentence.
+def check_first_loss(loss: float, initial: InitialWeights, ids: Array) -> str:
+    """Compare the loss of step 1 with that of the `initial` weights; return the comparison as a sentence.
 
     A model that knows nothing guesses among all ids, which costs ln(vocabulary), and half the variance of its logits
     more: the mean of ln(sum of exp) over normal logits. A text's frequent tokens draw logits of their own, whose mean
@@ -23,8 +23,8 @@ def check_first_loss(loss: float, base: Base, ids: Array) -> str:
     allowed. Weights that are not the initial ones, a loss that is a sum and a mask that counts padding all move the
     loss out of the band. Raises VerificationError.
     """
-    assert base.initial is not None, "a pretrained model knows something"
-    vocabulary, variance = base.architecture["vocab_size"], logit_variance(base.initial.initializer, base.architecture)
+    vocabulary: int = initial.architecture["vocab_size"]
+    variance = logit_variance(initial.initializer, initial.architecture)
     shares = np.bincount(ids, minlength=vocabulary) / len(ids)
     expected = math.log(vocabulary) + variance / 2
     band = BAND + 3 * math.sqrt(variance * float((shares**2).sum()))

@@ -164,8 +164,8 @@ class Run:
     def record(self, step: int, stats: StepStats) -> None:
         """Write the step into metrics.jsonl and onto the live line; check the first loss of random weights."""
         self.watchdog.end(stats.seconds)
-        if step == 1 and self.plan.base.initial:
-            self.manifest.first_loss = check_first_loss(stats.loss, self.plan.base, self.dataset.train.arrays.ids)
+        if step == 1 and (initial := self.plan.base.initial):
+            self.manifest.first_loss = check_first_loss(stats.loss, initial, self.dataset.train.arrays.ids)
             self.console.say(self.manifest.first_loss)
             self.manifest.save(self.folder)
         if step == self.start.step + 1:  # after its first step an engine may know more: that its devices agree

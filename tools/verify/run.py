@@ -91,7 +91,7 @@ def first_loss(case: Case) -> str:
     loss, run = case.left.losses[1], case.run
     if run.base.initial:
         try:
-            return check_first_loss(loss, run.base, run.dataset().train.arrays.ids)
+            return check_first_loss(loss, run.base.initial, run.dataset().train.arrays.ids)
         except VerificationError as error:
             raise Outcome("fail", error.what) from None
     guess = math.log(run.base.architecture["vocab_size"])
