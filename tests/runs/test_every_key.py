@@ -198,7 +198,7 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
         screen = re.sub(r"[\d,]+ tokens/s|\d+m\d\ds( to go)?", "", capsys.readouterr().out)
         return {
             **outcome(folder),
-            "screen": screen.replace("built (no stored tokens for these sources)", "reused (sources unchanged)"),
+            "screen": screen.replace("built (no stored tokens for these rows)", "reused (nothing changed)"),
             "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
             "engine": manifest(folder)["backend"],
             "wandb": list(modes),

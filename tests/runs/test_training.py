@@ -109,7 +109,7 @@ def go(recipe, small, tmp_path) -> Callable[..., Path]:
 
 def test_its_data_is_built_once_and_holds_no_error(recipe, small, trained):
     """Errors only: a fork may be born with warnings, of a licence that is still to be named, say."""
-    assert "reused (sources unchanged)" in command("data", "build", str(recipe), "--hw", "cpu", *sets(small))
+    assert "reused (nothing changed)" in command("data", "build", str(recipe), "--hw", "cpu", *sets(small))
     assert command("data", "check", str(recipe), "--hw", "cpu", *sets(small))
 
 

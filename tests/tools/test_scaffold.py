@@ -627,7 +627,9 @@ def test_a_fork_can_be_forked(root, tmp_path):
 
 
 def test_an_error_of_the_fork_is_one_of_ours(root, tmp_path):
-    (root / "recipes/parent/dataset.py").write_text("def prompts(config, recipe_dir): return 1 / 0\n")
+    (root / "recipes/parent/dataset.py").write_text(
+        "def splits(config, recipe_dir): return 1 / 0\n\ndef prompts(config, recipe_dir): return []\n"
+    )
     with pytest.raises(RecipeError) as error:
         fork(root, table(tmp_path / "my.csv"))
     assert error.value.code == 3
