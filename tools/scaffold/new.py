@@ -25,11 +25,13 @@ from common.errors import DataError, UsageError
 from common.files import sha256_file
 from common.hardware import Hardware
 from tools.cli.data import LICENCE_LINE, licence_of
+from tools.data import convert
 from tools.edit_yaml import remove_key, set_key
 from tools.results import schema
 from tools.scaffold import corpus, pages, rows
 from tools.scaffold.pages import Facts
 from tools.scaffold.rows import Settings
+from tools.scaffold.split import split
 
 Say = Callable[[str], None]
 NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
@@ -134,10 +136,11 @@ def on_cpu(recipe: Path) -> Config:
     return configs.load(recipe, hardware.get("cpu"))
 
 
-def recipes_of(kind: str) -> str:
-    """Return the recipes that train on `rows`, or on `text`, for a message."""
+def recipes_of_rows() -> str:
+    """Return what to do where a recipe that trains on rows is wanted."""
     folders = sorted(path.parent for path in paths.RECIPES.glob("*/config.yaml"))
-    return " or ".join(path.name for path in folders if (on_board(path).data.corpus is not None) == (kind == "text"))
+    names = " or ".join(path.name for path in folders if on_board(path).data.corpus is None)
+    return f"fork a recipe that trains on rows: --from {names}"
 
 
 # --- the three kinds of fork ----------------------------------------------------------------------------------------
@@ -163,13 +166,13 @@ def fork(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts:
         raise UsageError(
             f"{source.name} trains on plain text, which has neither columns nor formats",
             where="--map" if own.mapping else f"--format {own.format}",
-            todo=f"leave it out, or fork a recipe that trains on rows: --from {recipes_of('rows')}",
+            todo=f"leave it out, or {recipes_of_rows()}",
         )
     if own.path.suffix.lower() in corpus.ROW_SUFFIXES:
         raise DataError(
             f"{own.path.name} looks like rows, and {source.name} trains on plain text",
             where=str(own.path),
-            todo=f"fork a recipe that trains on rows: --from {recipes_of('rows')}",
+            todo=recipes_of_rows(),
         )
     forget(made, parent, OF_THE_DATA)
     return fork_corpus(made, source, own.path, home, say)
@@ -189,7 +192,7 @@ def forget(made: Path, parent: Config, keys: Sequence[str]) -> None:
 def edit(layer: Path, keys: Sequence[str], settings: Settings) -> None:
     """Set `settings` in a layer, remove those of `keys` that are not among them, and the layer if nothing is left."""
     text = layer.read_text(encoding="utf-8") if layer.is_file() else ""
-    for key in set(keys) - set(settings):
+    for key in [key for key in keys if key not in settings]:
         text = remove_key(text, key)
     for key, (value, why) in settings.items():
         text = set_key(text, key, value, why)
@@ -208,7 +211,8 @@ def fork_rows(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts
     """Make the fork of a recipe that trains on rows."""
     parents = {"config.yaml": on_board(source), "hw/cpu.yaml": on_cpu(source)}
     batch = max(config.training.batch_size for config in parents.values())
-    found, kind = rows.read(own.path, own.format, own.mapping, batch)
+    kind = convert.guess_format(own.path, own.format)
+    found = split(convert.load_rows(own.path, kind, own.mapping), batch, str(own.path))
     counts = f"{found.train} to train on, {found.held_out} held out, {len(found.asked)} asked at every evaluation"
     counts += f", {found.left_out} left out, which have the prompt of one that is asked" if found.left_out else ""
     total = len(found.rows) + len(found.asked) + found.left_out

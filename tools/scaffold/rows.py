@@ -1,10 +1,10 @@
-"""A fork's rows: read from any format, split, and what their number and lengths make of the config."""
+"""A fork's rows: written, proven to train, and what their number and lengths make of the config."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.config import Config
@@ -17,9 +17,9 @@ from common.hardware import round_up
 from common.model import bases
 from common.recipe import call, load_dataset
 from common.train.plan import check_prompts, refuse_too_long
-from tools.data import checks, convert
+from tools.data import checks
 from tools.plan.estimate import CHARACTERS_A_TOKEN
-from tools.scaffold.split import Split, split
+from tools.scaffold.split import Split
 
 SOURCE, PROMPTS = "data/rows.jsonl", "data/prompts.jsonl"
 EVALUATED = 256  # held-out rows that an evaluation reads
@@ -28,12 +28,6 @@ EPOCHS = (3, 5)  # (docs/fork: held-out loss 4.71 untrained, 3.83 after 25 steps
 CPU_STEPS = 300  # at 2.4 seconds a step (README.md, "Speed") a CPU needs 12 minutes for them
 ANSWER = (32, 256)  # tokens of an answer to an evaluation prompt
 Settings = dict[str, tuple[object, str]]  # by dotted key: the value, and why it is this one
-
-
-def read(data: Path, format: str, mapping: Mapping[str, str], batch: int) -> tuple[Split, str]:
-    """Return the split rows of a file, and its format. Raises DataError that lists every row that cannot be used."""
-    name = convert.guess_format(data, format)
-    return split(convert.load_rows(data, name, mapping), batch, str(data)), name
 
 
 def write(folder: Path, found: Split) -> None:
