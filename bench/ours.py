@@ -12,8 +12,9 @@ from typing import Any
 
 from common.engine import Backend
 from common.recipe import load_dataset
-from common.train.plan import Launch, make_plan
-from engines.registry import open_backend
+from common.train.plan import make_plan
+from engines.registry import engine_for
+from tools.launch.resolve import resolve
 
 
 def watch_precision(backend: Any, evidence: dict[str, Any]) -> Any:
@@ -42,14 +43,14 @@ def clocks() -> tuple[float, float]:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train the job's steps; per step its seconds, rows, tokens and loss."""
-    launch = Launch(Path(job["recipe"]), hw="cpu", overrides=tuple(job["set"]), steps=job["steps"])
+    launch = resolve(Path(job["recipe"]), hw="cpu", overrides=tuple(job["set"]), steps=job["steps"])
     plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _: None, lambda _: None)
     if plan.dataset.tokens_sha256 != job["tokens_sha256"]:
         raise SystemExit("the token files changed while the bench ran")
     config, rows = plan.config, plan.dataset.train
     steps, evidence = [], {}  # type: list[dict[str, float]], dict[str, Any]
     backend: Backend
-    with open_backend(plan.hw, config) as backend:
+    with engine_for(plan.hw).open_backend(plan.hw, config) as backend:
         backend.build(plan.base.architecture)
         backend.load(plan.base.weights())
         watch = watch_precision(backend, evidence)

@@ -28,8 +28,9 @@ from common.data.corpora import Document
 from common.data.tokens import write_arrays
 from common.paths import find_recipe
 from common.recipe import load_dataset
-from common.train.plan import Launch, Plan, make_plan
-from engines.registry import open_backend
+from common.train.plan import Plan, make_plan
+from engines.registry import engine_for
+from tools.launch.resolve import resolve
 
 WARM_UP = 5  # steps that do not count
 
@@ -75,7 +76,7 @@ def compare(plan: Plan, steps: int) -> dict[str, Any]:
     config, rows = plan.config, plan.dataset.train
     seconds: dict[str, list[float]] = {"recipe": [], "bare": []}
     losses: dict[str, list[float]] = {"recipe": [], "bare": []}
-    with open_backend(plan.hw, config) as backend:
+    with engine_for(plan.hw).open_backend(plan.hw, config) as backend:
         backend.build(plan.base.architecture)
         backend.load(plan.base.weights())
         bare = bare_step(plan, backend.info.compiled)
@@ -138,7 +139,7 @@ def main() -> None:
         f"device_config.compile={given.compile}",
         "data_config.tokenizer.type=" + ("bpe" if given.preset == "pico" else "char"),
     )
-    launch = Launch(find_recipe(given.recipe), hw="cpu", overrides=overrides, steps=given.steps + WARM_UP)
+    launch = resolve(find_recipe(given.recipe), hw="cpu", overrides=overrides, steps=given.steps + WARM_UP)
     plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _line: None, lambda _line: None)
     result = compare(plan, given.steps)
     text = "".join(plan.tokenizer.decode(plan.dataset.train.row(row).ids[1:]) for row in range(8000))

@@ -101,11 +101,12 @@ def make_job(arguments: argparse.Namespace) -> Job:
     from common.data.order import rows_of_step
     from common.paths import find_recipe
     from common.recipe import load_dataset
-    from common.train.plan import Launch, make_plan
+    from common.train.plan import make_plan
+    from tools.launch.resolve import resolve
 
     total = arguments.warmup + arguments.steps
     recipe = find_recipe(arguments.recipe)
-    launch = Launch(recipe, hw="cpu", overrides=tuple(arguments.set), steps=total)
+    launch = resolve(recipe, hw="cpu", overrides=tuple(arguments.set), steps=total)
     plan = make_plan(launch, *load_dataset(recipe), lambda _: None, lambda text: print(f"bench: {text}"))
     config, rows = plan.config, plan.dataset.train
     if config.model.lora is None:

@@ -1,22 +1,28 @@
-"""The protocol every engine implements.
+"""The protocol every engine implements, and the one place where an engine is plugged in.
 
 Parameters cross this border as numpy arrays in Hugging Face Llama names and layout, so that a checkpoint written
 by one engine continues on another.
+
+A launch names the module of its engine, such as `engines.cpu`. Importing it is light: it has the five functions of
+`Engine`, of which the first four answer before the device library is imported, or data and weights are fetched.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from common.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from common.config import Config
     from common.data.tokens import Batch
+    from common.hardware import Hardware
 
 Array: TypeAlias = "np.ndarray[Any, Any]"  # in words: a board's host asks this module without numpy
 
@@ -94,6 +100,30 @@ class Backend(Protocol):
         """sha256 over the trained parameters on each device, in their order."""
 
     def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """The functions that the module of an engine has."""
+
+    def refuse_launch(self, hw: Hardware, config: Config) -> None:
+        """Raise MachineError for what this machine lacks for `hw`, UsageError for a key that cannot be honored."""
+
+    def refuse_model(self, architecture: Mapping[str, Any]) -> None:
+        """Raise MachineError for a Llama (the keys of its config.json) that the engine cannot compute."""
+
+    def precision_for(self, hw: Hardware) -> tuple[str, str]:
+        """Return what `precision: auto` means on `hw`, and the sentence that says why."""
+
+    def refuse_too_large(self, hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> None:
+        """Raise UsageError where training on rows of `length` tokens cannot fit into the memory of `hw`."""
+
+    def open_backend(self, hw: Hardware, config: Config) -> AbstractContextManager[Backend]:
+        """Open the engine on `hw`; it is closed on leaving the context, whatever happened."""
+
+
+def load_engine(name: str) -> Engine:
+    """Import the module of an engine by its name, such as `engines.cpu`."""
+    return cast("Engine", importlib.import_module(name))
 
 
 def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:

@@ -50,18 +50,30 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def try_lock(folder: Path) -> IO[str] | None:
-    """Lock a run's folder for this process; return None if another one has it. The lock of a dead process is free."""
+def try_lock(folder: Path, run: str = "") -> IO[str] | None:
+    """Lock a run's folder for this process; return None if another one has it. The lock of a dead process is free.
+
+    `run`, for a process that trains, is the name of its launch: `locked_by` then finds the folder.
+    """
     lock = (folder / ".lock").open("a", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
         return None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    if run:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} {run}\n")
+        lock.flush()
     return lock
+
+
+def locked_by(run: str, out: Path) -> Path | None:
+    """Return the folder in `out` that the launch of `run` trained in, new or resumed; None if it came to none."""
+    for path in out.glob("*/.lock"):
+        if path.read_text(encoding="utf-8").split()[1:] == [run]:
+            return path.parent
+    return None
 
 
 def is_locked(folder: Path) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,13 +48,3 @@ def find_recipe(name: str) -> Path:
         f"no recipe called {name!r}",
         todo=f"{hint}choose from {', '.join(known)}, or give a folder with a config.yaml",
     )
-
-
-def run_words(name: str, asked: Mapping[str, Any]) -> list[str]:
-    """`run NAME` with the options `asked`, by their names in Launch, as they can be typed after `recipe`."""
-    words = ["run", name]
-    for option in ("hw", "steps", "stop_at", "resume", "out"):
-        if asked.get(option) is not None:
-            words += [f"--{option.replace('_', '-')}", str(asked[option])]
-    words += ["--accept-changes"] if asked.get("accept_changes") else []
-    return words + [part for override in asked["overrides"] for part in ("--set", override)]

@@ -6,12 +6,37 @@ import contextlib
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.hardware import get
-from tests.common.test_hardware import MACHINES, fake_machine
 
 DRIVER, FIRMWARE = "2.10.0", "19.13.1"
+# The cards of each board as its driver names them, one per node.
+MACHINES = {
+    "n150": ["n150"],
+    "n300": ["n300"],
+    "t3k": ["n300"] * 4,
+    "p100": ["p100a"],
+    "p150": ["p150b"],
+    "p300c": ["p300c"] * 2,
+    "qb2": ["p300c"] * 4,
+    "galaxy": ["galaxy-wormhole"] * 32,
+}
+
+
+def fake_machine(root: Path, cards: Sequence[str | None], serials: Sequence[str] = ()) -> Path:
+    """Device nodes and sysfs as the driver makes them; a card of None has no readable type."""
+    (root / "dev/tenstorrent/by-id").mkdir(parents=True)
+    for index, card in enumerate(cards):
+        (root / f"dev/tenstorrent/{index}").touch()
+        folder = root / f"sys/class/tenstorrent/tenstorrent!{index}"
+        folder.mkdir(parents=True)
+        if card:
+            (folder / "tt_card_type").write_text(f"{card}\n")
+        if serials:
+            (folder / "tt_serial").write_text(f"{serials[index]}\n")
+    return root
 
 
 def fake_host(root: Path, board: str, *, dma: str | None = "DMA-FQ", hugepages: int = 0, mounted: bool = False) -> Path:

@@ -15,7 +15,7 @@ from common.data.tokens import Batch
 from common.engine import Backend
 from common.hardware import get
 from common.model.bases import resolve
-from engines.registry import open_backend
+from engines.registry import engine_for
 
 LENGTHS = (5, 90, 17, 44, 8, 63, 30, 71)  # tokens that a row predicts
 
@@ -40,7 +40,7 @@ def config_for(base: Path, **values: Any) -> Config:
 @contextlib.contextmanager
 def engine(config: Config) -> Iterator[Any]:
     """The engine of `config` with its base loaded."""
-    with open_backend(get("cpu"), config) as backend:
+    with engine_for(get("cpu")).open_backend(get("cpu"), config) as backend:
         base = resolve(str(config.model.base))
         backend.build(base.architecture)
         backend.load(base.weights())

@@ -13,8 +13,8 @@ from pathlib import Path
 from unittest import mock
 
 from common import recipe
-from common.train.plan import Launch
 from tools.launch.after_run import after_run
+from tools.launch.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = Path(__file__).parent / "own_recipes"
@@ -112,7 +112,7 @@ def run_tiny(
     `export=False` leaves out the export and the card. Errors, `Stopped` among them, come through. Token files go
     to RECIPES_HOME, or to `out`/home where that is not set.
     """
-    launch = Launch(
+    launch = resolve(
         recipe_dir,
         hw="cpu",
         overrides=overrides,

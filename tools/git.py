@@ -15,3 +15,11 @@ def git(*words: str, root: Path | None = None, seconds: float = 120) -> subproce
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))
+
+
+def head() -> tuple[str | None, bool | None]:
+    """Return the commit that is checked out here, and whether the tree has changes; None where git cannot say."""
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    if commit.returncode or status.returncode:
+        return None, None
+    return commit.stdout.strip(), bool(status.stdout.strip())

@@ -30,7 +30,7 @@ def main(words: list[str]) -> int:
     try:
         if phase not in PHASES:
             raise UsageError("which phase?", todo=f"ci/hardware.sh {'|'.join(PHASES)}")
-        if host.launched():
+        if host.in_container():
             raise UsageError("this is a container of a run", todo="run the job on the board's host")
         job = Job.from_environment()
         job.enter(phase)

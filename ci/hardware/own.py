@@ -6,13 +6,12 @@ import contextlib
 import time
 
 from ci.hardware.job import Job, say
-from common import hardware
 from common.errors import MachineError
 from tools.containers import launcher
 from tools.containers.launcher import Container
 from tools.containers.spec import STOP_SECONDS, process
 from tools.launch import stop
-from tools.machine import host
+from tools.machine import detect, host
 
 
 def end_own(job: Job, now: bool = False) -> None:
@@ -56,6 +55,6 @@ def strangers(job: Job) -> list[int]:
     `end_own` came first: no container of this job is left, or it could not be ended, and there is no reset.
     """
     own, keys = job.record.get("process"), set(job.record["cards"])
-    cards = host.cards([node.path for node in hardware.detect().nodes])
+    cards = host.cards([node.path for node in detect.detect().nodes])
     pids = [pid for card in cards if card.pci in keys for pid in card.holders]
     return [pid for pid in dict.fromkeys(pids) if process(pid) != own]

@@ -16,11 +16,11 @@ from unittest import mock
 from common import hardware, recipe
 from common.errors import UsageError
 from common.hardware import Hardware
-from common.train.plan import Launch
 from engines.ttml.mesh import OURS
 from tests import doubles, hosts
 from tests.tiny_recipe import make_tiny_recipe, newest_run
 from tools.launch.after_run import after_run
+from tools.launch.resolve import resolve
 from tools.results import record
 from tools.runs.folder import read_run
 from tools.verify.tiny_base import write_tiny_base
@@ -155,7 +155,6 @@ def train(ground: Ground, out: Path, seed: int) -> Path:
     """Train the recipe in this process, without its export; the run's folder."""
     command = ("recipe", "run", str(ground.recipe), "--steps", str(STEPS))
     changes = (f"training_config.seed={seed}",) if seed != 1 else ()
-    launch = Launch(ground.recipe, ground.board.name, changes, STEPS, resume="never", out=out, command=command)
     out.mkdir(parents=True)
     with (
         mock.patch.dict(os.environ, ground.machine()),
@@ -164,6 +163,8 @@ def train(ground: Ground, out: Path, seed: int) -> Path:
         contextlib.redirect_stdout(screen),
         contextlib.redirect_stderr(screen),
     ):
+        board = ground.board.name
+        launch = resolve(ground.recipe, hw=board, overrides=changes, steps=STEPS, out=out, command=command)
         recipe.load(ground.recipe, "train").train(launch)
         after_run(newest_run(out), ())
     return newest_run(out)

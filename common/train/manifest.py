@@ -6,9 +6,7 @@ A key that was never set is not written, so the file of a young run is shorter t
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from common.errors import MachineError
 from common.files import sha256_file, write_json
 from common.hardware import cpu_class
 from common.paths import ROOT
-from tools.machine import host
+from common.train.launch import Launch
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -166,31 +164,14 @@ class Manifest(Environment):
             raise MachineError(f"{NAME}: {key}: {first['msg']}", where=str(folder)) from error
 
 
-def code_facts(nodes: Sequence[str] = ()) -> dict[str, Any]:
-    """The repository's commit, whether it differs from it, the lock file's hash, the image, and the machine.
-
-    An image has no git, and sees little of the machine: there, what the launcher said is what holds.
-    """
-    lock, said = ROOT / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt", host.launched()
+def launch_facts(launch: Launch) -> dict[str, Any]:
+    """Return what a launch stands on: commit, image and machine as it was told, and what only this process sees."""
+    lock = ROOT / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
     return {
-        **({name: said[name] for name in ("git_commit", "git_dirty")} if said else _commit()),
+        "git_commit": launch.git_commit,
+        "git_dirty": launch.git_dirty,
         "lock_sha256": sha256_file(lock) if lock.is_file() else None,
-        "image": said.get("image"),
-        "host": host.facts(nodes),
+        "image": launch.image,
+        "host": launch.host,
         "cpu_class": cpu_class(),
     }
-
-
-def _commit() -> dict[str, Any]:
-    status = _git("status", "--porcelain")
-    return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -14,7 +14,7 @@ from common.engine import BackendInfo
 from common.files import utc_now, write_atomic
 from common.train import metrics
 from common.train.checkpoint import Checkpoint
-from common.train.manifest import BaseFacts, DataFacts, Manifest, Resumption, code_facts
+from common.train.manifest import BaseFacts, DataFacts, Manifest, Resumption, launch_facts
 from common.train.plan import Plan, with_launch
 from common.train.resume import Start
 
@@ -37,7 +37,7 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         "command": list(launch.command),
         "overrides": list(launch.overrides),
         "config_digest": config.config_digest(),
-        **code_facts(plan.nodes),
+        **launch_facts(launch),
     }
     event = Resumption(at=utc_now(), step=start.step, notes=start.notes, **now)
     if start.manifest is not None:

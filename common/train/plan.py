@@ -1,59 +1,43 @@
-"""From a command line to everything a run needs before its engine starts: board, config, base, tokens, digests."""
+"""From a launch to everything a run needs before its engine starts: base, tokens, prompts, precision, steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from common import config as configs
-from common import hardware, recipe
+from common import recipe
 from common.config import Config
 from common.data import build
 from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
 from common.data.tokens import TokenDataset
+from common.engine import load_engine
 from common.errors import DataError, UsageError
 from common.hardware import TILE, Hardware
 from common.model import bases, llama
 from common.model.bases import Base
 from common.recipe import Prompts, Splits
+from common.train.launch import Launch
 from common.train.schedule import warmup_steps
-from engines.registry import precision_for, refuse_model, refuse_without_engine
-from engines.ttml import memory
-from tools.plan import lint
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A `recipe run` command: what was typed."""
-
-    recipe_dir: Path
-    hw: str | None = None
-    overrides: tuple[str, ...] = ()
-    steps: int | None = None
-    stop_at: int | None = None
-    resume: str = "auto"
-    accept_changes: bool = False
-    out: Path = Path("runs")
-    command: tuple[str, ...] = ()
-    on_start: Callable[[Path], None] | None = field(default=None, compare=False)  # is told the run's folder
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch, resolved: `config` has its precision and steps, `dataset` its tokens."""
+    """A launch with what it trains on: `config` has its precision and steps, `dataset` its tokens."""
 
     launch: Launch
-    hw: Hardware
     config: Config
     base: Base
     tokenizer: ChatTokenizer
     dataset: TokenDataset
     prompts: list[str]
     reasons: dict[str, str] = field(default_factory=dict)
-    nodes: tuple[str, ...] = ()
+
+    @property
+    def hw(self) -> Hardware:
+        """The board's row of hardware.yaml."""
+        return self.launch.hw
 
     @property
     def training_digest(self) -> str:
@@ -64,17 +48,13 @@ class Plan:
 def make_plan(
     launch: Launch, splits: Splits, prompts_of: Prompts, say: Callable[[str], None], warn: Callable[[str], None]
 ) -> Plan:
-    """Resolve `launch` with the recipe's data, saying each decision as it falls; nothing of an engine is imported."""
-    choice = hardware.choose(launch.hw)
-    say(f"{launch.recipe_dir.name} on {choice.reason}")
-    config = configs.load(launch.recipe_dir, choice.hardware, launch.overrides, launch.steps)
-    refuse_without_engine(choice.hardware, config)
-    if choice.hardware.is_cpu and (departures := config.departures()):
-        own = ", ".join(map(key_of, departures))
-        say(f"{choice.hardware.name} is another experiment than a board's: it has its own {own}")
-    for finding in lint.lint(config, choice.hardware):
-        warn(f"{finding.id}: {finding.message}")
-    base, tokenizer, dataset = prepare(config, choice.hardware, launch.recipe_dir, splits, say)
+    """Return the plan of `launch` on the recipe's data, saying each decision as it falls; no device is opened."""
+    hw, config, engine = launch.hw, launch.config, load_engine(launch.engine)
+    say(f"{launch.recipe_dir.name} on {launch.reason}")
+    engine.refuse_launch(hw, config)
+    if launch.departures:
+        say(f"{hw.name} is another experiment than a board's: it has its own {', '.join(launch.departures)}")
+    base, tokenizer, dataset = prepare(launch, splits, say)
     for line in dataset.report.lines():
         say(line)
     refuse_too_long(dataset, base.architecture)
@@ -86,32 +66,31 @@ def make_plan(
         )
     prompts = list(recipe.call(prompts_of, config, launch.recipe_dir))
     check_prompts(prompts, config, tokenizer, base.architecture, warn)
-    precision, why = precision_for(choice.hardware)
+    precision, why = engine.precision_for(hw)
     if config.training.precision == "auto":
         config = config.with_values(**{"training.precision": precision})
     else:
         why = "as configured"
     config = with_steps(config, len(dataset.train), say)
-    memory.refuse_too_large(choice.hardware, config, base.architecture, dataset.length)
+    engine.refuse_too_large(hw, config, base.architecture, dataset.length)
     if launch.stop_at is not None and not 1 <= launch.stop_at <= (config.training.max_steps or 0):
         raise UsageError(f"--stop-at {launch.stop_at} is not a step of this run of {config.training.max_steps}")
-    reasons = {"hw": choice.reason, "precision": why}
-    return Plan(launch, choice.hardware, config, base, tokenizer, dataset, prompts, reasons, choice.nodes)
+    reasons = {"hw": launch.reason, "precision": why}
+    return Plan(launch, config, base, tokenizer, dataset, prompts, reasons)
 
 
-def prepare(
-    config: Config, hw: Hardware, recipe_dir: Path, splits: Splits, say: Callable[[str], None]
-) -> tuple[Base, ChatTokenizer, TokenDataset]:
-    """Return what the config starts from, its tokenizer and tokens: a base and rows, or random weights and a corpus."""
+def prepare(launch: Launch, splits: Splits, say: Callable[[str], None]) -> tuple[Base, ChatTokenizer, TokenDataset]:
+    """Return what a launch starts from, its tokenizer and tokens: a base and rows, or random weights and a corpus."""
+    config, recipe_dir, engine = launch.config, launch.recipe_dir, load_engine(launch.engine)
     parts = build.read_splits(splits, config, recipe_dir)
     if config.model.architecture is not None:
-        refuse_model(hw, llama.hf_config(config.model.architecture.model_dump()))
+        engine.refuse_model(llama.hf_config(config.model.architecture.model_dump()))
         folder = build.corpus_tokenizer(config, parts["train"], bases.home())
         base = bases.random_base(config.model, config.training.seed, folder)
     else:
         assert config.model.base is not None, "a pretrained base has a name"
         base = bases.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
-        refuse_model(hw, base.architecture)
+        engine.refuse_model(base.architecture)
     tokenizer = ChatTokenizer.load(base.folder)
     return base, tokenizer, build.build(config, parts, tokenizer, base.folder, bases.home())
 
@@ -167,11 +146,6 @@ def check_prompts(
             )
         if set(ids) & set(tokenizer.never_ids):
             warn(f"the evaluation prompt {prompt[:40]!r} has characters that no training text has")
-
-
-def key_of(departure: str) -> str:
-    """`training_config.scheduler.type: cosine (...)` -> `scheduler.type`."""
-    return departure.split(":", 1)[0].partition(".")[2]
 
 
 def with_launch(plan: Plan, **values: Any) -> Plan:

@@ -10,12 +10,10 @@ from typing import IO
 from common import config as configs
 from common.errors import DataError, MachineError, UsageError
 from common.files import disk_errors, try_lock
-from common.paths import run_name
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
 from common.train.manifest import Manifest
 from common.train.plan import Plan
-from tools.machine.host import launched
 
 INEXACT = (  # keys that change the order of floating-point sums, and so the last bits, but not the training
     "training_config.micro_batch_size",
@@ -59,7 +57,7 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
     if asked != "auto":
         return branch(plan, Path(asked).expanduser().resolve(), say)
     for folder, manifest in unfinished(plan, say):
-        lock = try_lock(folder)
+        lock = try_lock(folder, plan.launch.run)
         if lock is None:
             say(f"{folder.name} has the same training and is running: not touched")
             continue
@@ -164,11 +162,10 @@ def config_changes(plan: Plan, folder: Path) -> list[str]:
 
 
 def new_run(plan: Plan) -> Start:
-    """Make a new, locked folder for the run; a launcher has named it, and may have made it for this user."""
-    named = launched().get("run")
-    folder = plan.launch.out / (named or run_name(plan.config.recipe, plan.hw.name))
+    """Make a new, locked folder for the run; a launcher may have made it for this user."""
+    folder = plan.launch.out / plan.launch.run
     with disk_errors("make the run's folder", folder):
-        folder.mkdir(parents=True, exist_ok=named is not None)
-    lock = try_lock(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(folder, plan.launch.run)
     assert lock is not None, "the folder is ours alone"
     return Start(folder, lock)

@@ -18,7 +18,7 @@ from typing import Any
 
 from common.config import Config
 from common.data.tokens import TokenDataset
-from common.engine import Backend, StepStats
+from common.engine import Backend, StepStats, load_engine
 from common.errors import Stopped, TrainingError
 from common.files import disk_errors, sha256_file, utc_now, write_atomic
 from common.recipe import Prompts, Splits
@@ -28,16 +28,16 @@ from common.train.early_stop import best_step, early_stop
 from common.train.ending import BEGINS, catch_signals, record_stall, recorded_end, saved_if_a_rank_dies
 from common.train.evaluate import describe, evaluated_rows, evaluated_text, from_rows, held_out, scores
 from common.train.first_loss import check_first_loss
+from common.train.launch import Launch
 from common.train.manifest import Manifest
 from common.train.memorizing import memorizing
 from common.train.metrics import JsonLines
 from common.train.opening import Past, changed_versions, keep_decisions, open_manifest, take_over
-from common.train.plan import Launch, Plan, make_plan
+from common.train.plan import Plan, make_plan
 from common.train.resume import Start, find_start
 from common.train.schedule import learning_rate
 from common.train.trackers import Trackers
 from common.train.watchdog import Watchdog
-from engines.registry import open_backend
 
 SAVING = "saving as soon as this step is over; once more to stop without saving"
 
@@ -57,12 +57,10 @@ def open_run(launch: Launch, splits: Splits, prompts: Prompts) -> Iterator[Run]:
             plan = keep_decisions(plan, start)
             console.open_log(start.folder / "train.log")
             manifest = open_manifest(plan, start)
-            if launch.on_start:
-                launch.on_start(start.folder)
             console.say(f"{BEGINS} process {os.getpid()}", "DEBUG")
             with recorded_end(manifest, start.folder, console), catch_signals(console, SAVING) as signals:
                 with (
-                    open_backend(plan.hw, plan.config) as backend,
+                    load_engine(launch.engine).open_backend(plan.hw, plan.config) as backend,
                     contextlib.closing(Run(plan, start, backend, console, manifest, signals)) as run,
                     saved_if_a_rank_dies(run.folder, run.save_trained),
                 ):

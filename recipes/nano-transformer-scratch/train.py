@@ -9,8 +9,7 @@ Every number is in config.yaml; the corpus is read in dataset.py; what the calls
 
 from __future__ import annotations
 
-from common.train.plan import Launch
-from common.train.run import open_run
+from common.train import Launch, open_run
 
 from .dataset import prompts, splits
 

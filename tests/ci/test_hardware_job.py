@@ -22,7 +22,6 @@ from ci.hardware import ALWAYS, STEPS, TRAIN_MINUTES, __main__, collect, command
 from ci.hardware import grade as grading
 from ci.hardware import train as training
 from ci.hardware.job import Job
-from common import hardware
 from common.errors import MachineError, RecipeError, VerificationError
 from tests import hosts
 from tests.tiny_recipe import FROM_SCRATCH
@@ -31,7 +30,7 @@ from tools.containers.spec import process
 from tools.doctor import machine as doctor_host
 from tools.doctor.findings import Finding
 from tools.launch import stop
-from tools.machine import lease
+from tools.machine import detect, lease
 from tools.machine.lease import Owner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +93,7 @@ def host(tmp_path, monkeypatch) -> Host:
 
     def examine(job: Job, name: str) -> list[Finding]:
         """As `recipe doctor` in a process of its own would find it, of the board alone."""
-        choice = hardware.choose(job.board.name, require_present=False)
+        choice = detect.choose(job.board.name, require_present=False)
         machine = doctor_host.Machine(job.board, choice.nodes, contained=False)
         return [finding for check in doctor_host.BOARD for finding in check(machine)]
 

@@ -19,6 +19,7 @@ from common.recipe import load_dataset
 from common.train.plan import prepare
 from tests.tiny_recipe import FROM_SCRATCH as RECIPE
 from tests.tiny_recipe import tiny_scratch
+from tools.launch.resolve import resolve
 
 T = 64
 
@@ -31,8 +32,8 @@ def build(tmp_path, monkeypatch) -> Callable[..., TokenDataset]:
     def run(*overrides: str, text: str | None = None) -> TokenDataset:
         if text is not None:
             (tmp_path / "play.txt").write_text(text, encoding="utf-8")
-        config, splits = config_of(*small, *overrides), load_dataset(RECIPE)[0]
-        return prepare(config, hardware.get("cpu"), RECIPE, splits, pytest.fail)[2]
+        launch = resolve(RECIPE, hw="cpu", overrides=(*small, *overrides))
+        return prepare(launch, load_dataset(RECIPE)[0], pytest.fail)[2]
 
     return run
 

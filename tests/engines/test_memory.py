@@ -123,13 +123,15 @@ def test_what_fits_and_what_runs_on_the_host_is_not_refused(board, overrides):
 def test_a_run_is_refused_before_its_engine_starts(monkeypatch, tmp_path, tiny_base):
     """The hook: make_plan asks for what the chip has not."""
     from common.recipe import load_dataset
-    from common.train.plan import Launch, make_plan
+    from common.train.plan import make_plan
+    from tools.launch.resolve import resolve
 
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     small = dataclasses.replace(hardware.get("cpu"), dram_gib_per_chip=1e-4)
     monkeypatch.setattr("common.hardware.table", lambda: {"cpu": small})
+    monkeypatch.setattr("engines.cpu.refuse_too_large", memory.refuse_too_large)
     recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
-    launch = Launch(recipe, hw="cpu", out=tmp_path)
+    launch = resolve(recipe, hw="cpu", out=tmp_path)
     with pytest.raises(UsageError, match="cannot fit into a chip of cpu"):
         make_plan(launch, *load_dataset(recipe), lambda line: None, lambda line: None)
 

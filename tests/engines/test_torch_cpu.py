@@ -17,9 +17,10 @@ from common.data.tokens import Batch
 from common.errors import DataError, MachineError, TrainingError, UsageError
 from common.hardware import get
 from common.model.bases import resolve
+from engines import cpu
 from engines.cpu import engine as torch_cpu
 from engines.cpu import ragged
-from engines.registry import precision_for
+from engines.registry import engine_for
 from tests.on_engines import config_for, engine, fingerprint, gradients_of, make_batch, state_of
 from tests.tiny import write_tiny_base
 
@@ -235,14 +236,14 @@ def test_full_precision_adamw_keeps_what_bf16_weights_lose(tiny_base):
 def test_auto_precision_asks_the_cpu(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : fpu avx512_bf16 sse\n")
-    assert precision_for(get("cpu"), cpuinfo) == (
+    assert cpu.precision_for(get("cpu"), cpuinfo) == (
         "bf16-mixed",
         "this CPU multiplies bf16 in hardware (avx512_bf16)",
     )
     cpuinfo.write_text("flags : fpu sse\n")
-    assert precision_for(get("cpu"), cpuinfo)[0] == "fp32"
-    assert precision_for(get("cpu"), tmp_path / "none")[0] == "fp32"
-    assert precision_for(get("n150"), cpuinfo)[0] == "bf16"
+    assert cpu.precision_for(get("cpu"), cpuinfo)[0] == "fp32"
+    assert cpu.precision_for(get("cpu"), tmp_path / "none")[0] == "fp32"
+    assert engine_for(get("n150")).precision_for(get("n150"))[0] == "bf16"
 
 
 # --- the update ---------------------------------------------------------------------------------------------------

@@ -100,11 +100,11 @@ from pathlib import Path
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in HEAVY else find_spec(name, *rest)
 
-from common.train.plan import Launch
 from tests.tiny import write_tiny_base
 from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tools.launch.after_run import train_here
-from tests.common.test_hardware import fake_machine
+from tools.launch.resolve import resolve
+from tests.hosts import fake_machine
 
 folder, recipe = Path(sys.argv[1]), FROM_SCRATCH
 os.environ.update(RECIPES_HOME=str(folder / "home"), RECIPES_SYSFS_ROOT=str(fake_machine(folder / "n150", ["n150"])))
@@ -113,7 +113,7 @@ if sys.argv[2] == "from_scratch":
     small += tiny_scratch(folder / "play.txt")
 else:
     recipe = make_tiny_recipe(folder / "tiny", write_tiny_base(folder / "base"))
-train_here(Launch(recipe, hw="n150", overrides=tuple(small), steps=2, out=folder / "runs"))
+train_here(resolve(recipe, hw="n150", overrides=tuple(small), steps=2, out=folder / "runs"))
 (path,) = (folder / "runs").glob("*/manifest.json")
 manifest = json.loads(path.read_text())
 assert manifest["exit_reason"] == "done", manifest["exit_reason"]

@@ -25,6 +25,7 @@ from common.model import llama
 from tests.runs.commands import House, Wrong, shown
 from tools.cli.data import CARDS, LICENCE_LINE
 from tools.launch import after_run, dry_run
+from tools.launch.resolve import resolve
 from tools.results import schema as results
 
 FILES = ("config.yaml", "dataset.py", "train.py", "README.md", "results.yaml")
@@ -192,10 +193,9 @@ def schema(recipe: Path) -> None:
 
 def dry_runs(recipe: Path) -> None:
     """`recipe run --dry-run` says on every board what a run there would do."""
-    asked: dict[str, Any] = {"overrides": (), "steps": None, "stop_at": None, "resume": "auto", "out": Path("runs")}
     for board, _ in resolved(recipe):
         with mock.patch.object(dry_run, "connect", side_effect=MachineError("no engine is asked")):
-            lines = list(dry_run.describe(recipe, recipe.name, {**asked, "hw": board}, None))
+            lines = list(dry_run.describe(resolve(recipe, hw=board, require_present=False), None))
         says = [line for line in lines if line.startswith("would run: ")]
         need(says, f"its dry run on {board} does not say what would run")
 

@@ -20,11 +20,12 @@ from unittest import mock
 import click
 
 from common import config as configs
-from common import hardware
 from common.errors import MachineError, RecipeError, UsageError
 from common.paths import ROOT, find_recipe
 from tools.cli import main
 from tools.launch import dry_run
+from tools.launch.resolve import resolve
+from tools.machine import detect
 
 FOLDERS = ("recipes", "docs", "docker", "bench", "ci")  # besides the pages of the root
 BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -160,7 +161,7 @@ def check_words(words: Sequence[str]) -> None:
         if verb == "run":
             plan(recipe, params)
         elif "overrides" in params:
-            board = hardware.choose(params.get("hw"), require_present=False).hardware
+            board = detect.choose(params.get("hw"), require_present=False).hardware
             configs.load(recipe, board, params["overrides"], params.get("steps"))
     except RecipeError as error:
         raise Wrong(f"recipe {shlex.join(words)}: {error}") from None
@@ -184,8 +185,7 @@ def parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 def plan(recipe: Path, params: dict[str, Any]) -> None:
     """`recipe run --dry-run` with these parameters, as on a machine without an engine."""
-    asked = {name: params[name] for name in ("hw", "overrides", "steps", "stop_at", "resume", "accept_changes", "out")}
-    if params["world"]:
-        asked["overrides"] += (f"device_config.mesh_shape=[1,{params['world']}]",)
+    asked = ("hw", "overrides", "steps", "world", "stop_at", "resume", "accept_changes", "out")
+    launch = resolve(recipe, require_present=False, **{name: params[name] for name in asked})
     with mock.patch.object(dry_run, "check_engine", side_effect=MachineError("no engine is asked")):
-        assert list(dry_run.describe(recipe, recipe.name, asked, params["container"]))
+        assert list(dry_run.describe(launch, params["container"]))

@@ -26,7 +26,7 @@ from common.train import checkpoint, metrics
 from common.train.checkpoint import Tensors
 from tests import boards
 from tests.boards import DESCRIPTOR, machine
-from tests.common.test_hardware import MACHINES, fake_machine
+from tests.hosts import MACHINES, fake_machine
 from tests.outcomes import folders, log, manifest, outcome
 from tests.shipped import that_name
 from tests.tiny import write_tiny_base

@@ -16,7 +16,7 @@ pytest.importorskip("torch", reason="the double computes with torch")
 from common.data.tokens import Batch
 from engines.ttml.engine import TTML
 from tests.boards import machine
-from tests.common.test_hardware import MACHINES, fake_machine
+from tests.hosts import MACHINES, fake_machine
 from tests.on_engines import make_batch
 from tests.shipped import that_name
 from tests.tiny_recipe import FROM_SCRATCH, tiny_scratch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from common.errors import (
     VerificationError,
 )
 from common.paths import find_recipe
-from common.train.plan import Launch
+from tests.hosts import fake_host
 from tests.tiny_recipe import FINE_TUNE
 from tools.cli import main
 from tools.launch.after_run import train_here
+from tools.launch.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "peft", "safetensors", "ttnn", "ttml", "numpy", "pydantic")
@@ -90,7 +92,7 @@ def test_help_imports_nothing_heavy():
 
 def test_the_training_path_is_planned_without_an_engine():
     """Whatever a config, its data and a resume need is there without torch: errors come within a second or two."""
-    modules = ["common.train.run", "common.train.resume", "engines.registry", "tools.plan.lint"]
+    modules = ["common.train.run", "common.train.resume", "engines.cpu", "engines.registry", "tools.launch.resolve"]
     code = "\n".join(f"import {name}" for name in modules)
     assert not imported_by(code) & {"torch", "transformers", "datasets", "pyarrow", "peft", "ttnn", "ttml"}
 
@@ -210,21 +212,23 @@ def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
     assert command("run", "fine_tune", *arguments, "--out", str(tmp_path))[0] == 0
     (launch,) = launches
     assert launch.recipe_dir == FINE_TUNE
-    assert (launch.hw, launch.steps, launch.stop_at) == ("cpu", 7, 3)
+    assert (launch.hw.name, launch.config.training.max_steps, launch.stop_at) == ("cpu", 7, 3)
     assert launch.overrides == settings
     assert (launch.resume, launch.accept_changes, launch.out) == ("never", True, tmp_path)
     assert launch.command[:3] == ("recipe", "run", "fine_tune")
 
 
-def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command, monkeypatch):
+def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command, monkeypatch, tmp_path):
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
     monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
+    monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(fake_host(tmp_path, "n300")))
     monkeypatch.setenv("HW", "n300")
     command("run", "fine_tune", "--no-container")
+    monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(tmp_path / "nothing"))
     monkeypatch.setenv("HW", "")
     command("run", "fine_tune", "--no-container")
-    assert [launch.hw or None for launch in launches] == ["n300", None]
+    assert [launch.hw.name for launch in launches] == ["n300", "cpu"]
     assert {launch.resume for launch in launches} == {"auto"}
     assert {launch.out for launch in launches} == {ROOT / "runs"}, "whatever the working directory"
 
@@ -263,9 +267,10 @@ def test_a_fault_in_a_script_is_named_with_its_line(tmp_path, script, beside, wh
 
 
 def test_a_step_after_the_run_that_nobody_knows_is_refused_before_anything_is_trained(tmp_path):
+    launch = replace(resolve(FINE_TUNE, hw="cpu"), recipe_dir=tmp_path)
     (tmp_path / "train.py").write_text("AFTER_RUN = ('exprot',)\n")
     with pytest.raises(UsageError, match="'exprot'; known: export, before_after, never_moved"):
-        train_here(Launch(tmp_path))
+        train_here(launch)
 
 
 def test_a_recipe_without_a_script_is_refused(tmp_path):

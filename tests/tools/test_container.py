@@ -23,19 +23,18 @@ import pytest
 from common import hardware
 from common.errors import EngineLost, MachineError, TrainingError
 from common.paths import ROOT
-from tests.common.test_hardware import MACHINES
-from tests.hosts import fake_host
+from common.train.launch import Launch
+from tests.hosts import MACHINES, fake_host
 from tests.tiny_recipe import FINE_TUNE as RECIPE
 from tools.cli import main
 from tools.containers import docker, images, launcher, ownership
 from tools.containers import spec as container
 from tools.containers.images import Image
-from tools.containers.spec import Run, arguments_of, spec_of
+from tools.containers.spec import arguments_of, spec_of
 from tools.launch import dry_run
+from tools.launch.resolve import resolve
 
 IMAGE = Image("n150", "sha256:" + "ab" * 32, "local", "cd" * 32)
-ASKED: dict[str, Any] = {"hw": None, "overrides": (), "steps": None, "stop_at": None, "resume": "auto"}
-ASKED |= {"accept_changes": False, "out": ROOT / "runs"}
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +49,8 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run_on(board: str, **asked: Any) -> Run:
-    choice = hardware.choose(board, require_present=False)
-    return launcher.described(RECIPE, choice, {**ASKED, **asked}, IMAGE)
+def run_on(board: str, **asked: Any) -> Launch:
+    return launcher.with_image(resolve(RECIPE, hw=board, require_present=False, **asked), IMAGE)
 
 
 def said(spec: container.Spec, flag: str) -> list[str]:
@@ -161,8 +159,7 @@ def test_kernels_are_kept_apart_by_image_architecture_and_card(place):
     fake_host(place / "machine", "qb2")
     one = spec_on("p300c").environment["TT_METAL_CACHE"]
     assert one.endswith("/kernels/abababababab-blackhole-0000-01-00.0")
-    run = run_on("p300c")
-    other = Run(**{**vars(run), "image": Image("p300c", "sha256:" + "cd" * 32, "local", "")})
+    other = launcher.with_image(run_on("p300c"), Image("p300c", "sha256:" + "cd" * 32, "local", ""))
     assert spec_of(other).environment["TT_METAL_CACHE"] != one
 
 
@@ -187,8 +184,8 @@ def test_threads_are_those_of_a_native_run(monkeypatch):
 def launched(monkeypatch) -> Callable[..., Any]:
     """What `recipe WORDS` would launch natively: the Launch that the recipe's train script gets."""
 
-    def run(*words: str) -> Any:
-        seen: list[Any] = []
+    def run(*words: str) -> Launch:
+        seen: list[Launch] = []
         script = type("Script", (), {"train": staticmethod(seen.append)})
         monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
         monkeypatch.setattr(sys, "argv", ["recipe", *words])
@@ -200,43 +197,40 @@ def launched(monkeypatch) -> Callable[..., Any]:
     return run
 
 
-def test_inside_the_same_command_is_resolved(place, launched, monkeypatch):
+def test_inside_it_is_the_launch_that_was_resolved_outside(place, launched, monkeypatch):
+    """Another working directory, no board in sight: nothing is asked again."""
     fake_host(place / "machine", "n150")
     words = ["run", str(RECIPE), "--hw", "n150", "--steps", "7", "--stop-at", "3", "--out", "here/runs"]
-    words += [
-        "--set",
-        "training_config.seed=1",
-        "--set",
-        "eval_config.prompts=[What is it]",
-        "--resume",
-        "some/run",
-        "--accept-changes",
-    ]
+    words += ["--set", "training_config.seed=1", "--set", "eval_config.prompts=[What is it]"]
+    words += ["--resume", "some/run", "--accept-changes"]
     monkeypatch.chdir(place)
-    native = launched(*words, "--no-container")
-    asked = {name: getattr(native, name) for name in ASKED}
-    run = Run("id", native.recipe_dir, run_on("n150").config, hardware.get("n150"), (), asked, IMAGE)
-    monkeypatch.setenv("RECIPES_LAUNCH", json.dumps(container.said_of(run)))
-    inside_words = container.words_of(run)
+    outside = launcher.with_image(launched(*words, "--no-container"), IMAGE)
+    spec = spec_of(outside)
+    monkeypatch.setenv("RECIPES_LAUNCH", spec.environment["RECIPES_LAUNCH"])
+    monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(place / "nothing"))
     monkeypatch.chdir("/")
-    inside = launched(*inside_words)
-    same = ("recipe_dir", "hw", "overrides", "steps", "stop_at", "accept_changes", "command")
-    assert {name: getattr(inside, name) for name in same} == {name: getattr(native, name) for name in same}
-    assert (inside.out, inside.resume) == (place / "here/runs", str(place / "some/run"))
+    assert launched(*spec.words) == outside
+    assert (outside.out, outside.resume) == (place / "here/runs", str(place / "some/run"))
+    assert outside.image is not None
+    assert outside.image["reference"] == IMAGE.reference
+
+
+def test_debug_reaches_the_container():
+    assert spec_of(run_on("cpu", debug=True)).words == ("--debug", "run", str(RECIPE))
 
 
 def test_a_board_goes_into_its_container_by_itself_and_no_further(monkeypatch):
-    assert [launcher.wanted(None, board) for board in ("n150", "cpu", "qb2")] == [True, False, True]
-    assert [launcher.wanted(said, "cpu") for said in (True, False)] == [True, False]
-    assert launcher.wanted(False, "n150") is False
-    monkeypatch.setenv("RECIPES_LAUNCH", '{"run": "x"}')
-    assert launcher.wanted(None, "n150") is False
+    assert [launcher.wanted(None, hardware.get(board)) for board in ("n150", "cpu", "qb2")] == [True, False, True]
+    assert [launcher.wanted(said, hardware.get("cpu")) for said in (True, False)] == [True, False]
+    assert launcher.wanted(False, hardware.get("n150")) is False
+    monkeypatch.setenv("RECIPES_LAUNCH", "{}")
+    assert launcher.wanted(None, hardware.get("n150")) is False
 
 
 @pytest.mark.parametrize("board", MACHINES)
 def test_a_dry_run_prints_the_whole_line_for_a_board_that_is_not_here(board, monkeypatch):
     monkeypatch.setattr(dry_run, "check_engine", lambda: "1")
-    lines = list(dry_run.describe(RECIPE, RECIPE.name, {**ASKED, "hw": board}, None))
+    lines = list(dry_run.describe(resolve(RECIPE, hw=board, require_present=False), None))
     (line,) = (line for line in lines if line.startswith("in the container: docker run "))
     words = shlex.split(line.partition(": ")[2])
     given = [words[at + 1] for at, word in enumerate(words) if word == "--device"]
@@ -253,7 +247,7 @@ def test_a_dry_run_names_the_image_where_it_is_built_and_a_lack_of_an_engine(mon
 
     monkeypatch.setattr(dry_run, "check_engine", none)
     monkeypatch.setattr(dry_run, "image_for", lambda hw: IMAGE)
-    lines = list(dry_run.describe(RECIPE, RECIPE.name, {**ASKED, "hw": "cpu"}, True))
+    lines = list(dry_run.describe(resolve(RECIPE, hw="cpu"), True))
     assert any(f" {IMAGE.reference} run " in line for line in lines)
     assert "  no Docker engine answers here" in lines
 
@@ -431,7 +425,7 @@ def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place):
     lock["targets"].pop("n150", None)
     monkeypatch.setattr(images, "read_lock", lambda: lock)
     with pytest.raises(MachineError, match="'n150' is not in the lock"):
-        launcher.launch(RECIPE, {**ASKED, "hw": "n150"}, print)
+        launcher.launch(resolve(RECIPE, hw="n150"), print)
 
 
 # --- watching one ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from common.errors import MachineError
 from common.hardware import get
 from engines.ttml.contract import NEEDS
 from tests.boards import machine
-from tests.common.test_hardware import fake_machine
+from tests.hosts import fake_machine
 from tools.cli import main
 from tools.doctor.ttml import Ttml, examine_ttml, report
 

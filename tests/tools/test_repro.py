@@ -16,13 +16,12 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.errors import UsageError, VerificationError
 from common.paths import ROOT
-from common.train.manifest import code_facts
 from tests.outcomes import manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny, without_after_run
 from tools.cli import main
 from tools.containers import images
 from tools.containers.images import Image
-from tools.git import git
+from tools.git import git, head
 from tools.results import repro
 from tools.runs.folder import read_run
 
@@ -44,8 +43,7 @@ def done(recipe, tmp_path_factory) -> Path:
     """A run of three steps with settings of its own; read only."""
     more = ("training_config.learning_rate=0.02", "eval_config.max_new_tokens=2")
     folder = run_tiny(recipe, tmp_path_factory.mktemp("out"), *more, steps=3, export=False)
-    here = code_facts()
-    return edit(folder, git_dirty=False, git_commit=here["git_commit"])
+    return edit(folder, git_dirty=False, git_commit=head()[0])
 
 
 def edit(folder: Path, **values: object) -> Path:
@@ -57,7 +55,7 @@ def edit(folder: Path, **values: object) -> Path:
 @pytest.fixture
 def clean(monkeypatch) -> None:
     """As if the tree of these tests were the commit that HEAD is."""
-    monkeypatch.setattr(repro, "code_facts", lambda: code_facts() | {"git_dirty": False})
+    monkeypatch.setattr(repro, "head", lambda: (head()[0], False))
 
 
 def test_a_run_is_reproduced_bit_for_bit_and_its_settings_come_from_the_run(done, recipe, clean, tmp_path, capfd):

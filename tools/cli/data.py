@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from common.data.chat import ChatTokenizer
     from common.data.rows import Problem, Row
     from common.data.tokens import Batch, TokenDataset
+    from common.train.launch import Launch
 
 CARDS = ("README.md", "DATASET_CARD.md", "LICENSE", "LICENSE.md")
 STUB = "TO FILL IN"  # a licence line with these words in it names none yet
@@ -206,20 +207,25 @@ def convert(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe's folder and its configuration on a board."""
+    """A recipe as it would be launched on a board."""
 
-    folder: Path
-    config: Config
+    launch: Launch
+
+    @property
+    def folder(self) -> Path:
+        return self.launch.recipe_dir
+
+    @property
+    def config(self) -> Config:
+        return self.launch.config
 
     def tokens(self) -> tuple[ChatTokenizer, TokenDataset]:
         """The recipe's tokenizer and its token files, made when they are not there."""
-        from common import hardware
         from common.recipe import load_dataset
         from common.train.plan import prepare
 
-        board, splits = hardware.get(self.config.hw), load_dataset(self.folder)[0]
         say = functools.partial(click.echo, err=True)
-        _, tokenizer, dataset = prepare(self.config, board, self.folder, splits, say)
+        _, tokenizer, dataset = prepare(self.launch, load_dataset(self.folder)[0], say)
         return tokenizer, dataset
 
     def tokenizer(self) -> ChatTokenizer:
@@ -244,11 +250,9 @@ class Seen:
 
 def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe:
     """The recipe called `name`, or in the folder `name`. No board needs to be here to look at its data."""
-    from common import config, hardware
+    from tools.launch.resolve import resolve
 
-    folder = find_recipe(name)
-    choice = hardware.choose(hw, require_present=False)
-    return Recipe(folder, config.load(folder, choice.hardware, overrides))
+    return Recipe(resolve(find_recipe(name), hw=hw, overrides=overrides, require_present=False))
 
 
 def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:

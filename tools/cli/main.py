@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 import click
 
-from common.errors import RecipeError, Stopped, UsageError
+from common.errors import UsageError
 from common.paths import ROOT, find_recipe, options_of_config
+from tools.launch.exit_codes import exit_code_of
 
 Function = Callable[..., Any]
 
@@ -51,57 +52,20 @@ class Verbs(click.Group):
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+@click.option("--debug", is_flag=True, envvar="RECIPES_DEBUG", help="Show a traceback with an error.")
 def recipe(debug: bool) -> None:
     """Training recipes for Tenstorrent hardware, and their CPU twin.
 
     Exit codes: 0 done, 1 our bug, 2 usage or config, 3 data, 4 environment or device, 5 training failed,
     6 a verification did not hold, 75 stopped on request after saving (the same command goes on).
     """
-    if debug:
-        os.environ["RECIPES_DEBUG"] = "1"  # for the processes and containers that this one starts, too
+    del debug  # `run` asks the context for it
 
 
 def main() -> None:
     """The console script: run, print one message on an error, exit with its code."""
     debug = "--debug" in sys.argv[1:] or os.environ.get("RECIPES_DEBUG") == "1"
-    try:
-        code = recipe.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
-        _fail("interrupted", 130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(UsageError.code)
-    except RecipeError as error:
-        if debug and not isinstance(error, Stopped):
-            raise
-        _fail(str(error) if isinstance(error, Stopped) else f"error: {error}", error.code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing more was saved", 130)
-    except ModuleNotFoundError as error:
-        if debug or (error.name or "").partition(".")[0] in ("", "common"):
-            raise
-        _fail(
-            f"error: this needs the package {error.name}, which is not here\n  to do: make setup, without LAUNCHER=1", 4
-        )
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `| head` does
-        sys.exit(141)
-    except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second is torch's
-            _fail("error: out of memory\n  to do: a smaller training_config.micro_batch_size", 5)
-        _fail(
-            f"bug: {type(error).__name__}: {error}\n  to do: run it with --debug first and report what it prints",
-            1,
-        )
-
-
-def _fail(message: str, code: int) -> None:
-    click.echo(message, err=True)
-    sys.exit(code)
+    sys.exit(exit_code_of(lambda: recipe.main(standalone_mode=False), debug))
 
 
 @recipe.command()
@@ -124,42 +88,46 @@ def _fail(message: str, code: int) -> None:
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, help="Hosts that share the CPU processes.")
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the hosts meet; HOST is one of them.")
 @click.option("--rdzv-timeout", type=click.IntRange(min=1), default=300, help="Seconds to wait for the other hosts.")
+@click.option("--launch", "resolved", envvar="RECIPES_LAUNCH", hidden=True, help="The Launch to run here, as JSON.")
+@click.pass_context
 def run(
+    ctx: click.Context,
+    /,
     name: str,
     container: bool | None,
     dry_run: bool,
-    world: int | None,
     nnodes: int,
     rdzv_endpoint: str | None,
     rdzv_timeout: int,
+    resolved: str | None,
     **asked: Any,
 ) -> int:
     """Train a recipe: data if stale, train, evaluate, export, report. A board's runs go into its image by default."""
-    recipe_dir = find_recipe(name)
-    if world is not None:
-        asked["overrides"] += (f"device_config.mesh_shape=[1,{world}]",)
+    from common.train.launch import Hosts, Launch
+
+    if resolved:
+        from tools.launch.run import run_here
+
+        return run_here(Launch.from_json(resolved))
+    from tools.launch.resolve import resolve
+
+    launch = resolve(
+        find_recipe(name),
+        command=sys.argv,
+        debug=ctx.find_root().params["debug"],
+        hosts=Hosts(nnodes, rdzv_endpoint, rdzv_timeout),
+        require_present=not dry_run,
+        **asked,
+    )
     if dry_run:
         from tools.launch.dry_run import describe
 
-        for line in describe(recipe_dir, name, asked, container):
+        for line in describe(launch, container):
             click.echo(line)
         return 0
-    from tools.containers import launcher
+    from tools.launch.run import run as run_launch
 
-    if launcher.wanted(container, asked["hw"]):
-        if nnodes > 1:
-            raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
-        return launcher.launch(recipe_dir, asked, click.echo)
-    from common.train.plan import Launch
-    from tools.launch import processes
-    from tools.launch.after_run import train_here
-    from tools.machine.host import launched
-
-    command = tuple(launched().get("command") or processes.typed())
-    launch = Launch(recipe_dir=recipe_dir, command=command, **asked)
-    hosts = processes.Hosts(nnodes, rdzv_endpoint, rdzv_timeout)
-    with launcher.native_lease(recipe_dir.name, asked["hw"]):
-        return processes.train(launch, hosts, lambda: train_here(launch), click.echo)
+    return run_launch(launch, container)
 
 
 @recipe.command()
@@ -193,10 +161,10 @@ def config() -> None:
 def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None) -> None:
     """Print the config with all layers merged, for a board that need not be here."""
     from common import config as configs
-    from common import hardware
+    from tools.machine import detect
     from tools.plan import lint
 
-    board = hardware.choose(hw, require_present=False).hardware
+    board = detect.choose(hw, require_present=False).hardware
     resolved = configs.load(find_recipe(name), board, overrides, steps)
     click.echo(resolved.to_yaml(), nl=False)
     if shape := resolved.model.architecture:
@@ -269,7 +237,8 @@ def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_
         from tools.doctor.ttml import choose_board
         from tools.doctor.ttml import report as report_ttml
 
-        return report_ttml(*choose_board(hw, require_present=device), device=device, as_json=as_json, say=click.echo)
+        board = choose_board(hw, require_present=device)
+        return report_ttml(board.hardware, board.reason, device=device, as_json=as_json, say=click.echo)
     from tools.doctor.machine import report
 
     return report(hw, container, as_json, click.echo)

@@ -47,15 +47,7 @@ def ddp(
     from tools.verify.ddp import run as compare
 
     return compare(
-        hw,
-        name=name,
-        world=world,
-        steps=steps,
-        weak=weak,
-        record=record,
-        overrides=overrides,
-        as_json=as_json,
-        say=click.echo,
+        hw, name=name, world=world, steps=steps, weak=weak, record=record, overrides=overrides, as_json=as_json
     )
 
 
@@ -65,11 +57,12 @@ def ddp(
 def board(hw: str | None, as_json: bool) -> None:
     """Check that a board computes what it should, before its first run."""
     from tools.bringup import run as checklist
-    from tools.containers.launcher import native_lease
     from tools.doctor.ttml import choose_board
+    from tools.machine import lease
 
-    with native_lease("verify board", hw):
-        checklist.report(*choose_board(hw, require_present=True), as_json, click.echo)
+    found = choose_board(hw, require_present=True)
+    with lease.of_board(found.hardware, found.nodes, "verify board"):
+        checklist.report(found.hardware, found.reason, as_json, click.echo)
 
 
 @verify.command()

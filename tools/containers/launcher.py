@@ -11,22 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from common import config as configs
-from common import hardware
 from common.config import Config
 from common.data import corpora
 from common.errors import EngineLost, MachineError, TrainingError
 from common.files import disk_errors
-from common.hardware import Choice
+from common.hardware import Hardware
 from common.model import bases
-from common.paths import run_name
 from common.signals import handled
+from common.train.launch import Launch
 from tools.containers import ownership
 from tools.containers.docker import ANSWER_SECONDS, check_engine, docker, explained, fetch
 from tools.containers.images import Image, Json, image_for
@@ -34,7 +31,6 @@ from tools.containers.spec import (
     LABEL,
     LABELS,
     USER,
-    Run,
     Spec,
     arguments_of,
     process,
@@ -51,76 +47,60 @@ PATIENCE = 3  # signals: the first saves, the second ends without saving, the th
 LOOK_SECONDS = 0.1  # how late a signal may be handed on: less than a person notices
 
 
-def wanted(container: bool | None, hw: str | None) -> bool:
-    """Whether a run goes into a container: as said, else for a board that is not already in one of ours."""
-    if host.launched():
+def wanted(container: bool | None, hw: Hardware) -> bool:
+    """Return whether a run goes into a container: as said, else for a board that is not already in one of ours."""
+    if host.in_container():
         return False
-    if container is not None:
-        return container
-    return not hardware.choose(hw, require_present=False).hardware.is_cpu
+    return not hw.is_cpu if container is None else container
 
 
-def launch(recipe_dir: Path, asked: Mapping[str, Any], say: Say) -> int:
-    """Run the recipe with the options `asked` (by their names in Launch) in its container; return its exit code."""
-    choice = hardware.choose(asked["hw"])
-    say(f"{recipe_dir.name} in a container, on {choice.reason}")
-    image = image_for(choice.hardware)
-    run = described(recipe_dir, choice, asked, image)
-    refuse_no_memory(run)
+def launch(found: Launch, say: Say) -> int:
+    """Run a launch in its board's image; return the exit code."""
+    say(f"{found.recipe_dir.name} in a container, on {found.reason}")
+    image = image_for(found.hw)
+    found = with_image(found, image)
+    refuse_no_memory(found)
     for name, value in users_environment().items():
         say(f"as you have set it: {name}={value}")
     check_engine()
-    fetch_pinned(run.config, say)
-    keys = [card.key for card in host.cards(run.nodes)]
-    with lease.taken(keys, Owner(run.hw.name, os.getpid(), run.id, f"recipes-{run.id}")):
+    fetch_pinned(found.config, say)
+    keys = [card.key for card in host.cards(found.nodes)]
+    with lease.taken(keys, Owner(found.hw.name, os.getpid(), found.run, f"recipes-{found.run}")):
         remove_ended()
-        refuse_orphan(choice.hardware.name, keys)
+        refuse_orphan(found.hw.name, keys)
         fetch(image, say)
-        with folders(run) as lent:
-            return follow(spec_of(run, lent))
+        with folders(found) as lent:
+            return follow(spec_of(found, lent))
+
+
+def with_image(found: Launch, image: Image | None) -> Launch:
+    """Return the launch as it is to run in `image`; None: it is not built, and a dry run says so."""
+    if image is None:
+        return found
+    facts = {"target": image.target, "reference": image.reference, "source": image.source}
+    return replace(found, image={**facts, "pins_sha256": image.lock_sha256})
 
 
 @contextlib.contextmanager
-def native_lease(recipe: str, hw: str | None) -> Iterator[None]:
-    """The board, for a run on this machine's own Python. In a container the launcher has it; a CPU is everyone's."""
-    if host.launched():
-        yield
-        return
-    choice = hardware.choose(hw, require_present=False)
-    cards = host.cards(choice.nodes)
-    with lease.taken([card.key for card in cards], Owner(choice.hardware.name, os.getpid(), recipe)):
-        if others := [f"process {pid}" for card in cards for pid in card.holders]:  # such as one without a launcher
-            raise lease.busy(choice.hardware.name, ", ".join(others))
-        yield
-
-
-def described(recipe_dir: Path, choice: Choice, asked: Mapping[str, Any], image: Image) -> Run:
-    """What is to run. Raises UsageError for a config that the run would refuse as well."""
-    config = configs.load(recipe_dir, choice.hardware, asked["overrides"], asked["steps"])
-    name = run_name(config.recipe, choice.hardware.name)
-    return Run(name, recipe_dir, config, choice.hardware, choice.nodes, asked, image)
-
-
-@contextlib.contextmanager
-def folders(run: Run) -> Iterator[list[Path]]:
+def folders(found: Launch) -> Iterator[list[Path]]:
     """The folders that a run writes to, writable for its user; gives those that are only lent."""
-    with disk_errors("make the folders of a run", run.out):
-        for folder in (*writable_of(run), *ownership.caches()):
+    with disk_errors("make the folders of a run", found.out):
+        for folder in (*writable_of(found), *ownership.caches()):
             folder.mkdir(parents=True, exist_ok=True)
     if os.getuid() != 0:
         yield []
         return
-    lent = ownership.candidates(run.out, run.id, run.config.recipe)
+    lent = ownership.candidates(found.out, found.run, found.config.recipe)
     with ownership.lent(lent):
         yield lent
 
 
-def refuse_no_memory(run: Run) -> None:
+def refuse_no_memory(found: Launch) -> None:
     """Raise MachineError where a board's DMA needs huge pages, and none are mounted."""
-    untranslated = [card.node for card in host.cards(run.nodes) if card.translated is False]
+    untranslated = [card.node for card in host.cards(found.nodes) if card.translated is False]
     if untranslated and not host.hugepages().mounted:
         raise MachineError(
-            f"{run.hw.name} needs 1 GiB huge pages, as no IOMMU translates its DMA, and none are mounted",
+            f"{found.hw.name} needs 1 GiB huge pages, as no IOMMU translates its DMA, and none are mounted",
             where=str(host.HUGEPAGES),
             todo="recipe doctor says how to set them up",
         )

@@ -14,16 +14,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from common.config import Config
-from common.hardware import Hardware, system_root
-from common.paths import ROOT, run_words
+from common.hardware import Hardware
+from common.paths import ROOT
 from common.paths import home as cache
-from common.train.manifest import code_facts
+from common.train.launch import Launch
 from engines.ttml.mesh import DESCRIPTOR
-from tools.containers.images import Image
 from tools.machine import host
+from tools.machine.detect import system_root
 
 LABEL = "training-recipes."
 LABELS = ("run", "hw", "cards", "launcher", "lent")  # of every container; labels_of gives them their values
@@ -39,7 +37,7 @@ SCRATCH = {"type": "tmpfs", "device": "tmpfs", "o": "mode=1777,nosuid,nodev"}
 HANDED_OVER = (
     *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY"),
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "OMP_NUM_THREADS"),
-    *("RECIPES_DEBUG", "RECIPES_STALL_SECONDS"),
+    "RECIPES_STALL_SECONDS",
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TERM", "COLORTERM", "TZ"),
 )
 OF_THE_IMAGE = ("TT_METAL_HOME", "TT_METAL_RUNTIME_ROOT")  # the host's tt-metal is not the image's
@@ -110,25 +108,8 @@ def csv_line(fields: Sequence[str]) -> str:
     return line.getvalue()
 
 
-@dataclass(frozen=True)
-class Run:
-    """A `recipe run` that is to happen in a container. `id` names the container and, if it is new, the run's folder."""
-
-    id: str
-    recipe_dir: Path
-    config: Config
-    hw: Hardware
-    nodes: tuple[str, ...]
-    asked: Mapping[str, Any]  # the options of `run`, by their names in Launch
-    image: Image | None
-
-    @property
-    def out(self) -> Path:
-        return Path(self.asked["out"]).expanduser().absolute()
-
-
-def spec_of(run: Run, lent: Sequence[Path] = ()) -> Spec:
-    """The container of a run. `lent` are folders that are its user's only while it runs."""
+def spec_of(run: Launch, lent: Sequence[Path] = ()) -> Spec:
+    """Return the container of a launch, which it is handed as JSON. `lent` are its user's only while it runs."""
     outside = os.environ
     user = caller()
     kernels = cache() / "kernels" / kernels_name(run)
@@ -142,15 +123,15 @@ def spec_of(run: Run, lent: Sequence[Path] = ()) -> Spec:
         "PYTHONUNBUFFERED": "1",
         **(board_environment(run.hw, kernels) if not run.hw.is_cpu else {}),
         **users_environment(),
-        host.LAUNCH: json.dumps(said_of(run)),
+        host.LAUNCH: run.to_json(),
     }
     mounts = tuple(mounts_of(run))
     scratch = dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(run) else [])])
     handed_over = {name: outside[name] for name in HANDED_OVER if outside.get(name)}
     return Spec(
-        name=f"recipes-{run.id}",
-        image=run.image.reference if run.image else NOT_BUILT,
-        words=tuple(words_of(run)),
+        name=f"recipes-{run.run}",
+        image=run.image["reference"] if run.image else NOT_BUILT,
+        words=(*(["--debug"] if run.debug else []), "run", str(run.recipe_dir)),
         user=user,
         mounts=mounts,
         scratch=tuple(path for path in scratch if path not in {mount.path for mount in mounts}),
@@ -173,7 +154,7 @@ def home() -> Path:
     return Path.home() if Path.home() != Path("/") else Path("/tmp")
 
 
-def behind_root(run: Run) -> bool:
+def behind_root(run: Launch) -> bool:
     """Whether a mount lies in /root, whose mode in an image keeps every other user out."""
     return any(Path("/root") in path.parents for path in (ROOT, run.out, cache(), run.recipe_dir))
 
@@ -194,14 +175,14 @@ def board_environment(hw: Hardware, kernels: Path) -> dict[str, str]:
     }
 
 
-def kernels_name(run: Run) -> str:
+def kernels_name(run: Launch) -> str:
     """A folder of compiled kernels for one image and architecture, and one card: two writers at once spoil it."""
-    image = run.image.reference.rpartition("sha256:")[2][:12] if run.image else "image"
+    image = run.image["reference"].rpartition("sha256:")[2][:12] if run.image else "image"
     keys = [card.key for card in host.cards(run.nodes)] or ["none"]
     return f"{image}-{run.hw.arch}-{keys[0].replace(':', '-')}"
 
 
-def mounts_of(run: Run) -> Iterator[Mount]:
+def mounts_of(run: Launch) -> Iterator[Mount]:
     """Read-only what is read, writable what a run writes; a folder inside another comes after it."""
     readable = [ROOT, run.recipe_dir, *named_paths(run)]
     mounts = {path: Mount(path) for path in readable} | {path: Mount(path, True) for path in writable_of(run)}
@@ -213,17 +194,17 @@ def mounts_of(run: Run) -> Iterator[Mount]:
         yield Mount(below_root(str(host.HUGEPAGES)), True, host.HUGEPAGES)
 
 
-def writable_of(run: Run) -> list[Path]:
+def writable_of(run: Launch) -> list[Path]:
     """What a run writes to: its runs, the caches, and a Hub cache where the caller has named one."""
     return [run.out, cache(), *([Path(os.environ["HF_HOME"]).absolute()] if os.environ.get("HF_HOME") else [])]
 
 
-def named_paths(run: Run) -> Iterator[Path]:
+def named_paths(run: Launch) -> Iterator[Path]:
     """What else the command line, the config and the environment name that is here and is to be read."""
-    config, resume = run.config, str(run.asked["resume"])
+    config, resume = run.config, run.resume
     named = [config.model.base, config.data.source, config.data.corpus, users_environment().get(DESCRIPTOR)]
     if resume not in ("auto", "never"):
-        start = Path(resume).expanduser().absolute()
+        start = Path(resume)
         named.append(str(start.parent.parent if (start / "state.json").is_file() else start))  # its run's records, too
     named += [config.eval.prompts] if isinstance(config.eval.prompts, str) else []
     for name in named:
@@ -232,7 +213,7 @@ def named_paths(run: Run) -> Iterator[Path]:
             yield path.absolute()
 
 
-def needs_hugepages(run: Run) -> bool:
+def needs_hugepages(run: Launch) -> bool:
     """Whether a card's DMA is not translated by an IOMMU, and the pages for that are mounted."""
     untranslated = any(card.translated is not True for card in host.cards(run.nodes))
     return untranslated and host.hugepages().mounted
@@ -249,31 +230,10 @@ def cpus() -> str | None:
     return ",".join(map(str, mine)) if len(mine) < (os.cpu_count() or 1) else None
 
 
-def words_of(run: Run) -> list[str]:
-    """The words of the same `recipe run`, for inside: the board by name, paths absolute."""
-    resume = run.asked["resume"]
-    if resume not in ("auto", "never"):
-        resume = Path(resume).expanduser().absolute()
-    return run_words(str(run.recipe_dir), {**run.asked, "hw": run.hw.name, "resume": resume, "out": run.out})
-
-
-def said_of(run: Run) -> dict[str, Any]:
-    """What the container cannot see of itself and its manifest is to say."""
-    facts = code_facts(run.nodes)
-    image = run.image and {
-        "target": run.image.target,
-        "reference": run.image.reference,
-        "source": run.image.source,
-        "pins_sha256": run.image.lock_sha256,
-    }
-    kept = ("git_commit", "git_dirty", "host")
-    return {"run": run.id, "image": image, "command": list(sys.argv), **{name: facts[name] for name in kept}}
-
-
-def labels_of(run: Run, lent: Sequence[Path]) -> dict[str, str]:
+def labels_of(run: Launch, lent: Sequence[Path]) -> dict[str, str]:
     """How a container is found again: by its board's cards, and by who launched it."""
     values = {
-        "run": run.id,
+        "run": run.run,
         "hw": run.hw.name,
         "cards": ",".join(card.key for card in host.cards(run.nodes)),
         "launcher": process(os.getpid()),

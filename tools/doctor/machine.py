@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import hardware
 from common.errors import MachineError, RecipeError
 from common.files import sha256_file
-from common.hardware import Choice, Hardware
+from common.hardware import Hardware
 from common.paths import ROOT, home
 from engines.ttml.mesh import check_descriptor, find_descriptor
 from tools.containers import launcher
@@ -22,7 +21,8 @@ from tools.containers.docker import check_engine
 from tools.containers.images import image_for, pins_of, read_lock, requirements_of
 from tools.doctor import findings
 from tools.doctor.findings import Finding
-from tools.machine import host, lease
+from tools.machine import detect, host, lease
+from tools.machine.detect import Choice
 
 MINIMUM_DRIVER = "2.0.0"  # tt-umd refuses older ones
 TTNN_PYTHONS = ((3, 10), (3, 12))  # that ttnn 0.81.1 has wheels for
@@ -49,7 +49,7 @@ Check = Callable[[Machine], Iterator[Finding]]
 
 def report(hw: str | None, container: bool | None, as_json: bool, say: Callable[[str], None]) -> None:
     """Print every finding. Raises MachineError, with all of them, where something is wrong."""
-    choice = hardware.choose(hw, require_present=False)
+    choice = detect.choose(hw, require_present=False)
     found = examine(choice, container)
     if as_json:
         say(findings.as_json(found, hw=choice.hardware.name, why=choice.reason, host=host.facts(choice.nodes)))
@@ -61,7 +61,7 @@ def report(hw: str | None, container: bool | None, as_json: bool, say: Callable[
 
 def examine(choice: Choice, container: bool | None = None) -> list[Finding]:
     """All findings for a board that need not be here; `container` as for a run: where its runs would go."""
-    machine = Machine(choice.hardware, choice.nodes, launcher.wanted(container, choice.hardware.name))
+    machine = Machine(choice.hardware, choice.nodes, launcher.wanted(container, choice.hardware))
     checks = (*(BOARD if not choice.hardware.is_cpu else ()), *ANY)
     return [finding for check in checks for finding in check(machine)]
 
@@ -78,7 +78,7 @@ def attempt(id: str, look: Callable[[], str], untold: bool = False) -> Finding:
 
 
 def nodes(machine: Machine) -> Iterator[Finding]:
-    yield attempt("board.nodes", lambda: hardware.choose(machine.hw.name).reason)
+    yield attempt("board.nodes", lambda: detect.choose(machine.hw.name).reason)
 
 
 def driver(_machine: Machine) -> Iterator[Finding]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import hardware
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
 from engines.ttml import hf_map
@@ -22,6 +21,8 @@ from engines.ttml.mesh import image_hint, prepare_environment
 from tools.bringup.reference_llama import ARCHITECTURE, config_for
 from tools.doctor import findings
 from tools.doctor.findings import Finding
+from tools.machine import detect
+from tools.machine.detect import Choice
 
 STATUS = {True: "present", False: "missing", None: "cannot be told"}
 NO_DEVICE = "not looked at: that needs an open device (without --no-device)"
@@ -40,16 +41,16 @@ class Ttml:
         return [row["name"] for row in self.names if row["required"] and row["status"] == STATUS[False]]
 
 
-def choose_board(name: str | None, require_present: bool) -> tuple[Hardware, str]:
-    """The board that `--hw` names or that is here, and why. Raises MachineError where it is the CPU."""
-    choice = hardware.choose(name, require_present=require_present)
+def choose_board(name: str | None, require_present: bool) -> Choice:
+    """Return the board that `--hw` names or that is here, and why. Raises MachineError where it is the CPU."""
+    choice = detect.choose(name, require_present=require_present)
     if choice.hardware.is_cpu:
         raise MachineError(
             f"ttml drives Tenstorrent boards, and there is none: {choice.reason}",
             where="HW / --hw",
             todo="run it on the board's machine, or name a board with --hw",
         )
-    return choice.hardware, choice.reason
+    return choice
 
 
 def report(hw: Hardware, reason: str, *, device: bool, as_json: bool, say: Callable[[str], None]) -> None:

@@ -19,7 +19,7 @@ from common.engine import Backend
 from common.errors import DataError, RecipeError, UsageError
 from common.model.weights import Weights
 from common.train.generate import generate
-from engines.registry import open_backend, refuse_without_engine
+from engines.registry import engine_for
 from tools.export.hf_folder import ANSWER_TOKENS
 from tools.runs import trained
 from tools.runs.folder import is_run
@@ -203,8 +203,8 @@ def folder_speaker(folder: Path, changes: Mapping[str, Any]) -> Iterator[Speaker
     """The Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise."""
     architecture = architecture_of(folder)
     config = folder_config(folder).with_values(**changes)
-    refuse_without_engine(hardware.get("cpu"), config)
-    with open_backend(hardware.get("cpu"), config) as backend:
+    cpu = hardware.get("cpu")
+    with engine_for(cpu).open_backend(cpu, config) as backend:
         backend.build(architecture)
         backend.load(Weights(sorted(folder.glob("*.safetensors"))))
         context = architecture["max_position_embeddings"]

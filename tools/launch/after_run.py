@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from common import config as configs
 from common import recipe
 from common.errors import Stopped, UsageError
+from common.files import locked_by
 from common.train.console import LEVELS, Console
 from common.train.ending import catch_signals, record_end, recorded_end
+from common.train.launch import Launch
 from common.train.manifest import Manifest
-from common.train.plan import Launch
 from tools.export.before_after import write_card
 from tools.export.export import alone_with, export
 from tools.export.unmoved import report_unmoved
@@ -37,13 +37,12 @@ def train_here(launch: Launch) -> None:
     """Train the recipe in this process, do what it names in AFTER_RUN, and write the run's page, however it ended."""
     script = recipe.load(launch.recipe_dir, "train")
     names = known_steps(getattr(script, "AFTER_RUN", ()), where=f"AFTER_RUN in {launch.recipe_dir / 'train.py'}")
-    folders: list[Path] = []  # the run's, once there is one
     try:
-        script.train(replace(launch, on_start=folders.append))
-        for folder in folders:
+        script.train(launch)
+        if folder := locked_by(launch.run, launch.out):
             after_run(folder, names)
     finally:
-        for folder in folders:
+        if folder := locked_by(launch.run, launch.out):
             with console_of(folder) as console:
                 write_at_end(folder, console.say)
 

@@ -1,8 +1,9 @@
 """Start the processes of a data-parallel run on CPUs with torchrun's agent, and end with the code that they end with.
 
-The agent runs in this process: it starts `python -m tools.launch.rank ...` for each rank of this host and watches them.
-A rank that ends by itself, whatever the outcome, leaves its exit code in a file and ends with 0; anything else is a
-rank that died. Ctrl-C and SIGTERM are passed on to the host's first rank, which saves and stops as it does alone.
+The agent runs in this process: it starts `python -m tools.launch.rank FOLDER` for each rank of this host and watches
+them. FOLDER holds the launch, and later the process id and exit code of the host's first rank. A rank that ends by
+itself, whatever the outcome, ends with 0; anything else is a rank that died. Ctrl-C and SIGTERM are passed on to the
+host's first rank, which saves and stops as it does alone.
 """
 
 from __future__ import annotations
@@ -19,89 +20,56 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common import config as configs
-from common import hardware
-from common.config import Config
 from common.errors import MachineError, RankLost, UsageError
-from common.paths import run_words
 from common.signals import handled
-from common.train.plan import Launch
+from common.train.launch import Hosts, Launch
 
 Say = Callable[[str], None]
-FOLDER = "RECIPES_RANKS"  # environment: where a rank leaves its pid and its exit code
+Lead = Callable[..., None]  # gets the launch, then options by keyword, which are JSON
+JOB, PID, CODE = "job.json", "0.pid", "0.code"  # in the folder of the ranks
 SHUTDOWN_SECONDS = 40  # that rank 0 has for saving after another rank died; the whole end takes less than a minute
-COMMAND = "RECIPES_COMMAND"  # environment: the words that a person typed, for the manifest
-STARTED_BY_TORCHRUN = "LOCAL_RANK"  # environment, as torchrun sets it
 SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 
 
-@dataclass(frozen=True)
-class Hosts:
-    """Those that share a run's processes, and how they meet."""
+def in_processes(launch: Launch, lead: Lead, say: Say, **options: Any) -> int:
+    """Call `lead(launch, **options)`, which trains, here or in rank 0 of as many processes as a CPU's mesh has.
 
-    number: int = 1
-    endpoint: str | None = None
-    seconds_to_meet: int = 300
-
-    def processes_of_each(self, world: int) -> int:
-        """Of `world` processes. Raises UsageError."""
-        if world % self.number:
-            raise UsageError(
-                f"{world} processes cannot be shared out to {self.number} hosts",
-                where="--nnodes",
-                todo=f"set --world to a multiple of {self.number}: it counts the processes of all hosts",
-            )
-        if (self.number > 1) != (self.endpoint is not None):
-            raise UsageError(
-                "several hosts need an address to meet at, and one host needs none",
-                where="--nnodes and --rdzv-endpoint",
-                todo="on every host: --nnodes 2 --rdzv-endpoint HOST:PORT, HOST being one of them",
-            )
-        return world // self.number
-
-
-def in_processes(
-    recipe_dir: Path, config: Config, arguments: Sequence[str], hosts: Hosts, lead: Callable[[], None], say: Say
-) -> int:
-    """Call `lead` here, or in rank 0 of as many processes as the mesh of a CPU's config has; return the exit code.
-
-    Each of the processes runs `recipe` with `arguments`, and comes here again as a rank.
+    `lead` is a function of a module, which a rank imports. Return the exit code.
     """
-    on_cpu = hardware.get(config.hw).is_cpu
-    world = config.device.devices if on_cpu else 1
-    here = hosts.processes_of_each(world)
-    if STARTED_BY_TORCHRUN in os.environ:
-        from tools.launch.rank import take_part
-
-        return take_part(config, recipe_dir, lead)
+    world = launch.config.device.devices if launch.hw.is_cpu else 1
+    here = processes_of_each(launch.hosts, world)
     if world == 1:
-        lead()
+        lead(launch, **options)
         return 0
-    say(f"{world} processes share every batch{'' if hosts.number == 1 else f', {here} of them on this host'}")
-    return run(arguments, here, hosts)
+    say(f"{world} processes share every batch{'' if launch.hosts.number == 1 else f', {here} of them on this host'}")
+    return start(launch, lead, here, options)
 
 
-def train(launch: Launch, hosts: Hosts, lead: Callable[[], None], say: Say) -> int:
-    """Call `lead`, which trains, in the processes that the launch asks for."""
-    board = hardware.choose(launch.hw, require_present=False).hardware  # a real run asks again
-    config = configs.load(launch.recipe_dir, board, launch.overrides, launch.steps)
-    words = run_words(str(launch.recipe_dir), vars(launch))
-    return in_processes(launch.recipe_dir, config, words, hosts, lead, say)
+def processes_of_each(hosts: Hosts, world: int) -> int:
+    """Return how many of `world` processes each host starts. Raises UsageError."""
+    if world % hosts.number:
+        raise UsageError(
+            f"{world} processes cannot be shared out to {hosts.number} hosts",
+            where="--nnodes",
+            todo=f"set --world to a multiple of {hosts.number}: it counts the processes of all hosts",
+        )
+    if (hosts.number > 1) != (hosts.endpoint is not None):
+        raise UsageError(
+            "several hosts need an address to meet at, and one host needs none",
+            where="--nnodes and --rdzv-endpoint",
+            todo="on every host: --nnodes 2 --rdzv-endpoint HOST:PORT, HOST being one of them",
+        )
+    return world // hosts.number
 
 
-def typed() -> list[str]:
-    """The command line as it was typed, also in the processes that were started for it."""
-    return json.loads(os.environ.get(COMMAND) or "null") or list(sys.argv)
-
-
-def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
-    """Run `recipe` with `arguments` in the `here` ranks of this host; return the exit code that rank 0 ended with.
+def start(launch: Launch, lead: Lead, here: int, options: dict[str, Any]) -> int:
+    """Run `lead` in the `here` ranks of this host; return the exit code that rank 0 ended with.
 
     Raises RankLost when one died, MachineError when the hosts do not meet.
     """
@@ -112,9 +80,11 @@ def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    hosts = launch.hosts
     meeting = meeting_of(hosts)
+    job = {"launch": launch.to_json(), "lead": [lead.__module__, lead.__name__], "options": options}
     with tempfile.TemporaryDirectory(prefix="recipe-ranks-") as name, passing_on_signals(Path(name)):
-        os.environ |= {FOLDER: name, COMMAND: json.dumps(typed())}
+        (Path(name) / JOB).write_text(json.dumps(job), encoding="utf-8")
         if meeting.interface:  # left alone, gloo takes the address of the host's name: often a loopback address
             os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
         config = LaunchConfig(
@@ -132,12 +102,12 @@ def run(arguments: Sequence[str], here: int, hosts: Hosts) -> int:
             shutdown_timeout=SHUTDOWN_SECONDS,
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "tools.launch.rank", *arguments)
+            elastic_launch(config, sys.executable)("-m", "tools.launch.rank", name)
         except ChildFailedError as error:
             raise dead_rank(error, here * hosts.number) from None
         except (RendezvousError, OSError) as error:
             raise nobody_came(hosts, str(error)) from error
-        return int((Path(name) / "0.code").read_text(encoding="ascii"))
+        return int((Path(name) / CODE).read_text(encoding="ascii"))
 
 
 def nobody_came(hosts: Hosts, why: str) -> MachineError:
@@ -164,7 +134,7 @@ def passing_on_signals(folder: Path) -> Iterator[None]:
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         try:
-            first = int((folder / "0.pid").read_text(encoding="ascii"))
+            first = int((folder / PID).read_text(encoding="ascii"))
         except (OSError, ValueError):  # the hosts have not met yet
             raise KeyboardInterrupt from None
         with contextlib.suppress(ProcessLookupError):  # it is over

@@ -1,6 +1,6 @@
-"""`python -m tools.launch.rank ARGUMENTS`: the command `recipe ARGUMENTS` as one of several processes of torchrun.
+"""`python -m tools.launch.rank FOLDER`: one of the several processes of a launch, which is described in FOLDER.
 
-Rank 0 leads: it runs the command. The others, once it is sure that they were started alike, follow its engine.
+Rank 0 leads: it trains. The others, once it is sure that they were started alike, follow its engine.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib
 import importlib.metadata
+import json
 import os
 import signal
 import sys
@@ -16,46 +18,49 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import Config
 from common.config.layers import dotted, flatten
 from common.errors import RankLost, RecipeError
 from common.paths import ROOT
-from tools.cli import main as cli
-from tools.launch.processes import FOLDER
+from common.train.launch import Launch
+from tools.launch.exit_codes import INTERRUPTED, OUR_BUG, exit_code_of
+from tools.launch.processes import CODE, JOB, PID
 
 if TYPE_CHECKING:
     from engines.cpu.ranks import Ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-OUR_BUG, INTERRUPTED = 1, 130  # exit codes, as tools/cli/main.py has them
-CODES = [ROOT / room for room in ("common", "engines")]
+ROOMS = (ROOT / "common", ROOT / "engines")  # of the code that trains; the recipe's folder is hashed beside them
 
 
 def main() -> None:
-    """Take part, leave the exit code in a file and end with 0: any other end is that of a rank that died."""
-    first_here, folder = os.environ["LOCAL_RANK"] == "0", Path(os.environ[FOLDER])
-    sys.argv[0] = "recipe"
+    """Take part, leave the exit code in the folder and end with 0: any other end is that of a rank that died."""
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    launch = Launch.from_json(job["launch"])
+    module, name = job["lead"]
+    first_here = os.environ["LOCAL_RANK"] == "0"
     if first_here:
-        (folder / "0.pid").write_text(str(os.getpid()), encoding="ascii")
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else OUR_BUG
+        (folder / PID).write_text(str(os.getpid()), encoding="ascii")
+
+    def lead() -> None:
+        getattr(importlib.import_module(module), name)(launch, **job["options"])
+
+    code = exit_code_of(lambda: take_part(launch, lead), launch.debug)
     if first_here:
-        (folder / "0.code").write_text(str(code), encoding="ascii")
+        (folder / CODE).write_text(str(code), encoding="ascii")
     elif code == OUR_BUG:
         sys.exit(code)
 
 
-def take_part(config: Config, recipe_dir: Path, lead: Callable[[], None]) -> int:
-    """Join the other ranks of this run; call `lead` on rank 0, follow on every other. Returns rank 0's exit code."""
+def take_part(launch: Launch, lead: Callable[[], None]) -> int:
+    """Join the other ranks of this run; call `lead` on rank 0, follow on every other. Return rank 0's exit code."""
     from engines.cpu import ranks
     from engines.cpu.engine import follow
 
     first_here = os.environ["LOCAL_RANK"] == "0"
     try:
         with ranks.joined() as found:
-            host = found.same(facts(config, recipe_dir))
+            host = found.same(facts(launch))
             if found.rank and first_here:
                 print(f"rank {found.rank} of {found.world} works here; rank 0, with the run's folder, is on {host}")
             if found.rank:
@@ -89,12 +94,12 @@ def ending(found: Ranks) -> Iterator[None]:
             found.tell("end", code)
 
 
-def facts(config: Config, recipe_dir: Path) -> Mapping[str, Any]:
-    """What has to be the same on every host: config, files, versions."""
+def facts(launch: Launch) -> Mapping[str, Any]:
+    """Return what has to be the same on every host: config, files, versions."""
     packages = ("torch", "transformers", "numpy")
     return {
-        **{dotted(key): value for key, value in flatten(config.dump())},
-        **{f"the files of {folder.name}/": sha256_of(folder) for folder in (*CODES, recipe_dir)},
+        **{dotted(key): value for key, value in flatten(launch.config.dump())},
+        **{f"the files of {folder.name}/": sha256_of(folder) for folder in (*ROOMS, launch.recipe_dir)},
         **{package: importlib.metadata.version(package) for package in packages},
     }
 

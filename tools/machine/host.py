@@ -1,11 +1,10 @@
-"""What a run stands on besides its Python: kernel, driver, cards, memory for DMA; read here, or said by the launcher.
+"""What a run stands on besides its Python: kernel, driver, cards, memory for DMA.
 
 Everything is read below `RECIPES_SYSFS_ROOT`, like the boards themselves; no device is opened.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -13,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.hardware import attribute, system_root
+from tools.machine.detect import attribute, system_root
 
-LAUNCH = "RECIPES_LAUNCH"  # JSON that the launcher hands into its container: run, image, git_commit, git_dirty, host
+LAUNCH = "RECIPES_LAUNCH"  # environment of a container of ours: the Launch that runs in it, as JSON
 HUGEPAGES = Path("/dev/hugepages-1G")  # tt-umd looks for 1 GiB pages there and nowhere else
 
 
-def launched() -> dict[str, Any]:
-    """What the launcher said about this container; nothing outside of one."""
-    values: dict[str, Any] = json.loads(os.environ.get(LAUNCH) or "{}")
-    return values
+def in_container() -> bool:
+    """Return whether this is a container of a run."""
+    return bool(os.environ.get(LAUNCH))
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ def driver(root: Path | None = None) -> str | None:
 
 
 def facts(nodes: Sequence[str]) -> dict[str, Any]:
-    """The machine under a run, for its manifest; what the launcher said where there is one."""
-    if said := launched().get("host"):
-        return dict(said)
+    """Return what there is to say of the machine under a run, for its manifest."""
     found: dict[str, Any] = {"kernel": platform.release()}
     if nodes:
         mine = cards(nodes)

@@ -14,7 +14,9 @@ from typing import IO
 
 from common.errors import MachineError
 from common.files import utc_now
-from common.hardware import system_root
+from common.hardware import Hardware
+from tools.machine import host
+from tools.machine.detect import system_root
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ def taken(keys: Sequence[str], owner: Owner) -> Iterator[None]:
                 raise busy(owner.board, str(_read(file) or "another process"))
             _write(file, owner)
             files.callback(_clear, file)
+        yield
+
+
+@contextlib.contextmanager
+def of_board(hw: Hardware, nodes: Sequence[str], run: str) -> Iterator[None]:
+    """Have the board for a run on this machine's own Python; in a container the launcher has it already."""
+    if host.in_container():
+        yield
+        return
+    cards = host.cards(nodes)
+    with taken([card.key for card in cards], Owner(hw.name, os.getpid(), run)):
+        if others := [f"process {pid}" for card in cards for pid in card.holders]:  # such as one without a launcher
+            raise busy(hw.name, ", ".join(others))
         yield
 
 

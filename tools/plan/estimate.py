@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import config as configs
-from common import hardware
 from common.config import Config
 from common.data import build, corpora
 from common.data.order import steps_for
-from common.hardware import Hardware, round_up
+from common.hardware import Hardware, get, round_up
 from common.model import bases, llama
 from common.recipe import load_dataset
 from common.train.console import clock
+from common.train.launch import Launch
 from common.train.plan import batch_equation, prepare
 from engines.ttml import memory
 from engines.ttml.memory import MIB, Memory
+from tools.launch.resolve import resolve
 from tools.results.grade import config_of, subject
 from tools.results.schema import Numbers, load
 
@@ -105,22 +105,23 @@ def report(
 
 def outlook(recipe: Path, hw: str | None, overrides: Sequence[str], steps: int | None) -> Outlook:
     """What a run of `recipe` would need. Raises UsageError or DataError for what the run would refuse as well."""
-    choice = hardware.choose(hw, require_present=False)
-    config = configs.load(recipe, choice.hardware, overrides, steps)
-    architecture, rows = known(config, choice.hardware, recipe)
+    launch = resolve(recipe, hw=hw, overrides=overrides, steps=steps, require_present=False)
+    config = launch.config
+    architecture, rows = known(launch)
     count = config.training.max_steps
     if count is None and rows.train:
         count = steps_for(config.training.num_epochs or 0, rows.train, config.training.batch_size)
     needed = None
     if rows.length is not None:
-        needed = memory.footprint(choice.hardware, config, architecture, rows.length)
+        needed = memory.footprint(launch.hw, config, architecture, rows.length)
     time = time_of(load(recipe).numbers, recipe, config, rows, count)
     free = shutil.disk_usage(recipe).free
-    return Outlook(choice.hardware, choice.reason, config, architecture, rows, count, needed, time, free)
+    return Outlook(launch.hw, launch.reason, config, architecture, rows, count, needed, time, free)
 
 
-def known(config: Config, hw: Hardware, recipe: Path) -> tuple[Mapping[str, Any], Rows]:
-    """The model's shape and the data: tokenised where what that needs is here, else by what can be reckoned."""
+def known(launch: Launch) -> tuple[Mapping[str, Any], Rows]:
+    """Return the model's shape and the data: tokenised where what that needs is here, else by what can be reckoned."""
+    config, recipe = launch.config, launch.recipe_dir
     base, corpus = config.model.base or "", config.data.corpus or ""
     lock = bases.locked().get(base)
     text = corpora.locked().get(corpus)
@@ -130,7 +131,7 @@ def known(config: Config, hw: Hardware, recipe: Path) -> tuple[Mapping[str, Any]
         assert config.model.architecture is not None, "a corpus comes with an architecture"
         why = f"the corpus {corpus} is not here: its rows are unknown"
         return config.model.architecture.model_dump(), Rows(None, None, config.data.max_length, None, None, why)
-    found, _, dataset = prepare(config, hw, recipe, load_dataset(recipe)[0], lambda _line: None)
+    found, _, dataset = prepare(launch, load_dataset(recipe)[0], lambda _line: None)
     train, held_out = dataset.train, dataset.held_out
     predicted = (train.tokens - len(train)) / len(train)
     padding = 1 - predicted / dataset.length
@@ -154,7 +155,7 @@ def time_of(entries: Sequence[Numbers], recipe: Path, config: Config, rows: Rows
     fast = [entry for entry in entries if entry.board == config.hw and entry.tokens_per_second]
     fast = [entry for entry in fast if same_model(entry, recipe, config)]
     # A board computes padding too; the CPU engine does not.
-    per_row = rows.tokens_per_row if hardware.get(config.hw).is_cpu else rows.length
+    per_row = rows.tokens_per_row if get(config.hw).is_cpu else rows.length
     for entry in sorted(fast, key=lambda entry: entry.evidence != "measured"):
         if steps is None or per_row is None:
             break

@@ -27,10 +27,9 @@ from common.errors import DataError, MachineError, Stopped, TrainingError, Usage
 from common.files import sha256_file
 from common.paths import ROOT
 from common.train import checkpoint
-from common.train.manifest import code_facts
 from tools.containers.images import LOCAL, image_for
-from tools.git import git
-from tools.machine import host
+from tools.git import git, head
+from tools.machine import detect
 from tools.results import grade
 from tools.runs.folder import HISTORY, RunFolder, Say, read_run
 from tools.runs.trained import find_base
@@ -60,7 +59,7 @@ def repro(folder: Path, out: Path, say: Say) -> Path:
     """
     run = read_run(folder, strict=True)
     refuse_branch(run)
-    hardware.choose(run.manifest.hw)
+    detect.choose(run.manifest.hw)
     with code_of(run, say) as (root, lost):
         again = prepare(run, root, say)
         lost += list(lost_environment(run, root))
@@ -87,12 +86,12 @@ def refuse_branch(run: RunFolder) -> None:
 @contextlib.contextmanager
 def code_of(run: RunFolder, say: Say) -> Iterator[tuple[Path, list[str]]]:
     """A tree with the run's commit, and what is lost of the code: nothing where the run was of a commit we have."""
-    commit, now = run.manifest.git_commit, code_facts()
+    commit, (here, dirty) = run.manifest.git_commit, head()
     if run.manifest.git_dirty is not False or commit is None:
         yield ROOT, ["the code: the tree it ran from was not a commit as it stands; the code of now is used"]
     elif git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
         yield ROOT, [f"the code: commit {commit[:12]} is not in this repository; the code of now is used"]
-    elif now["git_commit"] == commit and not now["git_dirty"]:
+    elif here == commit and not dirty:
         yield ROOT, []
     else:
         changed = git("diff", "--name-only", commit, "--", f"recipes/{run.config.recipe}").stdout.split()
@@ -192,8 +191,6 @@ def lost_packages(run: RunFolder, root: Path) -> Iterator[str]:
 
 def image_here(run: RunFolder) -> str | None:
     """The image that the run is made again in: none if it was in none itself, or none is to be had here."""
-    if host.launched():
-        return str(host.launched()["image"]["reference"])
     if run.image:
         with contextlib.suppress(MachineError):
             return image_for(hardware.get(run.manifest.hw)).reference

@@ -20,7 +20,7 @@ from common.recipe import load_dataset
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint, Tensors
 from common.train.evaluate import evaluated_rows
-from engines.registry import open_backend, refuse_without_engine
+from engines.registry import engine_for
 from tools.runs.folder import RunFolder, Say, read_run
 
 
@@ -105,8 +105,8 @@ def engine(run: TrainedRun, *, trained: bool = True) -> Iterator[Backend]:
     if not trained:
         quiet["model.lora"] = None
     config = run.config.with_values(**quiet)
-    refuse_without_engine(hardware.get("cpu"), config)
-    with open_backend(hardware.get("cpu"), config) as backend:
+    cpu = hardware.get("cpu")
+    with engine_for(cpu).open_backend(cpu, config) as backend:
         backend.build(run.base.architecture)
         if trained and not config.model.lora:
             # All weights are in the checkpoint; the optimizer's moments, twice as large, stay on the disk.

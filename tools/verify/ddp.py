@@ -13,30 +13,30 @@ import datetime
 import functools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import click
+
 from common import config as configs
-from common import hardware
 from common.config import Config
 from common.data.tokens import TokenDataset
 from common.engine import Backend
 from common.errors import UsageError, VerificationError
 from common.files import utc_now
-from common.hardware import Hardware
 from common.model.bases import Base
 from common.paths import find_recipe
 from common.recipe import load_dataset
 from common.train.evaluate import HeldOut, held_out
-from common.train.manifest import code_facts
+from common.train.launch import Launch
 from common.train.plan import prepare
 from common.train.schedule import learning_rate
-from engines.registry import open_backend, precision_for
+from engines.registry import engine_for
 from tools.checklist import Line, Outcome, Result, failed, go_through, hold
-from tools.containers.launcher import native_lease
-from tools.launch.processes import Hosts, in_processes
+from tools.launch.processes import in_processes
+from tools.launch.resolve import mesh_override, resolve
+from tools.machine import detect, lease
 from tools.results.record import machine_of, refuse_changed_tree, write
 
 FORMAT = 1
@@ -71,24 +71,24 @@ class Curve:
 
 
 class Comparison:
-    """One device beside all of `hw`'s mesh; each curve is trained when it is first asked for."""
+    """One device beside all of a launch's mesh; each curve is trained when it is first asked for."""
 
-    def __init__(
-        self, recipe_dir: Path, hw: Hardware, overrides: Sequence[str], steps: int, say: Callable[[str], None]
-    ) -> None:
-        self.recipe_dir, self.hw, self.overrides, self.steps = recipe_dir, hw, tuple(overrides), steps
+    def __init__(self, launch: Launch, steps: int, say: Callable[[str], None]) -> None:
+        self.launch, self.hw, self.steps = launch, launch.hw, steps
+        self.engine = engine_for(self.hw)
         self.config = self.config_for(None)
         self.devices = self.config.device.devices
-        prepared = prepare(self.config, hw, recipe_dir, load_dataset(recipe_dir)[0], say)
+        prepared = prepare(launch, load_dataset(launch.recipe_dir)[0], say)
         self.base: Base = prepared[0]
         self.dataset: TokenDataset = prepared[2]
 
     def config_for(self, devices: int | None, **values: Any) -> Config:
         """The recipe's config for some of the devices, or for all of them."""
-        mesh = (f"device_config.mesh_shape=[1,{devices}]",) if devices else ()
-        config = configs.load(self.recipe_dir, self.hw, (*self.overrides, *mesh), self.steps)
+        config, launch = self.launch.config, self.launch
+        if devices:
+            config = configs.load(launch.recipe_dir, self.hw, (*launch.overrides, *mesh_override(devices)), self.steps)
         if config.training.precision == "auto":
-            values["training.precision"] = precision_for(self.hw)[0]
+            values["training.precision"] = self.engine.precision_for(self.hw)[0]
         threads = config.device.threads or 1 if self.hw.is_cpu else None
         return config.with_values(**{"device.threads": threads, "device.compile": "never", **values})
 
@@ -120,7 +120,7 @@ class Comparison:
     @contextlib.contextmanager
     def opened(self, config: Config) -> Iterator[Backend]:
         """The engine of `config` with the base's weights."""
-        with open_backend(self.hw, config) as backend:
+        with self.engine.open_backend(self.hw, config) as backend:
             backend.build(self.base.architecture)
             backend.load(self.base.weights())
             yield backend
@@ -170,10 +170,10 @@ class Comparison:
             "board": self.hw.name,
             "evidence": "measured",
             "what": "recipe verify ddp: the first steps of the recipe, on all devices and on one",
-            "overrides": list(self.overrides),
+            "overrides": list(self.launch.overrides),
             "steps": self.steps,
             "date": datetime.date.fromisoformat(utc_now()[:10]),
-            "commit": code_facts()["git_commit"],
+            "commit": self.launch.git_commit,
             "machine": self.several.machine,
             "loss_at": {1: self.several.losses[0], last: self.several.losses[-1]},
             "held_out": {"step": last, "loss": rows.loss, "standard_error": rows.standard_error},
@@ -240,7 +240,6 @@ def run(
     record: bool,
     overrides: tuple[str, ...],
     as_json: bool,
-    say: Callable[[str], None],
 ) -> int:
     """Verify the recipe `name` on a board, or on processes of this CPU; return the exit code."""
     recipe_dir = find_recipe(name)
@@ -248,27 +247,27 @@ def run(
         raise UsageError("only strong scaling is recorded", where="--record", todo="leave --weak out")
     if record:
         refuse_changed_tree()
-    board = hardware.choose(hw or None).hardware
-    board = hardware.get(ON_A_CPU) if board.is_cpu else board
-    overrides += (f"device_config.mesh_shape=[1,{world}]",) if world else ()
-    config = configs.load(recipe_dir, board, overrides, steps)
-    if config.device.devices == 1:
-        raise UsageError(f"{board.name} has one device", where="--hw", todo="choose a board of several, or cpu-x2")
-    words = ["verify", "ddp", "--hw", board.name, "--recipe", str(recipe_dir), "--steps", str(steps)]
-    words += ["--weak"] if weak else []
-    words += ["--record"] if record else []
-    words += ["--json"] if as_json else []
-    words += [part for override in overrides for part in ("--set", override)]
-    tell: Callable[[str], None] = (lambda _line: None) if as_json else say
+    board = ON_A_CPU if detect.choose(hw).hardware.is_cpu else hw
+    launch = resolve(recipe_dir, hw=board, overrides=overrides, steps=steps, world=world)
+    if launch.config.device.devices == 1:
+        raise UsageError(f"{launch.hw.name} has one device", where="--hw", todo="choose a board of several, or cpu-x2")
+    say = screen(as_json)
+    with lease.of_board(launch.hw, launch.nodes, "verify ddp"):
+        return in_processes(launch, lead, say, steps=steps, weak=weak, record=record, as_json=as_json)
 
-    def lead() -> None:
-        report = verify(Comparison(recipe_dir, board, overrides, steps, tell), weak=weak, record=record, say=tell)
-        if as_json:
-            say(json.dumps(report, indent=1))
-        refuse_failed(report)
 
-    with native_lease("verify ddp", board.name):
-        return in_processes(recipe_dir, config, words, Hosts(), lead, tell)
+def screen(as_json: bool) -> Callable[[str], None]:
+    """Return where lines for a person go: nowhere, if a machine reads."""
+    return (lambda _line: None) if as_json else click.echo
+
+
+def lead(launch: Launch, *, steps: int, weak: bool, record: bool, as_json: bool) -> None:
+    """Compare, as the one process of a board or rank 0 of several, and print the report."""
+    say = screen(as_json)
+    report = verify(Comparison(launch, steps, say), weak=weak, record=record, say=say)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    refuse_failed(report)
 
 
 def verify(found: Comparison, *, weak: bool, record: bool, say: Callable[[str], None]) -> dict[str, Any]:
@@ -283,7 +282,7 @@ def verify(found: Comparison, *, weak: bool, record: bool, say: Callable[[str], 
         speed = found.speed(weak)
         say(shown(speed, found, weak))
         if record:
-            write(found.recipe_dir, found.entry(speed), say)
+            write(found.launch.recipe_dir, found.entry(speed), say)
     return {
         "format": FORMAT,
         "hw": found.hw.name,

@@ -18,9 +18,9 @@ from common.files import sha256_file, write_json
 from common.model.weights import SafetensorsWriter, Weights
 from common.recipe import load_dataset
 from common.train import checkpoint
-from common.train.plan import Launch
 from common.train.run import open_run
 from tools.launch.after_run import after_run
+from tools.launch.resolve import resolve
 from tools.verify.tiny_base import write_tiny_base
 
 STEPS = 6
@@ -102,7 +102,7 @@ def write_recipe(folder: Path, base: Path) -> None:
 def train(root: Path, spoil: Callable[[Batch], Batch], overrides: tuple[str, ...], *, export: bool) -> Path:
     """The loop of the recipes, silent; return the run's folder."""
     out = Path(tempfile.mkdtemp(dir=root))
-    launch = Launch(root / "specimen", hw="cpu", overrides=overrides, resume="never", out=out)
+    launch = resolve(root / "specimen", hw="cpu", overrides=overrides, resume="never", out=out)
     with contextlib.redirect_stdout(io.StringIO()), open_run(launch, *load_dataset(launch.recipe_dir)) as run:
         config, rows = run.config, run.dataset.train
         run.evaluate(step=0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from common.train.plan import Launch
-from common.train.run import open_run
+from common.train import Launch, open_run
 
 from .dataset import prompts, splits
 

@@ -1,0 +1,83 @@
+"""What `recipe run` was asked for, resolved: one frozen object, which processes and containers are handed as one JSON.
+
+tools/launch/resolve.py makes it of a command line; nothing that reads it chooses a board or loads a config again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import hardware
+from common.config import Config
+from common.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The hosts that share a run's processes, and how they meet: at `endpoint`, HOST:PORT, within some seconds."""
+
+    number: int = 1
+    endpoint: str | None = None
+    seconds_to_meet: int = 300
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One training, as it is to happen. Paths are absolute, so that they mean the same in every process."""
+
+    recipe_dir: Path
+    config: Config
+    """All layers merged, for the board `hw`."""
+    engine: str
+    """The module of the engine that trains it; common/engine.py says what it holds."""
+    reason: str
+    """The sentence that says why it is this board."""
+    run: str
+    """The name of the run's folder in `out`, if the launch begins a new run; no two launches have the same."""
+    out: Path
+    nodes: tuple[str, ...] = ()
+    """The board's device nodes on this machine."""
+    departures: tuple[str, ...] = ()
+    """Keys of the training that a CPU has of its own, so that it is another experiment than a board's."""
+    stop_at: int | None = None
+    resume: str = "auto"
+    """auto, never, or the path of a run or a checkpoint."""
+    accept_changes: bool = False
+    command: tuple[str, ...] = ()
+    """The words that were typed, for the manifest."""
+    overrides: tuple[str, ...] = ()
+    """What --set and --world changed, as --set takes it; for the manifest."""
+    host: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Kernel, driver and cards of the machine."""
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    image: Mapping[str, Any] | None = None
+    """The image it runs in: target, reference, source and pins_sha256."""
+    debug: bool = False
+    hosts: Hosts = Hosts()
+
+    @property
+    def hw(self) -> Hardware:
+        """The board's row of hardware.yaml."""
+        return hardware.get(self.config.hw)
+
+    def to_json(self) -> str:
+        """Return the launch as one line of JSON, which `from_json` reads."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"recipe_dir": str(self.recipe_dir), "out": str(self.out)}
+        values |= {"config": self.config.dump(), "hosts": dataclasses.asdict(self.hosts)}
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Launch:
+        """Return the launch that `to_json` wrote."""
+        values = json.loads(text)
+        values |= {name: tuple(values[name]) for name in ("nodes", "departures", "command", "overrides")}
+        values |= {"recipe_dir": Path(values["recipe_dir"]), "out": Path(values["out"])}
+        values |= {"config": Config.model_validate(values["config"]), "hosts": Hosts(**values["hosts"])}
+        return cls(**values)

@@ -1,0 +1,69 @@
+"""From what was typed to a Launch: the one place where a board is chosen, a config loaded and the machine read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import config as configs
+from common.paths import ROOT, run_name
+from common.train.launch import Hosts, Launch
+from engines import registry
+from tools import git
+from tools.machine import detect, host
+
+
+def resolve(
+    recipe_dir: Path,
+    *,
+    hw: str | None = None,
+    overrides: Sequence[str] = (),
+    steps: int | None = None,
+    world: int | None = None,
+    stop_at: int | None = None,
+    resume: str = "auto",
+    accept_changes: bool = False,
+    out: Path = ROOT / "runs",
+    command: Sequence[str] = (),
+    debug: bool = False,
+    hosts: Hosts = Hosts(),  # noqa: B008 - frozen
+    require_present: bool = True,
+) -> Launch:
+    """Return the launch of a recipe with the options of `recipe run`, by their names there.
+
+    Raises UsageError for a config that is not valid, MachineError where the named board is not here and must be.
+    """
+    choice = detect.choose(hw, require_present)
+    overrides = (*overrides, *mesh_override(world))
+    config = configs.load(recipe_dir, choice.hardware, overrides, steps)
+    commit, dirty = git.head()
+    return Launch(
+        recipe_dir=recipe_dir,
+        config=config,
+        engine=registry.name_for(choice.hardware),
+        reason=choice.reason,
+        run=run_name(config.recipe, choice.hardware.name),
+        out=out.expanduser().absolute(),
+        nodes=choice.nodes,
+        departures=tuple(map(key_of, config.departures())) if choice.hardware.is_cpu else (),
+        stop_at=stop_at,
+        resume=resume if resume in ("auto", "never") else str(Path(resume).expanduser().absolute()),
+        accept_changes=accept_changes,
+        command=tuple(command),
+        overrides=overrides,
+        host=host.facts(choice.nodes),
+        git_commit=commit,
+        git_dirty=dirty,
+        debug=debug,
+        hosts=hosts,
+    )
+
+
+def mesh_override(world: int | None) -> tuple[str, ...]:
+    """Return `--world` as the setting it stands for: manifests, results.yaml and `recipe repro` know settings."""
+    return () if world is None else (f"device_config.mesh_shape=[1,{world}]",)
+
+
+def key_of(departure: str) -> str:
+    """Return `scheduler.type` of `training_config.scheduler.type: cosine (...)`."""
+    return departure.split(":", 1)[0].partition(".")[2]

@@ -1,0 +1,30 @@
+"""Where a launch runs: in a container, in this process, or in several."""
+
+from __future__ import annotations
+
+import click
+
+from common.errors import UsageError
+from common.train.launch import Launch
+from tools.containers import launcher
+from tools.launch.after_run import train_here
+from tools.launch.processes import in_processes
+from tools.machine import lease
+from tools.plan import lint
+
+
+def run(launch: Launch, container: bool | None) -> int:
+    """Warn of what is doubtful, then train in the board's image or here, as `container` says; return the exit code."""
+    for finding in lint.lint(launch.config, launch.hw):
+        click.secho(f"{finding.id}: {finding.message}", fg="yellow")
+    if launcher.wanted(container, launch.hw):
+        if launch.hosts.number > 1:
+            raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
+        return launcher.launch(launch, click.echo)
+    with lease.of_board(launch.hw, launch.nodes, launch.recipe_dir.name):
+        return run_here(launch)
+
+
+def run_here(launch: Launch) -> int:
+    """Train on this machine's own Python, or that of the container this is, in as many processes as it takes."""
+    return in_processes(launch, train_here, click.echo)
