@@ -1,4 +1,4 @@
-"""Where recipes are, where they keep what is fetched and made, and the options of every verb that takes one."""
+"""Where recipes are, and where they keep what is fetched and made."""
 
 from __future__ import annotations
 
@@ -6,29 +6,17 @@ import difflib
 import os
 import secrets
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
-
-import click
 
 from common.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def home() -> Path:
     """Where bases, corpora, token files and compiled kernels live: `RECIPES_HOME`, else ~/.cache/recipes."""
     return Path(os.environ.get("RECIPES_HOME") or Path.home() / ".cache" / "recipes").expanduser().absolute()
-
-
-def options_of_config(function: F) -> F:
-    """--hw and --set, as every verb that resolves a config takes them."""
-    hw = click.option("--hw", envvar="HW", metavar="BOARD", help="Board, or cpu; unset: the one found here.")
-    override = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key; repeatable.")
-    return hw(override(function))
 
 
 def run_name(recipe: str, hw: str) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from common.errors import DataError, UsageError
-from common.paths import find_recipe, options_of_config
+from common.paths import find_recipe
+from tools.cli.options import options_of_config
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -8,17 +8,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
 from common.errors import UsageError
-from common.paths import ROOT, find_recipe, options_of_config
+from common.paths import find_recipe
+from tools.cli.options import hw_option, json_option, map_option, options_of_config, out_option, steps_option
 from tools.launch.exit_codes import exit_code_of
-
-Function = Callable[..., Any]
 
 
 class Verbs(click.Group):
@@ -26,9 +24,14 @@ class Verbs(click.Group):
 
     lazy: ClassVar = {  # name: (where it is, its line in the help)
         "data": ("tools.cli.data:data", "Build, check, look at and convert data sets."),
+        "explain": ("tools.cli.runs:explain", "Look in a log, or a run, for what is known to go wrong."),
+        "export": ("tools.cli.runs:export", "Write a run's Hugging Face folders, and prove them by reloading."),
+        "generate": ("tools.cli.runs:generate", "Talk to a run, or to any Hugging Face Llama folder."),
+        "grade": ("tools.cli.runs:grade", "Hold a run against the recorded figures of its training."),
         "image": ("tools.cli.images:image", "Build and verify the images that containers start from."),
         "lock": ("tools.cli.images:lock", "Renew docker/images.lock.json as far as the network allows."),
         "report": ("tools.cli.runs:report", "Write the page of a run, or one over all runs."),
+        "repro": ("tools.cli.runs:repro", "Run a run again from its manifest, and compare."),
         "runs": ("tools.cli.runs:runs", "List, show, compare and prune runs."),
         "verify": ("tools.cli.verify:verify", "Prove that a run, data parallel or a board does what it should."),
     }
@@ -81,7 +84,7 @@ def main() -> None:
 )
 @click.option("--container/--no-container", default=None, help="In the pinned image, or on this machine's Python.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and what it lacks here; run nothing.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
+@out_option
 @click.option(
     "--world", type=click.IntRange(min=1), help="Devices, or CPU processes of all hosts: the mesh [1, WORLD]."
 )
@@ -134,9 +137,7 @@ def run(
 @click.argument("name")
 @click.option("--from", "parent", required=True, metavar="RECIPE", help="The recipe to copy.")
 @click.option("--data", type=click.Path(path_type=Path), help="Your rows or text; without: the recipe's own stay.")
-@click.option(
-    "--map", "pairs", metavar="NAME=COLUMN", multiple=True, help="Column of prompt, response, ...; repeatable."
-)
+@map_option
 @click.option("--format", "format_", default="auto", show_default=True, help="Of the data, as `data convert` takes it.")
 def new(name: str, parent: str, data: Path | None, pairs: tuple[str, ...], format_: str) -> None:
     """Make a recipe for your own data: the folder recipes/NAME, checked before it is there. Downloads nothing."""
@@ -157,7 +158,7 @@ def config() -> None:
 @config.command()
 @click.argument("name")
 @options_of_config
-@click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
+@steps_option
 def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None) -> None:
     """Print the config with all layers merged, for a board that need not be here."""
     from common import config as configs
@@ -188,33 +189,6 @@ def schema() -> None:
 
 
 @recipe.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--check", is_flag=True, help="Only load the export again and compare its held-out loss.")
-def export(run: Path, check: bool) -> None:
-    """Write a run's Hugging Face folders, and prove them by reloading."""
-    from tools.export.export import check_export, export_folder
-
-    (check_export if check else export_folder)(run, click.echo)
-
-
-@recipe.command()
-@click.argument("target", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--prompt", "prompts", multiple=True, help="Ask this; repeatable. Without: a prompt loop.")
-@click.option("--base", is_flag=True, help="Show the untuned model's answer, too.")
-@click.option("--temperature", type=float)
-@click.option("--top-k", type=int)
-@click.option("--top-p", type=float)
-@click.option("--repetition-penalty", type=float)
-@click.option("--max-new-tokens", type=int)
-@click.option("--seed", type=int, default=0, show_default=True)
-def generate(target: Path, prompts: tuple[str, ...], base: bool, seed: int, **sampling: float | None) -> None:
-    """Talk to a run, or to any Hugging Face Llama folder."""
-    from tools.generate.chat import talk
-
-    talk(target, prompts, base=base, seed=seed, sampling={k: v for k, v in sampling.items() if v is not None})
-
-
-@recipe.command()
 @click.argument("run", required=False)
 @click.option("--hw", metavar="BOARD", help="The run on this board.")
 @click.option("--now", is_flag=True, help="Kill it: nothing more is saved, and a board may need a reset.")
@@ -227,10 +201,10 @@ def stop(run: str | None, hw: str | None, now: bool) -> None:
 
 @recipe.command()
 @click.option("--ttml", is_flag=True, help="Instead: every name of ttml and ttnn that training relies on.")
-@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
+@hw_option
 @click.option("--device/--no-device", default=True, help="With --ttml: open one device to see a model's parameters.")
 @click.option("--container/--no-container", default=None, help="For runs in the image, or on this machine's Python.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@json_option
 def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_json: bool) -> None:
     """Look for what is wrong with this machine; change nothing."""
     if ttml:
@@ -247,55 +221,10 @@ def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_
 @recipe.command()
 @click.argument("name")
 @options_of_config
-@click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@steps_option
+@json_option
 def plan(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None, as_json: bool) -> None:
     """Say what a run would need: memory by component, batches, padding, disk and time. Downloads nothing."""
     from tools.plan.estimate import report
 
     report(find_recipe(name), hw, overrides, steps, as_json, click.echo)
-
-
-@recipe.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--record", is_flag=True, help="Write the run's figures into the recipe's results.yaml.")
-@click.option(
-    "--band-from",
-    "others",
-    multiple=True,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="With --record: a run that shows how far figures may stray; repeatable.",
-)
-@click.option("--speed", is_flag=True, help="With --record: tokens/s too; this machine did nothing else.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-def grade(run: Path, record: bool, others: tuple[Path, ...], speed: bool, as_json: bool) -> None:
-    """Hold a run against the recorded figures of its training. Exit code 6 where one fails."""
-    if (others or speed) and not record:
-        raise UsageError("--band-from and --speed say what is recorded", todo="add --record")
-    if record:
-        from tools.results.record import record as write
-
-        write(run, others, speed, click.echo)
-        return
-    from tools.results.grade import print_grade
-
-    print_grade(run, as_json, click.echo)
-
-
-@recipe.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs.")
-def repro(run: Path, out: Path) -> None:
-    """Run a run again from its manifest, and compare: bit for bit where that can be expected."""
-    from tools.results.repro import repro as run_again
-
-    run_again(run, out, click.echo)
-
-
-@recipe.command()
-@click.argument("target", metavar="LOG|RUN", type=click.Path(path_type=Path, exists=True))
-def explain(target: Path) -> None:
-    """Look in a log, or a run's folder, for what is known to go wrong, and say what to do."""
-    from tools.runs.explain import print_explanation
-
-    print_explanation(target, click.echo)

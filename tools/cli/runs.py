@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.errors import UsageError
-from common.paths import ROOT
+from tools.cli.options import RUN, json_option, out_option
 
 if TYPE_CHECKING:
     from tools.runs.compare import Verdict
     from tools.runs.folder import RunFolder
-
-RUN = click.Path(path_type=Path, exists=True, file_okay=False)
-out_option = click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
 
 
 @click.command()
@@ -35,6 +29,78 @@ def report(folders: tuple[Path, ...], out: Path) -> None:
     if not folders:
         path, count = pages.write_overview(out)
         click.echo(f"{path} ({count} runs)")
+
+
+@click.command()
+@click.argument("run", type=RUN)
+@click.option("--check", is_flag=True, help="Only load the export again and compare its held-out loss.")
+def export(run: Path, check: bool) -> None:
+    """Write a run's Hugging Face folders, and prove them by reloading."""
+    from tools.export.export import check_export, export_folder
+
+    (check_export if check else export_folder)(run, click.echo)
+
+
+@click.command()
+@click.argument("target", type=RUN)
+@click.option("--prompt", "prompts", multiple=True, help="Ask this; repeatable. Without: a prompt loop.")
+@click.option("--base", is_flag=True, help="Show the untuned model's answer, too.")
+@click.option("--temperature", type=float)
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--max-new-tokens", type=int)
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(target: Path, prompts: tuple[str, ...], base: bool, seed: int, **sampling: float | None) -> None:
+    """Talk to a run, or to any Hugging Face Llama folder."""
+    from tools.generate.chat import talk
+
+    talk(target, prompts, base=base, seed=seed, sampling={k: v for k, v in sampling.items() if v is not None})
+
+
+@click.command()
+@click.argument("run", type=RUN)
+@click.option("--record", is_flag=True, help="Write the run's figures into the recipe's results.yaml.")
+@click.option(
+    "--band-from",
+    "others",
+    multiple=True,
+    type=RUN,
+    help="With --record: a run that shows how far figures may stray; repeatable.",
+)
+@click.option("--speed", is_flag=True, help="With --record: tokens/s too; this machine did nothing else.")
+@json_option
+def grade(run: Path, record: bool, others: tuple[Path, ...], speed: bool, as_json: bool) -> None:
+    """Hold a run against the recorded figures of its training. Exit code 6 where one fails."""
+    if (others or speed) and not record:
+        raise UsageError("--band-from and --speed say what is recorded", todo="add --record")
+    if record:
+        from tools.results.record import record as write
+
+        write(run, others, speed, click.echo)
+        return
+    from tools.results.grade import print_grade
+
+    print_grade(run, as_json, click.echo)
+
+
+@click.command()
+@click.argument("run", type=RUN)
+@out_option
+def repro(run: Path, out: Path) -> None:
+    """Run a run again from its manifest, and compare: bit for bit where that can be expected."""
+    from tools.results.repro import repro as run_again
+
+    run_again(run, out, click.echo)
+
+
+@click.command()
+@click.argument("target", metavar="LOG|RUN", type=click.Path(path_type=Path, exists=True))
+def explain(target: Path) -> None:
+    """Look in a log, or a run's folder, for what is known to go wrong, and say what to do."""
+    from tools.runs.explain import print_explanation
+
+    print_explanation(target, click.echo)
 
 
 @click.group()

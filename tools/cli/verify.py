@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
+from tools.cli.options import RUN, hw_option, json_option, set_option
 
 
 @click.group()
@@ -15,7 +15,7 @@ def verify() -> None:
 
 
 @verify.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("run", type=RUN)
 @json_option
 def run(run: Path, as_json: bool) -> None:
     """Check what a run left: its first step, last checkpoint, data and export."""
@@ -31,7 +31,7 @@ def run(run: Path, as_json: bool) -> None:
 @click.option("--steps", type=click.IntRange(min=2), default=8, show_default=True, help="To train and compare.")
 @click.option("--weak", is_flag=True, help="Measure with a batch for each device.")
 @click.option("--record", is_flag=True, help="From a clean tree: write the figures into results.yaml.")
-@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key; repeatable.")
+@set_option
 @json_option
 def ddp(
     name: str,
@@ -52,7 +52,7 @@ def ddp(
 
 
 @verify.command()
-@click.option("--hw", envvar="HW", metavar="BOARD", help="Board; unset: the one found here.")
+@hw_option
 @json_option
 def board(hw: str | None, as_json: bool) -> None:
     """Check that a board computes what it should, before its first run."""
