@@ -484,10 +484,12 @@ def test_signals_are_handed_on_and_waited_for(double, numbers, names):
 
     def send() -> None:
         until((double / "started").exists)
-        for count, number in enumerate(numbers, 1):
-            os.kill(os.getpid(), number)
-            until(functools.partial(has_got, count))
-        (double / "end").write_text("75")
+        try:
+            for count, number in enumerate(numbers, 1):
+                os.kill(os.getpid(), number)
+                until(functools.partial(has_got, count))
+        finally:
+            (double / "end").write_text("75")
 
     before = signal.getsignal(signal.SIGINT)
     sender = later(send)
@@ -501,9 +503,11 @@ def test_a_signal_that_comes_before_the_container_runs_is_handed_on_once(double)
     def send() -> None:
         until(lambda: (double / "calls").exists() and calls(double, "start"))
         os.kill(os.getpid(), signal.SIGTERM)
-        until(lambda: asked(double))
-        time.sleep(0.3)
-        (double / "end").write_text("75")
+        try:
+            until(lambda: asked(double))
+            time.sleep(0.3)  # in which it would come a second time
+        finally:
+            (double / "end").write_text("75")
 
     (double / "slow").write_text("0.5")
     sender = later(send)

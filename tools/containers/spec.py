@@ -54,7 +54,7 @@ class Mount:
 
 @dataclass(frozen=True)
 class Spec:
-    """A container, before any engine is asked. `environment` is printed, of `secret` only the names."""
+    """A container, before any engine is asked. `environment` is printed, `secret` are names of variables."""
 
     name: str
     image: str
@@ -63,7 +63,7 @@ class Spec:
     mounts: tuple[Mount, ...]
     scratch: tuple[Path, ...]
     environment: Mapping[str, str]
-    secret: Mapping[str, str]
+    secret: tuple[str, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[tuple[str, str], ...] = ()  # outside, inside
     cpus: str | None = None
@@ -75,8 +75,7 @@ class Spec:
 
 
 def arguments_of(spec: Spec) -> list[str]:
-    """Return what follows `docker create` or `docker run`. Variables of `secret` have no value there: docker has them
-    from its own environment."""
+    """Return what follows `docker create` or `docker run`; docker takes the values of `secret` from its environment."""
     words = ["--name", spec.name, "--user", spec.user_name, "--workdir", str(ROOT), "--init", "--read-only"]
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
     words += ["--ipc", "host"]  # tt-umd's locks between processes lie in /dev/shm
@@ -127,7 +126,6 @@ def spec_of(run: Launch, lent: Sequence[Path] = ()) -> Spec:
     }
     mounts = tuple(mounts_of(run))
     scratch = dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(run) else [])])
-    handed_over = {name: outside[name] for name in HANDED_OVER if outside.get(name)}
     return Spec(
         name=f"recipes-{run.run}",
         image=run.image["reference"] if run.image else NOT_BUILT,
@@ -136,7 +134,7 @@ def spec_of(run: Launch, lent: Sequence[Path] = ()) -> Spec:
         mounts=mounts,
         scratch=tuple(path for path in scratch if path not in {mount.path for mount in mounts}),
         environment=environment,
-        secret=handed_over,
+        secret=tuple(name for name in HANDED_OVER if outside.get(name)),
         labels=labels_of(run, lent),
         devices=tuple((str(below_root(node)), node) for node in run.nodes),
         cpus=cpus(),
