@@ -121,7 +121,7 @@ def test_the_first_loss_is_that_of_knowing_nothing(go, initializer, tied):
 
 @pytest.mark.parametrize("wrong", [0.5, 2.0])
 def test_another_first_loss_ends_the_run_with_6(go, monkeypatch, tmp_path, wrong):
-    """As if the loss were normalised by half or twice the supervised tokens."""
+    """As if the loss were normalized by half or twice the supervised tokens."""
     of = TorchCPU._nll_sum
     monkeypatch.setattr(TorchCPU, "_nll_sum", lambda self, batch: wrong * of(self, batch))
     with pytest.raises(VerificationError, match=r"untrained weights give 4\.\d\d") as error:

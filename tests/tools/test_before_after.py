@@ -102,7 +102,7 @@ def test_without_the_training_rows_the_card_says_that_nothing_was_checked(run, m
     lines: list[str] = []
     path = write_card(trained.read(other, lines.append), lines.append)
 
-    assert "no check for memorised answers" in lines[0]
+    assert "no check for memorized answers" in lines[0]
     assert path is not None
     assert "nothing below was checked" in path.read_text()
 

@@ -41,7 +41,7 @@ def write_card(run: TrainedRun, say: Callable[[str], None]) -> Path | None:
         text: TrainingText | None = TrainingText(responses(run))
     except DataError as error:
         text = None
-        say(f"no check for memorised answers: {error.what}")
+        say(f"no check for memorized answers: {error.what}")
     answers = examine(records[0], records[-1], text, run)
     head = headline(records[0], records[-1], answers)
     path = run.folder / "before_after.md"
@@ -189,7 +189,7 @@ def headline(first: dict[str, Any], last: dict[str, Any], answers: Sequence[Exam
 def markdown(head: str, step: int, answers: Sequence[Examined], text: TrainingText | None) -> str:
     lines = [f"# Before and after: the base, and step {step}", "", f"{head[0].upper()}{head[1:]}.", ""]
     if text is None:
-        lines += ["The training rows are not here: nothing below was checked for memorised words.", ""]
+        lines += ["The training rows are not here: nothing below was checked for memorized words.", ""]
     legend = (
         f"An answer is verbatim when {VERBATIM} or more of its words in a row stand in one training response. *Known "
         f"phrases*: the share of its {PHRASE}-word phrases that stand in some training response. *Repeated*: the share "
