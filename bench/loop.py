@@ -68,7 +68,7 @@ class IdleEngine:
     def load_state(self, state: Mapping[str, Array]) -> None:
         raise NotImplementedError
 
-    def untuned(self) -> contextlib.AbstractContextManager[None]:
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def close(self) -> None: ...

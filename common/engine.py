@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from common.data.tokens import Batch
     from common.hardware import Hardware
 
-Array: TypeAlias = "np.ndarray[Any, Any]"  # in words: a board's host asks this module without numpy
+Array: TypeAlias = "np.ndarray[Any, Any]"  # quoted: a board's host imports this module and has no numpy
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ class Backend(Protocol):
         """
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
-        """One optimizer step: loss = sum(mask x nll) / sum(mask) over all the micro-batches together.
+        """Take one optimizer step: loss = sum(mask x nll) / sum(mask) over all the micro-batches together.
 
         Raises TrainingError, with the parameters untouched, when loss or gradient norm is not finite.
         """
 
     def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
-        """Per row of the batch: the sum of nll in nats [B] and the number of supervised tokens [B], float64."""
+        """Return, per row of the batch, the sum of nll in nats [B] and the supervised tokens [B], both float64."""
 
     def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
-        """Logits [B, V] after each row's last token, and a cache for the next call.
+        """Return logits [B, V] after each row's last token, and a cache for the next call.
 
         First call: `ids` [B, n] filled on the right, `lengths` [B]. With a cache: `ids` [B, 1], the new tokens.
         """
@@ -90,14 +90,14 @@ class Backend(Protocol):
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Take back what `state` yielded; `state` may read lazily. A missing or unknown name is an error."""
 
-    def untuned(self) -> AbstractContextManager[None]:
-        """Within it, the model answers as the base does: adapters off. Only for LoRA runs."""
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Return a context in which the model answers as its base does; only for LoRA runs."""
 
-    def synchronise(self, on: bool) -> None:
-        """Sum the gradients of several devices, as every run does; `recipe verify ddp` turns it off for once."""
+    def set_grad_sync(self, on: bool) -> None:
+        """Sum the gradients of several devices, as every run does, or not: a control that `recipe verify ddp` needs."""
 
     def replicas(self) -> list[str]:
-        """sha256 over the trained parameters on each device, in their order."""
+        """Return the sha256 over the trained parameters of each device, in their order."""
 
     def close(self) -> None: ...
 
@@ -127,7 +127,7 @@ def load_engine(name: str) -> Engine:
 
 
 def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:
-    """What the loss of a step is divided by. Raises DataError where it is nothing."""
+    """Return the supervised tokens of a step, by which its loss is divided. Raises DataError where there are none."""
     supervised = int(sum(batch.loss_mask.sum(dtype="int64") for batch in micro_batches))
     if not supervised:
         raise DataError(
@@ -139,7 +139,7 @@ def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:
 
 
 def not_finite(loss: float, norm: float, learning_rate: float, step: int) -> TrainingError:
-    """The error of a step whose update was refused."""
+    """Return the error of a step whose update was refused."""
     return TrainingError(
         f"step {step} is not finite: loss {loss}, gradient norm {norm}; the update was refused",
         where=f"step {step}, learning rate {learning_rate:.3g}",

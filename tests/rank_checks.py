@@ -58,7 +58,7 @@ def evaluation(config: Config) -> dict[str, Any]:
         with engine(each) as backend:
             train(backend, 1, [[make_batch(ROWS)]])
             tuned = backend.eval_nll(batch)
-            with backend.untuned():
+            with backend.disable_adapter():
                 untuned = backend.eval_nll(batch)
         answers.append([array.tolist() for array in (*tuned, *untuned)])
     return {"one": answers[0], "three": answers[1]}
@@ -69,8 +69,8 @@ def not_finite(config: Config) -> dict[str, Any]:
     batches = [[make_batch(ROWS)]]
     with engine(on_three(config)) as backend:
         train(backend, 1, batches)
-        before, nll_sum = backend.replicas(), backend._nll_sum
-        backend._nll_sum = lambda batch: nll_sum(batch) * float("inf")
+        before, nll_sum = backend.replicas(), backend.objective.forward
+        backend.objective.forward = lambda batch: nll_sum(batch) * float("inf")
         refused = ""
         with contextlib.suppress(TrainingError):
             try:
@@ -79,13 +79,13 @@ def not_finite(config: Config) -> dict[str, Any]:
                 refused = error.what
                 raise
         after = backend.replicas()
-        backend._nll_sum = nll_sum
+        backend.objective.forward = nll_sum
         return {"refused": refused, "kept": before == after, "goes on": train(backend, 1, batches, 2)}
 
 
 def control(config: Config) -> dict[str, Any]:
     with engine(on_three(config)) as backend:
-        backend.synchronise(False)
+        backend.set_grad_sync(False)
         train(backend, 1, [[make_batch(ROWS)]])
         return {"replicas": len(set(backend.replicas()))}
 
@@ -121,12 +121,12 @@ def check(base: Path) -> dict[str, Any]:
 
 
 def main(base: str, out: str) -> None:
-    with ranks.joined() as found:
+    with ranks.process_group() as found:
         if found.rank:
             follow(found)
             return
         results = check(Path(base))
-        found.tell("end", 0)
+        found.broadcast_command("end", 0)
     Path(out).write_text(json.dumps(results), encoding="utf-8")
 
 

@@ -43,7 +43,7 @@ from common.model.llama import PREFIX, misfit
 from engines.cpu import ragged
 from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 from engines.cpu.lora import add_lora, lora_layers
-from engines.cpu.ranks import Ranks, losing_ranks, ranks_of
+from engines.cpu.ranks import Ranks, gloo_errors, ranks_of
 
 TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
 FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits
@@ -61,7 +61,9 @@ def open_cpu(config: Config) -> Iterator[TorchCPU]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     transformers.utils.logging.set_verbosity_error()
     if ranks.world > 1:
-        ranks.tell("open", config.with_values(**{"device.threads": threads}).dump())  # one number on all hosts
+        ranks.broadcast_command(
+            "open", config.with_values(**{"device.threads": threads}).dump()
+        )  # one number on all hosts
     backend = TorchCPU(config, threads, ranks)
     try:
         yield backend
@@ -99,17 +101,15 @@ class TorchCPU:
                 todo="leave it false on cpu, or use AdamWFullPrecision, which needs none",
             )
         self.config, self.threads, self.ranks = config, threads, ranks
-        self.synchronised = True
+        self.grad_sync = True
         self.stored = torch.bfloat16 if training.precision == "bf16" else torch.float32
         self.mixed = training.precision == "bf16-mixed"
         self.compiled, self.compile_reason = decide_compile(config)
         self.steps_done = 0
-        self.lengths: set[int] = set()  # tokens of the batches laid end to end so far
         self.model: LlamaForCausalLM
-        self.padded_forward: Callable[..., Any]  # what a compiled run trains through: one shape for every step
-        self.objective: nn.Module
+        self.objective: Objective
+        self.parallel_objective: nn.Module  # the same, its gradients summed over the ranks; alone, the objective itself
         self.optimizer: torch.optim.AdamW
-        self.head16: Tensor | None = None  # a frozen head's bf16 copy, as lora.Frozen keeps one
         self.trained: dict[str, nn.Parameter] = {}
         self.updated: dict[str, Tensor] = {}  # what the optimizer updates: the trained parameters, or their masters
         self.masters: dict[str, Tensor] = {}
@@ -131,14 +131,16 @@ class TorchCPU:
     # --- building -----------------------------------------------------------------------------------------------
 
     def build(self, architecture: Mapping[str, Any]) -> None:
-        self.ranks.tell("build", dict(architecture))
+        self.ranks.broadcast_command("build", dict(architecture))
         with torch.device("meta"):
             self.model = LlamaForCausalLM(LlamaConfig.from_dict(dict(architecture)))
 
     def load(self, weights: Mapping[str, Array]) -> int:
         model, config = self.model, self.config.model
-        self.ranks.tell("load")
-        tensors = {name: to_torch(array).to(self.stored) for name, array in self.ranks.shared(weights).items()}
+        self.ranks.broadcast_command("load")
+        tensors = {
+            name: to_torch(array).to(self.stored) for name, array in self.ranks.broadcast_tensors(weights).items()
+        }
         if model.config.tie_word_embeddings:
             tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
         check_names(tensors, dict(model.state_dict()))
@@ -152,13 +154,12 @@ class TorchCPU:
             add_lora(model, config.lora, self.config.training.seed, dtype=self.stored, keep_half=self.mixed)
         if self.mixed:
             cast_norm_outputs(model)
-            self.head16 = model.lm_head.weight.detach().bfloat16() if config.lora else None
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_optimizer()
-        self.padded_forward = torch.compile(model.model.forward, dynamic=False) if self.compiled else model.model
-        self.objective = self.ranks.parallel(Objective(model, lambda batch: self._nll_sum(batch)))
+        self.objective = Objective(model, self.mixed, self.compiled, frozen_head=config.lora is not None)
+        self.parallel_objective = self.ranks.parallel(self.objective)
         self._settle_buckets()
         return parameters
 
@@ -182,96 +183,51 @@ class TorchCPU:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
         started = time.perf_counter()
-        self.ranks.tell("train_step", learning_rate, step, batches=micro_batches)
-        torch.manual_seed(self.config.training.seed * 1_000_003 + step)  # dropout hangs on the step, not on history
+        self.ranks.broadcast_command("train_step", learning_rate, step, batches=micro_batches)
+        # Dropout depends only on seed and step: a resumed run draws what the unbroken one drew. The factor, a prime,
+        # keeps the steps of one seed apart from those of the next.
+        torch.manual_seed(self.config.training.seed * 1_000_003 + step)
         self.model.train()
+
+        # 1) Forward and backward. The loss is divided by the supervised tokens of all micro-batches on all ranks, so
+        #    that gradients simply add up and no split into micro-batches or ranks can change them.
         supervised = supervised_tokens(micro_batches, step)
-        total = self._backward([self.ranks.rows_of(batch) for batch in micro_batches], supervised)
+        total = torch.zeros((), dtype=torch.float32)  # this rank's part of the loss
+        for index, whole in enumerate(micro_batches, 1):
+            batch = self.ranks.rows_of(whole)
+            # DDP sums the gradients of all ranks once, during the backward pass of the last micro-batch.
+            syncs = self.grad_sync and self.ranks.world > 1 and index == len(micro_batches)
+            if not (syncs or batch.loss_mask.any()):
+                continue
+            with gloo_errors(), contextlib.nullcontext() if syncs else self.ranks.no_sync(self.parallel_objective):
+                with self._autocast():
+                    if batch.loss_mask.any():
+                        nll = self.parallel_objective(batch)
+                    else:  # every rank has to take part in the sum: one without a supervised token adds zeros
+                        nll = self.parallel_objective(supervise_first_token(batch)) * 0
+                    loss = nll / supervised
+                loss.backward()
+            total += loss.detach()
+
+        # 2) Loss and norm are looked at before the update: where either is not finite, the weights stay as they were.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
-        loss_value, norm_value = sum(self.ranks.gather(float(total))), float(norm)
+        loss_value, norm_value = sum(self.ranks.all_gather(float(total))), float(norm)
         if not (np.isfinite(loss_value) and np.isfinite(norm_value)):
             self._clear_gradients()
             raise not_finite(loss_value, norm_value, learning_rate, step)
+
+        # 3) Clip and update; every rank does the same to its own copy.
         if (limit := self.config.training.max_grad_norm) > 0:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self._update(learning_rate)
         self.steps_done = step
-        if step % TRIM_EVERY == 0 and len(self.lengths) > FEW_LENGTHS:
+        if step % TRIM_EVERY == 0 and len(self.objective.lengths) > FEW_LENGTHS:
             give_back_memory()
         tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
         return StepStats(loss_value, norm_value, learning_rate, tokens, supervised, time.perf_counter() - started)
 
-    def _backward(self, batches: Sequence[Batch], supervised: int) -> Tensor:
-        """Add up the gradients of this rank's rows, then all ranks'; return the sum of its nll / `supervised`."""
-        total = torch.zeros((), dtype=torch.float32)
-        for index, batch in enumerate(batches):
-            sums_up = self.synchronised and self.ranks.world > 1 and index == len(batches) - 1
-            if not (sums_up or batch.loss_mask.any()):
-                continue
-            with losing_ranks(), self.ranks.summing(self.objective, sums_up):
-                with self._autocast():
-                    loss = self._loss(batch) / supervised
-                loss.backward()
-            total += loss.detach()
-        return total
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """The sum of nll of `batch`. A rank without a supervised token has to take part in the summing all the same."""
-        if batch.loss_mask.any():
-            return cast(Tensor, self.objective(batch))
-        mask = np.zeros_like(batch.loss_mask)
-        mask[0, 0] = 1
-        return cast(Tensor, self.objective(dataclasses.replace(batch, loss_mask=mask)) * 0)
-
-    def _settle_buckets(self) -> None:
-        """Let DDP choose its buckets now.
-
-        It chooses them anew after its first backward, by the order in which gradients came, and with them the order of
-        a sum over three ranks or more: a resumed run would end in other bits.
-        """
-        if self.ranks.world > 1:
-            ids, mask = np.zeros((1, TILE), np.uint32), np.zeros((1, TILE), np.float32)
-            self.model.eval()  # never compiled for this one batch
-            self._backward([Batch(ids, ids, mask, np.zeros(1, np.int64))], 1)
-            self._clear_gradients()
-
-    def synchronise(self, on: bool) -> None:
-        self.ranks.tell("synchronise", on)
-        self.synchronised = on
-
-    def replicas(self) -> list[str]:
-        self.ranks.tell("replicas")
-        digest = hashlib.sha256()
-        for tensor in self.trained.values():
-            digest.update(to_numpy(tensor).tobytes())
-        return self.ranks.collect(digest.hexdigest())
-
-    def _nll_sum(self, batch: Batch) -> Tensor:
-        hidden, labels = self._supervised(batch)
-        if self.mixed:
-            hidden = hidden.bfloat16()
-        weight = self.model.lm_head.weight if self.head16 is None else self.head16
-        return cast(Tensor, LinearCrossEntropy.apply(hidden, weight, labels))  # type: ignore[no-untyped-call]
-
-    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, H] and labels [N] of the N supervised positions, row by row."""
-        if self.compiled and self.model.training:
-            return self._supervised_padded(batch)
-        ids, positions, labels, supervised, bounds = ragged.lay_out(batch)
-        self.lengths.add(ids.shape[1])
-        self.model.set_attn_implementation(ragged.NAME)
-        hidden = self.model.model(input_ids=ids, position_ids=positions, use_cache=False, bounds=bounds)
-        return hidden.last_hidden_state[0][supervised], labels[supervised]
-
-    def _supervised_padded(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same with padding: every step has one shape, as a compiled graph needs it."""
-        mask = torch.from_numpy(batch.loss_mask > 0)
-        ids, labels = (torch.from_numpy(array.astype(np.int64)) for array in (batch.input_ids, batch.labels))
-        self.model.set_attn_implementation("sdpa")
-        hidden = self.padded_forward(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden[mask], labels[mask]
-
     def _update(self, learning_rate: float) -> None:
+        """Let AdamW update the trained weights, or their fp32 masters, which are then rounded into the weights."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         for name, master in self.masters.items():
@@ -285,8 +241,34 @@ class TorchCPU:
 
     def _clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.trained.values():
+        for parameter in self.trained.values():  # with masters, these are none of the optimizer's
             parameter.grad = None
+
+    def _settle_buckets(self) -> None:
+        """Let DDP choose its buckets now, over one step whose gradients are dropped.
+
+        It chooses them anew after its first backward, by the order in which gradients came, and with them the order of
+        a sum over three ranks or more: a resumed run would end in other bits.
+        """
+        if self.ranks.world > 1:
+            ids, mask = np.zeros((1, TILE), np.uint32), np.zeros((1, TILE), np.float32)
+            self.model.eval()  # never compiled for this one batch
+            with gloo_errors():
+                with self._autocast():
+                    nll = self.parallel_objective(supervise_first_token(Batch(ids, ids, mask, np.zeros(1, np.int64))))
+                (nll * 0).backward()
+            self._clear_gradients()
+
+    def set_grad_sync(self, on: bool) -> None:
+        self.ranks.broadcast_command("set_grad_sync", on)
+        self.grad_sync = on
+
+    def replicas(self) -> list[str]:
+        self.ranks.broadcast_command("replicas")
+        digest = hashlib.sha256()
+        for tensor in self.trained.values():
+            digest.update(to_numpy(tensor).tobytes())
+        return self.ranks.all_gather_text(digest.hexdigest())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mixed)
@@ -295,17 +277,17 @@ class TorchCPU:
 
     @torch.no_grad()
     def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
-        self.ranks.tell("eval_nll", batches=[batch])
+        self.ranks.broadcast_command("eval_nll", batches=[batch])
         self.model.eval()
         mine = self.ranks.rows_of(batch)
         sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64)
         if mine.loss_mask.any():
             with self._in_fp32():
-                hidden, labels = self._supervised(mine)
+                hidden, labels = self.objective.supervised_hidden(mine)
                 nll = nll_rows(hidden.float(), self.model.lm_head.weight.float(), labels).double()
             first = self.ranks.rank * len(sums) // self.ranks.world
             sums.index_add_(0, torch.from_numpy(first + np.nonzero(mine.loss_mask > 0)[0]), nll)
-        return self.ranks.fill(sums.numpy()), batch.loss_mask.sum(axis=1, dtype=np.float64)
+        return self.ranks.all_reduce_sum(sums.numpy()), batch.loss_mask.sum(axis=1, dtype=np.float64)
 
     @contextlib.contextmanager
     def _in_fp32(self) -> Iterator[None]:
@@ -351,7 +333,7 @@ class TorchCPU:
         return logits.float().numpy(), cache
 
     @contextlib.contextmanager
-    def untuned(self) -> Iterator[None]:
+    def disable_adapter(self) -> Iterator[None]:
         self.enable_adapters(False)
         try:
             yield
@@ -359,7 +341,7 @@ class TorchCPU:
             self.enable_adapters(True)
 
     def enable_adapters(self, enabled: bool) -> None:
-        self.ranks.tell("enable_adapters", enabled)
+        self.ranks.broadcast_command("enable_adapters", enabled)
         for _, layer in lora_layers(self.model):
             layer.enabled = enabled
 
@@ -389,8 +371,8 @@ class TorchCPU:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Array]) -> None:
-        self.ranks.tell("load_state")
-        state = self.ranks.shared(state)
+        self.ranks.broadcast_command("load_state")
+        state = self.ranks.broadcast_tensors(state)
         mine = dict(self.state_shapes())
         if set(mine) != set(state):
             odd = sorted(set(mine) ^ set(state))
@@ -439,23 +421,64 @@ class TorchCPU:
     def close(self) -> None:
         """Free model and optimizer; the backend cannot be used again. Closing twice is harmless."""
         with contextlib.suppress(RankLost):  # then nobody is left to be told
-            self.ranks.tell("close")
-        for name in ("model", "padded_forward", "objective", "optimizer"):
+            self.ranks.broadcast_command("close")
+        for name in ("model", "objective", "parallel_objective", "optimizer"):
             self.__dict__.pop(name, None)
-        self.trained, self.updated, self.masters, self.head16 = {}, {}, {}, None
+        self.trained, self.updated, self.masters = {}, {}, {}
         gc.collect()  # a module and its hooks refer to each other
         give_back_memory()
 
 
 class Objective(nn.Module):
-    """What is differentiated, as the module that data parallel wraps: a batch's sum of nll in nats."""
+    """The sum of a batch's nll in nats over its supervised positions: what a step differentiates.
 
-    def __init__(self, model: nn.Module, nll_sum: Callable[[Batch], Tensor]) -> None:
+    A module, because DistributedDataParallel hooks into the forward of one. Only the supervised positions go through
+    the output head, which for a vocabulary of 49,152 is more arithmetic than a block.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, mixed: bool, compiled: bool, frozen_head: bool) -> None:
         super().__init__()
-        self.model, self.nll_sum = model, nll_sum
+        self.model, self.mixed = model, mixed
+        # A frozen head's bf16 copy, as lora.Frozen keeps one: autocast would make it anew at every use.
+        self.head16 = model.lm_head.weight.detach().bfloat16() if mixed and frozen_head else None
+        forward = model.model.forward
+        self.padded_forward: Callable[..., Any] = torch.compile(forward, dynamic=False) if compiled else forward
+        self.compiled = compiled
+        self.lengths: set[int] = set()  # tokens of the batches laid end to end so far
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.nll_sum(batch)
+        hidden_NH, labels_N = self.supervised_hidden(batch)
+        if self.mixed:
+            hidden_NH = hidden_NH.bfloat16()  # a Function of our own is not autocast
+        weight_VH = self.model.lm_head.weight if self.head16 is None else self.head16
+        return cast(Tensor, LinearCrossEntropy.apply(hidden_NH, weight_VH, labels_N))  # type: ignore[no-untyped-call]
+
+    def supervised_hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return hidden states [N, H] and labels [N] of the batch's N supervised positions, row by row."""
+        if self.compiled and self.model.training:
+            return self.supervised_hidden_padded(batch)
+        ids_1S, positions_1S, labels_S, supervised_S, bounds = ragged.lay_out(batch)
+        self.lengths.add(ids_1S.shape[1])
+        self.model.set_attn_implementation(ragged.NAME)
+        hidden_1SH = self.model.model(
+            input_ids=ids_1S, position_ids=positions_1S, use_cache=False, bounds=bounds
+        ).last_hidden_state
+        return hidden_1SH[0][supervised_S], labels_S[supervised_S]
+
+    def supervised_hidden_padded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the same with padding computed: every step has one shape, as a compiled graph needs it."""
+        mask_BT = torch.from_numpy(batch.loss_mask > 0)
+        ids_BT, labels_BT = (torch.from_numpy(array.astype(np.int64)) for array in (batch.input_ids, batch.labels))
+        self.model.set_attn_implementation("sdpa")
+        hidden_BTH = self.padded_forward(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTH[mask_BT], labels_BT[mask_BT]
+
+
+def supervise_first_token(batch: Batch) -> Batch:
+    """Return `batch` with the first token of its first row as the only supervised one."""
+    mask = np.zeros_like(batch.loss_mask)
+    mask[0, 0] = 1
+    return dataclasses.replace(batch, loss_mask=mask)
 
 
 def follow(ranks: Ranks) -> int:
@@ -464,7 +487,7 @@ def follow(ranks: Ranks) -> int:
     Returns the exit code that rank 0 ended with.
     """
     with contextlib.ExitStack() as opened:
-        for call, arguments, batches in ranks.heard():
+        for call, arguments, batches in ranks.commands():
             if call == "end":
                 return int(arguments[0])
             if call == "open":
@@ -477,7 +500,7 @@ def follow(ranks: Ranks) -> int:
                     backend.train_step(batches, *arguments)
                 elif call == "eval_nll":
                     backend.eval_nll(*batches)
-                elif call in ("build", "enable_adapters", "synchronise", "replicas", "close"):
+                elif call in ("build", "enable_adapters", "set_grad_sync", "replicas", "close"):
                     getattr(backend, call)(*arguments)
                 else:
                     raise AssertionError(f"rank 0 asks for {call}, which is no call")

@@ -1,9 +1,9 @@
 """The processes of one data-parallel run on CPUs: rank 0 leads, the others repeat its calls on rows of their own.
 
 As on a board, one process drives: recipe, data, files and decisions are rank 0's alone. Whatever it asks of its engine
-it tells the other ranks first, with the whole batch; each takes its rows, and PyTorch's DistributedDataParallel sums
-the gradients in buckets while the backward pass goes on. tools/launch/processes.py starts the processes, gloo carries
-what they say.
+it broadcasts to the other ranks first, with the whole batch; each takes its rows, and PyTorch's DistributedDataParallel
+sums the gradients in buckets while the backward pass goes on. tools/launch/processes.py starts the processes, gloo
+carries what they send.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ class Ranks:
     # --- what an engine computes with -----------------------------------------------------------------------------
 
     def rows_of(self, batch: Batch) -> Batch:
-        """This rank's rows of `batch`, in order; all ranks' together are the batch."""
+        """Return this rank's rows of `batch`, in order; all ranks' together are the batch."""
         return batch if self.world == 1 else batch.cut(self.rank, self.world)
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """`module` with its gradients summed over the ranks during `backward`. Not averaged: a loss is already divided
-        by the tokens of all ranks.
+        """Return `module` with its gradients summed over the ranks during `backward`.
+
+        Not averaged, as DDP does by itself: a loss is already divided by the tokens of all ranks.
         """
         if self.world == 1:
             return module
@@ -64,71 +65,67 @@ class Ranks:
         wrapped.register_comm_hook(None, lambda _, bucket: sum_gradients(bucket.buffer()))
         return wrapped
 
-    @contextlib.contextmanager
-    def summing(self, module: nn.Module, sums_up: bool) -> Iterator[None]:
-        """A forward and backward within sum up the gradients of all ranks, or only add to this rank's own."""
-        with contextlib.ExitStack() as stack:
-            if isinstance(module, DistributedDataParallel) and not sums_up:
-                stack.enter_context(module.no_sync())
-            yield
+    def no_sync(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which backward adds to this rank's gradients alone; for a `module` of `parallel`."""
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
-    def gather(self, value: float) -> list[float]:
-        """`value` of every rank, in their order."""
+    def all_gather(self, value: float) -> list[float]:
+        """Return `value` of every rank, in their order."""
         if self.world == 1:
             return [value]
         values = np.zeros(self.world)
         values[self.rank] = value
-        return [float(each) for each in self.fill(values)]
+        return [float(each) for each in self.all_reduce_sum(values)]
 
-    def fill(self, values: Array) -> Array:
-        """float64 [N] of which each rank has some and zeros for the rest; every rank gets them all."""
+    def all_reduce_sum(self, values: Array) -> Array:
+        """Replace `values` (float64, of one shape on every rank) by their sum over the ranks, and return them."""
         if self.world > 1:
-            with losing_ranks():
+            with gloo_errors():
                 dist.all_reduce(torch.from_numpy(values))
         return values
 
-    # --- what rank 0 tells ----------------------------------------------------------------------------------------
+    # --- what rank 0 sends ----------------------------------------------------------------------------------------
 
-    def tell(self, call: str, *arguments: Any, batches: Sequence[Batch] = ()) -> None:
-        """From rank 0: let the other ranks do the same. `arguments` are JSON."""
+    def broadcast_command(self, call: str, *arguments: Any, batches: Sequence[Batch] = ()) -> None:
+        """Let the other ranks make the same call; nothing on a rank other than 0. `arguments` are JSON."""
         if self.world == 1 or self.rank:
             return
-        with losing_ranks():
-            self._send_text(json.dumps([call, arguments, [batch.loss_mask.shape for batch in batches]]))
+        with gloo_errors():
+            self._broadcast_text(json.dumps([call, arguments, [batch.loss_mask.shape for batch in batches]]))
             for batch in batches:
                 for array in (batch.input_ids, batch.labels, batch.loss_mask, batch.rows):
-                    self._share(array)
+                    self._broadcast(array)
 
-    def heard(self) -> Iterator[Call]:
-        """On another rank: rank 0's calls, as they come."""
+    def commands(self) -> Iterator[Call]:
+        """Yield rank 0's calls as they come; for every other rank."""
         while True:
             batches = []
-            with losing_ranks():
-                call, arguments, shapes = json.loads(self._send_text(""))
+            with gloo_errors():
+                call, arguments, shapes = json.loads(self._broadcast_text(""))
                 for rows, width in shapes:
                     shape, (u32, f32, i64) = (rows, width), (np.uint32, np.float32, np.int64)
                     arrays = [np.empty(shape, u32), np.empty(shape, u32), np.empty(shape, f32), np.empty(rows, i64)]
-                    batches.append(Batch(*map(self._share, arrays)))
+                    batches.append(Batch(*map(self._broadcast, arrays)))
             yield call, arguments, batches
 
-    def shared(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Rank 0's tensors on every rank; read one at a time, by all ranks in one order."""
-        return tensors if self.world == 1 else _Shared(self, tensors)
+    def broadcast_tensors(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return rank 0's tensors on every rank; to be read one at a time, by all ranks in one order."""
+        return tensors if self.world == 1 else _BroadcastTensors(self, tensors)
 
-    def collect(self, text: str) -> list[str]:
-        """`text` of every rank, in their order."""
+    def all_gather_text(self, text: str) -> list[str]:
+        """Return `text` of every rank, in their order."""
         mine = text.encode()
-        sizes = [int(size) for size in self.gather(len(mine))]
+        sizes = [int(size) for size in self.all_gather(len(mine))]
         texts = torch.zeros(self.world, max(sizes), dtype=torch.uint8)
         texts[self.rank, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
         if self.world > 1:
-            with losing_ranks():
+            with gloo_errors():
                 dist.all_reduce(texts)
         return [bytes(line[:size].tolist()).decode() for line, size in zip(texts, sizes, strict=True)]
 
-    def same(self, facts: Mapping[str, Any]) -> str:
+    def assert_same_on_all_ranks(self, facts: Mapping[str, Any]) -> str:
         """Raise UsageError on every rank if the `facts` (JSON) of one are not rank 0's; return rank 0's host."""
-        texts = self.collect(json.dumps([socket.gethostname(), facts]))
+        texts = self.all_gather_text(json.dumps([socket.gethostname(), facts]))
         (first, expected), *others = map(json.loads, texts)
         for rank, (host, found) in enumerate(others, 1):
             odd = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
@@ -141,42 +138,42 @@ class Ranks:
                 )
         return str(first)
 
-    def _send_text(self, text: str) -> str:
+    def _broadcast_text(self, text: str) -> str:
         size = torch.tensor([len(text.encode())])
         dist.broadcast(size, 0, group=self.calls_group)
         raw = np.frombuffer(text.encode(), np.uint8).copy() if self.rank == 0 else np.empty(int(size), np.uint8)
-        return self._share(raw).tobytes().decode()
+        return self._broadcast(raw).tobytes().decode()
 
-    def _share(self, array: Array) -> Array:
-        """Rank 0's bytes, in an array that has its shape and type on every rank."""
+    def _broadcast(self, array: Array) -> Array:
+        """Return rank 0's bytes, in an array that has its shape and type on every rank."""
         array = np.ascontiguousarray(array)
         if array.size:
             dist.broadcast(torch.from_numpy(array.reshape(-1).view(np.uint8)), 0, group=self.calls_group)
         return array
 
 
-class _Shared(Mapping[str, Array]):
+class _BroadcastTensors(Mapping[str, Array]):
     """Tensors that rank 0 reads and every rank gets."""
 
     def __init__(self, ranks: Ranks, tensors: Mapping[str, Array]) -> None:
         self.ranks, self.tensors = ranks, tensors
-        with losing_ranks():
-            self.names: list[str] = json.loads(ranks._send_text(json.dumps(list(tensors))))
+        with gloo_errors():
+            self.names: list[str] = json.loads(ranks._broadcast_text(json.dumps(list(tensors))))
 
     def __getitem__(self, name: str) -> Array:
         if name not in self.names:
             raise KeyError(name)
-        with losing_ranks():
+        with gloo_errors():
             if self.ranks.rank == 0:
                 array = np.array(self.tensors[name])  # a copy: what is read from a file cannot be written to
-                self.ranks._send_text(json.dumps([array.dtype.name, array.shape]))
+                self.ranks._broadcast_text(json.dumps([array.dtype.name, array.shape]))
             else:
-                described = json.loads(self.ranks._send_text(""))
+                described = json.loads(self.ranks._broadcast_text(""))
                 if len(described) != 2:  # a call, which rank 0 could not make before all tensors were there
                     raise RankLost("rank 0 broke off while it handed out the weights")
                 kind, shape = described
                 array = np.empty(shape, ml_dtypes.bfloat16 if kind == "bfloat16" else np.dtype(kind))
-            return self.ranks._share(array)
+            return self.ranks._broadcast(array)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -185,11 +182,11 @@ class _Shared(Mapping[str, Array]):
         return len(self.names)
 
 
-_joined: list[Ranks] = []  # this process's place among several; empty while it is alone
+_current: list[Ranks] = []  # this process's place among several; empty while it is alone
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def process_group() -> Iterator[Ranks]:
     """Meet the other processes that torchrun started with this one. Raises MachineError when they do not come."""
     try:
         dist.init_process_group("gloo", timeout=SLOWEST_RANK)
@@ -201,17 +198,17 @@ def joined() -> Iterator[Ranks]:
             todo="on several hosts, set GLOO_SOCKET_IFNAME to the interface that leads to the others",
         ) from error
     on_this_host = int(os.environ["LOCAL_WORLD_SIZE"])
-    _joined[:] = [Ranks(dist.get_rank(), dist.get_world_size(), on_this_host, calls_group)]
+    _current[:] = [Ranks(dist.get_rank(), dist.get_world_size(), on_this_host, calls_group)]
     try:
-        yield _joined[0]
+        yield _current[0]
     finally:
-        _joined.clear()
+        _current.clear()
         dist.destroy_process_group()
 
 
 def ranks_of(config: Config) -> Ranks:
-    """The processes that train a config's mesh of [1, N]; this one alone for [1, 1]. Raises MachineError."""
-    found, wanted = _joined[0] if _joined else Ranks(), config.device.devices
+    """Return the processes that train a config's mesh of [1, N], this one alone for [1, 1]. Raises MachineError."""
+    found, wanted = _current[0] if _current else Ranks(), config.device.devices
     if wanted == 1:
         return Ranks()
     if found.world != wanted:
@@ -224,14 +221,14 @@ def ranks_of(config: Config) -> Ranks:
 
 
 def sum_gradients(bucket: Tensor) -> torch.futures.Future[Tensor]:
-    """What DDP does as soon as a bucket of gradients is full: the sum over ranks, while the backward pass goes on."""
+    """Begin the sum over ranks of a full bucket of gradients, while the backward pass goes on; DDP calls it."""
     work = dist.all_reduce(bucket, async_op=True)
     assert work is not None, "this rank is in the group"
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
-def losing_ranks() -> Iterator[None]:
+def gloo_errors() -> Iterator[None]:
     """Turn gloo's errors, raised when another process is gone, into RankLost."""
     try:
         yield
@@ -242,6 +239,6 @@ def losing_ranks() -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """gloo's reason, without its source file and advice."""
+    """Return gloo's reason, without its source file and advice."""
     line = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[[^\]]*\.(cc|h|cpp):\d+\]\s*", "", line).partition(". This is typically")[0]

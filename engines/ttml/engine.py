@@ -94,7 +94,7 @@ class TTML:
         self.is_open = False
         self.steps_done = 0
         self.notes = first_notes(config, self.devices)
-        self.synchronised = True
+        self.grad_sync = True
         self.check_replicas = self.devices > 1 and not config.training.optimizer.stochastic_rounding
         self.io: Tensors
         self.architecture: Mapping[str, Any]  # the keys of config.json
@@ -221,14 +221,14 @@ class TTML:
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
         started = time.perf_counter()
         supervised = supervised_tokens(micro_batches, step)
-        # Dropout and stochastic rounding hang on the step, not on history: a resumed run needs no random state.
+        # Dropout and stochastic rounding depend on the step, not on history: a resumed run needs no random state.
         self.context.set_seed((self.config.training.seed * 1_000_003 + step) % 2**32)
         self.model.train()
         with explained(f"step {step}", self.hw, TrainingError):
             self.optimizer.set_lr(float(learning_rate))
             self.optimizer.zero_grad()
             losses = [self._backward(batch, supervised) for batch in micro_batches if batch.loss_mask.any()]
-            if self.devices > 1 and self.synchronised:
+            if self.devices > 1 and self.grad_sync:
                 self.ttml.sync_gradients(self.parameters, axis_names=("dp",))
             limit = self.config.training.max_grad_norm or NO_LIMIT
             norm = self.ttml.core.clip_grad_norm(self.parameters, limit, 2.0, False)
@@ -281,8 +281,8 @@ class TTML:
         self.optimizer.zero_grad()
         raise not_finite(loss, norm, learning_rate, step)
 
-    def synchronise(self, on: bool) -> None:
-        self.synchronised, self.check_replicas = on, False  # who turns it off looks at the replicas himself
+    def set_grad_sync(self, on: bool) -> None:
+        self.grad_sync, self.check_replicas = on, False  # who turns it off looks at the replicas himself
 
     def replicas(self) -> list[str]:
         digests = [hashlib.sha256() for _ in range(self.devices)]
@@ -292,13 +292,13 @@ class TTML:
         return [digest.hexdigest() for digest in digests]
 
     def _compare_replicas(self) -> None:
-        """Once, over one block: gradients that were not synchronised, for whatever reason, show in nothing else."""
+        """Once, over one block: gradients that were not summed, for whatever reason, show in nothing else."""
         for name in (name for name in self.trained if hf_map.tail_of(name).startswith("blocks/0/")):
             copies = self.io.read(self.weights[name]).reshape(self.devices, -1)
             if (copies != copies[:1]).any():
                 raise VerificationError(
                     f"the devices hold different weights after step {self.steps_done} (seen in {name}): gradients are "
-                    "not synchronised",
+                    "not summed",
                     where=f"HW={self.hw.name}, mesh {list(self.mesh_shape)}",
                     todo="train with device_config.mesh_shape=[1,1], and report this with the build's versions",
                 )
@@ -350,7 +350,7 @@ class TTML:
         return logits[np.arange(len(last)), 0, np.array(last) - first].astype(np.float32), cache
 
     @contextlib.contextmanager
-    def untuned(self) -> Iterator[None]:
+    def disable_adapter(self) -> Iterator[None]:
         kept = {name: self.io.read_first(self.weights[name]) for name in self.trained if name.endswith("/lora_B")}
         try:
             for name, values in kept.items():

@@ -52,7 +52,7 @@ def test_each_rank_evaluates_its_rows_and_rank_0_has_them_all(found):
     for expected, rows in zip(one, three, strict=True):
         assert rows == pytest.approx(expected, rel=1e-4)
         assert len(rows) == 8
-    assert three[0] != three[2], "the adapter counts, and `untuned` turns it off on every rank"
+    assert three[0] != three[2], "the adapter counts, and `disable_adapter` turns it off on every rank"
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_refused_by_all(found):

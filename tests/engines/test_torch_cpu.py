@@ -105,7 +105,8 @@ def test_padding_has_no_effect(tiny_base, monkeypatch):
     with engine(config_for(tiny_base)) as backend:
         first = gradients_of(backend, [narrow])
         assert fingerprint(gradients_of(backend, [wide])[1]) == fingerprint(first[1])
-        monkeypatch.setattr(backend, "_supervised", backend._supervised_padded)
+        objective = backend.objective
+        monkeypatch.setattr(objective, "supervised_hidden", objective.supervised_hidden_padded)
         padded = gradients_of(backend, [wide])
     assert padded[0].loss == pytest.approx(first[0].loss, rel=1e-6)
     close(padded[1], first[1])
@@ -175,7 +176,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_base):
 
 def without_shortcuts(backend) -> None:
     """What autocast does by itself: every weight cast at every use, every norm's output in fp32."""
-    backend.head16 = None
+    backend.objective.head16 = None
     for module in backend.model.modules():
         if hasattr(module, "weight16"):
             module.weight16 = None
@@ -290,14 +291,14 @@ def test_a_step_that_is_not_finite_is_refused_and_leaves_no_trace(tiny_base, bad
     batch, config = make_batch(), config_for(tiny_base)
     with engine(config) as backend:
         backend.train_step([batch], 1e-2, 1)
-        before, loss = fingerprint(state_of(backend)), backend._nll_sum
-        backend._nll_sum = lambda batch: loss(batch) * bad
+        before, loss = fingerprint(state_of(backend)), backend.objective.forward
+        backend.objective.forward = lambda batch: loss(batch) * bad
         with pytest.raises(TrainingError, match="step 2 is not finite") as caught:
             backend.train_step(batch.split(2), 1e-2, 2)
         assert caught.value.code == 5
         assert caught.value.todo
         assert fingerprint(state_of(backend)) == before
-        backend._nll_sum = loss
+        backend.objective.forward = loss
         backend.train_step([batch], 1e-2, 2)
         after = fingerprint(state_of(backend))
     with engine(config) as backend:
@@ -393,15 +394,15 @@ def test_cached_logits_of_ragged_prompts_are_those_of_each_row_alone(tiny_base, 
             rows = [[*tokens, int(fresh[row, 0])] for row, tokens in enumerate(rows)]
 
 
-def test_untuned_is_the_base_and_only_within(tiny_base):
+def test_without_the_adapter_it_is_the_base_and_only_within(tiny_base):
     ids, lengths = np.array([[7, 8, 9]]), np.array([3])
     with engine(config_for(tiny_base, model__lora=LORA)) as backend:
         base = backend.next_token_logits(ids, lengths)[0]
         backend.train_step([make_batch()], 5e-2, 1)
         tuned = backend.next_token_logits(ids, lengths)[0]
-        with backend.untuned():
+        with backend.disable_adapter():
             assert np.array_equal(backend.next_token_logits(ids, lengths)[0], base)
-        with contextlib.suppress(KeyError), backend.untuned():
+        with contextlib.suppress(KeyError), backend.disable_adapter():
             raise KeyError
         assert np.array_equal(backend.next_token_logits(ids, lengths)[0], tuned)
     assert np.abs(tuned - base).max() > 1e-3

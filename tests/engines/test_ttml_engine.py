@@ -180,15 +180,15 @@ def test_next_token_logits_are_those_of_each_row_alone(tmp_path, tiny_base, devi
             rows = [[*row, int(new)] for row, new in zip(rows, fresh[:, 0], strict=True)]
 
 
-def test_untuned_is_the_base_and_only_within(tmp_path, tiny_base):
+def test_without_the_adapter_it_is_the_base_and_only_within(tmp_path, tiny_base):
     ids, lengths = np.array([[7, 8, 9]]), np.array([3])
     with board(board_config(tiny_base, **lora_for(True, "B")), tmp_path) as backend:
         base = backend.next_token_logits(ids, lengths)[0]
         backend.train_step([make_batch()], 5e-2, 1)
         before, tuned = fingerprint(state_of(backend)), backend.next_token_logits(ids, lengths)[0]
-        with backend.untuned():
+        with backend.disable_adapter():
             assert np.array_equal(backend.next_token_logits(ids, lengths)[0], base)
-        with contextlib.suppress(KeyError), backend.untuned():
+        with contextlib.suppress(KeyError), backend.disable_adapter():
             raise KeyError
         assert np.array_equal(backend.next_token_logits(ids, lengths)[0], tuned)
         assert fingerprint(state_of(backend)) == before
@@ -251,7 +251,7 @@ def test_replicas_stay_replicas_and_train_as_one_device(tmp_path, tiny_base):
 
 
 def test_replicas_that_drift_are_found_after_the_first_step(tmp_path, tiny_base):
-    """Take away _compare_replicas: nothing else shows that gradients are not synchronised."""
+    """Take away _compare_replicas: nothing else shows that gradients are not summed."""
     with board(board_config(tiny_base), tmp_path, 2) as backend:
         backend.ttml.sync_gradients = lambda *_, **__: None
         with pytest.raises(VerificationError, match="different weights after step 1") as caught:

@@ -23,7 +23,7 @@ from common.model.weights import InitialWeights
 from common.train import metrics
 from common.train.evaluate import held_out
 from common.train.run import Run
-from engines.cpu.engine import TorchCPU
+from engines.cpu.engine import Objective, TorchCPU
 from tests.outcomes import log, manifest, outcome
 from tests.tiny_recipe import FROM_SCRATCH as RECIPE
 from tests.tiny_recipe import run_tiny, tiny_scratch
@@ -122,8 +122,8 @@ def test_the_first_loss_is_that_of_knowing_nothing(go, initializer, tied):
 @pytest.mark.parametrize("wrong", [0.5, 2.0])
 def test_another_first_loss_ends_the_run_with_6(go, monkeypatch, tmp_path, wrong):
     """As if the loss were normalized by half or twice the supervised tokens."""
-    of = TorchCPU._nll_sum
-    monkeypatch.setattr(TorchCPU, "_nll_sum", lambda self, batch: wrong * of(self, batch))
+    of = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda self, batch: wrong * of(self, batch))
     with pytest.raises(VerificationError, match=r"untrained weights give 4\.\d\d") as error:
         go()
     assert error.value.code == 6

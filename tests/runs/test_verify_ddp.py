@@ -72,9 +72,9 @@ def test_json_has_every_line_and_figure(verify):
 
 def test_a_backend_that_does_not_sum_its_gradients_is_caught(verify, monkeypatch):
     def off(self: Any, _on: bool) -> None:
-        self.synchronised, self.check_replicas = False, False
+        self.grad_sync, self.check_replicas = False, False
 
-    monkeypatch.setattr(TTML, "synchronise", off)
+    monkeypatch.setattr(TTML, "set_grad_sync", off)
     code, said = verify()
     assert code == 6, said
     assert "FAIL: the parameters of the 2 devices differ after step 1" in said

@@ -190,7 +190,7 @@ def run_speakers(target: Path, base: bool, changes: Mapping[str, Any], say: Say)
         backend = stack.enter_context(trained.engine(run))
         speakers = [Speaker(name, backend, run.tokenizer, config, context)]
         if base and config.model.lora:
-            untuned = Speaker(run.base.name, backend, run.tokenizer, config, context, backend.untuned)
+            untuned = Speaker(run.base.name, backend, run.tokenizer, config, context, backend.disable_adapter)
             speakers.append(untuned)
         elif base:
             other = stack.enter_context(trained.engine(run, trained=False))

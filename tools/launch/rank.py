@@ -59,8 +59,8 @@ def take_part(launch: Launch, lead: Callable[[], None]) -> int:
 
     first_here = os.environ["LOCAL_RANK"] == "0"
     try:
-        with ranks.joined() as found:
-            host = found.same(facts(launch))
+        with ranks.process_group() as found:
+            host = found.assert_same_on_all_ranks(facts(launch))
             if found.rank and first_here:
                 print(f"rank {found.rank} of {found.world} works here; rank 0, with the run's folder, is on {host}")
             if found.rank:
@@ -91,7 +91,7 @@ def ending(found: Ranks) -> Iterator[None]:
         raise
     finally:
         with contextlib.suppress(RankLost):
-            found.tell("end", code)
+            found.broadcast_command("end", code)
 
 
 def facts(launch: Launch) -> Mapping[str, Any]:

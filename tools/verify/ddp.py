@@ -102,13 +102,13 @@ class Comparison:
 
     @functools.cached_property
     def control(self) -> Curve:
-        return self.train(self.config_for(None), CONTROL_STEPS, synchronise=False)
+        return self.train(self.config_for(None), CONTROL_STEPS, grad_sync=False)
 
-    def train(self, config: Config, steps: int, *, synchronise: bool = True, evaluated: bool = False) -> Curve:
+    def train(self, config: Config, steps: int, *, grad_sync: bool = True, evaluated: bool = False) -> Curve:
         """Train from the start, and evaluate at the end where that is asked for."""
         curve = Curve()
         with self.opened(config) as backend:
-            backend.synchronise(synchronise)
+            backend.set_grad_sync(grad_sync)
             curve.machine = machine_of(backend.info)
             for step in range(1, steps + 1):
                 self.step(backend, config, step, curve)
@@ -142,7 +142,7 @@ class Comparison:
         with self.opened(config) as backend:
             for step in range(1, 2 * TIMED + 3, 2):  # in turns, so that the machine's moods fall on both
                 for curve, on in ((synced, True), (alone, False)):
-                    backend.synchronise(on)
+                    backend.set_grad_sync(on)
                     self.step(backend, config, step, curve, self.devices if weak else 1)
         single = self.one if not weak else self.train(self.config_for(1), TIMED)
         whole, local = (statistics.median(curve.seconds[1:]) for curve in (synced, alone))
