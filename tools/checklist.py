@@ -1,4 +1,4 @@
-"""A list of checks that goes on after one that fails, and leaves out what stands on it."""
+"""A list of checks: every one is run, but for those whose `needs` did not pass."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ Verdict = Literal["pass", "fail", "not checkable", "skipped"]
 
 
 @dataclass(frozen=True)
-class Line:
-    """`check` returns the figure it passes with, and raises for every other verdict. It needs other lines passed."""
+class ChecklistLine:
+    """One check: `check` returns the evidence it passes with, or raises CheckEnded with another verdict.
+
+    `says` is the claim in words; it is skipped unless the lines whose ids are in `needs` passed.
+    """
 
     id: str
     says: str
@@ -32,8 +35,8 @@ class Result:
         return f"{self.verdict.upper()}: {self.evidence}"
 
 
-class Outcome(Exception):
-    """Ends a check with a verdict and its evidence."""
+class CheckEnded(Exception):
+    """Raised in a check to end it with a verdict and its evidence."""
 
     def __init__(self, verdict: Verdict, evidence: str) -> None:
         super().__init__(evidence)
@@ -42,19 +45,21 @@ class Outcome(Exception):
 
 
 def hold(condition: bool, evidence: str) -> str:
-    """`evidence` where the condition holds; else the line fails with it."""
+    """Return `evidence` if the condition holds; else fail the check with it."""
     if not condition:
-        raise Outcome("fail", evidence)
+        raise CheckEnded("fail", evidence)
     return evidence
 
 
 def failed(results: Sequence[Result]) -> list[str]:
-    """The ids of the lines that failed."""
+    """Return the ids of the lines that failed."""
     return [result.id for result in results if result.verdict == "fail"]
 
 
-def go_through(lines: Sequence[Line], subject: Any, begun: Callable[[Line], None]) -> Iterator[Result]:
-    """Check `subject` line by line; `begun` is told of each before it starts, as a device may hang in it."""
+def go_through(
+    lines: Sequence[ChecklistLine], subject: Any, begun: Callable[[ChecklistLine], None]
+) -> Iterator[Result]:
+    """Yield the result of each line on `subject`; `begun` is called before each, as a device may hang in it."""
     verdicts: dict[str, Verdict] = {}
     for line in lines:
         begun(line)
@@ -68,10 +73,10 @@ def go_through(lines: Sequence[Line], subject: Any, begun: Callable[[Line], None
         yield Result(line.id, verdict, line.says, evidence)
 
 
-def _judged(line: Line, subject: Any) -> tuple[Verdict, str]:
+def _judged(line: ChecklistLine, subject: Any) -> tuple[Verdict, str]:
     try:
         return "pass", line.check(subject)
-    except Outcome as outcome:
+    except CheckEnded as outcome:
         return outcome.verdict, outcome.evidence
     except RecipeError as error:
         return "fail", error.what

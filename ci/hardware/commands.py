@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.paths import ROOT
-from tools.doctor.findings import Finding
+from tools.doctor.findings import Diagnosis
 
 KILL_SECONDS = 10  # a killed process that has not gone by then waits in the kernel for a card, perhaps for ever
 KERNEL = re.compile(r"tenstorrent|iommu|hugetlb|pcieport|aer:|out of memory|oom-kill", re.IGNORECASE)
@@ -61,13 +61,13 @@ def tt_smi() -> str | None:
     return shutil.which("tt-smi")
 
 
-def snapshot(output: Path) -> Finding:
+def snapshot(output: Path) -> Diagnosis:
     """What tt-smi says about every card of this host, into a file. That it does not answer says something, too."""
     program = tt_smi()
     if program is None:
-        return Finding("board.answers", None, "no tt-smi here to ask the cards with")
+        return Diagnosis("board.answers", None, "no tt-smi here to ask the cards with")
     code = ended([program, "-s"], SNAPSHOT_SECONDS, output)
     if code == 0:
-        return Finding("board.answers", True, f"tt-smi -s answers: {output.name}")
+        return Diagnosis("board.answers", True, f"tt-smi -s answers: {output.name}")
     said = f"has not ended after {SNAPSHOT_SECONDS} s" if code is None else f"ends with {code}"
-    return Finding("board.answers", False, f"tt-smi -s {said}", f"see {output.name}; a card that hangs needs a reset")
+    return Diagnosis("board.answers", False, f"tt-smi -s {said}", f"see {output.name}; a card that hangs needs a reset")

@@ -10,7 +10,7 @@ from ci.hardware.commands import ended, recipe, snapshot
 from ci.hardware.job import Job
 from common.errors import MachineError
 from tools.doctor import findings
-from tools.doctor.findings import Finding
+from tools.doctor.findings import Diagnosis
 from tools.doctor.machine import room
 
 DOCTOR_SECONDS = 60
@@ -43,12 +43,12 @@ def refuse_quarantined() -> None:
         )
 
 
-def examine(job: Job, name: str) -> list[Finding]:
+def examine(job: Job, name: str) -> list[Diagnosis]:
     """What `recipe doctor` finds for the job's board; its words go to `doctor-<name>.json`."""
     said, errors = job.out / f"doctor-{name}.json", job.out / f"doctor-{name}.txt"
     code = ended(recipe("doctor", "--hw", job.board.name, "--json", *job.where), DOCTOR_SECONDS, said, errors)
     try:
-        return [Finding(**item) for item in json.loads(said.read_text("utf-8"))["findings"]]
+        return [Diagnosis(**item) for item in json.loads(said.read_text("utf-8"))["findings"]]
     except ValueError:
         how = "does not end" if code is None else f"ends with {code}"
-        return [Finding("doctor", False, f"recipe doctor {how}, and finds nothing", f"see {errors.name}")]
+        return [Diagnosis("doctor", False, f"recipe doctor {how}, and finds nothing", f"see {errors.name}")]

@@ -13,7 +13,7 @@ from ci.hardware.own import end_own, strangers
 from ci.hardware.preflight import examine, quarantine_file
 from common.errors import MachineError
 from common.files import utc_now
-from tools.doctor.findings import Finding
+from tools.doctor.findings import Diagnosis
 from tools.machine import lease
 from tools.machine.lease import Owner
 
@@ -44,13 +44,13 @@ def recover(job: Job) -> str:
     raise quarantined(job, f"{RESETS} resets did not help: {why}")
 
 
-def unfit(job: Job, name: str) -> list[Finding]:
+def unfit(job: Job, name: str) -> list[Diagnosis]:
     """What is wrong with the board itself, as preflight would find it: no reset makes room on a disk."""
     found = [*examine(job, name), snapshot(job.out / f"tt-smi-{name}.json")]
     return [finding for finding in found if finding.ok is False and finding.id in OF_THE_BOARD]
 
 
-def worded(found: list[Finding]) -> str:
+def worded(found: list[Diagnosis]) -> str:
     return "; ".join(f"{finding.id}: {finding.evidence}" for finding in found)
 
 

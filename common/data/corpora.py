@@ -108,8 +108,8 @@ def clean_play(text: str) -> str:
 def split_documents(documents: Sequence[Document], held_out_share: float) -> dict[str, list[Document]]:
     """{"train", "held_out"}: whole documents are held out, chosen by a hash of their names; one alone is cut.
 
-    The choice hangs on the name, so that adding a document moves no other; when it comes to none, the document with
-    the smallest hash is held out. A single document is cut at the line that ends nearest to its last share.
+    The choice depends only on the name, so that adding a document moves no other; when it comes to none, the document
+    with the smallest hash is held out. A single document is cut at the line that ends nearest to its last share.
     """
     if len(documents) == 1:
         return cut_in_two(documents[0], held_out_share)

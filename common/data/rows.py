@@ -314,7 +314,7 @@ def split_held_out(rows: Sequence[Row], share: float, by: str | None = None) -> 
     """{"train", "held_out"}: whole groups are held out, chosen by a hash of the group's name.
 
     The group is the row's key `by` (a topic, say), or its prompt regardless of case and white space. The
-    choice hangs on the name alone, so that adding a row moves no other; about `share` of the groups are held
+    choice depends only on the name, so that adding a row moves no other; about `share` of the groups are held
     out, and when that comes to none, the one with the smallest hash is. Raises DataError when rows lack the
     key.
     """
@@ -330,7 +330,7 @@ def split_held_out(rows: Sequence[Row], share: float, by: str | None = None) -> 
 
 
 def group_hash(name: str) -> float:
-    """A number in [0, 1) that hangs on the name alone."""
+    """A number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 

@@ -61,7 +61,7 @@ class Weights(Mapping[str, Array]):
 class InitialWeights(Mapping[str, Array]):
     """Random weights of a Llama, made on the host when asked for: the same bits for every engine.
 
-    Each tensor hangs on the seed and its own name, by the rules of `common.model.init`.
+    Each tensor depends only on the seed and its own name, by the rules of `common.model.init`.
     """
 
     def __init__(self, architecture: Mapping[str, Any], initializer: str, seed: int) -> None:

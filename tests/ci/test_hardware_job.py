@@ -28,7 +28,7 @@ from tests.tiny_recipe import FROM_SCRATCH
 from tools.containers import launcher
 from tools.containers.spec import process
 from tools.doctor import machine as doctor_host
-from tools.doctor.findings import Finding
+from tools.doctor.findings import Diagnosis
 from tools.launch import stop
 from tools.machine import detect, lease
 from tools.machine.lease import Owner
@@ -91,7 +91,7 @@ def host(tmp_path, monkeypatch) -> Host:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("common.paths.RECIPES", FROM_SCRATCH.parent)
 
-    def examine(job: Job, name: str) -> list[Finding]:
+    def examine(job: Job, name: str) -> list[Diagnosis]:
         """As `recipe doctor` in a process of its own would find it, of the board alone."""
         choice = detect.choose(job.board.name, require_present=False)
         machine = doctor_host.Machine(job.board, choice.nodes, contained=False)
@@ -159,7 +159,7 @@ def test_a_doctor_that_finds_nothing_is_a_finding(host, monkeypatch):
 
 
 def test_what_no_reset_helps_is_no_reason_for_one(host, monkeypatch):
-    full, held = Finding("disk.runs", False, "0 GB free"), Finding("board.owner", False, "in use by the next job")
+    full, held = Diagnosis("disk.runs", False, "0 GB free"), Diagnosis("board.owner", False, "in use by the next job")
     monkeypatch.setattr(recover, "examine", lambda _job, _name: [full, held])
     assert "no reset" in recover.recover(host.job(75))
     assert "nothing is wrong with it" in recover.recover(host.job(5))
@@ -239,7 +239,7 @@ def test_what_a_reset_would_wipe_is_written_down_first(host, monkeypatch):
     (host.folder / "bin/dmesg").chmod(0o755)
     seen: list[tuple[str, int]] = []
 
-    def examine(_job: Job, name: str) -> list[Finding]:
+    def examine(_job: Job, name: str) -> list[Diagnosis]:
         seen.append((name, len(host.resets)))
         return []
 
@@ -393,10 +393,10 @@ def test_a_tt_smi_that_hangs_is_killed_with_what_it_started(host, monkeypatch, t
 def sound(monkeypatch) -> None:
     """A doctor that finds nothing wrong, and room."""
 
-    def examine(job: Job, name: str) -> list[Finding]:
+    def examine(job: Job, name: str) -> list[Diagnosis]:
         facts = {"why": "n150: found", "host": {"pci": [CARD], "nodes": ["/dev/tenstorrent/0"]}}
         (job.out / f"doctor-{name}.json").write_text(json.dumps(facts))
-        return [Finding("board.nodes", True, "here"), Finding("board.memory", None, "not readable")]
+        return [Diagnosis("board.nodes", True, "here"), Diagnosis("board.memory", None, "not readable")]
 
     monkeypatch.setattr(preflight, "examine", examine)
     monkeypatch.setattr(doctor_host, "ROOM_GB", 0)

@@ -125,7 +125,7 @@ def test_bpe_counts_the_same_bytes_as_characters(build):
 
 
 def test_the_recipe_holds_out_the_same_plays_every_time():
-    """The corpus itself is checked where it has been fetched; here the choice, which hangs on the names."""
+    """The corpus itself is checked where it has been fetched; here the choice, which depends on the names."""
     from common.data.corpora import Document, split_documents
 
     plays = ["hamlet_gut.txt", "henry_vi_part_2_gut.txt", "lovers_complaint_gut.txt", "macbeth_gut.txt"]

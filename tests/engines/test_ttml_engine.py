@@ -346,7 +346,7 @@ def test_only_adapters_are_trained_and_they_start_as_the_cpu_twin_s(tmp_path, ti
         assert frozen == {n: backend.io.read(backend.weights[n]).tobytes() for n in frozen}
 
 
-def test_initial_values_do_not_hang_on_the_library_s_generators(tmp_path, tiny_base):
+def test_initial_values_do_not_depend_on_the_library_s_generators(tmp_path, tiny_base):
     prints = set()
     for seed in (1, 2):
         np.random.seed(seed)

@@ -36,8 +36,8 @@ from tests.engines.test_ttml_without_torch import GUARD, ROOT
 from tests.on_engines import config_for, engine
 from tests.tiny import write_tiny_base
 from tools.bringup import reference_llama
-from tools.bringup.run import LINES, bring_up, report
-from tools.checklist import Line, Result, go_through
+from tools.bringup.run import LINES, bring_up, print_bring_up
+from tools.checklist import ChecklistLine, Result, go_through
 
 Patch = pytest.MonkeyPatch
 Defect = Callable[[Patch], None]
@@ -455,7 +455,11 @@ def test_the_list_goes_on_after_a_failure_and_whatever_is_raised():
     def broken(_subject: Any) -> str:
         raise RuntimeError("TT_FATAL:\n  deep inside")
 
-    lines = [Line("a", "", broken), Line("b", "", lambda _s: "1", ("a",)), Line("c", "", lambda s: s)]
+    lines = [
+        ChecklistLine("a", "", broken),
+        ChecklistLine("b", "", lambda _s: "1", ("a",)),
+        ChecklistLine("c", "", lambda s: s),
+    ]
     begun: list[str] = []
     results = list(go_through(lines, "5", lambda line: begun.append(line.id)))
     assert [(r.verdict, r.evidence) for r in results] == [
@@ -476,11 +480,11 @@ def short(monkeypatch) -> None:
 def test_the_report_names_what_failed_and_ends_with_code_6(tmp_path, short, as_json):
     said: list[str] = []
     with machine(tmp_path) as name, Patch.context() as patch:
-        report(get(name), "as named", as_json, said.append)
+        print_bring_up(get(name), "as named", as_json, said.append)
         before = len(said)
         labels_shifted(patch)
         with pytest.raises(VerificationError) as caught:
-            report(get(name), "as named", as_json, said.append)
+            print_bring_up(get(name), "as named", as_json, said.append)
     assert caught.value.code == 6
     assert "1 of 4 lines of the bring-up failed: labels" in str(caught.value)
     if as_json:

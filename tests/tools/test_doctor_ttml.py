@@ -19,7 +19,7 @@ from engines.ttml.contract import NEEDS
 from tests.boards import machine
 from tests.hosts import fake_machine
 from tools.cli import main
-from tools.doctor.ttml import Ttml, examine_ttml, report
+from tools.doctor.ttml import Ttml, examine_ttml, print_ttml
 
 ROOT = Path(__file__).resolve().parents[2]
 UNFUSED, FUSED = "attention/q_linear", "attention/qkv_linear"
@@ -100,7 +100,7 @@ def test_a_device_in_use_is_a_finding_and_the_names_are_told_all_the_same(tmp_pa
     assert "another process" in found.findings[-1].evidence
     assert statuses(found)["ttml.Mesh"] == "present"
     with machine(tmp_path, busy=True) as name, pytest.raises(MachineError, match="another process") as caught:
-        report(get(name), "", device=True, as_json=False, say=lambda line: None)
+        print_ttml(get(name), "", device=True, as_json=False, say=lambda line: None)
     assert caught.value.where == "ttml.model"
 
 

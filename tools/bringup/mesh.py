@@ -8,7 +8,7 @@ from common.data.tokens import Batch
 from engines.ttml.engine import TTML, open_ttml
 from tools.bringup.bench import NATS, SAME_GRADIENT, Bench, difference, first_step
 from tools.bringup.reference_llama import batch_of, rows_for
-from tools.checklist import Outcome, hold
+from tools.checklist import CheckEnded, hold
 
 CURVE = 5  # steps
 CURVE_NATS = 0.05  # after which bf16 noise has gone through as many updates
@@ -16,7 +16,7 @@ CURVE_NATS = 0.05  # after which bf16 noise has gone through as many updates
 
 def mesh(bench: Bench) -> str:
     if bench.devices == 1:
-        raise Outcome("skipped", f"{bench.hw.name} has one device")
+        raise CheckEnded("skipped", f"{bench.hw.name} has one device")
     with open_ttml(bench.hw, bench.config(whole=True)) as backend:
         return f"mesh {list(backend.mesh_shape)}, {backend.devices} devices"
 
@@ -55,7 +55,7 @@ def replicas(bench: Bench) -> str:
         _step_apart(backend, batch)
         alone = _drift(backend)
     if apart:
-        raise Outcome(
+        raise CheckEnded(
             "fail", f"{len(apart)} of {count} tensors differ after 3 steps, by up to {max(apart.values()):.3g}"
         )
     evidence = f"{count} tensors with the same bits after 3 steps"

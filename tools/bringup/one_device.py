@@ -37,7 +37,7 @@ from tools.bringup.bench import (
     snapshot_of,
 )
 from tools.bringup.reference_llama import ARCHITECTURE, WIDTH, batch_of, rounded, weights_for
-from tools.checklist import Outcome, hold
+from tools.checklist import CheckEnded, hold
 
 Array = np.ndarray[Any, Any]
 VOCAB = int(ARCHITECTURE["vocab_size"])
@@ -313,7 +313,7 @@ def row_length(bench: Bench) -> str:
                 backend.train_step([Batch(ids, labels, np.pad(batch.loss_mask, wider), batch.rows)], 1e-2, 1)
             except DataError:
                 continue
-            raise Outcome("fail", f"rows of {width} tokens were trained on")
+            raise CheckEnded("fail", f"rows of {width} tokens were trained on")
         hold(fingerprint(dict(backend.state())) == before, "a refused row changed the weights")
     return "rows of 48 tokens, and beyond the positions, are refused"
 
@@ -357,7 +357,7 @@ def not_finite(bench: Bench) -> str:
         except TrainingError as error:
             said = error.what
         else:
-            raise Outcome("fail", "a step over weights that are not numbers went through")
+            raise CheckEnded("fail", "a step over weights that are not numbers went through")
         hold(fingerprint(dict(backend.state())) == fingerprint(bad), "the refused step changed the state")
         backend.load_state(good)
         backend.train_step([batch_of()], 1e-2, 1)
@@ -373,7 +373,7 @@ def interrupt(bench: Bench) -> str:
     except KeyboardInterrupt:
         found = first_step(bench, batch.split(2))[0].loss
         return hold(found == expected, f"closed and opened again; the step's loss is {found}, before it {expected}")
-    raise Outcome("fail", "the interrupt was lost")
+    raise CheckEnded("fail", "the interrupt was lost")
 
 
 class BrokenOff(list[Batch]):
@@ -463,7 +463,7 @@ def _lora(bench: Bench, **values: Any) -> dict[str, Any]:
 
 def cannot(reason: str) -> Callable[[Bench], str]:
     def check(_bench: Bench) -> str:
-        raise Outcome("not checkable", reason)
+        raise CheckEnded("not checkable", reason)
 
     return check
 

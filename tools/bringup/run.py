@@ -18,57 +18,57 @@ from engines.ttml.mesh import prepare_environment
 from tools.bringup import mesh as several
 from tools.bringup import one_device as one
 from tools.bringup.bench import Bench
-from tools.checklist import Line, Result, failed, go_through
+from tools.checklist import ChecklistLine, Result, failed, go_through
 
 FORMAT = 1  # of the JSON
 BASE_LOSS = "needs a pretrained base: compare a run's held-out loss before training on this board and with HW=cpu"
 KILLED = "ends this process: kill -9 a run, and see whether the next one opens the board without tt-smi -r"
-LINES: tuple[Line, ...] = (
-    Line("build", "ttml and ttnn have what the backend needs", one.build),
-    Line("open", "one device opens, and closes", one.opens, ("build",)),
-    Line("reopen", "it opens again", one.opens_again, ("open",)),
-    Line("parameters", "the Llama has the tensors we map, in shape", one.parameters, ("reopen",)),
-    Line("first-loss", "ttml's own initial weights guess uniformly", one.first_loss, ("parameters",)),
-    Line("labels", "the loss takes labels[t] for position t", one.labels, ("reopen",)),
-    Line("weights", "weights go in and come out bit for bit", one.weights, ("parameters",)),
-    Line("causality", "without a mask, no position sees a later one", one.causality, ("weights",)),
-    Line("forward", "logits are numpy's (layout of weights, RoPE)", one.forward, ("causality",)),
-    Line("tied", "and with tied embeddings", one.forward_tied, ("forward",)),
-    Line("rope-scaling", "and with Llama 3's RoPE", one.forward_scaled, ("forward",)),
-    Line("loss", "the held-out loss is numpy's", one.loss, ("forward", "labels")),
-    Line("padded", "both with a vocabulary of no whole tiles", one.padded_vocabulary, ("loss",)),
-    Line("base-loss", "a pretrained base has its published loss", one.cannot(BASE_LOSS), ("loss",)),
-    Line("reads", "a weight reads otherwise after a step", one.reads, ("weights",)),
-    Line("gradient", "loss and gradients of a step are numpy's", one.gradient, ("loss", "reads")),
-    Line("accumulation", "one batch of 8 is four of 2", one.accumulation, ("gradient",)),
-    Line("recompute", "gradient checkpointing changes no gradient", one.recompute, ("gradient",)),
-    Line("clipping", "the norm is of before clipping, which holds", one.clipping, ("gradient",)),
-    Line("update", "AdamW updates as numpy does", one.update, ("reads",)),
-    Line("update-fp32", "AdamWFullPrecision does, in fp32", one.update_full_precision, ("reads",)),
-    Line("rounding", "with stochastic rounding gains move", one.rounding, ("reads",)),
-    Line("row-length", "rows that ttml would mistake are refused", one.row_length, ("weights",)),
-    Line("repeat", "the same step has the same bits", one.repeats, ("reads",)),
-    Line("checkpoint", "a restored state goes on bit for bit", one.checkpoint, ("repeat",)),
-    Line("non-finite", "a step that is not finite is refused", one.not_finite, ("repeat",)),
-    Line("lora", "adapters where they were asked for, and nothing else trained", one.lora, ("reads",)),
-    Line("lora-merged", "adapters compute what their merged weights do", one.lora_merged, ("lora", "forward")),
-    Line("seeds", "dropout hangs on seed and step alone", one.seeds, ("lora", "repeat")),
-    Line("mesh", "all devices open as one mesh", several.mesh, ("reopen",)),
-    Line("rows", "a batch is shared out by rows", several.rows, ("mesh",)),
-    Line("sync", "several devices have one device's gradients", several.sync, ("rows", "reads")),
-    Line("replicas", "they hold the same bits after 3 steps", several.replicas, ("sync",)),
-    Line("curve", "and train as one device does", several.curve, ("replicas",)),
+LINES: tuple[ChecklistLine, ...] = (
+    ChecklistLine("build", "ttml and ttnn have what the backend needs", one.build),
+    ChecklistLine("open", "one device opens, and closes", one.opens, ("build",)),
+    ChecklistLine("reopen", "it opens again", one.opens_again, ("open",)),
+    ChecklistLine("parameters", "the Llama has the tensors we map, in shape", one.parameters, ("reopen",)),
+    ChecklistLine("first-loss", "ttml's own initial weights guess uniformly", one.first_loss, ("parameters",)),
+    ChecklistLine("labels", "the loss takes labels[t] for position t", one.labels, ("reopen",)),
+    ChecklistLine("weights", "weights go in and come out bit for bit", one.weights, ("parameters",)),
+    ChecklistLine("causality", "without a mask, no position sees a later one", one.causality, ("weights",)),
+    ChecklistLine("forward", "logits are numpy's (layout of weights, RoPE)", one.forward, ("causality",)),
+    ChecklistLine("tied", "and with tied embeddings", one.forward_tied, ("forward",)),
+    ChecklistLine("rope-scaling", "and with Llama 3's RoPE", one.forward_scaled, ("forward",)),
+    ChecklistLine("loss", "the held-out loss is numpy's", one.loss, ("forward", "labels")),
+    ChecklistLine("padded", "both with a vocabulary of no whole tiles", one.padded_vocabulary, ("loss",)),
+    ChecklistLine("base-loss", "a pretrained base has its published loss", one.cannot(BASE_LOSS), ("loss",)),
+    ChecklistLine("reads", "a weight reads otherwise after a step", one.reads, ("weights",)),
+    ChecklistLine("gradient", "loss and gradients of a step are numpy's", one.gradient, ("loss", "reads")),
+    ChecklistLine("accumulation", "one batch of 8 is four of 2", one.accumulation, ("gradient",)),
+    ChecklistLine("recompute", "gradient checkpointing changes no gradient", one.recompute, ("gradient",)),
+    ChecklistLine("clipping", "the norm is of before clipping, which holds", one.clipping, ("gradient",)),
+    ChecklistLine("update", "AdamW updates as numpy does", one.update, ("reads",)),
+    ChecklistLine("update-fp32", "AdamWFullPrecision does, in fp32", one.update_full_precision, ("reads",)),
+    ChecklistLine("rounding", "with stochastic rounding gains move", one.rounding, ("reads",)),
+    ChecklistLine("row-length", "rows that ttml would mistake are refused", one.row_length, ("weights",)),
+    ChecklistLine("repeat", "the same step has the same bits", one.repeats, ("reads",)),
+    ChecklistLine("checkpoint", "a restored state goes on bit for bit", one.checkpoint, ("repeat",)),
+    ChecklistLine("non-finite", "a step that is not finite is refused", one.not_finite, ("repeat",)),
+    ChecklistLine("lora", "adapters where they were asked for, and nothing else trained", one.lora, ("reads",)),
+    ChecklistLine("lora-merged", "adapters compute what their merged weights do", one.lora_merged, ("lora", "forward")),
+    ChecklistLine("seeds", "dropout depends only on seed and step", one.seeds, ("lora", "repeat")),
+    ChecklistLine("mesh", "all devices open as one mesh", several.mesh, ("reopen",)),
+    ChecklistLine("rows", "a batch is shared out by rows", several.rows, ("mesh",)),
+    ChecklistLine("sync", "several devices have one device's gradients", several.sync, ("rows", "reads")),
+    ChecklistLine("replicas", "they hold the same bits after 3 steps", several.replicas, ("sync",)),
+    ChecklistLine("curve", "and train as one device does", several.curve, ("replicas",)),
     # Last: where it fails, the device may be left open, and no other line could open it.
-    Line("interrupt", "an interrupted step leaves the device usable", one.interrupt, ("repeat",)),
-    Line("killed", "a killed process leaves it usable", one.cannot(KILLED), ("interrupt",)),
+    ChecklistLine("interrupt", "an interrupted step leaves the device usable", one.interrupt, ("repeat",)),
+    ChecklistLine("killed", "a killed process leaves it usable", one.cannot(KILLED), ("interrupt",)),
 )
 
 
 def bring_up(
     hw: Hardware,
-    begun: Callable[[Line], None] = lambda _line: None,
+    begun: Callable[[ChecklistLine], None] = lambda _line: None,
     ended: Callable[[Result], None] = lambda _result: None,
-    lines: Sequence[Line] | None = None,
+    lines: Sequence[ChecklistLine] | None = None,
 ) -> tuple[Build, list[Result]]:
     """Go through the checklist on `hw`. Raises MachineError where there is no ttml that the backend can use."""
     prepare_environment(hw, (1, 1))
@@ -82,7 +82,7 @@ def bring_up(
     return build, results
 
 
-def report(hw: Hardware, reason: str, as_json: bool, say: Callable[[str], None]) -> None:
+def print_bring_up(hw: Hardware, reason: str, as_json: bool, say: Callable[[str], None]) -> None:
     """Print each line as it ends, or all of them as one JSON object. Raises VerificationError if one fails."""
     if as_json:
         os.environ.setdefault("TT_LOGGER_LEVEL", "FATAL")  # tt-metal logs to standard output

@@ -208,14 +208,13 @@ def stop(run: str | None, hw: str | None, now: bool) -> None:
 def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_json: bool) -> None:
     """Look for what is wrong with this machine; change nothing."""
     if ttml:
-        from tools.doctor.ttml import choose_board
-        from tools.doctor.ttml import report as report_ttml
+        from tools.doctor.ttml import choose_board, print_ttml
 
         board = choose_board(hw, require_present=device)
-        return report_ttml(board.hardware, board.reason, device=device, as_json=as_json, say=click.echo)
-    from tools.doctor.machine import report
+        return print_ttml(board.hardware, board.reason, device=device, as_json=as_json, say=click.echo)
+    from tools.doctor.machine import print_diagnosis
 
-    return report(hw, container, as_json, click.echo)
+    return print_diagnosis(hw, container, as_json, click.echo)
 
 
 @recipe.command()

@@ -56,13 +56,13 @@ def ddp(
 @json_option
 def board(hw: str | None, as_json: bool) -> None:
     """Check that a board computes what it should, before its first run."""
-    from tools.bringup import run as checklist
+    from tools.bringup.run import print_bring_up
     from tools.doctor.ttml import choose_board
     from tools.machine import lease
 
     found = choose_board(hw, require_present=True)
     with lease.of_board(found.hardware, found.nodes, "verify board"):
-        checklist.report(found.hardware, found.reason, as_json, click.echo)
+        print_bring_up(found.hardware, found.reason, as_json, click.echo)
 
 
 @verify.command()

@@ -1,4 +1,4 @@
-"""What a doctor found: findings with evidence and cure, printed for people or machines, and the exit they mean."""
+"""What `recipe doctor` says of one thing it looked at, as text or JSON, and the error that all of it together means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERDICTS = {True: "ok", False: "WRONG", None: "cannot be told"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at. `ok` is None where it cannot be told; `cure` says what to do where it is not."""
 
     id: str
@@ -29,12 +29,12 @@ class Finding:
             yield f"  to do: {self.cure}"
 
 
-def as_json(findings: Sequence[Finding], **more: Any) -> str:
+def as_json(findings: Sequence[Diagnosis], **more: Any) -> str:
     body: Mapping[str, Any] = {**more, "findings": [dataclasses.asdict(finding) for finding in findings]}
     return json.dumps({"format": FORMAT, **body}, indent=1)
 
 
-def end(findings: Sequence[Finding]) -> None:
+def end(findings: Sequence[Diagnosis]) -> None:
     """Raise MachineError, with all of them in one message, where something is wrong."""
     bad = [finding for finding in findings if finding.ok is False]
     if bad:

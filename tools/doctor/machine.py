@@ -20,7 +20,7 @@ from tools.containers import launcher
 from tools.containers.docker import check_engine
 from tools.containers.images import image_for, pins_of, read_lock, requirements_of
 from tools.doctor import findings
-from tools.doctor.findings import Finding
+from tools.doctor.findings import Diagnosis
 from tools.machine import detect, host, lease
 from tools.machine.detect import Choice
 
@@ -44,11 +44,11 @@ class Machine:
         return host.cards(self.nodes)
 
 
-Check = Callable[[Machine], Iterator[Finding]]
+Check = Callable[[Machine], Iterator[Diagnosis]]
 
 
-def report(hw: str | None, container: bool | None, as_json: bool, say: Callable[[str], None]) -> None:
-    """Print every finding. Raises MachineError, with all of them, where something is wrong."""
+def print_diagnosis(hw: str | None, container: bool | None, as_json: bool, say: Callable[[str], None]) -> None:
+    """Print every diagnosis of this machine. Raises MachineError, with all of them, where something is wrong."""
     choice = detect.choose(hw, require_present=False)
     found = examine(choice, container)
     if as_json:
@@ -59,78 +59,78 @@ def report(hw: str | None, container: bool | None, as_json: bool, say: Callable[
     findings.end(found)
 
 
-def examine(choice: Choice, container: bool | None = None) -> list[Finding]:
-    """All findings for a board that need not be here; `container` as for a run: where its runs would go."""
+def examine(choice: Choice, container: bool | None = None) -> list[Diagnosis]:
+    """Return every diagnosis for a board that need not be here; `container` as for a run: where its runs would go."""
     machine = Machine(choice.hardware, choice.nodes, launcher.wanted(container, choice.hardware))
     checks = (*(BOARD if not choice.hardware.is_cpu else ()), *ANY)
     return [finding for check in checks for finding in check(machine)]
 
 
-def attempt(id: str, look: Callable[[], str], untold: bool = False) -> Finding:
-    """The finding of `look`: what it returns, or the error it raises; `untold` where that is no fault."""
+def attempt(id: str, look: Callable[[], str], untold: bool = False) -> Diagnosis:
+    """Return the diagnosis of `look`: what it returns, or the error it raises; `untold` where that is no fault."""
     try:
-        return Finding(id, True, look())
+        return Diagnosis(id, True, look())
     except RecipeError as error:
-        return Finding(id, None if untold else False, error.what, error.todo)
+        return Diagnosis(id, None if untold else False, error.what, error.todo)
 
 
 # --- the board ------------------------------------------------------------------------------------------------------
 
 
-def nodes(machine: Machine) -> Iterator[Finding]:
+def nodes(machine: Machine) -> Iterator[Diagnosis]:
     yield attempt("board.nodes", lambda: detect.choose(machine.hw.name).reason)
 
 
-def driver(_machine: Machine) -> Iterator[Finding]:
+def driver(_machine: Machine) -> Iterator[Diagnosis]:
     version = host.driver()
     if version is None:
-        yield Finding("board.driver", False, "the kernel module tenstorrent is not loaded", INSTALLER)
+        yield Diagnosis("board.driver", False, "the kernel module tenstorrent is not loaded", INSTALLER)
         return
     enough = numbers(version) >= numbers(MINIMUM_DRIVER)
-    yield Finding("board.driver", enough, f"driver {version}, at least {MINIMUM_DRIVER} is needed", INSTALLER)
+    yield Diagnosis("board.driver", enough, f"driver {version}, at least {MINIMUM_DRIVER} is needed", INSTALLER)
 
 
-def firmware(machine: Machine) -> Iterator[Finding]:
+def firmware(machine: Machine) -> Iterator[Diagnosis]:
     minimum = machine.hw.minimum_firmware or "0"
     told = {card.node: card.firmware for card in machine.cards}
     old = [f"{node} has {version}" for node, version in told.items() if version and numbers(version) < numbers(minimum)]
     if old:
-        yield Finding("board.firmware", False, f"{', '.join(old)}; at least {minimum} is needed", INSTALLER)
+        yield Diagnosis("board.firmware", False, f"{', '.join(old)}; at least {minimum} is needed", INSTALLER)
     elif not told or None in told.values():
-        yield Finding("board.firmware", None, "the driver does not say which firmware the cards have", INSTALLER)
+        yield Diagnosis("board.firmware", None, "the driver does not say which firmware the cards have", INSTALLER)
     else:
         versions = ", ".join(sorted(set(map(str, told.values()))))
-        yield Finding("board.firmware", True, f"firmware {versions}, at least {minimum} is needed")
+        yield Diagnosis("board.firmware", True, f"firmware {versions}, at least {minimum} is needed")
 
 
-def memory(machine: Machine) -> Iterator[Finding]:
+def memory(machine: Machine) -> Iterator[Diagnosis]:
     """With an IOMMU that translates, DMA takes ordinary memory; without one, or passed through, 1 GiB huge pages."""
     states, pages = {card.translated for card in machine.cards}, host.hugepages()
     here, needed = f"{pages.count} huge pages of 1 GiB", len(machine.nodes)
     if not states or None in states:
-        yield Finding("board.memory", None, "it cannot be read whether an IOMMU translates the cards' DMA")
+        yield Diagnosis("board.memory", None, "it cannot be read whether an IOMMU translates the cards' DMA")
     elif len(states) > 1:
         cure = "set one mode for all PCIe devices on the kernel's command line (iommu=)"
-        yield Finding("board.memory", False, "an IOMMU translates the DMA of some cards and not of others", cure)
+        yield Diagnosis("board.memory", False, "an IOMMU translates the DMA of some cards and not of others", cure)
     elif True in states:
-        yield Finding("board.memory", True, "an IOMMU translates the cards' DMA: no huge pages are needed")
+        yield Diagnosis("board.memory", True, "an IOMMU translates the cards' DMA: no huge pages are needed")
     else:
         evidence = f"no IOMMU translates the cards' DMA (off, or iommu=pt); {here}, a card needs at least one"
         where = "mounted" if pages.mounted else "not mounted"
         cure = f"kernel parameters hugepagesz=1G hugepages={needed}, and hugetlbfs with pagesize=1G on {host.HUGEPAGES}"
         ok = pages.mounted and pages.count >= needed
-        yield Finding("board.memory", ok, f"{evidence}; {host.HUGEPAGES} is {where}", f"{cure}; or turn the IOMMU on")
+        yield Diagnosis("board.memory", ok, f"{evidence}; {host.HUGEPAGES} is {where}", f"{cure}; or turn the IOMMU on")
 
 
-def owner(machine: Machine) -> Iterator[Finding]:
+def owner(machine: Machine) -> Iterator[Diagnosis]:
     """Who has a card: a run of ours by its lease, or any process that has its node open."""
     leases = [str(owner) for card in machine.cards if (owner := lease.held(card.key))]
     others = [f"{card.node} by process {pid} ({name_of(pid)})" for card in machine.cards for pid in card.holders]
     if found := [*dict.fromkeys(leases), *others]:
         cure = f"wait, or end it: recipe stop --hw {machine.hw.name} for a run of ours"
-        yield Finding("board.owner", False, f"in use: {'; '.join(found)}", cure)
+        yield Diagnosis("board.owner", False, f"in use: {'; '.join(found)}", cure)
     else:
-        yield Finding("board.owner", True, "nobody has the board")
+        yield Diagnosis("board.owner", True, "nobody has the board")
 
 
 def name_of(pid: int) -> str:
@@ -140,7 +140,7 @@ def name_of(pid: int) -> str:
         return "not visible from here"
 
 
-def descriptor(machine: Machine) -> Iterator[Finding]:
+def descriptor(machine: Machine) -> Iterator[Diagnosis]:
     mesh = machine.hw.mesh_shape
     if mesh == (1, 1):
         return
@@ -148,7 +148,7 @@ def descriptor(machine: Machine) -> Iterator[Finding]:
         path = find_descriptor(machine.hw, mesh)
     except MachineError as error:
         name = f"{machine.hw.mesh_graph_descriptor} is tt-metal's own: a run looks for it in its image"
-        yield Finding("board.descriptor", None if machine.contained else False, name, error.todo)
+        yield Diagnosis("board.descriptor", None if machine.contained else False, name, error.todo)
         return
 
     def look() -> str:
@@ -161,11 +161,11 @@ def descriptor(machine: Machine) -> Iterator[Finding]:
 # --- containers -----------------------------------------------------------------------------------------------------
 
 
-def engine(machine: Machine) -> Iterator[Finding]:
+def engine(machine: Machine) -> Iterator[Diagnosis]:
     yield attempt("engine.answers", lambda: f"Docker {check_engine()} answers", untold=not machine.contained)
 
 
-def image(machine: Machine) -> Iterator[Finding]:
+def image(machine: Machine) -> Iterator[Diagnosis]:
     """An image that is not here yet is no fault of the machine."""
 
     def look() -> str:
@@ -175,7 +175,7 @@ def image(machine: Machine) -> Iterator[Finding]:
     yield attempt("engine.image", look, untold=True)
 
 
-def pins(machine: Machine) -> Iterator[Finding]:
+def pins(machine: Machine) -> Iterator[Diagnosis]:
     """Whether the image's lock and the Python locks it names are of one time."""
 
     def look() -> str:
@@ -190,28 +190,28 @@ def pins(machine: Machine) -> Iterator[Finding]:
 # --- Python, and room -----------------------------------------------------------------------------------------------
 
 
-def disk(_machine: Machine) -> Iterator[Finding]:
+def disk(_machine: Machine) -> Iterator[Diagnosis]:
     yield room("disk.runs", ROOT / "runs")
     yield room("disk.home", home())
 
 
-def room(id: str, folder: Path) -> Finding:
+def room(id: str, folder: Path) -> Diagnosis:
     """Whether there is room for a run in a folder that need not be there yet."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(there).free / 1e9
     evidence = f"{free:.0f} GB free for {folder}, {ROOM_GB} are wanted"
     cure = "make room (runs/ and RECIPES_HOME), or set RECIPES_HOME and --out to a larger disk"
-    return Finding(id, free >= ROOM_GB, evidence, cure)
+    return Diagnosis(id, free >= ROOM_GB, evidence, cure)
 
 
-def python(machine: Machine) -> Iterator[Finding]:
+def python(machine: Machine) -> Iterator[Diagnosis]:
     here = sys.version_info[:2]
     name = f"Python {here[0]}.{here[1]}"
-    yield Finding("python.version", (3, 10) <= here <= (3, 12), name, "make setup PYTHON=python3.11")
+    yield Diagnosis("python.version", (3, 10) <= here <= (3, 12), name, "make setup PYTHON=python3.11")
     if machine.hw.is_cpu:
         torch, cure = installed("torch"), "make setup PYTHON=python3.11 (without LAUNCHER=1)"
         evidence = f"torch {torch}" if torch else "no torch here: the CPU twin runs in its image alone"
-        yield Finding("python.torch", True if torch else None, evidence, cure)
+        yield Diagnosis("python.torch", True if torch else None, evidence, cure)
         return
     ttnn, numpy = installed("ttnn"), installed("numpy")
     if ttnn:
@@ -220,10 +220,10 @@ def python(machine: Machine) -> Iterator[Finding]:
             f"ttnn {ttnn} on {name} with numpy {numpy}; its wheels are for 3.10 and 3.12 and ask for numpy below 2"
         )
         cure = "a tt-metal built here for this Python may do all the same: recipe doctor --ttml; the image has its own"
-        yield Finding("python.ttnn", True if fits else None, evidence, cure)
+        yield Diagnosis("python.ttnn", True if fits else None, evidence, cure)
 
 
-def lock(_machine: Machine) -> Iterator[Finding]:
+def lock(_machine: Machine) -> Iterator[Diagnosis]:
     """Whether the packages here are those of the lock they were installed from."""
     name = f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt" if installed("torch") else "launcher.txt"
     text = (ROOT / "requirements" / name).read_text("utf-8")
@@ -233,21 +233,21 @@ def lock(_machine: Machine) -> Iterator[Finding]:
     missing = [f"no {key}" for key, (_, only) in wanted.items() if not only and not here[key]]
     agree = f"{len(wanted)} packages are those of requirements/{name}"
     evidence = f"not as requirements/{name} has it: {', '.join([*other, *missing][:8])}" if other or missing else agree
-    yield Finding("python.lock", not (other or missing), evidence, "make setup")
+    yield Diagnosis("python.lock", not (other or missing), evidence, "make setup")
 
 
-def ttml(machine: Machine) -> Iterator[Finding]:
+def ttml(machine: Machine) -> Iterator[Diagnosis]:
     """PyPI has another package of that name, which `pip install ttml` brings; told apart by its modules, unimported."""
     spec = importlib.util.find_spec("ttml")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     if spec is None:
         needed = "its image has it" if machine.contained or machine.hw.is_cpu else "training on a board here needs it"
-        yield Finding("python.ttml", machine.contained or machine.hw.is_cpu, f"no ttml here; {needed}")
+        yield Diagnosis("python.ttml", machine.contained or machine.hw.is_cpu, f"no ttml here; {needed}")
     elif any((folder / "models").is_dir() for folder in folders):
-        yield Finding("python.ttml", True, f"ttml in {folders[0]}; recipe doctor --ttml looks at its names")
+        yield Diagnosis("python.ttml", True, f"ttml in {folders[0]}; recipe doctor --ttml looks at its names")
     else:
         evidence = f"the ttml in {spec.origin} is another package of that name: it has no models"
-        yield Finding("python.ttml", False, evidence, "pip uninstall ttml; tt-train's is on no package index")
+        yield Diagnosis("python.ttml", False, evidence, "pip uninstall ttml; tt-train's is on no package index")
 
 
 def installed(package: str) -> str | None:

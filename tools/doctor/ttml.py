@@ -1,6 +1,6 @@
 """`recipe doctor --ttml`: every name of ttml that the backend relies on, and what the installed build is.
 
-Nothing is changed or reset. What the machine itself lacks is doctor_host's.
+Nothing is changed or reset. What the machine itself lacks is tools/doctor/machine.py's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engines.ttml.engine import open_ttml
 from engines.ttml.mesh import image_hint, prepare_environment
 from tools.bringup.reference_llama import ARCHITECTURE, config_for
 from tools.doctor import findings
-from tools.doctor.findings import Finding
+from tools.doctor.findings import Diagnosis
 from tools.machine import detect
 from tools.machine.detect import Choice
 
@@ -32,7 +32,7 @@ NO_DEVICE = "not looked at: that needs an open device (without --no-device)"
 class Ttml:
     """The installed ttml: findings, versions by name, and a row for each name of the contract."""
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Diagnosis] = field(default_factory=list)
     build: dict[str, str] = field(default_factory=dict)
     names: list[dict[str, Any]] = field(default_factory=list)
 
@@ -53,7 +53,7 @@ def choose_board(name: str | None, require_present: bool) -> Choice:
     return choice
 
 
-def report(hw: Hardware, reason: str, *, device: bool, as_json: bool, say: Callable[[str], None]) -> None:
+def print_ttml(hw: Hardware, reason: str, *, device: bool, as_json: bool, say: Callable[[str], None]) -> None:
     """Print what examine_ttml found. Raises MachineError where there is no ttml, or a finding is not ok."""
     if as_json:
         os.environ.setdefault("TT_LOGGER_LEVEL", "FATAL")  # tt-metal logs to standard output
@@ -78,13 +78,13 @@ def examine_ttml(hw: Hardware, device: bool) -> Ttml:
     except MachineError as error:
         if "ttnn" not in sys.modules or not hasattr(sys.modules.get("ttml"), "autograd"):
             raise
-        found.findings.append(Finding("ttml.build", False, error.what, error.todo))
+        found.findings.append(Diagnosis("ttml.build", False, error.what, error.todo))
         parameters = None
-        model = Finding("ttml.model", None, "not looked at: the build is refused")
+        model = Diagnosis("ttml.model", None, "not looked at: the build is refused")
     else:
         found.build = build.versions()
-        found.findings.append(Finding("ttml.build", True, f"API generation {build.generation}"))
-        model, parameters = _small_model(hw, found) if device else (Finding("ttml.model", None, NO_DEVICE), None)
+        found.findings.append(Diagnosis("ttml.build", True, f"API generation {build.generation}"))
+        model, parameters = _small_model(hw, found) if device else (Diagnosis("ttml.model", None, NO_DEVICE), None)
     for row in contract(parameters):
         required = row["generations"] == ALL
         more = {"required": required, "status": STATUS[row["found"]], "signature": signature_of(row["name"])}
@@ -106,7 +106,7 @@ def signature_of(name: str) -> str | None:
         return str(getattr(value, "__doc__", None) or "").partition("\n")[0] or None
 
 
-def _small_model(hw: Hardware, found: Ttml) -> tuple[Finding, list[str] | None]:
+def _small_model(hw: Hardware, found: Ttml) -> tuple[Diagnosis, list[str] | None]:
     """Whether the small Llama has the parameters we map, and their names if it could be built."""
     names = None
     try:
@@ -117,23 +117,25 @@ def _small_model(hw: Hardware, found: Ttml) -> tuple[Finding, list[str] | None]:
                 names = list(backend.weights) or None
             linears = hf_map.linears_of(backend.entries)
     except RecipeError as error:
-        return Finding("ttml.model", False, error.what, error.todo), names
+        return Diagnosis("ttml.model", False, error.what, error.todo), names
     except Exception as error:  # what ttml raises has no common class
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Finding("ttml.model", False, f"a small Llama cannot be built: {said}", image_hint(hw)), names
+        return Diagnosis("ttml.model", False, f"a small Llama cannot be built: {said}", image_hint(hw)), names
     fused = [name for name in ("attention/qkv_linear", "mlp/w_gate_up") if name in linears]
     found.build["projections"] = f"fused: {', '.join(fused)}" if fused else "not fused"
-    return Finding("ttml.model", True, f"a small Llama opens with {len(names or ())} parameters, all mapped"), names
+    return Diagnosis("ttml.model", True, f"a small Llama opens with {len(names or ())} parameters, all mapped"), names
 
 
-def _names(hw: Hardware, found: Ttml) -> Finding:
+def _names(hw: Hardware, found: Ttml) -> Diagnosis:
     required = [row for row in found.names if row["required"]]
     untold = sum(row["status"] == STATUS[None] for row in required)
     if found.missing:
         evidence = f"missing, of {len(required)} names that every build has: "
         cure = f"build tt-metal v0.74 or newer with tt-train; {image_hint(hw)}"
-        return Finding("ttml.names", False, evidence + ", ".join(found.missing), cure)
-    return Finding("ttml.names", True, f"{len(required) - untold} names present, {untold} cannot be told, none missing")
+        return Diagnosis("ttml.names", False, evidence + ", ".join(found.missing), cure)
+    return Diagnosis(
+        "ttml.names", True, f"{len(required) - untold} names present, {untold} cannot be told, none missing"
+    )
 
 
 def table(found: Ttml) -> Iterator[str]:

@@ -157,7 +157,7 @@ def copied(made: Path, source: Path) -> Facts:
 
 
 def fork(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts:
-    """Put the user's data in the place of the parent's, and set what hangs on it."""
+    """Put the user's data in the place of the parent's, and set what depends on it."""
     parent = on_board(source)
     if parent.data.corpus is None:
         forget(made, parent, (*OF_THE_DATA, *OF_ROWS))

@@ -33,7 +33,7 @@ from common.train.launch import Launch
 from common.train.plan import prepare
 from common.train.schedule import learning_rate
 from engines.registry import engine_for
-from tools.checklist import Line, Outcome, Result, failed, go_through, hold
+from tools.checklist import CheckEnded, ChecklistLine, Result, failed, go_through, hold
 from tools.launch.processes import in_processes
 from tools.launch.resolve import mesh_override, resolve
 from tools.machine import detect, lease
@@ -201,7 +201,7 @@ def gradients(found: Comparison) -> str:
 def replicas(found: Comparison) -> str:
     apart = [step for step, alike in enumerate(found.several.alike, 1) if not alike]
     if apart:
-        raise Outcome("fail", f"the parameters of the {found.devices} devices differ after step {apart[0]}")
+        raise CheckEnded("fail", f"the parameters of the {found.devices} devices differ after step {apart[0]}")
     return f"the same bits on {found.devices} devices after each of {len(found.several.alike)} steps"
 
 
@@ -222,11 +222,11 @@ def control(found: Comparison) -> str:
 
 
 LINES = (
-    Line("losses", "all devices together give one device's losses", losses),
-    Line("gradients", "and one device's gradients", gradients),
-    Line("replicas", "and hold the same parameters after every step", replicas),
-    Line("held-out", "and the same held-out loss, within the noise", held_out_loss, ("losses",)),
-    Line("control", "without summing the gradients this would be noticed", control),
+    ChecklistLine("losses", "all devices together give one device's losses", losses),
+    ChecklistLine("gradients", "and one device's gradients", gradients),
+    ChecklistLine("replicas", "and hold the same parameters after every step", replicas),
+    ChecklistLine("held-out", "and the same held-out loss, within the noise", held_out_loss, ("losses",)),
+    ChecklistLine("control", "without summing the gradients this would be noticed", control),
 )
 
 

@@ -27,7 +27,7 @@ from common.train.checkpoint import Tensors
 from common.train.evaluate import evaluated_rows, held_out
 from common.train.first_loss import check_first_loss
 from common.train.schedule import learning_rate
-from tools.checklist import Line, Outcome, Result, failed, go_through, hold
+from tools.checklist import CheckEnded, ChecklistLine, Result, failed, go_through, hold
 from tools.data.checks import leaks
 from tools.export import check, export
 from tools.export.hf_folder import adapters_of, merged_shapes, stored
@@ -93,7 +93,7 @@ def first_loss(case: Case) -> str:
         try:
             return check_first_loss(loss, run.base.initial, run.dataset().train.arrays.ids)
         except VerificationError as error:
-            raise Outcome("fail", error.what) from None
+            raise CheckEnded("fail", error.what) from None
     guess = math.log(run.base.architecture["vocab_size"])
     return hold(loss <= guess + 0.5, f"{loss:.4f} nats at step 1; guessing costs ln(vocabulary) = {guess:.2f}")
 
@@ -103,7 +103,7 @@ def replay(case: Case) -> str:
     need_transformers()
     run, record = case.run, at_step(case.left.steps, 1)
     if record is None or case.left.manifest.parent:
-        raise Outcome("not checkable", "step 1 was another run's")
+        raise CheckEnded("not checkable", "step 1 was another run's")
     train = dataset_of(case).train
     rows = rows_of_step(1, run.config.training.seed, run.config.training.batch_size, len(train))
     found = check.plain_nll(untrained(run), train, rows.tolist())
@@ -120,7 +120,7 @@ def score(case: Case) -> str:
     run = case.run
     rows = case.left.held_out(run.step)
     if rows is None:
-        raise Outcome("not checkable", f"the run did not evaluate step {run.step}")
+        raise CheckEnded("not checkable", f"the run did not evaluate step {run.step}")
     split = evaluated_rows(dataset_of(case), run.config.eval)
     with trained.engine(run) as backend:
         again = held_out(backend, split)
@@ -139,11 +139,11 @@ def frozen(case: Case) -> str:
     """What adapters do not touch is the base's, bit for bit, in the export."""
     run, file = case.run, case.folder / "export" / "merged" / "model.safetensors"
     if run.config.model.lora is None:
-        raise Outcome("not checkable", "all weights are trained: nothing is frozen")
+        raise CheckEnded("not checkable", "all weights are trained: nothing is frozen")
     strange = [name for name in Tensors(run.checkpoint.folder) if name.startswith("model/") and ".lora_" not in name]
     hold(not strange, f"the checkpoint of adapters holds other weights: {', '.join(strange[:5])}")
     if not file.is_file():
-        raise Outcome("not checkable", "no export to look at")
+        raise CheckEnded("not checkable", "no export to look at")
     base, merged, adapted = run.base.weights(), Weights([file]), adapters_of(run)
     names = [name for name in merged_shapes(run) if name.removesuffix(".weight") not in adapted]
     other = [
@@ -158,11 +158,11 @@ def replicas(case: Case) -> str:
     """Every device held the same weights when training ended, as the manifest has their hashes."""
     manifest, engine = case.left.manifest, case.left.backend
     if engine.world == 1:
-        raise Outcome("not checkable", "one device")
+        raise CheckEnded("not checkable", "one device")
     if notes := [note for note in engine.notes if note.startswith("replicas: not checkable")]:
-        raise Outcome("not checkable", notes[0])
+        raise CheckEnded("not checkable", notes[0])
     if not (hashes := manifest.replicas):
-        raise Outcome("not checkable", "the run did not reach its end, where devices are compared")
+        raise CheckEnded("not checkable", "the run did not reach its end, where devices are compared")
     return hold(len(set(hashes)) == 1, f"{len(hashes)} devices hold {len(set(hashes))} different sets of weights")
 
 
@@ -172,12 +172,12 @@ def exported(case: Case) -> str:
     folder = case.folder / "export"
     record = export.read_record(folder)
     if record is None:
-        raise Outcome("not checkable", "the run has no export")
+        raise CheckEnded("not checkable", "the run has no export")
     hold(not (damage := export.damaged(folder, record)), damage)
     run = trained.read(case.folder / "checkpoints" / f"step-{record['step']:08d}", lambda _line: None)
     outcome = check.check(folder, run, record["dtype"])
     if outcome.status == "unverified":
-        raise Outcome("not checkable", outcome.reason)
+        raise CheckEnded("not checkable", outcome.reason)
     return hold(outcome.status == "verified", outcome.reason or outcome.line())
 
 
@@ -203,12 +203,12 @@ def dataset_of(case: Case) -> TokenDataset:
     try:
         return case.run.dataset()
     except DataError as error:
-        raise Outcome("not checkable", f"the run's data is not here: {error.what}") from None
+        raise CheckEnded("not checkable", f"the run's data is not here: {error.what}") from None
 
 
 def need_transformers() -> None:
     if missing := [name for name in ("torch", "transformers", "peft") if not check.installed(name)]:
-        raise Outcome("not checkable", f"no {', '.join(missing)} here")
+        raise CheckEnded("not checkable", f"no {', '.join(missing)} here")
 
 
 def untrained(run: TrainedRun) -> torch.nn.Module:
@@ -228,21 +228,21 @@ def untrained(run: TrainedRun) -> torch.nn.Module:
     return (model.bfloat16().float() if half else model).eval()
 
 
-LINES: Sequence[Line] = (
-    Line("files", "what was saved is whole", checkpoints),
-    Line("history", "every step is on record once, at its learning rate", history),
-    Line("first-loss", "training began where it must", first_loss),
-    Line("replay", "step 1 is what plain transformers compute", replay, ("files",)),
-    Line("score", "the newest checkpoint is the model that was evaluated", score, ("files",)),
-    Line("moved", "training moved every trained tensor", moved, ("files",)),
-    Line("frozen", "and nothing else", frozen, ("files",)),
-    Line("replicas", "all devices hold the same weights", replicas),
-    Line("export", "the export computes what the run computed", exported, ("files",)),
-    Line("leakage", "nothing that is measured was trained on", leakage, ("files",)),
+LINES: Sequence[ChecklistLine] = (
+    ChecklistLine("files", "what was saved is whole", checkpoints),
+    ChecklistLine("history", "every step is on record once, at its learning rate", history),
+    ChecklistLine("first-loss", "training began where it must", first_loss),
+    ChecklistLine("replay", "step 1 is what plain transformers compute", replay, ("files",)),
+    ChecklistLine("score", "the newest checkpoint is the model that was evaluated", score, ("files",)),
+    ChecklistLine("moved", "training moved every trained tensor", moved, ("files",)),
+    ChecklistLine("frozen", "and nothing else", frozen, ("files",)),
+    ChecklistLine("replicas", "all devices hold the same weights", replicas),
+    ChecklistLine("export", "the export computes what the run computed", exported, ("files",)),
+    ChecklistLine("leakage", "nothing that is measured was trained on", leakage, ("files",)),
 )
 
 
-def verify(folder: Path, lines: Sequence[Line] | None = None) -> Iterator[Result]:
+def verify(folder: Path, lines: Sequence[ChecklistLine] | None = None) -> Iterator[Result]:
     """Check the run in `folder` by `lines`, or all of them. Raises UsageError where there is no run."""
     return go_through(LINES if lines is None else lines, Case(folder), lambda _line: None)
 
