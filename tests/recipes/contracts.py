@@ -194,7 +194,7 @@ def schema(recipe: Path) -> None:
 def dry_runs(recipe: Path) -> None:
     """`recipe run --dry-run` says on every board what a run there would do."""
     for board, _ in resolved(recipe):
-        with mock.patch.object(dry_run, "connect", side_effect=MachineError("no engine is asked")):
+        with mock.patch.object(dry_run, "check_engine", side_effect=MachineError("no engine is asked")):
             lines = list(dry_run.describe(resolve(recipe, hw=board, require_present=False), None))
         says = [line for line in lines if line.startswith("would run: ")]
         need(says, f"its dry run on {board} does not say what would run")
