@@ -244,6 +244,8 @@ def test_what_users_type_is_never_run(house: Path, text: str) -> None:
     assert recipe_arguments(house, "recipe-finetune", HW=text)[-1] == text
     assert recipe_arguments(house, "recipe", f"NAME={text}") == ["run", text]
     assert recipe_arguments(house, "do", f"ARGS={text}") == text.split()
+    words = [word for item in text.split() for word in ("--set", item)]
+    assert recipe_arguments(house, "recipe-scratch", f"SET={text}")[2:] == words
     assert make(house, "-n", "recipe-finetune", f"HW={text}").returncode == 0
     assert not (house / "broken").exists()
 
