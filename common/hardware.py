@@ -43,13 +43,13 @@ class Hardware:
 
     @property
     def device_nodes(self) -> tuple[str, ...]:
-        """The nodes that a machine with nothing but this board has."""
+        """Return the nodes that a machine with nothing but this board has."""
         return tuple(f"/dev/tenstorrent/{index}" for index in range(self.nodes))
 
 
 @functools.cache
 def table() -> dict[str, Hardware]:
-    """All boards by name, in the order of hardware.yaml."""
+    """Return all boards by name, in the order of hardware.yaml."""
     import yaml
 
     entries: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("hardware.yaml").read_text("utf-8"))
@@ -65,7 +65,7 @@ def _row(name: str, entry: dict[str, Any]) -> Hardware:
 
 
 def get(name: str) -> Hardware:
-    """The board of that name. Raises UsageError with the allowed names and the nearest one."""
+    """Return the board of that name. Raises UsageError with the allowed names and the nearest one."""
     boards = table()
     if name in boards:
         return boards[name]
@@ -78,7 +78,7 @@ VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def cpu_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Vendor, family and vector units of this CPU: what numeric libraries choose their code by, and so the bits."""
+    """Return vendor, family and vector units of this CPU: by them numeric libraries choose their code, and its bits."""
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     units = [unit for unit in VECTOR_UNITS if unit in facts.get("flags", "").split()]

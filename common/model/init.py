@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 
 def initial(rule: str, seed: int, name: str, shape: tuple[int, ...], layers: int) -> Array:
-    """float32 values of a Llama's tensor `name` before training, by `rule`.
+    """Return float32 values of a Llama's tensor `name` before training, by `rule`.
 
     ttml: linear layers uniform in +-1/sqrt(fan_in), embeddings N(0, 0.02^2), as tt-train's modules have them.
     gpt2: all N(0, 0.02^2), and the two layers that write into the residual stream 1/sqrt(2 x layers) of that (Radford
@@ -38,7 +38,7 @@ def initial(rule: str, seed: int, name: str, shape: tuple[int, ...], layers: int
 
 
 def logit_variance(rule: str, architecture: Mapping[str, Any]) -> float:
-    """Variance of an untrained model's logits over the vocabulary: its hidden state has a mean square of 1.
+    """Return the variance of an untrained model's logits over the vocabulary: its hidden state has a mean square of 1.
 
     hidden_size x the variance of the head's weights: a uniform in +-1/sqrt(fan_in) has 1 / (3 fan_in).
     """
@@ -48,12 +48,12 @@ def logit_variance(rule: str, architecture: Mapping[str, Any]) -> float:
 
 
 def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> Array:
-    """float32 values in [-bound, bound) for the tensor `name`."""
+    """Return float32 values in [-bound, bound) for the tensor `name`."""
     return ((2.0 * _unit(seed, name, math.prod(shape)) - 1.0) * bound).astype(np.float32).reshape(shape)
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Array:
-    """float32 values of N(0, std^2) for the tensor `name`, by the Box-Muller transform."""
+    """Return float32 values of N(0, std^2) for the tensor `name`, by the Box-Muller transform."""
     count = math.prod(shape)
     unit = _unit(seed, name, 2 * count)
     radius = np.sqrt(-2.0 * np.log1p(-unit[:count]))  # 1 - u is in (0, 1]: the logarithm is finite
@@ -61,6 +61,6 @@ def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Array:
 
 
 def _unit(seed: int, name: str, count: int) -> Array:
-    """`count` float64 values in [0, 1) from the top 53 bits of Philox output."""
+    """Return `count` float64 values in [0, 1) from the top 53 bits of Philox output."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
     return (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53

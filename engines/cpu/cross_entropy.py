@@ -20,7 +20,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """`hidden` [N, H], `weight` [V, H] of one dtype, `labels` int64 [N]; returns a float32 scalar."""
+        """Return a float32 scalar for `hidden` [N, H] and `weight` [V, H] of one dtype, and `labels` int64 [N]."""
         ctx.weight_dtype = weight.dtype
         need_hidden, need_weight, _ = ctx.needs_input_grad
         work = weight.to(hidden.dtype)
@@ -31,13 +31,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows, target = hidden[start : start + chunk], labels[start : start + chunk, None]
             logits = (rows @ work.t()).float()
-            logits -= logits.amax(dim=1, keepdim=True)
+            logits -= logits.amax(dim=1, keepdim=True)  # softmax is the same, and exp cannot overflow
             picked = logits.gather(1, target)
             weights = logits.exp_()  # in place, and once: both the loss and the softmax come of them
             totals = weights.sum(dim=1, keepdim=True)
             total += (totals.log() - picked).sum()
             if not (need_hidden or need_weight):
                 continue
+            # d nll / d logits = softmax - one_hot(label)
             grad = weights.div_(totals)
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
             grad = grad.to(hidden.dtype)
@@ -58,12 +59,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_of(weight: Tensor) -> int:
-    """Rows whose logits over `weight` [V, H] fill CHUNK_BYTES; at least 64."""
+    """Return the number of rows whose logits over `weight` [V, H] fill CHUNK_BYTES; at least 64."""
     return max(64, CHUNK_BYTES // (4 * weight.shape[0]))
 
 
 def nll_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(hidden @ weight.T)[label] per row, float32 [N], without gradients."""
+    """Return -log softmax(hidden @ weight.T)[label] per row, float32 [N], without gradients."""
     parts, chunk = [], chunk_of(weight)
     for start in range(0, hidden.shape[0], chunk):
         logits = (hidden[start : start + chunk] @ weight.t()).float()

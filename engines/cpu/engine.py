@@ -52,7 +52,7 @@ COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto`
 
 @contextlib.contextmanager
 def open_cpu(config: Config) -> Iterator[TorchCPU]:
-    """The CPU engine for `config`; its precision must be resolved (not `auto`)."""
+    """Open the CPU engine for `config`; its precision must be resolved (not `auto`)."""
     keep_large_buffers()
     ranks = ranks_of(config)
     threads = config.device.threads or max(1, len(os.sched_getaffinity(0)) // ranks.on_this_host)
@@ -79,8 +79,8 @@ def keep_large_buffers() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, 1 << 30)  # 1 GiB: above any activation here
+        libc.mallopt(m_trim_threshold, 2**31 - 1)  # the largest int: never trim, but when asked (give_back_memory)
 
 
 def give_back_memory() -> None:
@@ -291,7 +291,7 @@ class TorchCPU:
 
     @contextlib.contextmanager
     def _in_fp32(self) -> Iterator[None]:
-        """Held-out losses that are compared are computed in fp32. Widening bf16 and narrowing it again is exact."""
+        """Compute in fp32 within, as held-out losses have to be. Widening bf16 and narrowing it again is exact."""
         if self.stored is torch.float32:
             yield
             return
@@ -395,7 +395,7 @@ class TorchCPU:
         self._check_ties(state)
 
     def state_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of `state`, without copying a tensor."""
+        """Return names and shapes of `state`, without copying a tensor."""
         for name, tensor in self._model_state().items():
             yield f"model/{name}", tuple(tensor.shape)
         for slot, tensors in (
@@ -408,7 +408,7 @@ class TorchCPU:
         yield "optimizer/step", (1,)
 
     def _check_ties(self, state: Mapping[str, Array]) -> None:
-        """Projections that share one A here must have been saved with equal ones."""
+        """Raise MachineError where projections that share one A here were saved with different ones."""
         for name, layer in lora_layers(self.model):
             saved = state[f"model/{PREFIX}{name}.lora_A.weight"]
             if not np.array_equal(to_numpy(layer.lora_A), saved):
@@ -482,7 +482,7 @@ def supervise_first_token(batch: Batch) -> Batch:
 
 
 def follow(ranks: Ranks) -> int:
-    """What every rank but the first does: the same as rank 0's engine, on rows of its own, until rank 0 has ended.
+    """Repeat the calls of rank 0's engine on this rank's own rows, until rank 0 has ended.
 
     Returns the exit code that rank 0 ended with.
     """
@@ -512,7 +512,7 @@ def follow(ranks: Ranks) -> int:
 
 
 def decide_compile(config: Config) -> tuple[bool, str]:
-    """Whether to compile, from the config and the total steps alone (never the steps left), and why."""
+    """Return whether to compile, from the config and all its steps (never the steps left), and why."""
     choice, steps = config.device.compile, config.training.max_steps or 0
     if choice == "never":
         return False, "eager, as configured"
@@ -537,7 +537,7 @@ def cast_norm_outputs(model: LlamaForCausalLM) -> None:
 
 
 def check_names(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Every tensor mapped, or an error that names the odd ones."""
+    """Raise MachineError naming every tensor that is missing, unknown or misshapen."""
     odd = [f"{name} is missing" for name in expected if name not in given]
     odd += [f"{name} is unknown" for name in given if name not in expected]
     odd += [
@@ -557,14 +557,14 @@ def take(target: Tensor, array: Array, name: str) -> None:
 
 
 def to_torch(array: Array) -> Tensor:
-    """A tensor over the array's memory; ml_dtypes' bfloat16 becomes torch's."""
+    """Return a tensor over the array's memory; ml_dtypes' bfloat16 becomes torch's."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """A copy of the tensor as numpy; torch's bfloat16 becomes ml_dtypes'."""
+    """Return a copy of the tensor as numpy; torch's bfloat16 becomes ml_dtypes'."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype is torch.bfloat16:
         import ml_dtypes

@@ -63,6 +63,7 @@ class RaggedAttention(torch.autograd.Function):
             dv[:, start:end] = weight.transpose(1, 2) @ up
             slope = (up @ values.transpose(1, 2)).float()
             wide = weight.float()
+            # Through the softmax: dS = P * (dP - rowsum(dP * P)), in float32 as the forward pass.
             slope = slope.sub_((slope * wide).sum(-1, keepdim=True)).mul_(wide).mul_(ctx.scaling).to(q.dtype)
             dq[:, start:end] = (slope @ keys).view(heads, end - start, width)
             dk[:, start:end] = slope.transpose(1, 2) @ queries
@@ -70,14 +71,14 @@ class RaggedAttention(torch.autograd.Function):
 
 
 def grouped(x: Tensor, start: int, end: int, groups: int) -> Tensor:
-    """Tokens start..end of x [H, N, D] as [KV, H/KV x n, D]: heads that share keys side by side."""
+    """Return tokens start..end of x [H, N, D] as [KV, H/KV x n, D]: heads that share keys side by side."""
     return x[:, start:end].reshape(groups, -1, x.shape[-1])
 
 
 def attend(
     _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, bounds: Bounds, **_: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, H, N, D] -> ([1, N, H, D], None). `bounds` comes by keyword."""
+    """Map query [1, H, N, D] to ([1, N, H, D], None): transformers' attention interface; `bounds` comes by keyword."""
     if max(end - start for start, end in bounds) <= WRITTEN_OUT_UP_TO:
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype
         return RaggedAttention.apply(query[0], key[0], value[0], bounds, scaling, dtype)[None], None  # type: ignore[no-untyped-call]
@@ -90,7 +91,7 @@ def attend(
 
 
 def lay_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, list[tuple[int, int]]]:
-    """ids and positions int64 [1, N], labels int64 [N], supervised bool [N], and each row's (start, end).
+    """Return ids and positions int64 [1, N], labels int64 [N], supervised bool [N], and each row's (start, end).
 
     A row ends with its last supervised token, rounded up to ROW_TO: attention is causal, so nothing right of it has an
     effect.

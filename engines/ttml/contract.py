@@ -119,7 +119,7 @@ class Build:
 
 
 def contract(parameters: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """Each line of NEEDS against the installed ttml and ttnn: rows {name, kind, found, needed_for, generations}.
+    """Look for each line of NEEDS in the installed ttml and ttnn; return {name, kind, found, needed_for, generations}.
 
     `found` is None where it cannot be told: an argument of a binding without a signature, or a parameter while
     `parameters` (the names of a small Llama's) is not given, because that needs an open device.
@@ -155,7 +155,7 @@ def _resolve(path: str) -> Any:
 
 
 def _accepts(function: Any, argument: str) -> bool | None:
-    """Whether `function` has that argument; a nanobind function tells it in its docstring alone, or not at all."""
+    """Return whether `function` has that argument; a nanobind one tells it in its docstring, or not at all (None)."""
     try:
         return argument in inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -222,7 +222,7 @@ def _refuse_too_few(ttnn: Any, devices: int, hw: Hardware) -> None:
 
 
 def _commit() -> str:
-    """The commit of tt-metal's tree; package metadata freezes at installation and is not to be trusted."""
+    """Return the commit of tt-metal's tree; package metadata freezes at installation and is not to be trusted."""
     root = os.environ.get(HOME) or os.environ.get(ROOT)
     if not root:
         return "unknown"

@@ -46,7 +46,7 @@ NO_LIMIT = 1e20  # a gradient norm that is never reached: clipping there only me
 
 
 def refuse_without_ttml(hw: Hardware, config: Config) -> Build:
-    """What ttml is here. Raises UsageError or MachineError where `config` cannot be trained on `hw` with it.
+    """Return what ttml is here. Raises UsageError or MachineError where `config` cannot be trained on `hw` with it.
 
     Needs no base and no data, so ask before either is fetched. Imports ttml, opens no device.
     """
@@ -58,7 +58,7 @@ def refuse_without_ttml(hw: Hardware, config: Config) -> Build:
 
 @contextlib.contextmanager
 def open_ttml(hw: Hardware, config: Config) -> Iterator[TTML]:
-    """The engine on `hw`. Its devices are closed whatever happens: a board left open may need a reset."""
+    """Open the engine on `hw`. Its devices are closed whatever happens: a board left open may need a reset."""
     backend = TTML(hw, config, refuse_without_ttml(hw, config))
     with unwinding_signals():
         try:
@@ -168,7 +168,7 @@ class TTML:
         return parameters
 
     def _add_lora(self) -> None:
-        """Adapters on whole fused layers, with A of our own drawing: ttml's comes from numpy's global state."""
+        """Put adapters on whole fused layers, with A of our own drawing: ttml's comes from numpy's global state."""
         lora = self.config.model.lora
         assert lora is not None
         linears = hf_map.lora_linears(hf_map.linears_of(self.entries), lora)
@@ -197,7 +197,7 @@ class TTML:
             )
 
     def _make_optimizer(self) -> None:
-        """Over what is trained and nothing else: frozen weights may gather gradients, which nobody clears."""
+        """Make it over what is trained and nothing else: frozen weights may gather gradients, which nobody clears."""
         self.trained = {name: self.entries[name] for name, w in self.weights.items() if w.get_requires_grad()}
         self.parameters = self.ttml.NamedParameters()
         for name in self.trained:
@@ -258,13 +258,13 @@ class TTML:
         return nll
 
     def _nll(self, batch: Batch) -> Any:
-        """-log p(label) at every position, [B, 1, T, 1]. The labels come shifted: ttml shifts nothing."""
+        """Return -log p(label) at every position, [B, 1, T, 1]. The labels come shifted: ttml shifts nothing."""
         logits = self._logits(batch.input_ids, self.io.by_rows)
         labels = self.io.new(batch.labels, "UINT32", self.io.by_rows, "ROW_MAJOR")
         return self.ttml.ops.loss.cross_entropy_loss(logits, labels, self.ttml.ops.ReduceType.NONE)
 
     def _logits(self, ids: Array, mapper: Any) -> Any:
-        """Logits [B, 1, T, V] of ids uint32 [B, T]; attention without a mask is causal, and faster than with one."""
+        """Return logits [B, 1, T, V] of ids uint32 [B, T]. Without a mask, attention is causal and faster."""
         width = ids.shape[1]
         if width % TILE or width > self.positions:
             # ttml goes on: with half a tile the embedding gets no gradient, past the positions RoPE turns by nothing.
@@ -292,7 +292,7 @@ class TTML:
         return [digest.hexdigest() for digest in digests]
 
     def _compare_replicas(self) -> None:
-        """Once, over one block: gradients that were not summed, for whatever reason, show in nothing else."""
+        """Compare one block, once: gradients that were not summed, for whatever reason, show in nothing else."""
         for name in (name for name in self.trained if hf_map.tail_of(name).startswith("blocks/0/")):
             copies = self.io.read(self.weights[name]).reshape(self.devices, -1)
             if (copies != copies[:1]).any():
@@ -327,7 +327,7 @@ class TTML:
         return np.where(batch.loss_mask > 0, per_token, 0.0).sum(axis=1), batch.loss_mask.sum(axis=1, dtype=np.float64)
 
     def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
-        """The cache is the rows so far, all computed again at each call, and the one width they are computed at.
+        """Compute all rows so far again at each call, at one width; the cache is these rows and that width.
 
         That width leaves room for eval_config.max_new_tokens: a new shape would compile new kernels.
         """
@@ -388,7 +388,7 @@ class TTML:
 
 
 def first_notes(config: Config, devices: int) -> list[str]:
-    """What there is to say about a run before it starts."""
+    """Return what there is to say about a run before it starts."""
     options, notes = config.training.optimizer, []
     if options.type == "AdamW" and not options.stochastic_rounding:
         notes.append("bf16 weights, no stochastic rounding: updates below half a bf16 step are lost (norms stay at 1)")
@@ -406,7 +406,7 @@ def first_notes(config: Config, devices: int) -> list[str]:
 
 
 def fill_rows(batch: Batch, multiple: int) -> Batch:
-    """The batch with unsupervised rows added, up to a multiple of the devices."""
+    """Return the batch with unsupervised rows added, up to a multiple of the devices."""
     lacking = -len(batch.rows) % multiple
     below = ((0, lacking), (0, 0))
     return Batch(

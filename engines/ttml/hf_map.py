@@ -67,7 +67,7 @@ class Entry:
     shared: bool = False
 
     def to_hf(self, array: Array) -> Iterator[tuple[str, Array]]:
-        """The parts of a ttml array, by name: views of it, or copies where rows change places."""
+        """Yield the parts of a ttml array by name: views of it, or copies where rows change places."""
         matrix = array.reshape(self.shape[2:])
         row = 0
         for part in self.parts:
@@ -77,7 +77,7 @@ class Entry:
             yield part.name, (to_halves(block, part.heads) if part.heads else block).reshape(part.shape)
 
     def from_hf(self, tensors: Mapping[str, Array], dtype: Any, prefix: str = "") -> Array:
-        """The ttml array, C-contiguous and of `dtype`, from `tensors[prefix + name]`, read one at a time.
+        """Return the ttml array, C-contiguous and of `dtype`, from `tensors[prefix + name]`, read one at a time.
 
         Raises MachineError for a part of another shape, and where parts that share one matrix differ.
         """
@@ -112,19 +112,19 @@ class Entry:
             )
 
     def under_optimizer(self) -> Entry:
-        """The same tensor's moments: named as PyTorch names parameters, a shared one once."""
+        """Return the same tensor's moments: named as PyTorch names parameters, a shared one once."""
         parts = tuple(replace(part, name=_parameter_name(part.name)) for part in self.parts)
         return replace(self, parts=parts[:1] if self.shared else parts)
 
 
 def to_pairs(rows: Array, heads: int) -> Array:
-    """Hugging Face's row order to ttml's: within each head, row j next to row j + d/2. `rows` [heads x d, columns]."""
+    """Bring Hugging Face's row order to ttml's: in a head, row j next to row j + d/2. `rows` [heads x d, columns]."""
     columns = rows.shape[1]
     return rows.reshape(heads, 2, -1, columns).swapaxes(1, 2).reshape(-1, columns)
 
 
 def to_halves(rows: Array, heads: int) -> Array:
-    """The inverse of `to_pairs`."""
+    """Undo `to_pairs`."""
     columns = rows.shape[1]
     return rows.reshape(heads, -1, 2, columns).swapaxes(1, 2).reshape(-1, columns)
 
@@ -203,18 +203,18 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def tail_of(name: str) -> str:
-    """A ttml name without its root, which is the class name of the outermost module."""
+    """Return a ttml name without its root, which is the class name of the outermost module."""
     return name.partition("/")[2]
 
 
 def module_of(layer: int, projection: str) -> str:
-    """Hugging Face's path of a projection."""
+    """Return Hugging Face's path of a projection."""
     block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
     return f"model.layers.{layer}.{block}.{projection}"
 
 
 def _parameter_name(name: str) -> str:
-    """The name PyTorch gives a parameter of that file name: PEFT's prefix and suffix are the files' alone."""
+    """Return the name PyTorch gives a parameter of that file name: PEFT's prefix and suffix are the files' alone."""
     return name.removeprefix(PREFIX).removesuffix(".weight") if name.startswith(PREFIX) else name
 
 
@@ -234,13 +234,13 @@ def check_names(given: Iterable[str], architecture: Mapping[str, Any]) -> None:
 
 
 def linears_of(entries: Mapping[str, Entry]) -> list[str]:
-    """The linear layers of a block in this build, such as `attention/qkv_linear`."""
+    """Return the linear layers of a block in this build, such as `attention/qkv_linear`."""
     paths = {tail_of(name).removeprefix("blocks/0/").removesuffix("/weight") for name in entries}
     return sorted(paths & set(LINEARS))
 
 
 def lora_linears(linears: Iterable[str], lora: Lora) -> list[str]:
-    """The layers of this build that get an adapter.
+    """Return the layers of this build that get an adapter.
 
     Raises UsageError where `lora` ties A otherwise than the build does, or targets a fused layer in part.
     """

@@ -66,14 +66,14 @@ def refuse_architecture(architecture: Mapping[str, Any]) -> None:
 
 
 def rope_of(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta, rope_type and what its scaling has, from a config.json of transformers 4 or 5."""
+    """Return rope_theta, rope_type and what its scaling has, from a config.json of transformers 4 or 5."""
     scaling = (architecture.get("rope_scaling") or {}) | (architecture.get("rope_parameters") or {})
     found = {"rope_theta": architecture.get("rope_theta") or 10000.0} | scaling
     return found | {"rope_type": found.get("rope_type") or found.get("type") or "default"}
 
 
 def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ttml's LlamaRopeScalingConfig; none of them means no scaling."""
+    """Return the fields of ttml's LlamaRopeScalingConfig; none of them means no scaling."""
     if rope["rope_type"] != "llama3":
         return {}
     return {

@@ -39,18 +39,18 @@ class Memory:
         return sum(vars(self).values())
 
     def mib(self) -> dict[str, float]:
-        """The components in MiB, and `total`."""
+        """Return the components in MiB, and `total`."""
         return {name: round(size / MIB, 1) for name, size in {**vars(self), "total": self.total}.items()}
 
 
 def elements(shape: tuple[int, ...], tile: int = TILE) -> int:
-    """Elements of a tensor with its last two dimensions padded to whole tiles."""
+    """Return the elements of a tensor with its last two dimensions padded to whole tiles."""
     rows, columns = (1, *shape)[-2:]
     return math.prod(shape[:-2]) * round_up(rows, tile) * round_up(columns, tile)
 
 
 def trained_shapes(config: Config, architecture: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Shapes of what the optimizer updates: every tensor, or the adapters, with one A for each group that shares it."""
+    """Return the shapes of what the optimizer updates: every tensor, or the adapters, a shared A once."""
     shapes = llama.shapes(architecture)
     lora = config.model.lora
     if lora is None:
@@ -69,7 +69,7 @@ def trained_shapes(config: Config, architecture: Mapping[str, Any]) -> list[tupl
 
 
 def footprint(hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> Memory:
-    """The memory of one device of `hw` for rows of `length` tokens."""
+    """Return the memory of one device of `hw` for rows of `length` tokens."""
     tile, precision = (1, config.training.precision) if hw.is_cpu else (TILE, "bf16")
     stored = BF16 if precision == "bf16" else FP32
     computed = FP32 if precision == "fp32" else BF16
@@ -91,7 +91,7 @@ def footprint(hw: Hardware, config: Config, architecture: Mapping[str, Any], len
 
 
 def saved_per_token(config: Config, architecture: Mapping[str, Any]) -> int:
-    """Elements a token leaves for the backward pass, at least.
+    """Return the elements a token leaves for the backward pass, at least.
 
     A block's two norms need their inputs, attention its queries, keys, values and output, the product of gate and up
     both of them; a weight that is trained also needs its layer's input. Recomputing (gradient_checkpointing) keeps
@@ -107,7 +107,7 @@ def saved_per_token(config: Config, architecture: Mapping[str, Any]) -> int:
 
 
 def capacity(hw: Hardware) -> int | None:
-    """Bytes of a chip's memory; None for a CPU, whose memory is the host's."""
+    """Return the bytes of a chip's memory; None for a CPU, whose memory is the host's."""
     return None if hw.dram_gib_per_chip is None else int(hw.dram_gib_per_chip * 2**30)
 
 
@@ -127,7 +127,7 @@ def refuse_too_large(hw: Hardware, config: Config, architecture: Mapping[str, An
 
 
 def settings_that_fit(hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> Iterator[str]:
-    """What to add to the command so that it fits: smaller micro-batches, then recomputation; then another training."""
+    """Yield what to add to the command so that it fits: smaller micro-batches, recomputation; then another training."""
     room = capacity(hw)
     assert room is not None, "a CPU refuses nothing"
     another: list[tuple[dict[str, Any], str]] = [({}, "")]
@@ -140,7 +140,7 @@ def settings_that_fit(hw: Hardware, config: Config, architecture: Mapping[str, A
             for changes in splits(config, recompute):
                 changed = config.with_values(**values, **changes)
                 if (values or changes) and footprint(hw, changed, architecture, length).total <= room:
-                    yield said(changes, words)
+                    yield as_flags(changes, words)
                     break
 
 
@@ -153,7 +153,8 @@ def splits(config: Config, recompute: bool) -> Iterator[dict[str, Any]]:
             yield {"training.micro_batch_size": rows, **runner}
 
 
-def said(changes: Mapping[str, Any], another: str) -> str:
+def as_flags(changes: Mapping[str, Any], another: str) -> str:
+    """Return `changes` as --set flags, after those of `another` training (or "")."""
     names = {"training": "training_config", "model": "model_config"}
     words = [another] if another else []
     for key, value in changes.items():

@@ -36,7 +36,7 @@ def prepare_environment(hw: Hardware, mesh: tuple[int, int]) -> None:
 
 
 def find_descriptor(hw: Hardware, mesh: tuple[int, int]) -> Path:
-    """The descriptor that the user named, else the board's: ours, or the one tt-metal ships."""
+    """Return the descriptor that the user named, else the board's: ours, or the one tt-metal ships."""
     if named := os.environ.get(DESCRIPTOR):
         return Path(named)
     file = f"{hw.mesh_graph_descriptor}.textproto"
@@ -71,7 +71,7 @@ def check_descriptor(path: Path, mesh: tuple[int, int]) -> None:
 
 
 def read_descriptor(text: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """dims and dim_types of the one mesh in a mesh graph descriptor. Raises ValueError saying what it lacks."""
+    """Return dims and dim_types of the one mesh of a mesh graph descriptor. Raises ValueError saying what it lacks."""
     text = re.sub(r"#[^\n]*", "", text)
     if (meshes := len(re.findall(r"\bmesh_descriptors\s*:?\s*\{", text))) != 1:
         raise ValueError(f"it has {meshes} mesh_descriptors blocks, expected one")
@@ -83,7 +83,7 @@ def read_descriptor(text: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def _values(key: str, block: str) -> list[str]:
-    """A repeated field, in either of protobuf's two spellings: `key: [a, b]` or `key: a key: b`."""
+    """Return a repeated field, in either of protobuf's two spellings: `key: [a, b]` or `key: a key: b`."""
     found = re.findall(rf"\b{key}\s*:\s*(\[[^\]]*\]|\w+)", block)
     return [value.strip() for item in found for value in item.strip("[]").split(",") if value.strip()]
 

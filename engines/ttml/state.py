@@ -63,12 +63,12 @@ def restore(
 
 
 def slots_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of an optimizer's state dict by our names; scalars and empty slots left out."""
+    """Return the tensors of an optimizer's state dict by our names; scalars and empty slots left out."""
     return {SLOTS.get(key, key): value for key, value in state.items() if hasattr(value, "items") and len(value)}
 
 
 def _sources(slots: Mapping[str, Any], state: Mapping[str, Array]) -> tuple[dict[str, str], list[str]]:
-    """Where in the checkpoint each of our slots comes from, and what to say where it is not there as such."""
+    """Return where in the checkpoint each of our slots comes from, and what to say where it is not there."""
     sources, notes = {}, []
     for slot in slots:
         prefix = f"optimizer/{slot}/"
@@ -92,7 +92,7 @@ def _check_names(state: Mapping[str, Array], mine: set[str]) -> None:
 
 
 def _check_taken(io: Tensors, optimizer: Any, slots: Mapping[str, Any], name: str, step: int) -> None:
-    """ttml checks nothing that it is given, so ask for the step and the tensor `name` again."""
+    """Raise MachineError where step or tensor `name` did not arrive: ttml checks nothing that it is given."""
     after = optimizer.get_state_dict()
     given, taken = slots[ALWAYS[0]], slots_of(after)[ALWAYS[0]]
     if int(after["steps"]) != step or io.read_first(given[name]).tobytes() != io.read_first(taken[name]).tobytes():

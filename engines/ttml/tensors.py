@@ -25,7 +25,7 @@ class Tensors:
         self._types, self._layouts, self._slice = ttnn.DataType, ttnn.Layout, ttnn.slice
 
     def new(self, array: Array, dtype: str, mapper: Any, layout: str = "TILE") -> Any:
-        """A tensor on the devices, without a gradient; `mapper` None puts all of it on each.
+        """Make a tensor on the devices, without a gradient; `mapper` None puts all of it on each.
 
         The array is copied: from_numpy reads the raw buffer, so it must be contiguous, and newer ones want it writable.
         """
@@ -44,7 +44,7 @@ class Tensors:
         tensor.set_value(fresh.get_value(self._native))  # shares the buffer of `fresh`, which nobody else keeps
 
     def read(self, tensor: Any) -> Array:
-        """[devices x N, ...] from a tensor [N, ...] of each device, in the dtype it is stored in.
+        """Return [devices x N, ...] from a tensor [N, ...] of each device, in the dtype it is stored in.
 
         NATIVE, because the default view of a bf16 tensor is a copy that no optimizer step refreshes.
         """
@@ -52,18 +52,18 @@ class Tensors:
         return array
 
     def read_first(self, tensor: Any) -> Array:
-        """The first device's copy. Not by Sharding.gather: after a step on several devices, replicas pass as shards."""
+        """Return the first device's copy. Not by Sharding.gather: after a step, replicas pass as shards."""
         array = self.read(tensor)
         # Its rows by count: asking an fp32 tensor for its shape makes, and keeps, a bf16 copy of it on the device.
         return array if self.devices == 1 else array[: len(array) // self.devices].copy()  # a view would keep them all
 
     def cut(self, tensor: Any, start: int, end: int) -> Any:
-        """Positions start..end of [B, 1, T, V], without a gradient; both in whole tiles."""
+        """Return positions start..end of [B, 1, T, V], without a gradient; both in whole tiles."""
         rows, _, _, width = tensor.shape()
         return self._wrap(self._slice(tensor.get_value(self._native), [0, 0, start, 0], [rows, 1, end, width]), False)
 
     def stored(self, tensor: Any) -> np.dtype[Any]:
-        """numpy's name for the dtype the tensor is stored in."""
+        """Return numpy's name for the dtype the tensor is stored in."""
         return np.dtype(ml_dtypes.bfloat16 if self._dtype(tensor) == self._types.BFLOAT16 else np.float32)
 
     def _dtype(self, tensor: Any) -> Any:

@@ -19,7 +19,8 @@ from engines.ttml.engine import TTML, open_ttml
 from tools.bringup.reference_llama import ARCHITECTURE, config_for, weights_for
 
 Array = np.ndarray[Any, Any]
-SAME_GRADIENT, NATS = 0.03, 0.02  # gradients and losses that only bf16 keeps apart
+# Gradients (as norms) and losses (in nats) that only bf16 keeps apart: some 30 roundings of up to 2^-9 = 0.2 % each.
+SAME_GRADIENT, NATS = 0.03, 0.02
 BETA1, BETA2, DECAY = 0.5, 0.6, 0.5  # far from every default, so that each of them shows
 ODD_ADAMW: dict[str, Any] = {
     "training__optimizer__beta1": BETA1,
@@ -51,7 +52,7 @@ class Bench:
         weights: Mapping[str, Array] | None = None,
         **values: Any,
     ) -> Iterator[TTML]:
-        """The backend with the small model's weights loaded; `whole`: on all devices. Values of the config by key."""
+        """Open the engine with the small model's weights loaded; `whole`: on all devices. Config values by key."""
         with open_ttml(self.hw, self.config(whole=whole, **values)) as backend:
             backend.build(architecture)
             backend.load(weights or weights_for(architecture))
@@ -61,13 +62,13 @@ class Bench:
 def first_step(
     bench: Bench, batches: Sequence[Batch], *, whole: bool = False, **values: Any
 ) -> tuple[StepStats, dict[str, Array]]:
-    """The first step's figures and its (clipped) gradients by name, from a model opened for it."""
+    """Take the first step of a model opened for it; return its stats and (clipped) gradients by name."""
     with bench.model(whole=whole, **{**ODD_ADAMW, **values}) as backend:
         return backend.train_step(batches, 1e-2, 1), gradients(backend)
 
 
 def gradients(backend: TTML) -> dict[str, Array]:
-    """After the first step: AdamW's first moment is (1 - beta1) x gradient, as it was after clipping."""
+    """Return the first step's gradients: AdamW's first moment is (1 - beta1) x gradient, as it was after clipping."""
     prefix = "optimizer/exp_avg/"
     return {n.removeprefix(prefix): a / (1 - BETA1) for n, a in snapshot_of(backend).items() if n.startswith(prefix)}
 
@@ -77,12 +78,12 @@ def norm_of(tensors: Mapping[str, Array]) -> float:
 
 
 def difference(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
-    """Norm of the difference over the norm, of all tensors together."""
+    """Return the norm of the difference over the norm, of all tensors together."""
     return norm_of({name: found[name] - expected[name] for name in expected}) / norm_of(expected)
 
 
 def fingerprint(state: Mapping[str, Array]) -> str:
-    """One hash over names and bits."""
+    """Return one hash over names and bits."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode() + bits_of(state[name]))

@@ -22,7 +22,7 @@ def mesh(bench: Bench) -> str:
 
 
 def rows(bench: Bench) -> str:
-    """Shared out by rows, an array comes back in order; put on every device, it comes back once from each."""
+    """Check that an array shared out by rows comes back in order, and one put on every device once from each."""
     given = batch_of(rows_for(bench.devices)).labels.astype(np.float32)[:, None, None, :]
     with open_ttml(bench.hw, bench.config(whole=True)) as backend:
         shared = backend.io.new(given, "FLOAT32", backend.io.by_rows)
@@ -35,7 +35,7 @@ def rows(bench: Bench) -> str:
 
 
 def sync(bench: Bench) -> str:
-    """The backend itself compares the replicas after its first step, and refuses to go on where they differ."""
+    """Compare gradients with one device's. The engine itself compares the replicas after its first step."""
     batches = batch_of(2 * rows_for(bench.devices)).split(2)
     one, expected = first_step(bench, batches)
     several, found = first_step(bench, batches, whole=True)
@@ -45,7 +45,7 @@ def sync(bench: Bench) -> str:
 
 
 def replicas(bench: Bench) -> str:
-    """And after a step without synchronisation they differ: else the comparison would see nothing."""
+    """Check that replicas stay alike, and that after a step without a sum they differ: else nothing would show."""
     batch = batch_of(rows_for(bench.devices))
     with bench.model(whole=True) as backend:
         for step in (1, 2, 3):
@@ -74,7 +74,7 @@ def curve(bench: Bench) -> str:
 
 
 def _drift(backend: TTML) -> dict[str, float]:
-    """How far the devices' copies are apart, for the trained tensors where they are."""
+    """Return how far the devices' copies are apart, for the trained tensors where they are."""
     found = {}
     for name in backend.trained:
         copies = backend.io.read(backend.weights[name]).astype(np.float32).reshape(backend.devices, -1)
@@ -84,7 +84,7 @@ def _drift(backend: TTML) -> dict[str, float]:
 
 
 def _step_apart(backend: TTML, batch: Batch) -> None:
-    """A step in which every device follows the gradient of its own rows."""
+    """Take a step in which every device follows the gradient of its own rows."""
     ops, io = backend.ttml.ops, backend.io
     backend.optimizer.zero_grad()
     logits = backend.model(io.new(batch.input_ids[:, None, None, :], "UINT32", io.by_rows, "ROW_MAJOR"), None)

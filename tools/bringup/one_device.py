@@ -41,7 +41,7 @@ from tools.checklist import CheckEnded, hold
 
 Array = np.ndarray[Any, Any]
 VOCAB = int(ARCHITECTURE["vocab_size"])
-LOGITS_OFF, GRADIENT_OFF = 0.05, 0.05
+LOGITS_OFF, GRADIENT_OFF = 0.05, 0.05  # of the norm: a mistake in layout, scale or order moves either by far more
 BF16_STEP = 2**-7  # of a value, at most: bf16 has 8 significant bits
 
 
@@ -65,7 +65,7 @@ def opens_again(bench: Bench) -> str:
 
 
 def parameters(bench: Bench) -> str:
-    """map_parameters, which build calls, raises where a tensor is unknown, misshapen, missing or there twice."""
+    """Build the model: map_parameters raises where a tensor is unknown, misshapen, missing or there twice."""
     with open_ttml(bench.hw, bench.config()) as backend:
         backend.build(ARCHITECTURE)
         bench.linears = hf_map.linears_of(backend.entries)
@@ -73,7 +73,7 @@ def parameters(bench: Bench) -> str:
 
 
 def first_loss(bench: Bench) -> str:
-    """ttml's own initial weights: logits of a variance of about 1/3 cost 1/6 nat above a uniform guess."""
+    """Measure ttml's own initial weights: logits of a variance of 1/3 cost 1/6 nat above a uniform guess."""
     with open_ttml(bench.hw, bench.config()) as backend:
         backend.build(ARCHITECTURE)
         sums, tokens = backend.eval_nll(batch_of())
@@ -82,7 +82,7 @@ def first_loss(bench: Bench) -> str:
 
 
 def labels(bench: Bench) -> str:
-    """Logits that are right about labels[t] at t. A loss that shifted the labels would find them all wrong."""
+    """Give logits that are right about labels[t] at t. A loss that shifted the labels would find them all wrong."""
     given = batch_of(1).labels
     scores = np.where(np.arange(VOCAB) == given[:, None, :, None], 10.0, 0.0).astype(np.float32)
     with open_ttml(bench.hw, bench.config()) as backend:
@@ -128,7 +128,7 @@ def forward_scaled(bench: Bench) -> str:
 
 
 def _forward(bench: Bench, architecture: Mapping[str, Any]) -> str:
-    """Logits after rows of several lengths, beside numpy's, and beside what plain mistakes would give."""
+    """Compare logits after rows of several lengths with numpy's, and with what plain mistakes would give."""
     ids, lengths = batch_of(4).input_ids, np.array([32, 20, 7, 1])
     stored = rounded(weights_for(architecture))
 
@@ -174,7 +174,7 @@ def _loss(bench: Bench, architecture: Mapping[str, Any]) -> str:
 
 
 def reads(bench: Bench) -> str:
-    """After a large step a weight reads otherwise. ttml's default view may be a copy from before it."""
+    """Check that a weight reads otherwise after a large step. ttml's default view may be a copy from before it."""
     with bench.model() as backend:
         name = next(name for name in backend.weights if name.endswith("blocks/1/mlp/w2/weight"))
         tensor = backend.weights[name]
@@ -187,7 +187,7 @@ def reads(bench: Bench) -> str:
 
 
 def gradient(bench: Bench) -> str:
-    """The slope of numpy's loss along the gradient of each kind of weight is that gradient's norm."""
+    """Check that the slope of numpy's loss along the gradient of each kind of weight is that gradient's norm."""
     batch, stored, reach = batch_of(4), rounded(weights_for()), 1e-3
     with bench.model(**ODD_ADAMW) as backend:
         stats = backend.train_step([batch], 1e-2, 1)
@@ -243,7 +243,7 @@ def update_full_precision(bench: Bench) -> str:
 
 
 def _update(bench: Bench, kind: str, slot: str) -> str:
-    """Two steps of AdamW (Loshchilov and Hutter, 2019) in numpy, from the moments that the optimizer has after each.
+    """Compare two steps of AdamW (Loshchilov and Hutter, 2019) with numpy, from the moments after each.
 
     `slot` is what the update is computed on. A weight may be one bf16 step off where it is stored so, and by 2 % of
     the update.
@@ -272,13 +272,13 @@ def _update(bench: Bench, kind: str, slot: str) -> str:
 
 
 def adamw(weight: Array, m: Array, v: Array, rate: float, step: int) -> tuple[Array, Array]:
-    """The weight after its update, and the gradient's part of the update; the decay of the weight is apart from it."""
+    """Return the weight after its update, and the gradient's part of it; the decay of the weight is apart from that."""
     moved = rate * (m / (1 - BETA1**step)) / (np.sqrt(v / (1 - BETA2**step)) + 1e-8)
     return weight * (1 - rate * DECAY) - moved, moved
 
 
 def rounding(bench: Bench) -> str:
-    """Gains of 1 and updates of 3e-4: a bf16 step below 1 is 0.004, so that rounding to nearest never leaves it."""
+    """Train gains of 1 with updates of 3e-4: a bf16 step below 1 is 0.004, so rounding to nearest never leaves 1."""
     given = {n: np.ones_like(a) if a.ndim == 1 else a for n, a in weights_for().items()}
     moved, repeated = {}, False
     for stochastic in (False, True):
@@ -422,7 +422,7 @@ def lora(bench: Bench) -> str:
 
 
 def lora_merged(bench: Bench) -> str:
-    """After a large step the adapters are W + alpha / rank B A of the base: order of rows, scale, one A for a group."""
+    """Check that trained adapters are W + alpha / rank B A of the base: order of rows, scale, one A for a group."""
     batch, rank, alpha = batch_of(4), 8, 16.0
     lengths = np.full(4, WIDTH)
     merged, base = rounded(weights_for()), rounded(weights_for())
@@ -441,7 +441,7 @@ def lora_merged(bench: Bench) -> str:
 
 
 def seeds(bench: Bench) -> str:
-    """Dropout draws from the step's number: the same one draws again what it drew, another one something else."""
+    """Check that dropout draws from the step's number: the same one draws the same, another one something else."""
     with bench.model(model__lora=_lora(bench, rank=8, dropout=0.5)) as backend:
         start, ends = dict(backend.state()), []
         for step in (1, 1, 2):
@@ -469,7 +469,7 @@ def cannot(reason: str) -> Callable[[Bench], str]:
 
 
 def _by_kind(names: Mapping[str, Array]) -> dict[str, list[str]]:
-    """q_proj, embed_tokens, ...: of all layers together."""
+    """Return names by kind (q_proj, embed_tokens, ...), of all layers together."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(name.split(".")[-2], []).append(name)

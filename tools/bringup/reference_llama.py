@@ -50,7 +50,7 @@ SCALED_ROPE = {
 
 
 def config_for(hw: Hardware, mesh: tuple[int, int], **values: Any) -> Config:
-    """The config of a full fine-tune of it on `mesh`; dotted keys with __ for the dot."""
+    """Return the config of a full fine-tune of it on `mesh`; dotted keys with __ for the dot."""
     config = Config.model_validate(
         {
             "recipe": "a small Llama",
@@ -73,12 +73,12 @@ def config_for(hw: Hardware, mesh: tuple[int, int], **values: Any) -> Config:
 
 
 def rows_for(devices: int) -> int:
-    """Rows of a batch: at least 8, and as many on every device."""
+    """Return the rows of a batch: at least 8, and as many on every device."""
     return round_up(8, devices)
 
 
 def weights_for(architecture: Mapping[str, Any] = ARCHITECTURE, seed: int = 1) -> dict[str, Array]:
-    """float32 by Hugging Face names. No two elements of a tensor are meant to be alike, gains included.
+    """Return float32 by Hugging Face names. No two elements of a tensor are meant to be alike, gains included.
 
     A standard deviation of 0.1 gives attention scores of about 1.3 (0.1^2 x hidden_size): a wrong order of rows or a
     wrong rotation changes what is attended to.
@@ -91,7 +91,7 @@ def weights_for(architecture: Mapping[str, Any] = ARCHITECTURE, seed: int = 1) -
 
 
 def batch_of(rows: int = 8, seed: int = 0) -> Batch:
-    """Random tokens, a full tile wide. Row r has its first 2 + 3 (r mod 8) predictions unsupervised."""
+    """Return random tokens, a full tile wide. Row r has its first 2 + 3 (r mod 8) predictions unsupervised."""
     tokens = np.random.Generator(np.random.PCG64(seed)).integers(0, TOKENS, (rows, WIDTH + 1))
     starts = 2 + 3 * (np.arange(rows) % 8)
     mask = (np.arange(WIDTH) >= starts[:, None]).astype(np.float32)
@@ -100,7 +100,7 @@ def batch_of(rows: int = 8, seed: int = 0) -> Batch:
 
 
 def rounded(weights: Mapping[str, Array]) -> dict[str, Array]:
-    """What a board stores of `weights`, bf16 to nearest even, as float64."""
+    """Return what a board stores of `weights`, bf16 to nearest even, as float64."""
     return {name: array.astype(ml_dtypes.bfloat16).astype(np.float64) for name, array in weights.items()}
 
 
@@ -108,7 +108,7 @@ def rounded(weights: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def logits(weights: Mapping[str, Array], architecture: Mapping[str, Any], ids: Array) -> Array:
-    """[B, T, V] of ids [B, T]: Llama (Touvron et al., 2023) in Hugging Face's layout, with no mask but the causal."""
+    """Return [B, T, V] of ids [B, T]: Llama (Touvron et al., 2023) in Hugging Face's layout, causal."""
     heads, kv_heads = architecture["num_attention_heads"], architecture["num_key_value_heads"]
     rows, width = ids.shape
     head = architecture["hidden_size"] // heads
@@ -140,7 +140,7 @@ def logits(weights: Mapping[str, Array], architecture: Mapping[str, Any], ids: A
 
 
 def nll(weights: Mapping[str, Array], architecture: Mapping[str, Any], batch: Batch) -> Array:
-    """-log p(label) of every position, [B, T], in nats."""
+    """Return -log p(label) of every position, [B, T], in nats."""
     found = logits(weights, architecture, batch.input_ids)
     top = found.max(axis=-1, keepdims=True)
     log_sum = top[..., 0] + np.log(np.exp(found - top).sum(axis=-1))
@@ -150,12 +150,12 @@ def nll(weights: Mapping[str, Array], architecture: Mapping[str, Any], batch: Ba
 
 
 def loss(weights: Mapping[str, Array], architecture: Mapping[str, Any], batch: Batch) -> float:
-    """sum(mask x nll) / sum(mask)."""
+    """Return sum(mask x nll) / sum(mask)."""
     return float((nll(weights, architecture, batch) * batch.loss_mask).sum() / batch.loss_mask.sum())
 
 
 def rotation(architecture: Mapping[str, Any], width: int) -> tuple[Array, Array]:
-    """cos and sin [T, head_dim / 2] of RoPE (Su et al., 2021), stretched as Llama 3's config.json says it.
+    """Return cos and sin [T, head_dim / 2] of RoPE (Su et al., 2021), stretched as Llama 3's config.json says.
 
     Llama 3: frequencies that turn fewer than low_freq_factor times in the original context are divided by the factor,
     those of more than high_freq_factor stay, and between the two they are blended linearly in the number of turns.
@@ -172,7 +172,7 @@ def rotation(architecture: Mapping[str, Any], width: int) -> tuple[Array, Array]
 
 
 def _turned(x: Array, cos: Array, sin: Array) -> Array:
-    """Hugging Face turns element j of a head together with j + d/2."""
+    """Turn element j of a head together with j + d/2, as Hugging Face does."""
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

@@ -104,7 +104,7 @@ def firmware(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def memory(machine: Machine) -> Iterator[Diagnosis]:
-    """With an IOMMU that translates, DMA takes ordinary memory; without one, or passed through, 1 GiB huge pages."""
+    """Look at what DMA takes: ordinary memory behind an IOMMU that translates, else huge pages of 1 GiB."""
     states, pages = {card.translated for card in machine.cards}, host.hugepages()
     here, needed = f"{pages.count} huge pages of 1 GiB", len(machine.nodes)
     if not states or None in states:
@@ -123,7 +123,7 @@ def memory(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def owner(machine: Machine) -> Iterator[Diagnosis]:
-    """Who has a card: a run of ours by its lease, or any process that has its node open."""
+    """Look for who has a card: a run of ours by its lease, or any process that has its node open."""
     leases = [str(owner) for card in machine.cards if (owner := lease.held(card.key))]
     others = [f"{card.node} by process {pid} ({name_of(pid)})" for card in machine.cards for pid in card.holders]
     if found := [*dict.fromkeys(leases), *others]:
@@ -166,7 +166,7 @@ def engine(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def image(machine: Machine) -> Iterator[Diagnosis]:
-    """An image that is not here yet is no fault of the machine."""
+    """Look for the image; one that is not here yet is no fault of the machine."""
 
     def look() -> str:
         found = image_for(machine.hw)
@@ -176,7 +176,7 @@ def image(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def pins(machine: Machine) -> Iterator[Diagnosis]:
-    """Whether the image's lock and the Python locks it names are of one time."""
+    """Return whether the image's lock and the Python locks it names are of one time."""
 
     def look() -> str:
         files = requirements_of(pins_of(read_lock(), machine.hw.image))
@@ -196,7 +196,7 @@ def disk(_machine: Machine) -> Iterator[Diagnosis]:
 
 
 def room(id: str, folder: Path) -> Diagnosis:
-    """Whether there is room for a run in a folder that need not be there yet."""
+    """Return whether there is room for a run in a folder that need not be there yet."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(there).free / 1e9
     evidence = f"{free:.0f} GB free for {folder}, {ROOM_GB} are wanted"
@@ -224,7 +224,7 @@ def python(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def lock(_machine: Machine) -> Iterator[Diagnosis]:
-    """Whether the packages here are those of the lock they were installed from."""
+    """Return whether the packages here are those of the lock they were installed from."""
     name = f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt" if installed("torch") else "launcher.txt"
     text = (ROOT / "requirements" / name).read_text("utf-8")
     wanted = {key: (version, bool(only)) for key, version, only in PIN.findall(text)}
@@ -237,7 +237,7 @@ def lock(_machine: Machine) -> Iterator[Diagnosis]:
 
 
 def ttml(machine: Machine) -> Iterator[Diagnosis]:
-    """PyPI has another package of that name, which `pip install ttml` brings; told apart by its modules, unimported."""
+    """Tell tt-train's ttml from PyPI's package of that name by its modules, unimported."""
     spec = importlib.util.find_spec("ttml")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     if spec is None:
@@ -258,7 +258,7 @@ def installed(package: str) -> str | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """`19.2.0-rc1` -> (19, 2, 0): what of a version can be compared."""
+    """Return what of a version can be compared: `19.2.0-rc1` -> (19, 2, 0)."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 

@@ -94,7 +94,7 @@ def examine_ttml(hw: Hardware, device: bool) -> Ttml:
 
 
 def signature_of(name: str) -> str | None:
-    """How the build declares the function or class of a name; a binding says it in its docstring, or not at all."""
+    """Return how the build declares a function or class; a binding says it in its docstring, or not at all."""
     value: Any = sys.modules.get(name.partition(".")[0])
     for part in name.partition("(")[0].split(".")[1:]:
         value = getattr(value, part, None)
@@ -107,7 +107,7 @@ def signature_of(name: str) -> str | None:
 
 
 def _small_model(hw: Hardware, found: Ttml) -> tuple[Diagnosis, list[str] | None]:
-    """Whether the small Llama has the parameters we map, and their names if it could be built."""
+    """Return whether the small Llama has the parameters we map, and their names if it could be built."""
     names = None
     try:
         with open_ttml(hw, config_for(hw, (1, 1))) as backend:
@@ -139,7 +139,7 @@ def _names(hw: Hardware, found: Ttml) -> Diagnosis:
 
 
 def table(found: Ttml) -> Iterator[str]:
-    """For people: the build, a line for each name, then the findings."""
+    """Yield for people: the build, a line for each name, then the diagnoses."""
     yield from (f"{name}: {version}" for name, version in found.build.items())
     width = max(len(row["name"]) for row in found.names)
     yield f"{'':14}  {'name':{width}}  generations  needed for"

@@ -43,7 +43,7 @@ def print_explanation(target: Path, say: Callable[[str], None]) -> None:
 
 
 def explain(target: Path) -> Iterator[Found]:
-    """Each known error once, at its first line; a run's states after its log's lines."""
+    """Yield each known error once, at its first line; a run's states after its log's lines."""
     log = target / "train.log" if target.is_dir() else target
     if not log.is_file():
         raise UsageError("no log there", where=str(log), todo="give a log file, or a folder of runs/")
@@ -61,7 +61,7 @@ def explain(target: Path) -> Iterator[Found]:
 
 
 def no_end(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001  one shape for all states
-    """The last line that begins a run has none after it that ends it."""
+    """Say where the last line that begins a run has none after it that ends it."""
     marks = [(number, line) for number, line in enumerate(lines, 1) if re.search(f"Z ({BEGINS}|{ENDS})", line)]
     if marks and f"Z {BEGINS}" in marks[-1][1]:
         return f"begun in line {marks[-1][0]}; last line: {lines[-1].strip()[:120]}"
@@ -69,7 +69,7 @@ def no_end(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG0
 
 
 def flat_at_guessing(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
-    """The last steps all cost what guessing among the vocabulary costs."""
+    """Say where the last steps all cost what guessing among the vocabulary costs."""
     losses = list(run.losses.items())[-FLAT:] if run else []
     if run is None or len(losses) < FLAT or (vocabulary := vocabulary_of(run)) is None:
         return None
@@ -80,7 +80,7 @@ def flat_at_guessing(lines: list[str], run: RunFolder | None) -> str | None:  # 
 
 
 def evaluation_is_training(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
-    """A held-out loss that is the training loss of its step."""
+    """Say where a held-out loss is the training loss of its step."""
     for score in run.scores if run else ():
         if run and score["eval_loss"] == run.losses.get(score["step"]):
             return f"step {score['step']}: both are {score['eval_loss']!r}"
@@ -88,7 +88,7 @@ def evaluation_is_training(lines: list[str], run: RunFolder | None) -> str | Non
 
 
 def never_moved(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
-    """What the run itself found at its end."""
+    """Say which tensors the run itself found unmoved at its end."""
     names = (run and run.fact("never_moved")) or []
     return f"{len(names)} tensors, such as {names[0]}" if names else None
 
@@ -102,7 +102,7 @@ STATES: Mapping[str, Callable[[list[str], RunFolder | None], str | None]] = {
 
 
 def vocabulary_of(run: RunFolder) -> int | None:
-    """Rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
+    """Return the rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
     saved = checkpoint.newest(run.folder / "checkpoints", [])
     base = run.fact("base") or {"name": "", "origin": ""}
     if entry := bases.locked().get(base["name"]):
