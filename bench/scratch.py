@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.data import vocabulary
 from common.data.build import windows
-from common.data.corpora import Document
+from common.data.texts import Document
 from common.data.tokens import write_arrays
 from common.paths import find_recipe
 from common.recipe import load_dataset

@@ -119,3 +119,12 @@ def error_number(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+def move_into_place(made: Path, folder: Path) -> None:
+    """Rename a finished folder to its name; where another process was first, its copy is as good."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

@@ -24,7 +24,18 @@ from pydantic_core import PydanticCustomError
 from common import hardware
 from common.config import layers
 from common.config.layers import Key, Layer, Problem, dotted
-from common.config.schema import Checkpoint, Data, Device, Evaluation, Export, Logging, Model, Section, Training
+from common.config.schema import (
+    Checkpoint,
+    Data,
+    Device,
+    Evaluation,
+    Export,
+    Logging,
+    Model,
+    Section,
+    Training,
+    convert_command,
+)
 from common.errors import UsageError
 from common.hardware import Hardware
 
@@ -152,8 +163,9 @@ class Config(Section):
             raise ValueError("not resolved yet: set training.precision and training.max_steps (with_values)")
         tree = self._training_tree()
         del tree["model_config"]["preset"]
-        # The batch stands where it always stood, so that runs made before can be resumed.
+        # The batch and the keys of conversion stand where they always stood, so that runs made before can be resumed.
         batch = tree["training_config"].pop("batch_size")
+        tree["data_config"] |= _CONVERSION
         return _sha256({**tree, "effective_batch": batch, "facts": dict(facts)})
 
     def _training_tree(self) -> dict[str, dict[str, Any]]:
@@ -217,6 +229,11 @@ def json_schema() -> dict[str, Any]:
 _STOP: tuple[Key, Key] = (("training_config", "max_steps"), ("training_config", "num_epochs"))
 _BATCH, _MICRO_BATCH = "training_config.batch_size", "training_config.micro_batch_size"
 _ACCUMULATION = "training_config.gradient_accumulation_steps"  # no key any more, and told apart from a typing mistake
+_CONVERSION: dict[str, Any] = {
+    "revision": None,
+    "format": "auto",
+    "map": {},
+}  # keys that were there
 # Names that other training tools use, and ours.
 _SYNONYMS = {
     "lr": "training_config.learning_rate",
@@ -298,7 +315,14 @@ def _fit(config: Config, hw: Hardware) -> Config:
 
 
 def _from_format_1(layer: Layer) -> None:
-    """Rewrite the batch of a run made before format 2: `batch_size` was one micro-batch of all devices together."""
+    """Rewrite the config of a run made before format 2.
+
+    `batch_size` was one micro-batch of all devices together, and the data section had keys of conversion, which are
+    left out where they say nothing.
+    """
+    data = layer.tree.get("data_config", {})
+    for name in [name for name, nothing in _CONVERSION.items() if data.get(name, ...) == nothing]:
+        del data[name]
     at_once, parts = layer.get(_BATCH), layer.get(_ACCUMULATION)
     if isinstance(at_once, int) and isinstance(parts, int):
         rows = at_once // math.prod(layer.get("device_config.mesh_shape") or (1, 1))
@@ -316,6 +340,16 @@ def _instead_of_accumulation(layer: Layer) -> str:
         return rule
     new = f"{_BATCH}={at_once * parts}; {_MICRO_BATCH}={max(1, at_once // math.prod(mesh))}"
     return f"{rule}; batch_size: {at_once} x {parts} -> {new}"
+
+
+def _instead_of(key: str, layer: Layer) -> str:
+    """Return what to do in place of a key that there was once; empty for any other key."""
+    if key == _ACCUMULATION:
+        return _instead_of_accumulation(layer)
+    if key.startswith("data_config.") and key.rpartition(".")[2] in _CONVERSION:
+        command = convert_command(layer.get("data_config"))
+        return f"is no key: training reads rows as JSONL, made once by `{command}` and named in data_config.source"
+    return ""
 
 
 def _validate(layer: Layer, what: str) -> Config:
@@ -339,7 +373,7 @@ def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
         if item["type"] == "missing":
             text = "is required"
         elif item["type"] == "extra_forbidden":
-            text = _instead_of_accumulation(layer) if dotted(key) == _ACCUMULATION else f"unknown key{_nearest(key)}"
+            text = _instead_of(dotted(key), layer) or f"unknown key{_nearest(key)}"
         elif item["type"] == "model_type":
             text = f"should be a section with keys below it, got {_text(item['input'])}"
         elif item["type"] in ("value_error", "below"):

@@ -6,9 +6,10 @@ A validator sees the fields above its own, so a rule over two keys stands at the
 from __future__ import annotations
 
 import math
-import re
 import typing
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
@@ -224,21 +225,29 @@ class Tokenizer(Section):
         return size
 
 
+CONVERTED = (".csv", ".tsv", ".parquet", ".txt", ".md", ".json")  # forms that `recipe data convert` reads
+
+
+def convert_command(data: Mapping[str, Any]) -> str:
+    """Return the command that makes JSONL rows of a data_config's source, its `format`, `map` and `revision`."""
+    source, mapping = str(data.get("source") or "SOURCE"), data.get("map")
+    stem = source.rpartition("/")[2] if source.startswith("hub:") else source.removesuffix(PurePath(source).suffix)
+    words = ["recipe data convert", source, f"{stem}{'-rows' if source == f'{stem}.jsonl' else ''}.jsonl"]
+    words += [f"--format {data['format']}"] if data.get("format") else []
+    words += [f"--map {name}={column}" for name, column in mapping.items()] if isinstance(mapping, Mapping) else []
+    words += [f"--revision {data['revision']}"] if data.get("revision") else []
+    return " ".join(words)
+
+
 class Data(Section):
     source: str | None = Field(default=None, min_length=1)
-    """Rows: a path relative to the recipe's folder, an absolute path, or hub:owner/name."""
+    """Rows as JSONL: a path relative to the recipe's folder, or an absolute one."""
     corpus: str | None = Field(default=None, min_length=1)
     """Plain text in place of rows: a name in corpora.yaml, or a file or folder of *.txt, relative to the recipe."""
     tokenizer: Tokenizer = Tokenizer()
     """The tokenizer that is made from the corpus."""
     num_proc: int | None = Field(default=None, gt=0)
     """Threads that encode a corpus by BPE; null: all cores."""
-    revision: str | None = None
-    """Commit of a hub: source, 40 hex digits."""
-    format: Literal["auto", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "text"] = "auto"
-    """How the source is read; auto looks at name and content."""
-    map: dict[str, str] = {}
-    """Columns of the source by the name they stand for, e.g. {prompt: question, response: answer}."""
     system_prompt: str | None = None
     """Put before every conversation that has no system message."""
     held_out_share: float = Field(default=0.1, ge=0, lt=1)
@@ -267,7 +276,7 @@ class Data(Section):
             raise ValueError("belongs to a corpus; rows are read with the base's tokenizer")
         return value
 
-    @field_validator("revision", "format", "map", "system_prompt", "split_by", "control", "supervise_all")
+    @field_validator("system_prompt", "split_by", "control", "supervise_all")
     @classmethod
     def _made_for_rows(cls, value: object, info: ValidationInfo) -> object:
         assert info.field_name
@@ -284,20 +293,11 @@ class Data(Section):
 
     @field_validator("source")
     @classmethod
-    def _hub_name(cls, source: str | None) -> str | None:
-        if source and source.startswith("hub:") and not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", source):
-            raise ValueError("a Hub data set is written hub:owner/name")
+    def _rows_are_jsonl(cls, source: str | None) -> str | None:
+        name = (source or "").lower()
+        if name.startswith("hub:") or name.endswith(CONVERTED):
+            raise ValueError(f"training reads rows as JSONL: {convert_command({'source': source})}")
         return source
-
-    @field_validator("revision")
-    @classmethod
-    def _hub_is_pinned(cls, revision: str | None, info: ValidationInfo) -> str | None:
-        if (info.data.get("source") or "").startswith("hub:"):
-            if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-                raise ValueError("a hub: source needs a revision of 40 hex digits (a commit, not a branch)")
-        elif revision is not None and "source" in info.data:
-            raise ValueError("only a hub: source has a revision")
-        return revision
 
 
 class Evaluation(Section):

@@ -20,8 +20,8 @@ import numpy as np
 from common import recipe
 from common.data import tokens, vocabulary
 from common.data.chat import ChatTokenizer
-from common.data.corpora import Document, text_sha256
 from common.data.rows import Row, control_rows
+from common.data.texts import Document, text_sha256
 from common.data.tokens import Arrays, Encoded, TokenDataset
 from common.data.vocabulary import Ids
 from common.errors import DataError

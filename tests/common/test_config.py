@@ -194,9 +194,11 @@ def test_every_mistake_is_listed_with_file_line_and_key(recipe):
         ("eval_config.top_p=0", "greater than 0"),
         ("eval_config.prompts=3", "valid string, got 3, or should be a valid list"),
         ("data_config.max_length=100", "multiple of 32"),
-        ("data_config.source=hub:name", "hub:owner/name"),
-        ("data_config.source=hub:owner/name", "40 hex"),
-        ("data_config.revision=main", "only a hub: source"),
+        ("data_config.source=hub:a/b", "as JSONL: recipe data convert hub:a/b b.jsonl"),
+        ("data_config.source=data/my.csv", "as JSONL: recipe data convert data/my.csv data/my.jsonl"),
+        ("data_config.format=csv", "data_config.format: is no key"),
+        ("data_config.map={prompt: ask}", "jsonl --map prompt=ask` and named in data_config.source"),
+        ("data_config.revision=abc", "--revision abc` and named"),
         ("model_config.base=null", "needs a base"),
         ("model_config.init=random", "init: random"),
         ("model_config.lora.target_modules=[q_proj, v_proj]", "add ['k_proj']"),
@@ -220,11 +222,6 @@ def test_groups_may_be_untied_and_whole_groups_targeted(recipe):
     assert recipe.load("model_config.lora.target_modules=[gate_proj, up_proj, o_proj]").model.lora
     untied = ["model_config.lora.target_modules=[q_proj, v_proj]", "model_config.lora.tie_groups=[]"]
     assert recipe.load(*untied).model.lora
-
-
-def test_a_pinned_hub_source_is_accepted(recipe):
-    config = recipe.load("data_config.source=hub:owner/name", f"data_config.revision={'0a' * 20}")
-    assert config.data.source == "hub:owner/name"
 
 
 @pytest.mark.parametrize(

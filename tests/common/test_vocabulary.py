@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from common.data import vocabulary
 from common.data.chat import ChatTokenizer
-from common.data.corpora import Document
+from common.data.texts import Document
 from common.data.vocabulary import UNKNOWN
 from common.errors import DataError
 from tests.tiny_recipe import ROOT, write_play
@@ -125,7 +125,7 @@ def test_num_proc_is_the_number_of_threads_that_work(play, tmp_path, threads):
 import os, sys
 from pathlib import Path
 from common.data import vocabulary
-from common.data.corpora import Document
+from common.data.texts import Document
 
 vocabulary.CHUNK = 100
 documents = [Document("a", sys.stdin.read())]

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from common.fetch import move_into_place
+from common.files import move_into_place
 from common.model.bases import home
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,11 +19,11 @@ from unittest import mock
 from common import config as configs
 from common import hardware
 from common.config.layers import Key, Layer, dotted, flatten, read_file, to_yaml
-from common.data import corpora
+from common.data.texts import locked
 from common.errors import MachineError, RecipeError, UsageError
 from common.model import llama
 from tests.runs.commands import House, Wrong, shown
-from tools.cli.data import CARDS, LICENCE_LINE
+from tools.data.licence import CARDS, LICENCE_LINE
 from tools.launch import after_run, dry_run
 from tools.launch.resolve import resolve
 from tools.results import schema as results
@@ -32,7 +32,7 @@ FILES = ("config.yaml", "dataset.py", "train.py", "README.md", "results.yaml")
 SPLITS_BADLY = re.compile(r"does not divide by the \d+ devices|the mesh \[.*\] has \d+ devices")
 NOT_ON_A_BOARD = ("torch", "transformers", "peft", "accelerate")  # its image has none of them
 NOT_PLAIN = ("importlib", "runpy", "sys", "imp")  # ways round a plain import
-OF_OTHERS = ("recipes", "tests", "ci", "bench", "engines")
+OF_OTHERS = ("recipes", "tests", "ci", "bench", "engines", "tools")
 BESIDE = (1, "dataset")  # `from .dataset import ...`: how many folders up, and what
 IN_THE_LOOP = {
     "train_step": "it updates nothing",
@@ -95,7 +95,7 @@ def readme(recipe: Path) -> None:
 def licence(recipe: Path) -> None:
     """Whose data it is stands beside it: a line "License: ..." in a README or card; corpora.yaml says it of its own."""
     for data in {layer.get("data_config.corpus") or layer.get("data_config.source") for _, layer in layers(recipe)}:
-        if data is None or data in corpora.locked():
+        if data is None or data in locked():
             continue
         cards = [place / name for place in (recipe / data, (recipe / data).parent, recipe) for name in CARDS]
         named = any(

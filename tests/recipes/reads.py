@@ -60,12 +60,10 @@ def recorded() -> Iterator[set[str]]:
 
 
 def set_by(recipe: Path) -> dict[str, str]:
-    """Every key that a layer of the recipe sets, with the place of one that does; a mapping's own keys are its name."""
-    found = {}
+    """Every key that a layer of the recipe sets, with the place of one that does."""
+    found: dict[str, str] = {}
     for _, layer in layers(recipe):
-        for key, _value in flatten(layer.tree):
-            name = dotted(key)
-            found["data_config.map" if name.startswith("data_config.map.") else name] = layer.where[key]
+        found |= {dotted(key): layer.where[key] for key, _value in flatten(layer.tree)}
     return found
 
 

@@ -65,6 +65,7 @@ DEFECTS = [
     ("independent", ROWS, edit("dataset.py", "", "from recipes import a\n"), "a recipe imports `common`"),
     ("independent", ROWS, edit("dataset.py", "", "from .other import a\n"), "imports relatively"),
     ("independent", ROWS, edit("train.py", "from .dataset", "from ..from_scratch.dataset"), "imports relatively"),
+    ("independent", ROWS, edit("dataset.py", "", "from tools.data import convert\n"), "a recipe imports `common`"),
     ("independent", ROWS, edit("train.py", "", "import numpy\n"), "train.py imports `common` and its own dataset"),
     ("independent", ROWS, edit("train.py", "", "import importlib.util\n"), "and that plainly"),
     ("independent", ROWS, edit("dataset.py", "", "import torch\n"), "which a board's image does not have"),

@@ -172,7 +172,8 @@ def pinned(tiny_base, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(bases, "LOCK", tmp_path / "lock.yaml")
     folder = bases.folder_of("pinned", entry)
     shutil.copytree(tiny_base, folder)
-    bases._seal(folder, "pinned", entry)
+    hashes = {path.name: sha256_file(path) for path in folder.iterdir()}
+    (folder / "base.json").write_text(json.dumps({"format": 1, "name": "pinned", "sha256": hashes}))
     return folder
 
 

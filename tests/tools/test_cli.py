@@ -206,6 +206,7 @@ def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
     monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
+    monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda config, say: None)
     settings = ("training_config.seed=1", "eval_config.every=1")
     arguments = [*"--hw cpu --steps 7 --stop-at 3 --resume never --accept-changes".split()]
     arguments += [word for setting in settings for word in ("--set", setting)]

@@ -188,6 +188,7 @@ def launched(monkeypatch) -> Callable[..., Any]:
         seen: list[Launch] = []
         script = type("Script", (), {"train": staticmethod(seen.append)})
         monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
+        monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda config, say: None)
         monkeypatch.setattr(sys, "argv", ["recipe", *words])
         with pytest.raises(SystemExit) as ended:
             main.main()

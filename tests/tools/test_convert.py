@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import yaml
 
 from common.data.rows import read_rows
 from common.errors import DataError, MachineError, UsageError
+from common.files import sha256_file
 from tools.data import convert
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -145,6 +146,64 @@ def test_text_that_would_have_to_be_guessed_is_refused(tmp_path, content, reason
         converted(text_file(tmp_path, "a.txt", content), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("record", "prompt", "response"),
+    [
+        ({"question": "q", "answer": "a"}, "q", "a"),
+        ({"instruction": "i", "output": "o"}, "i", "o"),
+        ({"instruction": "i", "input": "x", "output": "o"}, "i\n\nx", "o"),
+        ({"instruction": "i", "input": "", "output": "o"}, "i", "o"),
+        ({"prompt": "p", "completion": "c"}, "p", "c"),
+        ({"input": "i", "target": "t"}, "i", "t"),
+    ],
+)
+def test_well_known_columns_are_recognised(tmp_path, record, prompt, response):
+    source = text_file(tmp_path, "a.jsonl", json.dumps(record))
+    assert converted(source, tmp_path, "jsonl") == [{"prompt": prompt, "response": response}]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "a"}, "no 'response' beside 'prompt'; columns: prompt"),
+        ({"text": "a", "label": 1}, "columns: text, label; name them with --map prompt=COLUMN"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "'input' is a number"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(tmp_path, record, reason):
+    with pytest.raises(DataError, match=reason):
+        converted(text_file(tmp_path, "a.jsonl", json.dumps(record)), tmp_path, "jsonl")
+
+
+def test_what_was_read_is_pinned_beside_the_rows(tmp_path):
+    source = text_file(tmp_path, "a.csv", "ask,say\na,b\n")
+    converted(source, tmp_path, mapping={"prompt": "ask", "response": "say"})
+    pins = yaml.safe_load((tmp_path / "out.jsonl.source.yaml").read_text())
+    assert pins == {
+        "format": 1,
+        "source": "a.csv",
+        "sha256": sha256_file(source),
+        "read_as": "csv",
+        "map": {"prompt": "ask", "response": "say"},
+        "rows_sha256": sha256_file(tmp_path / "out.jsonl"),
+    }
+
+
+def test_a_mapping_with_a_system_text(tmp_path):
+    source = text_file(tmp_path, "a.jsonl", json.dumps({"Frage": "q", "reply": "a", "rules": "s", "n": 1}))
+    [row] = converted(source, tmp_path, mapping={"prompt": "Frage", "response": "reply", "system": "rules"})
+    assert [turn["content"] for turn in row["messages"]] == ["s", "q", "a"]
+    assert row["n"] == 1
+
+
+def test_a_mapping_to_nothing_known_or_from_nothing_there_is_refused(tmp_path):
+    source = text_file(tmp_path, "a.jsonl", json.dumps(PAIR))
+    with pytest.raises(UsageError, match="'promt'"):
+        converted(source, tmp_path, mapping={"promt": "prompt"})
+    with pytest.raises(DataError, match="no column 'question'; columns: prompt, response"):
+        converted(source, tmp_path, mapping={"prompt": "question"})
+
+
 def test_a_mapping_and_jsonl(tmp_path):
     source = text_file(tmp_path, "a.jsonl", '{"ask": "a", "say": "b", "n": 1}\n')
     assert converted(source, tmp_path, mapping={"prompt": "ask", "response": "say"}) == [
@@ -221,18 +280,8 @@ def test_a_hub_data_set_at_its_commit(tmp_path, hub):
     rows = converted("hub:someone/rows", tmp_path, revision=COMMIT)
     assert rows == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
     assert hub.asked == [("someone/rows", None, COMMIT, "train")]
-
-
-def test_a_recipe_reads_a_hub_data_set_or_a_file_by_its_config(tmp_path, hub):
-    text_file(hub.folder, "train.jsonl", '{"ask": "a", "say": "b"}\n')
-    mapping = {"prompt": "ask", "response": "say"}
-    data: Any = SimpleNamespace(source="hub:someone/rows", format="auto", map=mapping, revision=COMMIT)
-    [row] = convert.read_source(data, tmp_path)
-    assert (row.prompt, row.where) == ("a", f"hub:someone/rows@{COMMIT[:12]}:train:1")
-    text_file(tmp_path, "a.csv", "ask,say\nc,d\n")
-    data = SimpleNamespace(source="a.csv", format="auto", map=mapping, revision=None)
-    [row] = convert.read_source(data, tmp_path)
-    assert row.prompt == "c"
+    pins = yaml.safe_load((tmp_path / "out.jsonl.source.yaml").read_text())
+    assert (pins["source"], pins["revision"], pins["split"]) == ("hub:someone/rows", COMMIT, "train")
 
 
 def test_bad_rows_and_an_unknown_split_of_a_hub_data_set(tmp_path, hub):

@@ -18,31 +18,44 @@ from common.errors import DataError, RecipeError, UsageError
 from common.model import llama
 from common.recipe import load_dataset
 from tools.cli import main
-from tools.cli.data import licence_of
 from tools.data import checks
+from tools.data.licence import licence_of
 from tools.results.schema import load as load_results
 from tools.scaffold import new
 from tools.scaffold.rows import schedule
 
 ROWS_BUILDER = '''"""The rows of recipes/parent."""
-from tools.data.convert import read_source
-from common.data.rows import evaluation_prompts, split_held_out
+from common.data.rows import groups_of, hold_out, read_prompts, read_rows
 
 def splits(config, recipe_dir):
-    return split_held_out(read_source(config.data, recipe_dir), config.data.held_out_share, by=config.data.split_by)
+    rows = read_rows(recipe_dir / config.data.source)
+    groups = groups_of(rows, config.data.split_by)
+    held_out = hold_out(groups, config.data.held_out_share)
+    pairs = list(zip(rows, groups))
+    return {
+        "train": [row for row, group in pairs if group not in held_out],
+        "held_out": [row for row, group in pairs if group in held_out],
+    }
 
 def prompts(config, recipe_dir):
-    return evaluation_prompts(config.eval.prompts, recipe_dir)
+    return read_prompts(config.eval.prompts, recipe_dir)
 '''
 TEXT_BUILDER = """
-from common.data.corpora import read_corpus, split_documents
-from common.data.rows import evaluation_prompts
+from common.data.rows import hold_out, read_prompts
+from common.data.texts import cut_in_two, read_texts
 
 def splits(config, recipe_dir):
-    return split_documents(read_corpus(config.data.corpus, recipe_dir), config.data.held_out_share)
+    texts = read_texts(config.data.corpus, recipe_dir)
+    if len(texts) == 1:
+        return cut_in_two(texts[0], config.data.held_out_share)
+    held_out = hold_out([text.where for text in texts], config.data.held_out_share)
+    return {
+        "train": [text for text in texts if text.where not in held_out],
+        "held_out": [text for text in texts if text.where in held_out],
+    }
 
 def prompts(config, recipe_dir):
-    return evaluation_prompts(config.eval.prompts, recipe_dir)
+    return read_prompts(config.eval.prompts, recipe_dir)
 """
 ROWS_CONFIG = """\
 # Teach a fox to talk.
@@ -55,9 +68,7 @@ training_config:
   max_steps: 77
 model_config: {base: BASE}
 data_config:
-  source: data/foxes.csv
-  format: csv
-  map: {prompt: ask, response: say}
+  source: data/foxes.jsonl
   held_out_share: 0.3
 eval_config:
   every: 5
@@ -98,7 +109,9 @@ def root(tmp_path, tiny_base, monkeypatch) -> Path:
         "parent/hw/n150.yaml": "data_config:\n  max_length: 64\n\nlogging_config:\n  log_every: 3\n",
         "parent/dataset.py": ROWS_BUILDER,
         "parent/train.py": '"""make recipe-fox, or recipe run parent"""\n',
-        "parent/data/foxes.csv": "ask,say\n" + "".join(f"What is {n}?,A number: {n}.\n" for n in range(40)),
+        "parent/data/foxes.jsonl": "".join(
+            f'{{"prompt": "What is {n}?", "response": "A number: {n}."}}\n' for n in range(40)
+        ),
         "parent/README.md": "# parent\n\nLicense: CC0\n\nIt scored 3.1.\n",
         "parent/results.yaml": "format: 1\nrecipe: parent\nentries: []\n",
         "parent/results/curve.csv": "1,2\n",
@@ -135,7 +148,7 @@ def fork(
 
 def leaks_of(recipe: Path) -> set[str]:
     """Errors and warnings of the data check that say that a prompt is on two sides."""
-    prompts = read_prompts(recipe / "data/prompts.jsonl")
+    prompts = read_prompts("data/prompts.jsonl", recipe)
     report = checks.check(splits_of(recipe), prompts)
     return {finding.id for finding in report.findings} & {"D002", "D003", "D101", "D102", "D103", "D104"}
 
@@ -187,8 +200,6 @@ def test_nothing_of_the_parent_s_data_results_or_name_stays(root, tmp_path):
     assert config.startswith("# Fine-tune an instruction model on my.csv: 64 rows.\n")
     assert "batch_size: 32                  # kept" in config
     assert "fox" not in config
-    assert config_of(recipe).data.format == "auto"
-    assert config_of(recipe).data.map == {}
     assert load_results(recipe).entries == ()
     assert everything(root / "recipes/parent") == before
 
@@ -250,7 +261,7 @@ def test_a_conversation_of_several_turns_is_kept_whole_and_asked_by_its_first(ro
     )
     recipe, _ = fork(root, data)
     assert all(len(row.messages) == 4 for row in read_rows(recipe / "data/rows.jsonl"))
-    assert set(read_prompts(recipe / "data/prompts.jsonl")) < set(QUESTIONS)
+    assert set(read_prompts("data/prompts.jsonl", recipe)) < set(QUESTIONS)
 
 
 def test_prompts_that_are_spelt_differently_and_are_the_same_stay_on_one_side(root, tmp_path):
@@ -260,7 +271,7 @@ def test_prompts_that_are_spelt_differently_and_are_the_same_stay_on_one_side(ro
     assert not leaks_of(recipe)
     assert "192 rows of" in said
     assert "8 left out, which have the prompt of one that is asked" in said
-    asked = {plain(prompt).rstrip("?!") for prompt in read_prompts(recipe / "data/prompts.jsonl")}
+    asked = {plain(prompt).rstrip("?!") for prompt in read_prompts("data/prompts.jsonl", recipe)}
     assert len(asked) == 4
     assert len(read_rows(recipe / "data/rows.jsonl")) == 192 - 12
     assert not asked & {plain(row.prompt).rstrip("?!") for row in read_rows(recipe / "data/rows.jsonl")}
@@ -499,10 +510,10 @@ def test_what_appears_meanwhile_is_not_overwritten_and_a_stop_leaves_nothing(roo
 
 
 def test_a_parent_s_data_outside_of_its_folder_is_never_touched(root, tmp_path):
-    outside = table(tmp_path / "outside.csv", columns=("ask", "say"))
+    outside = table(tmp_path / "outside.jsonl", columns=("ask", "say"))
     path = root / "recipes/parent/config.yaml"
-    for place in (str(outside), "../../../outside.csv"):
-        path.write_text(ROWS_CONFIG.replace("data/foxes.csv", place).replace("BASE", str(tmp_path)))
+    for place in (str(outside), "../../../outside.jsonl"):
+        path.write_text(ROWS_CONFIG.replace("data/foxes.jsonl", place).replace("BASE", str(tmp_path)))
         new.forget(root / "recipes/parent", config_of(root / "recipes/parent"), ())
         assert outside.is_file()
 
@@ -518,7 +529,7 @@ def test_a_fork_of_text_holds_its_end_out_and_asks_for_what_begins_there(root, t
     assert (recipe / "data/corpus.txt").read_bytes() == data.read_bytes()
     documents = splits_of(recipe)
     assert "".join(part.text for split in ("train", "held_out") for part in documents[split]) == data.read_text()
-    assert all(prompt in documents["held_out"][0].text for prompt in read_prompts(recipe / "data/prompts.jsonl"))
+    assert all(prompt in documents["held_out"][0].text for prompt in read_prompts("data/prompts.jsonl", recipe))
     assert config.model.preset == "small"
     windows = -(-(len(documents["train"][0].text) - 1) // 32)
     steps = -(-40 * windows // 4)
@@ -567,7 +578,7 @@ def test_without_data_it_is_a_copy_with_the_parent_s_data_and_licence_and_no_res
     parent = root / "recipes/parent"
     for layer in ("hw/cpu.yaml", "hw/n150.yaml"):
         assert (recipe / layer).read_text() == (parent / layer).read_text()
-    assert (recipe / "data/foxes.csv").read_bytes() == (parent / "data/foxes.csv").read_bytes()
+    assert (recipe / "data/foxes.jsonl").read_bytes() == (parent / "data/foxes.jsonl").read_bytes()
     assert config_of(recipe).data == config_of(parent).data
     assert licence_of([recipe / "data", recipe]) == "License: CC0"
     assert load_results(recipe).entries == ()
@@ -590,7 +601,7 @@ def test_a_copy_fetches_nothing(root, monkeypatch):
     """Not even the data of its parent, which may be a corpus that is not here yet."""
     config = root / "recipes/tale/config.yaml"
     config.write_text(config.read_text().replace("data/tale.txt", "shakespeare"))
-    monkeypatch.setattr("common.data.corpora.fetched", lambda *words: pytest.fail("it is fetched"))
+    monkeypatch.setattr("tools.data.fetch.fetch_corpus", lambda *words: pytest.fail("it is fetched"))
     recipe, _ = fork(root, None, "tale")
     assert config_of(recipe, "cpu").data.corpus == "shakespeare"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from common.data.tokens import Batch, TokenDataset
     from common.train.launch import Launch
 
-CARDS = ("README.md", "DATASET_CARD.md", "LICENSE", "LICENSE.md")
-STUB = "TO FILL IN"  # a licence line with these words in it names none yet
-LICENCE_LINE = re.compile(r"\W*(?:data )?licen[cs]e\b", re.IGNORECASE)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -88,6 +84,7 @@ def check(
 ) -> None:
     """Look for what is wrong with the data of recipe NAME, or of a file of rows."""
     from tools.data import checks
+    from tools.data.licence import licence_of
 
     if corpus := corpus_of(name, hw, overrides):
         refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
@@ -194,7 +191,7 @@ def convert(
         source,
         out,
         format_,
-        parse_map(pairs),
+        converter.parse_map(pairs),
         revision=revision,
         subset=subset,
         split=split,
@@ -224,9 +221,10 @@ class Recipe:
         """The recipe's tokenizer and its token files, made when they are not there."""
         from common.recipe import load_dataset
         from common.train.plan import prepare
+        from tools.data.fetch import fetch_pinned
 
-        say = functools.partial(click.echo, err=True)
-        _, tokenizer, dataset = prepare(self.launch, load_dataset(self.folder)[0], say)
+        fetch_pinned(self.launch.config, functools.partial(click.echo, err=True))
+        _, tokenizer, dataset = prepare(self.launch, load_dataset(self.folder)[0])
         return tokenizer, dataset
 
     def tokenizer(self) -> ChatTokenizer:
@@ -259,9 +257,9 @@ def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe:
 def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:
     """The tokenizer of a base model. What its fetching says goes to stderr."""
     from common.data.chat import ChatTokenizer
-    from common.model import bases
+    from tools.data.fetch import base_of
 
-    found = bases.resolve(base, recipe_dir=recipe_dir, say=lambda line: click.echo(line, err=True))
+    found = base_of(base, functools.partial(click.echo, err=True), recipe_dir)
     return ChatTokenizer.load(found.folder)
 
 
@@ -269,23 +267,24 @@ def look_at(name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence
     """The rows of a file, or of a recipe with its prompts, tokenizer and config; bad lines are kept as
     problems.
     """
+    from tools.data import convert
+
     if Path(name).is_file():
         refuse_options(pairs=(), overrides=overrides, hw=None, base=None)
-        rows, problems = scan(Path(name), "auto", parse_map(pairs))
+        rows, problems = convert.scan(Path(name), convert.guess_format(name, "auto"), convert.parse_map(pairs))
         tokenizer = tokenizer_of(base, None) if base else None
         return Seen({"train": rows}, problems, (), tokenizer, None, Path(name), [Path(name).parent])
     refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
     from common.data.build import read_splits
+    from common.data.rows import scan_rows
     from common.recipe import call, load_dataset
 
     recipe = open_recipe(name, hw, overrides)
-    at = recipe.config.data.source or ""
-    source = None if at.startswith("hub:") else recipe.folder / at
-    cards = [source.parent, recipe.folder] if source else []
-    if source is not None:
-        _, problems = scan(source, recipe.config.data.format, recipe.config.data.map)
-        if problems:  # the recipe's own builder would stop at them
-            return Seen({}, problems, (), None, None, source, cards)
+    source = recipe.folder / (recipe.config.data.source or "")
+    cards = [source.parent, recipe.folder]
+    problems = scan_rows(source)[1]
+    if problems:  # the recipe's own builder would stop at them
+        return Seen({}, problems, (), None, None, source, cards)
     splits, prompts = load_dataset(recipe.folder)
     parts, asked = read_splits(splits, recipe.config, recipe.folder), call(prompts, recipe.config, recipe.folder)
     return Seen(parts, (), asked, recipe.tokenizer(), recipe.config, source, cards)
@@ -322,47 +321,8 @@ def refuse_options(**given: Any) -> None:
     names = {"pairs": "--map", "overrides": "--set", "hw": "--hw", "base": "--base"}
     wrong = [names[key] for key, value in given.items() if value]
     if wrong:
-        kind = "a file of rows" if "--set" in wrong else "a recipe, which has data_config.map and model_config.base"
+        kind = "a file of rows" if "--set" in wrong else "a recipe, which has rows as JSONL and model_config.base"
         raise UsageError(f"{' and '.join(wrong)} mean nothing for {kind}")
-
-
-def scan(path: Path, format: str, mapping: Mapping[str, str]) -> tuple[list[Row], list[Problem]]:
-    """The usable rows of a file in any known format, and its bad ones."""
-    from common.data import rows
-    from tools.data import convert
-
-    name = convert.guess_format(path, format)
-    return rows.collect(convert.records(path, name, None, None, "train"), mapping)
-
-
-def parse_map(pairs: Sequence[str]) -> dict[str, str]:
-    """{"prompt": "question"} of ("prompt=question",). Raises UsageError."""
-    found = {}
-    for pair in pairs:
-        name, equals, column = pair.partition("=")
-        if not (name and equals and column):
-            raise UsageError(f"--map {pair!r} is not NAME=COLUMN", todo="for example --map prompt=question")
-        found[name] = column
-    return found
-
-
-def licence_of(folders: Sequence[Path]) -> str | None:
-    """What names a licence in the cards of these folders: a LICENSE file or a line "License: ...".
-
-    None where nothing does, "" where there is no folder to look in.
-    """
-    if not folders:
-        return ""
-    for card in (folder / name for folder in folders for name in CARDS):
-        if not card.is_file():
-            continue
-        if card.stem == "LICENSE":
-            return card.name
-        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-        named = next((line for line in lines if LICENCE_LINE.match(line) and STUB not in line), None)
-        if named is not None:
-            return named
-    return None
 
 
 def decoded_line(batch: Batch, at: int, tokenizer: ChatTokenizer, colour: bool) -> Text:

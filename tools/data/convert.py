@@ -1,6 +1,6 @@
 """Other people's data as rows: CSV, Parquet, Alpaca, ShareGPT, plain text, and pinned data sets of the Hub.
 
-`convert` writes a JSONL file once, to be read and kept; `read_source` is what a recipe's builder reads.
+`convert` writes a JSONL file once, which recipes then train on, and beside it what was read.
 
 Plain text is taken as questions and answers only where it says so itself: a line that starts with `Q:` or
 `Question:` opens a prompt, `A:` or `Answer:` its response, and each runs to the next mark, over blank lines.
@@ -16,24 +16,24 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from common.config.layers import to_yaml
 from common.data.rows import (
+    Message,
     Problem,
     Row,
-    collect,
-    encoding_fault,
+    columns_of,
+    conversation,
     json_lines,
     kind_of,
-    raw_lines,
     refuse,
+    valid_text,
     write_rows,
 )
+from common.data.texts import decode
 from common.errors import DataError, MachineError, UsageError
 from common.files import sha256_file
-
-if TYPE_CHECKING:
-    from common.config.schema import Data
 
 FORMATS = ("auto", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "text")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
@@ -41,6 +41,15 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 QUESTION = re.compile(r"(?:Q|Question)\s*:\s*", re.IGNORECASE)
 ANSWER = re.compile(r"(?:A|Answer)\s*:\s*", re.IGNORECASE)
 HUB = "hub:"
+# Column names other data sets use for the same thing, tried in this order.
+PAIRS = (
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("input", "target"),
+)
+TARGETS = ("prompt", "response", "system", "messages")
 
 Record = tuple[str, "Mapping[str, Any] | Problem"]
 
@@ -105,6 +114,7 @@ def convert(
     if not rows:
         raise DataError("no usable row in this source", where=str(source))
     write_rows(out, rows)
+    write_pins(out, source, name, mapping, revision, subset, split)
     return Report(
         source=str(source),
         out=str(out),
@@ -116,26 +126,37 @@ def convert(
     )
 
 
-def read_source(data: Data, recipe_dir: Path) -> list[Row]:
-    """The rows of `data_config.source`, read by its format, map and revision. Raises as `load_rows` does."""
-    assert data.source is not None, "rows have a source"
-    source = data.source if data.source.startswith(HUB) else recipe_dir / data.source
-    return load_rows(source, data.format, data.map, revision=data.revision)
-
-
-def load_rows(
+def write_pins(
+    out: Path,
     source: str | Path,
-    format: str = "auto",
-    mapping: Mapping[str, str] | None = None,
-    *,
-    revision: str | None = None,
-    subset: str | None = None,
-    split: str = "train",
-) -> list[Row]:
-    """All rows of a file or a pinned Hub data set. Raises DataError that lists every bad row, or says there
-    is none.
-    """
-    rows, problems = collect(records(source, guess_format(source, format), revision, subset, split), mapping)
+    format: str,
+    mapping: Mapping[str, str] | None,
+    revision: str | None,
+    subset: str | None,
+    split: str,
+) -> None:
+    """Write OUT.source.yaml: what the rows in `out` were read from, and the sha256 of both."""
+    on_hub = format == "hub"
+    facts = {
+        "format": 1,
+        "source": str(source) if on_hub else Path(source).name,
+        "sha256": None if on_hub else sha256_file(Path(source)),  # of the Hub the revision says it
+        "read_as": format,
+        "map": dict(mapping or {}),
+        "rows_sha256": sha256_file(out),
+    }
+    facts |= {"revision": revision, "subset": subset, "split": split} if on_hub else {}
+    out.with_name(f"{out.name}.source.yaml").write_text(to_yaml(facts), encoding="utf-8")
+
+
+def scan(path: Path, format: str, mapping: Mapping[str, str]) -> tuple[list[Row], list[Problem]]:
+    """Return the usable rows of a file and its bad ones, read as `format`."""
+    return collect(records(path, format, None, None, "train"), mapping)
+
+
+def load_rows(source: Path, format: str, mapping: Mapping[str, str] | None = None) -> list[Row]:
+    """Return all rows of a file. Raises DataError that lists every bad row, or says that there is none."""
+    rows, problems = scan(source, format, mapping or {})
     refuse(problems, str(source))
     if not rows:
         raise DataError("no row in this source", where=str(source))
@@ -185,7 +206,7 @@ def json_records(path: Path) -> Iterator[Record]:
         yield from json_lines(path)
         return
     try:
-        values = json.loads(decoded(path))
+        values = json.loads(decode(path))
     except ValueError as error:
         raise DataError(f"not JSON: {error}", where=str(path)) from error
     for number, value in enumerate(values, start=1):
@@ -233,7 +254,7 @@ def sharegpt_records(path: Path) -> Iterator[Record]:
 
 def csv_records(path: Path) -> Iterator[Record]:
     """Lines of a CSV file with a header; commas, semicolons or tabs. Every value stays the text it is."""
-    text = decoded(path)
+    text = decode(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -272,7 +293,7 @@ def text_records(path: Path) -> Iterator[Record]:
     """Pairs of a text file that marks questions with `Q:` and answers with `A:`. Raises DataError if it marks
     none.
     """
-    parts = list(marked_parts(decoded(path).splitlines()))
+    parts = list(marked_parts(decode(path).splitlines()))
     if not any(kind == "Q" for kind, _, _ in parts):
         raise DataError(
             "nothing says what is a question and what an answer",
@@ -345,19 +366,79 @@ def loaded_records(name: str, revision: str, subset: str | None, split: str) -> 
         yield f"{where}:{split}:{number}", record
 
 
-def decoded(path: Path) -> str:
-    """The whole file as text. Raises DataError naming line and byte offset of the first byte that is no
-    UTF-8.
+# --- columns ------------------------------------------------------------------------------------------------------
+
+
+def parse_map(pairs: Sequence[str]) -> dict[str, str]:
+    """Return {"prompt": "question"} for ("prompt=question",). Raises UsageError."""
+    found = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not (name and equals and column):
+            raise UsageError(f"--map {pair!r} is not NAME=COLUMN", todo="for example --map prompt=question")
+        found[name] = column
+    return found
+
+
+def collect(
+    records: Iterable[tuple[str, Mapping[str, Any] | Problem]], mapping: Mapping[str, str] | None = None
+) -> tuple[list[Row], list[Problem]]:
+    """Rows of records that come with their place, and the problems among them. Raises UsageError on a bad
+    mapping.
     """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    except UnicodeDecodeError:
-        for number, offset, line in raw_lines(path):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                fault = encoding_fault(error, line, offset)
-                raise DataError(fault, where=f"{path}:{number}", todo="save the file as UTF-8") from error
-        raise
+    unknown = [name for name in mapping or {} if name not in TARGETS]
+    if unknown:
+        raise UsageError(f"cannot map to {unknown[0]!r}; known: {', '.join(TARGETS)}", todo="--map prompt=COLUMN")
+    rows, problems = [], []
+    for where, record in records:
+        if isinstance(record, Problem):
+            problems.append(record)
+            continue
+        try:
+            rows.append(row_of(record, mapping or {}, where))
+        except ValueError as fault:
+            problems.append(Problem(where, str(fault)))
+    return rows, problems
+
+
+def row_of(record: Mapping[str, Any], mapping: Mapping[str, str], where: str) -> Row:
+    """The row a record holds. `mapping` says which column is the prompt, the response, the system message or
+    messages.
+
+    Raises ValueError with the reason when there is none.
+    """
+    absent = [column for column in mapping.values() if column not in record]
+    if absent:
+        raise ValueError(f"no column {absent[0]!r}; columns: {columns_of(record)}")
+    if "messages" in mapping or ("messages" in record and not mapping):
+        column = mapping.get("messages", "messages")
+        messages = conversation(record[column])
+        used = {column}
+    else:
+        messages, used = exchange(record, mapping)
+    if "system" in mapping:
+        text = valid_text(record[mapping["system"]], mapping["system"])
+        messages = (Message("system", text), *messages)
+        used = used | {mapping["system"]}
+    return Row(messages, {key: value for key, value in record.items() if key not in used}, where)
+
+
+def exchange(record: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[tuple[Message, ...], set[str]]:
+    """One question and its answer, and the columns they came from. Raises ValueError."""
+    names = [(mapping.get("prompt", prompt), mapping.get("response", response)) for prompt, response in PAIRS]
+    found = next((pair for pair in names if pair[0] in record and pair[1] in record), None)
+    if found is None:
+        known = " or ".join("/".join(pair) for pair in PAIRS)
+        missing = next((f"no {pair[1]!r} beside {pair[0]!r}" for pair in names if pair[0] in record), f"no {known}")
+        raise ValueError(
+            f"{missing}; columns: {columns_of(record)}; name them with --map prompt=COLUMN --map response=COLUMN"
+        )
+    prompt, response = (valid_text(record[name], name) for name in found)
+    used = set(found)
+    context = record.get("input")
+    if found[0] == "instruction" and "input" in record:  # Alpaca: the input may be empty
+        if not isinstance(context, str | None):
+            raise ValueError(f"'input' is {kind_of(context)}, not a string")
+        prompt = f"{prompt}\n\n{valid_text(context, 'input')}" if context and context.strip() else prompt
+        used.add("input")
+    return (Message("user", prompt), Message("assistant", response)), used

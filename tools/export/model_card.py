@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.data import corpora
+from common.data import texts
 from common.errors import DataError
 from common.train.console import clock
 from common.train.evaluate import HeldOut
@@ -56,7 +56,7 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
     training, lora = config.training, config.model.lora
     steps = [record for record in run.steps if record["step"] <= run.step]
     prompt, example = example_of(run)
-    system, source = config.data.system_prompt, config.data.source or ""
+    system = config.data.system_prompt
     rows = rows_of(run)
     commit = manifest.git_commit
     return {
@@ -68,7 +68,6 @@ def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
         "local_base": base_for_peft(run)[1] is None,
         "licence": run.base.licence,
         "lora": lora is not None,
-        "hub_data": source.removeprefix("hub:") if source.startswith("hub:") else None,
         "data": data_line(run),
         "parameters": f"{run.base.parameters:,}" if run.base.parameters else None,
         "bits": bits_line(run),
@@ -174,11 +173,9 @@ def hub_id(run: TrainedRun) -> str | None:
 def data_line(run: TrainedRun) -> str:
     data = run.config.data
     if data.corpus:
-        about = corpora.locked().get(data.corpus, {}).get("title", "a text of your own, whose licence you know")
+        about = texts.locked().get(data.corpus, {}).get("title", "a text of your own, whose licence you know")
         return f"the corpus `{Path(data.corpus).name}`: {about}; its tokenizer was made from its training part"
     assert data.source is not None, "rows have a source"
-    if data.source.startswith("hub:"):
-        return f"{data.source.removeprefix('hub:')} at revision `{data.revision}`; its licence is stated there"
     name = data.source.rpartition("/")[2]
     control = "" if data.control == "none" else f", as a negative control: {data.control.replace('_', ' ')}"
     return f"`{name}` of the recipe `{run.config.recipe}`, whose README states its licence{control}"

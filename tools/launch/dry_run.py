@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from common.config import Config
-from common.data import corpora
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
-from common.model import bases, llama
+from common.model import llama
 from common.train.launch import Launch
 from common.train.plan import batch_equation
 from engines.registry import engine_for
@@ -20,6 +19,7 @@ from tools.containers import launcher
 from tools.containers.docker import check_engine
 from tools.containers.images import Image, image_for
 from tools.containers.spec import arguments_of, spec_of
+from tools.data.fetch import missing
 from tools.machine import detect
 from tools.plan import lint
 
@@ -41,7 +41,7 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
     yield (f"{start_of(config)}; precision {precision}; {batch_equation(config)}; mesh {config.device.mesh_shape}")
     for finding in lint.lint(config, board):
         yield f"{finding.id}: {finding.message}"
-    lacking = list(lacks_contained(board) if contained else lacks(board, config)) + list(lacks_downloads(config))
+    lacking = list(lacks_contained(board) if contained else lacks(board, config)) + missing(config)
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)
 
@@ -93,14 +93,3 @@ def lacks(board: Hardware, config: Config) -> Iterator[str]:
             engine_for(board).refuse_launch(board, config)
         except RecipeError as error:
             yield error.what
-
-
-def lacks_downloads(config: Config) -> Iterator[str]:
-    """What a run would fetch first."""
-    base, corpus = config.model.base or "", config.data.corpus or ""
-    entry = bases.locked().get(base)
-    if entry and not bases.folder_of(base, entry).is_dir():
-        yield f"the base {base}: {entry['download_mb']} MB are downloaded once"
-    entry = corpora.locked().get(corpus)
-    if entry and not corpora.folder_of(corpus, entry).is_dir():
-        yield f"the corpus {corpus}: {entry['download_mb']} MB are downloaded once"

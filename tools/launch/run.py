@@ -7,6 +7,7 @@ import click
 from common.errors import UsageError
 from common.train.launch import Launch
 from tools.containers import launcher
+from tools.data.fetch import fetch_pinned
 from tools.launch.after_run import train_here
 from tools.launch.processes import in_processes
 from tools.machine import lease
@@ -21,6 +22,7 @@ def run(launch: Launch, container: bool | None) -> int:
         if launch.hosts.number > 1:
             raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
         return launcher.launch(launch, click.echo)
+    fetch_pinned(launch.config, click.echo)
     with lease.of_board(launch.hw, launch.nodes, launch.recipe_dir.name):
         return run_here(launch)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config
-from common.data import build, corpora
+from common.data import build, texts
 from common.data.order import steps_for
 from common.hardware import Hardware, get, round_up
 from common.model import bases, llama
@@ -124,14 +124,13 @@ def known(launch: Launch) -> tuple[Mapping[str, Any], Rows]:
     config, recipe = launch.config, launch.recipe_dir
     base, corpus = config.model.base or "", config.data.corpus or ""
     lock = bases.locked().get(base)
-    text = corpora.locked().get(corpus)
     if lock and not bases.folder_of(base, lock).is_dir():
         return lock["architecture"], estimated(config, recipe, f"the base {base} is not here")
-    if text and not corpora.folder_of(corpus, text).is_dir():
+    if corpus in texts.locked() and not texts.corpus_folder(corpus).is_dir():
         assert config.model.architecture is not None, "a corpus comes with an architecture"
         why = f"the corpus {corpus} is not here: its rows are unknown"
         return config.model.architecture.model_dump(), Rows(None, None, config.data.max_length, None, None, why)
-    found, _, dataset = prepare(launch, load_dataset(recipe)[0], lambda _line: None)
+    found, _, dataset = prepare(launch, load_dataset(recipe)[0])
     train, held_out = dataset.train, dataset.held_out
     predicted = (train.tokens - len(train)) / len(train)
     padding = 1 - predicted / dataset.length

@@ -21,6 +21,7 @@ from common.train import checkpoint
 from common.train.checkpoint import Checkpoint, Tensors
 from common.train.evaluate import evaluated_rows
 from engines.registry import engine_for
+from tools.data.fetch import base_of
 from tools.runs.folder import RunFolder, Say, read_run
 
 
@@ -87,7 +88,7 @@ def find_base(run: RunFolder, say: Say) -> bases.Base:
     if model.init == "random":
         base = bases.random_base(model, run.config.training.seed, run.folder / "tokenizer")
     else:
-        base = bases.resolve(model.base if model.base in bases.locked() else was.origin, say=say)
+        base = base_of(model.base if model.base in bases.locked() else was.origin, say)
     if base.identity != was.identity:
         raise MachineError(
             "the base model's weights changed since this run",

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from common.config import Config
 from common.config.layers import read_file
-from common.data import build, corpora, vocabulary
+from common.data import build, vocabulary
 from common.data.chat import ChatTokenizer
-from common.data.corpora import Document
+from common.data.rows import hold_out
+from common.data.texts import Document, cut_in_two, read_texts
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import llama
@@ -37,7 +38,7 @@ def copy(data: Path, folder: Path) -> str:
     """
     if not data.exists():
         raise DataError("no such file or folder", where=str(data))
-    corpora.read_corpus(str(data.resolve()), folder)
+    read_texts(str(data.resolve()), folder)
     name = f"{CORPUS}.txt" if data.is_file() else CORPUS
     for file in [data] if data.is_file() else sorted(data.rglob("*.txt")):
         target = folder / name / ("" if data.is_file() else file.relative_to(data))
@@ -48,10 +49,17 @@ def copy(data: Path, folder: Path) -> str:
 
 def settings(name: str, folder: Path) -> tuple[Settings, Documents]:
     """Return what the text sets on every board, and its documents as they are split: a tenth of it held out."""
-    documents = corpora.read_corpus(name, folder)
+    documents = read_texts(name, folder)
     sizes = {document.where: len(document.text) for document in documents}
     share = SHARE if len(documents) == 1 else share_of(sizes, SHARE * sum(sizes.values()))
-    splits = corpora.split_documents(documents, share)
+    if len(documents) == 1:
+        splits = cut_in_two(documents[0], share)
+    else:
+        held_out = hold_out(sizes, share)
+        splits = {
+            "train": [document for document in documents if document.where not in held_out],
+            "held_out": [document for document in documents if document.where in held_out],
+        }
     whole = f"the hash puts {len(splits['held_out'])} of the {len(documents)} texts below it"
     return {
         "data_config.corpus": (name, f"{sum(sizes.values()):,} characters"),

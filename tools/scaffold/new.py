@@ -24,8 +24,8 @@ from common.config.layers import shown, to_yaml
 from common.errors import DataError, UsageError
 from common.files import sha256_file
 from common.hardware import Hardware
-from tools.cli.data import LICENCE_LINE, licence_of
 from tools.data import convert
+from tools.data.licence import LICENCE_LINE, licence_of
 from tools.edit_yaml import remove_key, set_key
 from tools.results import schema
 from tools.scaffold import corpus, pages, rows
@@ -39,7 +39,7 @@ LONGEST_NAME = 50
 OF_THE_PARENT = ("README.md", schema.FILE, schema.FOLDER)  # at the top: its own words and figures
 # What the data decides: the parent's values go from every layer, so that none of them undoes what the fork sets.
 OF_THE_DATA = (
-    *(f"data_config.{key}" for key in ("source", "corpus", "format", "map", "revision", "control")),
+    *(f"data_config.{key}" for key in ("source", "corpus", "control")),
     *(f"data_config.{key}" for key in ("split_by", "held_out_share")),
     "eval_config.prompts",
 )

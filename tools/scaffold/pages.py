@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.cli.data import STUB
+from tools.data.licence import STUB
 from tools.results import schema
 
 LONGEST_FILE = 60  # characters of a name in the one line that says what a recipe does

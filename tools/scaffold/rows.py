@@ -11,7 +11,7 @@ from common.config import Config
 from common.data import build
 from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
-from common.data.rows import read_rows, split_held_out, write_rows
+from common.data.rows import groups_of, hold_out, read_rows, write_rows
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import bases
@@ -63,7 +63,12 @@ def prove(made: Path, found: Split, configs: Sequence[Config], home: Path, say: 
 
     Raises DataError for its errors, and for whatever else would end the fork's first run.
     """
-    splits = split_held_out(found.rows, found.share, by=found.column)
+    pairs = list(zip(found.rows, groups_of(found.rows, found.column), strict=True))
+    held_out = hold_out((group for _, group in pairs), found.share)
+    splits = {
+        "train": [row for row, group in pairs if group not in held_out],
+        "held_out": [row for row, group in pairs if group in held_out],
+    }
     for config in {config.model.base: config for config in configs}.values():
         base, (splits_of, prompts_of) = base_here(config, made), load_dataset(made)
         tokenizer, prompts = ChatTokenizer.load(base.folder) if base else None, call(prompts_of, config, made)

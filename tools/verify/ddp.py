@@ -34,6 +34,7 @@ from common.train.plan import prepare
 from common.train.schedule import learning_rate
 from engines.registry import engine_for
 from tools.checklist import CheckEnded, ChecklistLine, Result, failed, go_through, hold
+from tools.data.fetch import fetch_pinned
 from tools.launch.processes import in_processes
 from tools.launch.resolve import mesh_override, resolve
 from tools.machine import detect, lease
@@ -78,7 +79,8 @@ class Comparison:
         self.engine = engine_for(self.hw)
         self.config = self.config_for(None)
         self.devices = self.config.device.devices
-        prepared = prepare(launch, load_dataset(launch.recipe_dir)[0], say)
+        fetch_pinned(launch.config, say)
+        prepared = prepare(launch, load_dataset(launch.recipe_dir)[0])
         self.base: Base = prepared[0]
         self.dataset: TokenDataset = prepared[2]
 

@@ -27,16 +27,22 @@ STEPS = 6
 TOPICS = ("gradient", "loss", "attention", "token", "batch", "epoch", "margin", "kernel", "tree", "forest")
 BUILDER = '''"""The rows of the file, and whole topics of them held out."""
 
-from tools.data.convert import read_source
-from common.data.rows import evaluation_prompts, split_held_out
+from common.data.rows import groups_of, hold_out, read_prompts, read_rows
 
 
 def splits(config, recipe_dir):
-    return split_held_out(read_source(config.data, recipe_dir), config.data.held_out_share, by=config.data.split_by)
+    rows = read_rows(recipe_dir / config.data.source)
+    groups = groups_of(rows, config.data.split_by)
+    held_out = hold_out(groups, config.data.held_out_share)
+    pairs = list(zip(rows, groups))
+    return {
+        "train": [row for row, group in pairs if group not in held_out],
+        "held_out": [row for row, group in pairs if group in held_out],
+    }
 
 
 def prompts(config, recipe_dir):
-    return evaluation_prompts(config.eval.prompts, recipe_dir)
+    return read_prompts(config.eval.prompts, recipe_dir)
 '''
 
 
