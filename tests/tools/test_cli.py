@@ -223,6 +223,7 @@ def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command,
     launches: list[Any] = []
     script = type("Script", (), {"train": staticmethod(launches.append)})
     monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
+    monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda config, say: None)
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(fake_host(tmp_path, "n300")))
     monkeypatch.setenv("HW", "n300")
     command("run", "fine_tune", "--no-container")
