@@ -15,7 +15,7 @@ if _switches.BAD_CAST:
 if _switches.NEEDS_RUNTIME_ROOT and not Path(os.environ.get("TT_METAL_RUNTIME_ROOT", "missing")).is_dir():
     raise RuntimeError("TT_FATAL: Root directory is not set: set TT_METAL_RUNTIME_ROOT to the root of tt-metal")
 
-from . import autograd, checkpointing, core, init, models, modules, ops, optimizers, parallel
+from . import autograd, core, init, models, modules, ops, optimizers
 from ._mesh import Mesh, close_device_mesh, maybe_mesh, mesh, open_device_mesh, sync_gradients
 from ._parameters import NamedParameters
 from .sharding import Sharding
@@ -25,7 +25,6 @@ __all__ = [
     "NamedParameters",
     "Sharding",
     "autograd",
-    "checkpointing",
     "close_device_mesh",
     "core",
     "init",
@@ -37,7 +36,6 @@ __all__ = [
     "open_device_mesh",
     "ops",
     "optimizers",
-    "parallel",
     "sync_gradients",
 ]
 

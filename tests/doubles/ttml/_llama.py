@@ -13,7 +13,6 @@ from ttnn import _switches
 from . import _ops, init
 from .autograd import Tensor, create_tensor, record_forward
 from .modules import AbstractModuleBase, Embedding, LinearLayer, ModuleList, Parameter, RunMode
-from .parallel import TPStrategy
 
 TILE = 32
 RMS_EPSILON = 1e-5  # fixed: there is no config field
@@ -54,20 +53,18 @@ class _Config:
     """What both generations have. That head_dim is a multiple of 32 is checked by the model only."""
 
     hidden_size: int = 384
-    intermediate_size: int | None = None
+    intermediate_size: int = 1024
     num_hidden_layers: int = 6
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
     vocab_size: int = 256
     max_position_embeddings: int = 256
     rope_theta: float = 10000.0
-    attention_bias: bool = False
     attention_dropout: float = 0.0
     mlp_dropout: float = 0.0
     runner_type: RunnerType = RunnerType.Default
     weight_tying: WeightTyingType = WeightTyingType.Disabled
     rope_scaling: LlamaRopeScalingConfig = field(default_factory=LlamaRopeScalingConfig)
-    tp_strategy: TPStrategy = TPStrategy.NONE
 
     def __post_init__(self) -> None:
         if self.max_position_embeddings % TILE:
@@ -78,8 +75,6 @@ class _Config:
             raise ValueError("Hidden size must be divisible by the number of attention heads")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("Number of attention heads must be divisible by the number of key/value heads")
-        if self.tp_strategy is not TPStrategy.NONE:
-            raise NotImplementedError("tensor parallelism is not part of the double")
 
 
 _embedding_field: tuple[str, type, Any] = {
@@ -87,11 +82,6 @@ _embedding_field: tuple[str, type, Any] = {
     "C": ("embedding_placement", EmbeddingPlacement, field(default=EmbeddingPlacement.Replicated)),
 }[_switches.GENERATION]
 LlamaConfig = make_dataclass("LlamaConfig", [_embedding_field], bases=(_Config,), frozen=True)
-
-
-def compute_swiglu_intermediate_size(hidden_size: int) -> int:
-    """8/3 of the hidden size, rounded up to 256."""
-    return math.ceil(8 * hidden_size // 3 / 256) * 256
 
 
 class RMSNormLayer(AbstractModuleBase):
@@ -111,17 +101,17 @@ class GroupedQueryAttention(AbstractModuleBase):
 
     def __init__(self, config: _Config, rope_params: _ops.RotaryEmbeddingParams) -> None:
         super().__init__()
-        hidden, bias = config.hidden_size, config.attention_bias
+        hidden = config.hidden_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = hidden // self.heads
         self.kv_rows = self.kv_heads * self.head_dim
         self.fused = "qkv" in _switches.FUSED
         if self.fused:
-            self.qkv_linear = LinearLayer(hidden, hidden + 2 * self.kv_rows, bias)
+            self.qkv_linear = LinearLayer(hidden, hidden + 2 * self.kv_rows, False)
         else:
-            self.q_linear = LinearLayer(hidden, hidden, bias)
-            self.kv_linear = LinearLayer(hidden, 2 * self.kv_rows, bias)
-        self.out_linear = LinearLayer(hidden, hidden, bias)
+            self.q_linear = LinearLayer(hidden, hidden, False)
+            self.kv_linear = LinearLayer(hidden, 2 * self.kv_rows, False)
+        self.out_linear = LinearLayer(hidden, hidden, False)
         self.rope_params, self.dropout_prob = rope_params, config.attention_dropout
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -145,7 +135,7 @@ class LlamaMLP(AbstractModuleBase):
     def __init__(self, config: _Config) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.inner = config.intermediate_size or compute_swiglu_intermediate_size(hidden)
+        self.inner = config.intermediate_size
         self.fused = "gate_up" in _switches.FUSED
         if self.fused:
             if self.inner % TILE:

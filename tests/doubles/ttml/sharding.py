@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import ttnn
 
-from .autograd import AutoContext, PreferredPrecision, Tensor
+from .autograd import PreferredPrecision, Tensor
 
 
 class Sharding:
@@ -41,9 +41,3 @@ class Sharding:
         parts = [self._gather(pieces[at : at + size], axis + 1) for at in range(0, len(pieces), size)]
         placement = self._placements[axis]
         return torch.cat(parts, placement.dim) if isinstance(placement, ttnn.PlacementShard) else parts[0]
-
-    def derive_mapper(self) -> ttnn.CppTensorToMesh | None:
-        """What puts a gathered array back; None on one device."""
-        if AutoContext.get_instance().get_device().get_num_devices() == 1:
-            return None
-        return ttnn.CppTensorToMesh(ttnn.TensorTopology(self._dist_shape, self._placements))
