@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common.data import vocabulary
 from common.data.build import windows
 from common.data.texts import Document
-from common.data.tokens import write_arrays
+from common.data.tokens import write
 from common.paths import find_recipe
 from common.recipe import load_dataset
 from common.train.plan import Plan, make_plan
@@ -118,7 +118,7 @@ def building_rate(kind: str, megabytes: int, text: str) -> float:
             made = vocabulary.train(kind, 1024, [document], Path(folder) / "tokenizer")
             ids = vocabulary.encode(made, kind, [document])
             splits = {"train": windows(ids, 256, vocabulary.unknown_id(made))}
-            write_arrays(Path(folder) / "tokens", splits, source_key="bench", info={}, length=256)
+            write(Path(folder) / "tokens", splits, source_key="bench", info={}, length=256)
             best = max(best, len(document.text.encode()) / 1e6 / (time.perf_counter() - started))
     return best
 

@@ -65,7 +65,7 @@ class BuildReport:
     notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """The report for a person, one line a fact."""
+        """Return the report for a person, one line a fact."""
         rows = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.rows.items())
         size = f"{sum(self.tokens.values())} tokens, length {self.length}"
         found = [f"data {self.action} ({self.reason}): {rows} rows, {size}", *self.notes]
@@ -79,7 +79,7 @@ class BuildReport:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         return asdict(self)
 
 
@@ -117,7 +117,7 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
     dataset, action, reason = reopen(folder, key)
     if dataset is None:
         splits, info = of_texts(data, parts, tokenizer_folder) if data.corpus else of_rows(data, parts, tokenizer)
-        dataset = tokens.write_arrays(folder, splits, source_key=key, info=info, length=data.max_length)
+        dataset = tokens.write(folder, splits, source_key=key, info=info, length=data.max_length)
     dataset.report = report_of(dataset, action, reason)
     if len(dataset.train) < config.training.batch_size:
         raise DataError(
@@ -129,7 +129,7 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
 
 
 def reopen(folder: Path, key: str) -> tuple[TokenDataset | None, str, str]:
-    """The stored data set of this key if it is whole, and what to say: (data set, action, reason)."""
+    """Return the stored data set of this key if it is whole, and what to say: (data set, action, reason)."""
     if not folder.exists():
         return None, "built", "no stored tokens for these rows"
     try:
@@ -170,7 +170,7 @@ def source_of(data: Data) -> str:
 
 
 def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
-    """The report of a data set, from what is stored with it."""
+    """Return the report of a data set, from what is stored with it."""
     info, notes = dataset.info, []
     if "corpus" in info:
         sizes = [f"{name.replace('_', ' ')} {facts['characters']:,}" for name, facts in info["corpus"].items()]
@@ -220,7 +220,7 @@ def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatToken
 
 
 def encode(rows: Sequence[Row], tokenizer: ChatTokenizer, data: Data) -> list[Encoded]:
-    """Tokens and masks of rows, by a data config's options. Raises DataError naming the first bad row."""
+    """Return the tokens and masks of rows, by a data config's options. Raises DataError naming the first bad row."""
     limit = None if data.max_length is None else data.max_length + 1  # n tokens make n-1 predictions
     return [
         tokenizer.encode_row(row, system=data.system_prompt, max_tokens=limit, supervise_all=data.supervise_all)
@@ -229,7 +229,7 @@ def encode(rows: Sequence[Row], tokenizer: ChatTokenizer, data: Data) -> list[En
 
 
 def supervised_share(rows: Sequence[Encoded]) -> float:
-    """Share of predicted tokens that count in the loss (the first token of a row is never predicted); 0 if none."""
+    """Return the share of predicted tokens that count in the loss; the first token of a row is never predicted."""
     predicted = sum(len(row.ids) - 1 for row in rows)
     return sum(int(row.mask[1:].sum()) for row in rows) / predicted if predicted else 0.0
 
@@ -314,7 +314,7 @@ def refuse_too_short(size: int, unit: str, data: Data) -> None:
 
 
 def windows(ids: Ids, length: int, unknown: int | None) -> Arrays:
-    """A stream of tokens as rows of up to `length` predictions; the last token of a row is the next row's first.
+    """Return a stream of tokens as rows of up to `length` predictions; a row's last token is the next one's first.
 
     The unknown character is never supervised: no training text has it, so the model cannot know it.
     """
@@ -324,6 +324,6 @@ def windows(ids: Ids, length: int, unknown: int | None) -> Arrays:
 
 
 def supervised_sums(arrays: Arrays, values: np.ndarray[Any, Any]) -> list[float]:
-    """For every row, the sum of `values` [ids] over its supervised labels."""
+    """Return, for every row, the sum of `values` [ids] over its supervised labels."""
     per_token = np.concatenate([[0], np.cumsum(values[arrays.ids] * arrays.mask)])
     return [float(x) for x in per_token[arrays.ends] - per_token[arrays.starts + 1]]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,33 +88,26 @@ class ChatTokenizer:
         return cls(tokenizer, template, tokens, stop_ids, digest.hexdigest())
 
     @property
-    def eos_id(self) -> int:
-        """The id that ends an answer. Raises DataError when the tokenizer names none."""
-        if not self.eos_ids:
-            raise DataError("the tokenizer has no end token", todo="use a base whose tokenizer_config names eos_token")
-        return self.eos_ids[0]
-
-    @property
     def never_ids(self) -> tuple[int, ...]:
-        """Ids that stand for no text, and that no answer may hold: the unknown token, where it has no other use."""
+        """Return the ids that no answer may hold: the unknown token's, which stands for no text."""
         unknown = self._tokenizer.token_to_id(self.tokens["unk_token"]) if "unk_token" in self.tokens else None
         return () if unknown is None or unknown in self.eos_ids else (unknown,)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, with no token added at either end."""
+        """Return the ids of plain text, with no token added at either end."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of ids; `skip_special` leaves out end and role tokens."""
+        """Return the text of ids; `skip_special` leaves out end and role tokens."""
         return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=skip_special))
 
     def marker_in(self, text: str) -> str | None:
-        """The first template marker or special token written out in `text`: it would forge a turn."""
+        """Return the first template marker or special token written out in `text`, which would forge a turn."""
         found = self._markers.search(text)
         return found.group() if found else None
 
     def render(self, messages: Sequence[Message], *, answer_next: bool = False, where: str | None = None) -> str:
-        """The conversation as the template writes it; `answer_next` opens the assistant's turn at the end.
+        """Return the conversation as the template writes it; `answer_next` opens the assistant's turn at the end.
 
         Raises DataError when there is no template or the template refuses the conversation.
         """
@@ -124,14 +117,14 @@ class ChatTokenizer:
             raise DataError("the base model has no chat template", where=where, todo="use an instruction-tuned base")
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._compiled.render(messages=turns, add_generation_prompt=answer_next, **self._template_options())
+            return self._compiled.render(messages=turns, add_generation_prompt=answer_next, **self.tokens)
         except (TemplateError, TypeError) as error:
             raise DataError(
                 f"the base model's chat template refuses this conversation: {error}", where=where
             ) from error
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
-        """Ids to generate an answer from: the prompt in the template, with the assistant's turn opened.
+        """Return the ids to generate an answer from: the prompt in the template, the assistant's turn opened.
 
         A tokenizer without a template belongs to a model that continues plain text: the prompt is that text.
         """
@@ -141,7 +134,7 @@ class ChatTokenizer:
             return self.encode_text(prompt)
         messages = with_system((Message("user", prompt),), system)
         self._refuse_markers(messages, "the prompt")
-        return self._prompt_of(messages, "the prompt")
+        return self.encode_text(self.render(messages, answer_next=True, where="the prompt"))
 
     def encode_row(
         self,
@@ -151,7 +144,7 @@ class ChatTokenizer:
         max_tokens: int | None = None,
         supervise_all: bool = False,
     ) -> Encoded:
-        """Tokens and mask of a row: ids uint32 [n], mask uint8 [n].
+        """Return the tokens and mask of a row: ids uint32 [n], mask uint8 [n].
 
         mask is 1 on every assistant turn from its first token through its end token, 0 elsewhere (1
         everywhere with `supervise_all`). `system` is put before a row that has no system message. A row of
@@ -197,7 +190,7 @@ class ChatTokenizer:
     def _end_of_turn(
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], start: int, until: int, where: str
     ) -> int:
-        """Index after the end token of the turn that starts at token `start` and ends by character `until`.
+        """Return the index after the end token of the turn that starts at token `start` and ends by character `until`.
 
         Contents hold no end token: they were checked for markers.
         """
@@ -211,9 +204,6 @@ class ChatTokenizer:
             where=where,
             todo="use a base whose template ends turns with eos_token",
         )
-
-    def _prompt_of(self, messages: Sequence[Message], where: str) -> list[int]:
-        return self.encode_text(self.render(messages, answer_next=True, where=where))
 
     def _shorten(self, messages: tuple[Message, ...], max_tokens: int, where: str) -> Encoded:
         removed = 0
@@ -232,9 +222,7 @@ class ChatTokenizer:
     def _shorten_turn(
         self, messages: tuple[Message, ...], at: int, max_tokens: int, where: str
     ) -> tuple[tuple[Message, ...], int]:
-        """Keep as much of the start of turn `at` as fits (at least one character); and how many characters
-        went.
-        """
+        """Return the turns with as much of turn `at` as fits (a character at least), and how many characters went."""
         text = messages[at].content
 
         def kept(characters: int) -> tuple[Message, ...]:
@@ -261,13 +249,8 @@ class ChatTokenizer:
                     todo="write the marker another way, for example with a space inside",
                 )
 
-    def _template_options(self) -> dict[str, Any]:
-        return dict(self.tokens)
-
     def _probe(self) -> list[str]:
-        """The template's own text around a first question and answer; empty where it refuses a plain
-        exchange.
-        """
+        """Return the template's own text around a question and its answer; empty where it refuses these two."""
         if self._compiled is None:
             return []
         question, answer = "qzjq", "ajzj"
@@ -281,29 +264,24 @@ class ChatTokenizer:
         return [before, between, after, opened.partition(question)[2]]
 
     def _find_turn_end(self) -> list[int]:
-        """The special token that closes an answer in the template, where it is another one than eos_token."""
+        """Return the special token that closes an answer in the template, where it is another one than eos_token."""
         pieces = self._probe()
         after = self.encode_text(pieces[2]) if pieces else []
         return [id for id in after if id in self._special][:1]
 
     def _written_markers(self) -> set[str]:
-        """Markers that the template writes as plain text (`<|user|>` in Zephyr's, `[INST]` in Llama-2's)."""
+        """Return the markers that the template writes as plain text (`<|user|>` in Zephyr's, `[INST]` in Llama-2's)."""
         pieces = self._probe()
         try:
-            pieces = [
-                *pieces,
-                self.render([Message("system", "sysj"), Message("user", "qzjq")]).partition("sysj")[0],
-            ]
-            pieces.append(self.render([Message("system", "sysj"), Message("user", "qzjq")]).partition("sysj")[2])
+            before, _, after = self.render([Message("system", "sysj"), Message("user", "qzjq")]).partition("sysj")
+            pieces = [*pieces, before, after]
         except DataError:  # no template, or one that knows no system message
             pass
         return {marker for piece in pieces for marker in MARKER_SHAPES.findall(piece)}
 
 
 def next_turn_at(text: str, start: int, turns: Sequence[Message]) -> int:
-    """Character at which the words of the turn after `turns[0]`, written at `start`, begin; the end if none
-    follows.
-    """
+    """Return where the words of the turn after `turns[0]`, written at `start`, begin; the end if none follows."""
     for message in turns:
         words = message.content.strip()
         at = text.find(words, start)
@@ -312,7 +290,7 @@ def next_turn_at(text: str, start: int, turns: Sequence[Message]) -> int:
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """The conversation with `system` before it, unless it brings its own system message."""
+    """Return the conversation with `system` before it, unless it brings its own system message."""
     if system and messages[0].role != "system":
         return (Message("system", system), *messages)
     return tuple(messages)
@@ -356,7 +334,7 @@ def compile_template(source: str) -> Template:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} when there is no such file. Raises DataError when it is no object."""
+    """Return a file's JSON object, or {} when there is no such file. Raises DataError when it is no object."""
     if not path.exists():
         return {}
     try:
@@ -369,7 +347,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The named tokens of a tokenizer config, which templates may use: {"eos_token": "</s>", ...}."""
+    """Return the named tokens of a tokenizer config, which templates may use: {"eos_token": "</s>", ...}."""
     found = {}
     for name in TOKEN_NAMES:
         token = settings.get(name)
@@ -380,9 +358,7 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
-    """The chat template: its own file, or the config's (a text, or a list with one named "default"); "" if
-    none.
-    """
+    """Return the chat template: its own file, or the config's (a text, or a list with one named "default"), or ""."""
     path = folder / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
@@ -393,14 +369,9 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
 
 
 def stop_tokens(folder: Path) -> list[int]:
-    """End ids that the model's configs name: generation_config.json's, else config.json's."""
+    """Return the end ids that the model's configs name: generation_config.json's, else config.json's."""
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name).get("eos_token_id")
         if found is not None:
-            return list(ids_in(found))
+            return [int(id) for id in (found if isinstance(found, list) else [found])]
     return []
-
-
-def ids_in(value: Any) -> Iterator[int]:
-    """One id or a list of them."""
-    yield from (int(id) for id in (value if isinstance(value, list) else [value]))

@@ -20,21 +20,21 @@ _WORD = (1 << 64) - 1
 
 
 def random_words(count: int, *key: int) -> npt.NDArray[np.uint64]:
-    """`count` raw 64-bit words of the Philox stream of `key` (one or two integers, taken modulo 2**64)."""
+    """Return `count` raw 64-bit words of the Philox stream of `key` (one or two integers, taken modulo 2**64)."""
     words = np.array([part & _WORD for part in (*key, 0)[:2]], dtype=np.uint64)
     return np.asarray(np.random.Philox(key=words).random_raw(count), dtype=np.uint64)
 
 
 @lru_cache(maxsize=4)
 def permutation(rows: int, seed: int, epoch: int) -> RowIndices:
-    """The order of `rows` rows in `epoch` (from 0): int64 [rows], read-only. Equal keys keep their order."""
+    """Return the order of `rows` rows in `epoch` (from 0): int64 [rows], read-only. Equal keys keep their order."""
     order = np.argsort(random_words(rows, seed, epoch), kind="stable").astype(np.int64)
     order.setflags(write=False)
     return order
 
 
 def rows_of_step(step: int, seed: int, batch_size: int, rows: int) -> RowIndices:
-    """The rows of optimizer step `step` (from 1): int64 [batch_size], each in [0, rows).
+    """Return the rows of optimizer step `step` (from 1): int64 [batch_size], each in [0, rows).
 
     Epoch permutations are concatenated and cut into batches, so a batch may cross the seam of two epochs and
     every row is seen once an epoch. Raises ValueError when a count is not positive.
@@ -53,7 +53,7 @@ def rows_of_step(step: int, seed: int, batch_size: int, rows: int) -> RowIndices
 
 
 def steps_for(epochs: float, rows: int, batch_size: int) -> int:
-    """Optimizer steps that cover `epochs` passes over `rows` rows: ceil(epochs x rows / batch size).
+    """Return the optimizer steps that cover `epochs` passes over `rows` rows: ceil(epochs x rows / batch size).
 
     Computed on the decimal that was written (0.1 means one tenth), so that no rounding error adds a step.
     """

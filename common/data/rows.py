@@ -31,9 +31,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation that ends with the assistant, the keys that came with it, and where it stands
-    ("file:line").
-    """
+    """A conversation that ends with the assistant, the keys that came with it, and where it stands: "file:line"."""
 
     messages: tuple[Message, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -41,16 +39,16 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """What the user says first."""
+        """Return what the user says first."""
         return next(message.content for message in self.messages if message.role == "user")
 
     @property
     def response(self) -> str:
-        """What the assistant says last."""
+        """Return what the assistant says last."""
         return self.messages[-1].content
 
     def record(self) -> dict[str, Any]:
-        """The row as one JSON object: prompt and response where that says it all, messages otherwise."""
+        """Return the row as one JSON object: prompt and response where that says it all, messages otherwise."""
         if [message.role for message in self.messages] == ["user", "assistant"]:
             return {"prompt": self.prompt, "response": self.response, **self.extra}
         return {"messages": [vars(message) for message in self.messages], **self.extra}
@@ -145,8 +143,9 @@ def refuse(problems: Sequence[Problem], path: Path | str) -> None:
 
 
 def conversation(value: Any) -> tuple[Message, ...]:
-    """Messages of a list of {"role", "content"}: an optional system message, then user and assistant in turn,
-    the assistant last. Raises ValueError.
+    """Return the messages of a list of {"role", "content"}.
+
+    A system message may come first; then user and assistant alternate, the assistant last. Raises ValueError.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"'messages' is {kind_of(value)}, not a list of {{role, content}}" if value else "no messages")
@@ -164,7 +163,7 @@ def conversation(value: Any) -> tuple[Message, ...]:
 
 
 def valid_text(value: Any, name: str) -> str:
-    """`value` if it is a text that can be trained on. Raises ValueError with the reason."""
+    """Return `value` if it is a text that can be trained on. Raises ValueError with the reason."""
     fault = text_fault(value, name)
     if fault:
         raise ValueError(fault)
@@ -172,7 +171,7 @@ def valid_text(value: Any, name: str) -> str:
 
 
 def text_fault(value: Any, name: str) -> str | None:
-    """Why `value` is no usable text, or None."""
+    """Return why `value` is no usable text, or None."""
     if not isinstance(value, str):
         return f"{name!r} is {kind_of(value)}, not a string"
     if not value.strip():
@@ -183,7 +182,7 @@ def text_fault(value: Any, name: str) -> str | None:
 
 
 def kind_of(value: Any) -> str:
-    """The JSON word for a value's type."""
+    """Return the JSON word for a value's type."""
     names = {
         type(None): "null",
         bool: "a boolean",
@@ -196,14 +195,12 @@ def kind_of(value: Any) -> str:
 
 
 def columns_of(record: Mapping[str, Any]) -> str:
-    """The column names of a record, for a message."""
+    """Return the column names of a record, for a message."""
     return ", ".join(str(key) for key in record) or "none"
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
-    """(place, object or problem) of every line that is not blank. Raises DataError if the file cannot be
-    opened.
-    """
+    """Yield (place, object or problem) of every line that is not blank. Raises DataError if it cannot be opened."""
     for number, offset, line in raw_lines(path):
         where = f"{path}:{number}"
         try:
@@ -228,7 +225,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(number from 1, byte offset, bytes) of every line; a byte-order mark at the start is passed over."""
+    """Yield (number from 1, byte offset, bytes) of every line; a byte-order mark at the start is passed over."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -240,13 +237,13 @@ def raw_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def encoding_fault(error: UnicodeDecodeError, line: bytes, offset: int) -> str:
-    """What is wrong with a line that is no UTF-8; `offset` is the line's own in the file."""
+    """Return what is wrong with a line that is no UTF-8; `offset` is the line's own in the file."""
     hint = "; the file looks like UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
     return f"not UTF-8: byte 0x{line[error.start]:02x} at byte offset {offset + error.start}{hint}"
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, refused (ValueError) when it says a key twice."""
+    """Return the object of these pairs. Raises ValueError when it says a key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
@@ -284,12 +281,12 @@ def group_hash(name: str) -> float:
 
 
 def plain(text: str) -> str:
-    """Text for comparison: case folded, runs of white space as one space."""
+    """Return a text for comparison: case folded, runs of white space as one space."""
     return " ".join(text.casefold().split())
 
 
 def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
-    """Training rows for a negative control: what a run that learns nothing real is trained on.
+    """Return the training rows for a negative control: what a run that learns nothing real is trained on.
 
     `permuted_responses` gives every answer to another question (answers move along one cycle through all of
     them); `shuffled_words` keeps each answer in place and shuffles its words; `none` changes nothing. The

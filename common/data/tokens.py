@@ -32,9 +32,7 @@ ARRAYS = {"ids": np.uint32, "mask": np.uint8, "starts": np.int64, "ends": np.int
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as tokens: ids uint32 [n], mask uint8 [n] (1 = supervised), and what was cut from it ("" =
-    nothing).
-    """
+    """One row as tokens: ids uint32 [n], mask uint8 [n] (1 = supervised), and what was cut from it ("": nothing)."""
 
     ids: npt.NDArray[np.uint32]
     mask: npt.NDArray[np.uint8]
@@ -69,21 +67,19 @@ class Batch:
     rows: npt.NDArray[np.int64]
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row up to its last supervised one, [B]."""
+        """Return the tokens of each row up to its last supervised one, int64 [B]."""
         supervised = self.loss_mask > 0
         last = supervised.shape[1] - supervised[:, ::-1].argmax(axis=1)
         return np.where(supervised.any(axis=1), last, 0)
 
     def split(self, parts: int) -> list[Batch]:
-        """Cut into `parts` equal batches along the rows, in order. Raises ValueError if B is no multiple of
-        it.
-        """
+        """Return `parts` equal batches along the rows, in order. Raises ValueError if B is no multiple of it."""
         if len(self.rows) % parts:
             raise ValueError(f"a batch of {len(self.rows)} rows cannot be cut into {parts} equal parts")
         return [self.cut(part, parts) for part in range(parts)]
 
     def cut(self, part: int, parts: int) -> Batch:
-        """Part `part` (from 0) of `parts` parts along the rows; where B is no multiple, some have a row more."""
+        """Return part `part` (from 0) of `parts` along the rows; where B is no multiple, some have a row more."""
         at = slice(part * len(self.rows) // parts, (part + 1) * len(self.rows) // parts)
         return Batch(self.input_ids[at], self.labels[at], self.loss_mask[at], self.rows[at])
 
@@ -100,33 +96,33 @@ class TokenSplit:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all rows together."""
+        """Return the number of tokens in all rows together."""
         return int((self.arrays.ends - self.arrays.starts).sum())
 
     def row(self, index: int) -> Encoded:
-        """Row `index` as it was stored."""
+        """Return row `index` as it was stored."""
         at = slice(int(self.arrays.starts[index]), int(self.arrays.ends[index]))
         return Encoded(self.arrays.ids[at], self.arrays.mask[at])
 
     def spread(self, limit: int | None) -> TokenSplit:
-        """At most `limit` of the rows, evenly spread and in order; all of them for None."""
+        """Return at most `limit` of the rows, evenly spread and in order; all of them for None."""
         rows = spread(len(self), limit)
         arrays = Arrays(self.arrays.ids, self.arrays.mask, self.arrays.starts[rows], self.arrays.ends[rows])
         return self if len(rows) == len(self) else TokenSplit(arrays, self.length)
 
     def batch(self, step: int, seed: int, batch_size: int) -> Batch:
-        """The whole batch of optimizer step `step` (from 1): a pure function of its arguments."""
+        """Return the whole batch of optimizer step `step` (from 1): a pure function of its arguments."""
         return self.gather(order.rows_of_step(step, seed, batch_size, len(self)))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every row once, in order; the last batch is filled with rows of zero mask (`rows` = -1)."""
+        """Yield every row once, in order; the last batch is filled with rows of zero mask (`rows` = -1)."""
         for first in range(0, len(self), batch_size):
             rows = np.arange(first, first + batch_size, dtype=np.int64)
             rows[rows >= len(self)] = -1
             yield self.gather(rows)
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """The batch of these rows (int64 [B], -1 = a line of padding).
+        """Return the batch of these rows (int64 [B], -1 = a line of padding).
 
         A row of n tokens becomes input tok[:-1] and labels tok[1:] with mask[1:]: the last token is only a
         label.
@@ -147,7 +143,7 @@ class TokenSplit:
 
 
 def spread(count: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """At most `limit` of the indices 0 to count - 1, evenly spread; all of them for None."""
+    """Return at most `limit` of the indices 0 to count - 1, evenly spread; all of them for None."""
     wanted = count if limit is None else min(count, limit)
     return np.arange(wanted, dtype=np.int64) * count // max(wanted, 1)
 
@@ -166,19 +162,17 @@ class TokenDataset:
 
     @property
     def train(self) -> TokenSplit:
-        """The rows that are trained on."""
+        """Return the rows that are trained on."""
         return self.splits["train"]
 
     @property
     def held_out(self) -> TokenSplit:
-        """The rows that are only evaluated (none when the recipe holds none out)."""
+        """Return the rows that are only evaluated (none when the recipe holds none out)."""
         return self.splits["held_out"]
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> TokenDataset:
-        """Map the files of `folder`; with `verify`, recompute their hash. Raises DataError when anything is
-        off.
-        """
+        """Map the files of `folder`; with `verify`, recompute their hash. Raises DataError when anything is off."""
         header = read_header(folder)
         length = int(header["length"])
         stored = {name: load_arrays(folder, name) for name in header["splits"]}
@@ -203,24 +197,6 @@ class TokenDataset:
 
 
 def write(
-    folder: Path,
-    splits: Mapping[str, Iterable[Encoded]],
-    *,
-    source_key: str,
-    info: Mapping[str, Any],
-    length: int | None = None,
-) -> TokenDataset:
-    """Store rows of tokens in `folder` and open it. See `write_arrays`."""
-    return write_arrays(
-        folder,
-        {name: pack(list(rows)) for name, rows in splits.items()},
-        source_key=source_key,
-        info=info,
-        length=length,
-    )
-
-
-def write_arrays(
     folder: Path,
     splits: Mapping[str, Arrays],
     *,
@@ -253,11 +229,11 @@ def write_arrays(
             for key in ARRAYS:
                 with (temporary / f"{name}.{key}.npy").open("wb") as file:
                     np.save(file, getattr(arrays, key), allow_pickle=False)
-                    sync(file.fileno())
+                    os.fsync(file.fileno())
         with (temporary / "dataset.json").open("w", encoding="utf-8") as text:
             text.write(json.dumps(header, indent=1, ensure_ascii=False) + "\n")
             text.flush()
-            sync(text.fileno())
+            os.fsync(text.fileno())
         temporary.chmod(0o755)
         put_in_place(temporary, folder)
     finally:
@@ -283,7 +259,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def is_same(folder: Path, other: Path) -> bool:
-    """Whether `folder` holds a whole data set that equals `other`, header and content."""
+    """Return whether `folder` holds a whole data set that equals `other`, header and content."""
     try:
         TokenDataset.open(folder)
         return read_header(folder) == read_header(other)
@@ -291,12 +267,8 @@ def is_same(folder: Path, other: Path) -> bool:
         return False
 
 
-def sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
 def read_header(folder: Path) -> dict[str, Any]:
-    """`dataset.json`, checked for its format. Raises DataError."""
+    """Return `dataset.json` of a known format. Raises DataError for anything else."""
     path = folder / "dataset.json"
     todo = "delete the folder: the next run builds it again"
     try:
@@ -330,7 +302,7 @@ def load_arrays(folder: Path, name: str) -> Arrays:
 
 
 def pack(rows: list[Encoded]) -> Arrays:
-    """Rows one after the other."""
+    """Return the arrays of a split with these rows one after the other."""
     ends = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
     return Arrays(
         ids=np.concatenate([row.ids for row in rows] or [EMPTY.ids]).astype(np.uint32),
@@ -344,13 +316,13 @@ EMPTY = Arrays(np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(0, np.int
 
 
 def needed_length(splits: Iterable[Arrays]) -> int:
-    """The smallest multiple of 32 that holds the n-1 predicted tokens of every row, at least 32."""
+    """Return the smallest multiple of 32 that holds the n-1 predicted tokens of every row, at least 32."""
     longest = max((int((arrays.ends - arrays.starts).max()) for arrays in splits if len(arrays.starts)), default=1)
     return round_up(max(longest - 1, 1))
 
 
 def check_windows(arrays: Arrays, length: int, where: str) -> None:
-    """Every row lies inside the token array, has at least two tokens, and fits T. Raises DataError."""
+    """Raise DataError unless every row lies inside the token array, has at least two tokens, and fits T."""
     size = arrays.ends - arrays.starts
     if len(arrays.ids) != len(arrays.mask) or len(arrays.starts) != len(arrays.ends):
         raise DataError("the arrays of a split differ in length", where=where)
@@ -368,9 +340,7 @@ def check_windows(arrays: Arrays, length: int, where: str) -> None:
 
 
 def counts(arrays: Arrays) -> dict[str, int]:
-    """Rows, tokens of all rows, and how many of them are supervised labels (the first token of a row never
-    is).
-    """
+    """Return rows, tokens, and how many of them are supervised labels (the first token of a row never is)."""
     windows = zip(arrays.starts.tolist(), arrays.ends.tolist(), strict=True)
     return {
         "rows": len(arrays.starts),
@@ -380,9 +350,7 @@ def counts(arrays: Arrays) -> dict[str, int]:
 
 
 def content_sha256(splits: Mapping[str, Arrays]) -> str:
-    """Hash of what the arrays hold (names, dtypes, counts, little-endian values), not of the file format
-    around it.
-    """
+    """Return the sha256 over what the arrays hold: names, dtypes, counts, little-endian values, no file format."""
     digest = hashlib.sha256()
     for name in sorted(splits):
         for key, dtype in ARRAYS.items():

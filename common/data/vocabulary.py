@@ -80,12 +80,12 @@ def refuse_misfit(found: int, asked: int, kind: str) -> None:
 
 
 def code_points(text: str) -> Ids:
-    """The text as Unicode code points, uint32 [characters]."""
+    """Return the text as Unicode code points, uint32 [characters]."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def characters(documents: Sequence[Document]) -> list[str]:
-    """The distinct characters of the documents, by code point; U+FFFD stands for the unknown and is none."""
+    """Return the distinct characters of the documents, by code point; U+FFFD stands for the unknown and is none."""
     seen = np.zeros(CODE_POINTS, bool)
     for document in documents:
         seen[code_points(document.text)] = True
@@ -94,7 +94,7 @@ def characters(documents: Sequence[Document]) -> list[str]:
 
 
 def char_tokenizer(documents: Sequence[Document]) -> Tokenizer:
-    """One id a character, the unknown one last."""
+    """Return a tokenizer with one id a character, the unknown one last."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     ids = {character: number for number, character in enumerate([*characters(documents), UNKNOWN])}
@@ -105,7 +105,7 @@ def char_tokenizer(documents: Sequence[Document]) -> Tokenizer:
 
 
 def char_table(tokenizer: Tokenizer) -> Ids:
-    """The id of every code point by the character tokenizer, uint32 [CODE_POINTS]."""
+    """Return the id of every code point by the character tokenizer, uint32 [CODE_POINTS]."""
     vocab = tokenizer.get_vocab()
     table = np.full(CODE_POINTS, vocab[UNKNOWN], np.uint32)
     for character, number in vocab.items():
@@ -117,7 +117,7 @@ def char_table(tokenizer: Tokenizer) -> Ids:
 
 
 def bpe_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's word pattern: every byte has an id, so nothing is unknown."""
+    """Return byte-level BPE with GPT-2's word pattern: every byte has an id, so nothing is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -130,13 +130,13 @@ def bpe_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
 
 
 def bpe_ids(tokenizer: Tokenizer, text: str) -> Ids:
-    """Ids of a text by BPE, uint32 [tokens], encoded by the library's threads."""
+    """Return the ids of a text by BPE, uint32 [tokens], encoded by the library's threads."""
     parts = tokenizer.encode_batch_fast(list(chunks(text)), add_special_tokens=False)
     return np.concatenate([np.array(part.ids, np.uint32) for part in parts] or [np.zeros(0, np.uint32)])
 
 
 def chunks(text: str) -> Iterator[str]:
-    """The text in parts of about CHUNK characters that are encoded alone as they are within the whole.
+    """Yield the text in parts of about CHUNK characters that are encoded alone as they are within the whole.
 
     GPT-2's pattern leaves the last white-space character before a word to that word's side, so a part may begin with
     a line feed that another character than white space follows, and nowhere else.
@@ -154,7 +154,7 @@ def chunks(text: str) -> Iterator[str]:
 
 
 def encode(folder: Path, kind: str, documents: Sequence[Document]) -> Ids:
-    """Ids of all documents one after the other, uint32 [tokens], by the tokenizer in `folder`."""
+    """Return the ids of all documents one after the other, uint32 [tokens], by the tokenizer in `folder`."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -167,7 +167,7 @@ def encode(folder: Path, kind: str, documents: Sequence[Document]) -> Ids:
 
 
 def bytes_of_ids(folder: Path, kind: str) -> npt.NDArray[np.int64]:
-    """How many UTF-8 bytes of text each id stands for, int64 [ids]: what makes tokenizers comparable.
+    """Return how many UTF-8 bytes of text each id stands for, int64 [ids]: what makes tokenizers comparable.
 
     A byte-level token has one character of its alphabet for each byte.
     """
@@ -181,7 +181,7 @@ def bytes_of_ids(folder: Path, kind: str) -> npt.NDArray[np.int64]:
 
 
 def unknown_id(folder: Path) -> int | None:
-    """The id of U+FFFD in a character tokenizer; None for BPE, which knows every byte."""
+    """Return the id of U+FFFD in a character tokenizer; None for BPE, which knows every byte."""
     from tokenizers import Tokenizer
 
     found: int | None = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(UNKNOWN)

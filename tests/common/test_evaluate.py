@@ -20,7 +20,7 @@ class LengthBackend:
 
 def split_of(tmp_path, rows: int) -> tokens.TokenSplit:
     encoded = [Encoded(np.full(n + 2, n + 1, np.uint32), np.ones(n + 2, np.uint8)) for n in range(rows)]
-    return tokens.write(tmp_path / "set", {"held_out": encoded}, source_key="k", info={}).held_out
+    return tokens.write(tmp_path / "set", {"held_out": tokens.pack(encoded)}, source_key="k", info={}).held_out
 
 
 @pytest.mark.parametrize("rows", [2, EVAL_ROWS, EVAL_ROWS + 3])

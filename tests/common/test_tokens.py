@@ -27,7 +27,7 @@ def some_rows(count: int, seed: int = 0) -> list[Encoded]:
 
 
 def written(folder: Path, rows: list[Encoded], **options) -> TokenDataset:
-    return tokens.write(folder / "set", {"train": rows}, source_key="key", info={}, **options)
+    return tokens.write(folder / "set", {"train": tokens.pack(rows)}, source_key="key", info={}, **options)
 
 
 def test_rows_become_inputs_shifted_labels_and_mask(tmp_path):
@@ -92,7 +92,12 @@ def test_no_held_out_rows_is_an_empty_split(tmp_path):
 
 def test_hash_is_of_the_content(tmp_path):
     one = written(tmp_path / "a", some_rows(4)).tokens_sha256
-    assert one == tokens.write(tmp_path / "b", {"train": some_rows(4)}, source_key="other", info={"x": 1}).tokens_sha256
+    assert (
+        one
+        == tokens.write(
+            tmp_path / "b", {"train": tokens.pack(some_rows(4))}, source_key="other", info={"x": 1}
+        ).tokens_sha256
+    )
     assert one != written(tmp_path / "c", some_rows(4, seed=1)).tokens_sha256
     changed = some_rows(4)
     changed[2].mask[-1] ^= 1
@@ -101,7 +106,10 @@ def test_hash_is_of_the_content(tmp_path):
 
 def test_golden_hash(tmp_path):
     dataset = tokens.write(
-        tmp_path / "x", {"train": [encoded(1, 2, 3)], "held_out": [encoded(4, 5)]}, source_key="k", info={}
+        tmp_path / "x",
+        {"train": tokens.pack([encoded(1, 2, 3)]), "held_out": tokens.pack([encoded(4, 5)])},
+        source_key="k",
+        info={},
     )
     assert dataset.tokens_sha256[:16] == "a3faf7dee129068d"
 

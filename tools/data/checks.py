@@ -83,11 +83,11 @@ class Finding:
 
     @property
     def is_error(self) -> bool:
-        """Whether it fails a check without `--strict`."""
+        """Return whether it fails a check without `--strict`."""
         return self.id.startswith("D0")
 
     def lines(self) -> list[str]:
-        """The finding for a person: its first ten places and how many more."""
+        """Return the finding for a person: its first ten places and how many more."""
         found = [f"{'error' if self.is_error else 'warning'} {self.id}: {self.message}"]
         found += [f"  {place}" for place in self.where[:SHOWN]]
         return [*found, f"  and {len(self.where) - SHOWN} more"] if len(self.where) > SHOWN else found
@@ -102,26 +102,26 @@ class CheckReport:
 
     @property
     def errors(self) -> list[Finding]:
-        """What must be corrected."""
+        """Return what must be corrected."""
         return [finding for finding in self.findings if finding.is_error]
 
     @property
     def warnings(self) -> list[Finding]:
-        """What should be looked at."""
+        """Return what should be looked at."""
         return [finding for finding in self.findings if not finding.is_error]
 
     def failed(self, strict: bool = False) -> bool:
-        """Whether the check fails: on errors, and with `strict` on warnings too."""
+        """Return whether the check fails: on errors, and with `strict` on warnings too."""
         return bool(self.findings if strict else self.errors)
 
     def lines(self) -> list[str]:
-        """The report for a person: errors first."""
+        """Return the report for a person: errors first."""
         count = ", ".join(f"{rows} {name.replace('_', ' ')}" for name, rows in self.rows.items())
         found = [line for finding in [*self.errors, *self.warnings] for line in finding.lines()]
         return [*found, f"{count} rows; errors: {len(self.errors)}, warnings: {len(self.warnings)}"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         kinds = {"errors": self.errors, "warnings": self.warnings}
         return {"rows": dict(self.rows)} | {kind: [asdict(one) for one in found] for kind, found in kinds.items()}
 
@@ -166,19 +166,19 @@ def check(
 
 
 def listed(id: str, message: str, where: Iterable[str]) -> Iterator[Finding]:
-    """One finding with its count in front, if there is any place."""
+    """Yield one finding with its count in front, if there is any place."""
     places = list(where)
     if places:
         yield Finding(id, f"{len(places)} {message}", places)
 
 
 def canonical(text: str) -> str:
-    """Text for comparison: case, white space and end punctuation do not count."""
+    """Return a text for comparison: case, white space and end punctuation do not count."""
     return plain(text).rstrip(" .?!")
 
 
 def leaks(train: Sequence[Row], held_out: Sequence[Row], prompts: Sequence[str]) -> Iterator[Finding]:
-    """Prompts that stand on both sides of a measurement: the same ones are errors, near ones warnings."""
+    """Yield prompts that stand on both sides of a measurement: the same ones are errors, near ones warnings."""
     trained = [(row.prompt, row.where) for row in train]
     held = [(row.prompt, row.where) for row in held_out]
     asked = [(prompt, f"evaluation prompt {number}") for number, prompt in enumerate(prompts, start=1)]
@@ -198,7 +198,7 @@ def leaks(train: Sequence[Row], held_out: Sequence[Row], prompts: Sequence[str])
 
 
 def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """ "a ~ b" for every one of ours, with the first of theirs that shares at least 80 % of the words.
+    """Return "a ~ b" for every one of ours, with the first of theirs that shares at least 80 % of the words.
 
     Two sets of words that alike share one of each other's rarest words (prefix filtering: Chaudhuri et al.,
     "A primitive operator for similarity joins in data cleaning", ICDE 2006), so few pairs are compared.
@@ -216,7 +216,7 @@ def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]
 
 
 def sharing(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) -> Iterator[list[int]]:
-    """For each of ours, those of theirs (by index) that it shares a rarest word with: all that can be near it."""
+    """Yield, for each of ours, those of theirs (by index) that share a rarest word with it: all that can be near it."""
     frequency = Counter(word for part in (*ours, *theirs) for word in part)
     index: dict[str, list[int]] = defaultdict(list)
     for at, part in enumerate(theirs):
@@ -227,24 +227,24 @@ def sharing(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) ->
 
 
 def words(text: str) -> frozenset[str]:
-    """The different words of a text, case folded; none for a text too short to compare."""
+    """Return the different words of a text, case folded; none for a text too short to compare."""
     found = frozenset(re.findall(r"\w+", text.casefold()))
     return found if len(found) >= NEAR_WORDS else frozenset()
 
 
 def rarest(part: frozenset[str], frequency: Mapping[str, int]) -> list[str]:
-    """As many of the rarest words as two similar sets must have one of in common."""
+    """Return as many of the rarest words as two similar sets must have one of in common."""
     ranked = sorted(part, key=lambda word: (frequency[word], word))
     return ranked[: len(part) - math.ceil(NEAR * len(part)) + 1]
 
 
 def overlap(one: frozenset[str], other: frozenset[str]) -> float:
-    """Jaccard similarity of two sets of words."""
+    """Return the Jaccard similarity of two sets of words."""
     return len(one & other) / len(one | other) if one and other else 0.0
 
 
 def duplicates(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Rows, prompts and answers that come more than once."""
+    """Yield rows, prompts and answers that come more than once."""
     by_prompt, by_answer = (
         grouped(rows, lambda row: conversation_key(row)),
         grouped(rows, lambda row: row.response),
@@ -264,12 +264,12 @@ def duplicates(rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def conversation_key(row: Row) -> str:
-    """What stands before the last answer, for comparison."""
+    """Return what stands before the last answer, for comparison."""
     return "\n".join(f"{turn.role}: {canonical(turn.content)}" for turn in row.messages[:-1])
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
-    """Groups of at least two rows that are alike."""
+    """Return groups of at least two rows that are alike."""
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         found[canonical(key(row))].append(row)
@@ -277,7 +277,7 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
 
 
 def near_earlier(rows: Sequence[Row]) -> Iterator[str]:
-    """ "b ~ a" for every row whose prompt is nearly that of an earlier row."""
+    """Return "b ~ a" for every row whose prompt is nearly that of an earlier row."""
     place = {row.where: at for at, row in enumerate(rows)}
     prompts = [(row.prompt, row.where) for row in rows]
     for pair in near_pairs(prompts, prompts):
@@ -287,7 +287,7 @@ def near_earlier(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def private_data(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Keys (errors), e-mail addresses and phone numbers (warnings). What was found is not printed again."""
+    """Yield keys (errors), e-mail addresses and phone numbers (warnings). What was found is not printed again."""
     texts = [(row.where, "\n".join(turn.content for turn in row.messages)) for row in rows]
     secrets = [f"{where}: {name}" for where, text in texts for name, shape in SECRETS.items() if re.search(shape, text)]
     yield from listed("D004", "rows hold a key or token", secrets)
@@ -296,7 +296,7 @@ def private_data(rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def lengths_of_text(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Answers that are all but empty, texts that are long, and lengths unlike the others'."""
+    """Yield answers that are all but empty, texts that are long, and lengths unlike the others'."""
     empty = (f"{row.where}: {shown(row.response)}" for row in rows if len(row.response.split()) < 2)
     yield from listed("D111", "answers are a single word", empty)
     long = (row.where for row in rows if max(len(row.prompt), len(row.response)) > LONG_CHARACTERS)
@@ -307,7 +307,7 @@ def lengths_of_text(rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def outliers(rows: Sequence[Row]) -> Iterator[str]:
-    """Answers whose log length is more than four robust standard deviations (1.4826 MAD) from the median."""
+    """Yield answers whose log length is more than four robust standard deviations (1.4826 MAD) from the median."""
     sizes = [math.log(len(row.response)) for row in rows]
     if len(sizes) < 20:
         return
@@ -319,7 +319,7 @@ def outliers(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def variety(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Answers that begin alike, and one topic that outweighs the others."""
+    """Yield answers that begin alike, and one topic that outweighs the others."""
     share = first_word_share(rows)
     if len(rows) >= 10 and share < FEW_FIRST_WORDS:
         common = ", ".join(f"{word!r} {count}" for word, count in first_words(rows).most_common(3))
@@ -331,19 +331,19 @@ def variety(rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def first_words(rows: Sequence[Row]) -> Counter[str]:
-    """How often each word begins an answer, over at most 200 rows: a language has only so many."""
+    """Return how often each word begins an answer, over at most 200 rows: a language has only so many."""
     chosen = permutation(len(rows), 0, 2)[:FIRST_WORD_ROWS].tolist()
     return Counter(rows[at].response.split()[0].casefold() for at in chosen)
 
 
 def first_word_share(rows: Sequence[Row]) -> float:
-    """Different first words of answers per answer, 0 to 1."""
+    """Return the number of different first words per answer, 0 to 1."""
     found = first_words(rows)
     return len(found) / found.total() if found else 0.0
 
 
 def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Config | None) -> Iterator[Finding]:
-    """Markers of the chat template inside texts, rows the template refuses, rows that are long in tokens."""
+    """Yield markers of the chat template inside texts, rows the template refuses, rows that are long in tokens."""
     marked = {
         id(row): f"{row.where}: {marker!r} in the {turn.role}'s text"
         for row in rows
@@ -371,19 +371,19 @@ def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Con
 
 
 def encode(row: Row, tokenizer: ChatTokenizer, config: Config | None, limit: int | None) -> Encoded:
-    """A row's tokens under the config's system prompt, cut to `limit` predictions."""
+    """Return a row's tokens under the config's system prompt, cut to `limit` predictions."""
     system = config.data.system_prompt if config else None
     return tokenizer.encode_row(row, system=system, max_tokens=None if limit is None else limit + 1)
 
 
 def batch_findings(rows: int, config: Config) -> Iterator[Finding]:
-    """Fewer training rows than one optimizer step takes."""
+    """Yield a finding where there are fewer training rows than one optimizer step takes."""
     if rows < config.training.batch_size:
         yield Finding("D007", f"{rows} training rows do not fill one batch of {config.training.batch_size}", [])
 
 
 def shown(text: str, width: int = 60) -> str:
-    """The start of a text on one line."""
+    """Return the start of a text on one line."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 3] + "..."
 
@@ -443,11 +443,11 @@ class Stats:
     samples: Sequence[Mapping[str, str]] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON values."""
+        """Return the numbers as JSON values."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The numbers for a person."""
+        """Return the numbers for a person."""
         count = ", ".join(f"{rows} {name.replace('_', ' ')}" for name, rows in self.rows.items())
         prompt, answer = self.prompt_characters, self.response_characters
         found = [
@@ -476,7 +476,7 @@ class Stats:
 
 
 def token_lines(tokens: TokenStats) -> list[str]:
-    """Token statistics for a person; at most sixteen lengths, the needed one last."""
+    """Return the token statistics for a person; at most sixteen lengths, the needed one last."""
     found = [
         f"tokens per row: p50 {tokens.p50}, p95 {tokens.p95}, max {tokens.max}; {tokens.total} in all",
         f"supervised tokens: {tokens.supervised_share:.1%}",
@@ -513,17 +513,17 @@ def stats(rows: Rows, tokenizer: ChatTokenizer | None = None, config: Config | N
 
 
 def size_band(rows: int) -> tuple[str, str]:
-    """The band that a number of training rows falls in, and what to do about it."""
+    """Return the band that a number of training rows falls in, and what to do about it."""
     return next((name, advice) for least, name, advice in reversed(BANDS) if rows >= least)
 
 
 def spread(sizes: Sequence[int]) -> Spread:
-    """Least, mean and largest."""
+    """Return the least, mean and largest."""
     return Spread(min(sizes), sum(sizes) / len(sizes), max(sizes))
 
 
 def token_stats(encoded: Sequence[Encoded]) -> TokenStats:
-    """Token counts and the padding at each multiple of 32 up to the one that holds every row."""
+    """Return the token counts and the padding at each multiple of 32 up to the one that holds every row."""
     sizes = sorted(len(row.ids) for row in encoded)
     needed = round_up(max(sizes[-1] - 1, 1))
     return TokenStats(
@@ -538,13 +538,13 @@ def token_stats(encoded: Sequence[Encoded]) -> TokenStats:
 
 
 def padding_at(length: int, sizes: Sequence[int]) -> Padding:
-    """The share of a [rows, length] batch that is padding; a row of n tokens fills n-1 places."""
+    """Return the share of a [rows, length] batch that is padding; a row of n tokens fills n-1 places."""
     used = sum(min(size - 1, length) for size in sizes)
     return Padding(length, 1 - used / (length * len(sizes)), sum(size - 1 > length for size in sizes))
 
 
 def samples(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Three rows to look at: the same ones every time."""
+    """Return three rows to look at: the same ones every time."""
     chosen = permutation(len(rows), 0, 2)[:SAMPLES].tolist()
     return [
         {"where": row.where, "prompt": row.prompt, "response": row.response} for row in map(rows.__getitem__, chosen)

@@ -69,7 +69,7 @@ class Report:
     sha256: str
 
     def lines(self) -> list[str]:
-        """The report for a person, one line a fact."""
+        """Return the report for a person, one line a fact."""
         found = [
             f"{self.rows} rows from {self.source} ({self.format}) to {self.out}",
             f"sha256 {self.sha256}",
@@ -82,7 +82,7 @@ class Report:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Return the report as JSON values."""
         return asdict(self)
 
 
@@ -164,7 +164,7 @@ def load_rows(source: Path, format: str, mapping: Mapping[str, str] | None = Non
 
 
 def records(source: str | Path, format: str, revision: str | None, subset: str | None, split: str) -> Iterator[Record]:
-    """(place, record or problem) of every entry of `source`, whose format is known by now."""
+    """Return (place, record or problem) of every entry of `source`, whose format is known by now."""
     if format == "hub":
         return hub_records(str(source)[len(HUB) :], revision, subset, split)
     if revision is not None:
@@ -181,7 +181,7 @@ def records(source: str | Path, format: str, revision: str | None, subset: str |
 
 
 def guess_format(source: str | Path, format: str) -> str:
-    """The format to read `source` as: what was asked for, or what its name and first record show."""
+    """Return the format to read `source` as: what was asked for, or what its name and first record show."""
     if format not in FORMATS:
         raise UsageError(f"no format {format!r}; known: {', '.join(FORMATS)}")
     if str(source).startswith(HUB):
@@ -200,7 +200,7 @@ def guess_format(source: str | Path, format: str) -> str:
 
 
 def json_records(path: Path) -> Iterator[Record]:
-    """Objects of a JSONL file, or of one JSON list."""
+    """Yield objects of a JSONL file, or of one JSON list."""
     text = path.read_bytes()[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
     if not text.startswith(b"["):
         yield from json_lines(path)
@@ -215,7 +215,7 @@ def json_records(path: Path) -> Iterator[Record]:
 
 
 def alpaca_records(path: Path) -> Iterator[Record]:
-    """Alpaca: instruction, perhaps input, output; a `system` text becomes the system message."""
+    """Yield Alpaca's records (instruction, perhaps input, output); a `system` text becomes the system message."""
     for where, record in json_records(path):
         if isinstance(record, Problem):
             yield where, record
@@ -226,7 +226,7 @@ def alpaca_records(path: Path) -> Iterator[Record]:
 
 
 def with_system_message(record: Mapping[str, Any]) -> dict[str, Any]:
-    """An Alpaca record as messages where it has a system text, else itself without the empty one."""
+    """Return an Alpaca record as messages where it has a system text, else itself without the empty one."""
     rest = {key: value for key, value in record.items() if key != "system"}
     if not record.get("system"):
         return rest
@@ -236,7 +236,7 @@ def with_system_message(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sharegpt_records(path: Path) -> Iterator[Record]:
-    """ShareGPT: `conversations` of {"from": human|gpt|system, "value"}."""
+    """Yield the records of ShareGPT's form, `conversations` of {"from": human|gpt|system, "value"}."""
     for where, record in json_records(path):
         if isinstance(record, Problem):
             yield where, record
@@ -253,7 +253,7 @@ def sharegpt_records(path: Path) -> Iterator[Record]:
 
 
 def csv_records(path: Path) -> Iterator[Record]:
-    """Lines of a CSV file with a header; commas, semicolons or tabs. Every value stays the text it is."""
+    """Yield the lines of a CSV file with a header; commas, semicolons or tabs. Every value stays the text it is."""
     text = decode(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
@@ -274,7 +274,7 @@ def csv_records(path: Path) -> Iterator[Record]:
 
 
 def parquet_records(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet file."""
+    """Yield the rows of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -290,9 +290,7 @@ def parquet_records(path: Path) -> Iterator[Record]:
 
 
 def text_records(path: Path) -> Iterator[Record]:
-    """Pairs of a text file that marks questions with `Q:` and answers with `A:`. Raises DataError if it marks
-    none.
-    """
+    """Yield the pairs of a text that marks them with `Q:` and `A:`. Raises DataError if it has none."""
     parts = list(marked_parts(decode(path).splitlines()))
     if not any(kind == "Q" for kind, _, _ in parts):
         raise DataError(
@@ -314,7 +312,7 @@ def text_records(path: Path) -> Iterator[Record]:
 
 
 def marked_parts(lines: Iterable[str]) -> Iterator[tuple[str, int, str]]:
-    """("Q" or "A", first line, text) of every marked part; "" for what stands before the first mark."""
+    """Yield ("Q" or "A", first line, text) of every marked part; "" for what stands before the first mark."""
     kind, first, part = "", 1, []
     for number, line in enumerate(lines, start=1):
         mark = next((name for name, shape in (("Q", QUESTION), ("A", ANSWER)) if shape.match(line)), None)
@@ -328,7 +326,7 @@ def marked_parts(lines: Iterable[str]) -> Iterator[tuple[str, int, str]]:
 
 
 def hub_records(name: str, revision: str | None, subset: str | None, split: str) -> Iterator[Record]:
-    """Rows of a Hub data set at a commit, through `datasets`; from its cache when the Hub is out of reach.
+    """Return the rows of a Hub data set at a commit, through `datasets`; from its cache when the Hub is out of reach.
 
     Raises UsageError without a commit, MachineError when the data set is neither reachable nor cached.
     """
@@ -348,7 +346,7 @@ def hub_records(name: str, revision: str | None, subset: str | None, split: str)
 
 
 def loaded_records(name: str, revision: str, subset: str | None, split: str) -> Iterator[Record]:
-    """Rows that `datasets` loads; `name` may also be a local folder of data files."""
+    """Yield the rows that `datasets` loads; `name` may also be a local folder of data files."""
     import datasets
 
     where = f"{HUB}{name}@{revision[:12]}"
@@ -383,9 +381,7 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
 def collect(
     records: Iterable[tuple[str, Mapping[str, Any] | Problem]], mapping: Mapping[str, str] | None = None
 ) -> tuple[list[Row], list[Problem]]:
-    """Rows of records that come with their place, and the problems among them. Raises UsageError on a bad
-    mapping.
-    """
+    """Return the rows of records with their places, and the problems. Raises UsageError for a wrong mapping."""
     unknown = [name for name in mapping or {} if name not in TARGETS]
     if unknown:
         raise UsageError(f"cannot map to {unknown[0]!r}; known: {', '.join(TARGETS)}", todo="--map prompt=COLUMN")
@@ -402,8 +398,7 @@ def collect(
 
 
 def row_of(record: Mapping[str, Any], mapping: Mapping[str, str], where: str) -> Row:
-    """The row a record holds. `mapping` says which column is the prompt, the response, the system message or
-    messages.
+    """Return the row a record holds; `mapping` names the columns of prompt, response, system text or messages.
 
     Raises ValueError with the reason when there is none.
     """
@@ -424,7 +419,7 @@ def row_of(record: Mapping[str, Any], mapping: Mapping[str, str], where: str) ->
 
 
 def exchange(record: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[tuple[Message, ...], set[str]]:
-    """One question and its answer, and the columns they came from. Raises ValueError."""
+    """Return one question and its answer, and the columns they came from. Raises ValueError."""
     names = [(mapping.get("prompt", prompt), mapping.get("response", response)) for prompt, response in PAIRS]
     found = next((pair for pair in names if pair[0] in record and pair[1] in record), None)
     if found is None:

@@ -96,7 +96,7 @@ class TrainingText:
                 self.at.setdefault(word, []).append((number, position))
 
     def longest_copy(self, text: str) -> Copied:
-        """The longest run of words of `text` that stands in one response; case and punctuation do not count."""
+        """Return the longest run of words of `text` that stands in one response; case and punctuation do not count."""
         words = words_of(text)
         best, row, end = 0, 0, 0
         before: dict[tuple[int, int], int] = {}
@@ -110,13 +110,13 @@ class TrainingText:
         return Copied(best, " ".join(words[end - best : end]), self.places[row] if best else "")
 
     def known_share(self, text: str) -> float:
-        """Share of the text's five-word phrases that stand in some response; 0 for a shorter text."""
+        """Return the share of the text's five-word phrases that stand in some response; 0 for a shorter text."""
         found = [phrase in self.phrases for phrase in phrases(words_of(text), PHRASE)]
         return sum(found) / len(found) if found else 0.0
 
 
 def responses(run: TrainedRun) -> Iterator[tuple[str, str]]:
-    """(file:line, text) of every response as it was trained on: from the tokens, so with every cut and control."""
+    """Yield (file:line, text) of every response as it was trained on: from the tokens, with every cut and control."""
     dataset = run.dataset()
     for index, where in enumerate(dataset.info["rows"]["train"]):
         row = dataset.train.row(index)
@@ -126,7 +126,7 @@ def responses(run: TrainedRun) -> Iterator[tuple[str, str]]:
 
 
 def examine(first: dict[str, Any], last: dict[str, Any], text: TrainingText | None, run: TrainedRun) -> list[Examined]:
-    """The answers after step 0 and after the last one, checked, to the prompts that both were asked."""
+    """Return the answers after step 0 and after the last one, checked, to the prompts that both were asked."""
     text = text or TrainingText([])
     asked_before = {sample["prompt"]: sample for sample in first["samples"]}
     pairs = [(asked_before[s["prompt"]], s) for s in last["samples"] if s["prompt"] in asked_before]
@@ -148,12 +148,12 @@ def examine(first: dict[str, Any], last: dict[str, Any], text: TrainingText | No
 
 
 def tokens_of(sample: dict[str, Any], tokenizer: ChatTokenizer) -> int:
-    """How long the answer was: as recorded, else as its text is tokenized."""
+    """Return how long the answer was: as recorded, else as its text is tokenized."""
     return int(sample.get("tokens") or len(tokenizer.encode_text(sample["answer"])))
 
 
 def repeated_share(text: str) -> float:
-    """Share of the text's four-word phrases that said again what an earlier one said."""
+    """Return the share of the text's four-word phrases that said again what an earlier one said."""
     found = Counter(phrases(words_of(text), REPEAT))
     return 1 - len(found) / found.total() if found else 0.0
 
@@ -170,7 +170,7 @@ def phrases(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
 
 
 def headline(first: dict[str, Any], last: dict[str, Any], answers: Sequence[Examined]) -> str:
-    """Losses, gain and the counts of what was found, in one line."""
+    """Return the losses, the gain and the counts of what was found, in one line."""
     before, after = from_rows(first["nll"], first["tokens"]), from_rows(last["nll"], last["tokens"])
     gain, error = after.improvement_over(before)
     counts = {

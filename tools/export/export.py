@@ -146,7 +146,7 @@ def record_in(manifest: Manifest, run_folder: Path, record: dict[str, Any]) -> N
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """export.json, or None where there is no readable one. Raises MachineError for an unknown format."""
+    """Return export.json, or None where there is no readable one. Raises MachineError for an unknown format."""
     try:
         record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -159,14 +159,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_of(record: dict[str, Any], run: TrainedRun, dtype: str) -> bool:
-    """Whether a record is that of a verified export of this checkpoint in this dtype."""
+    """Return whether a record is that of a verified export of this checkpoint in this dtype."""
     if not record["verified"] or record["dtype"] != dtype:
         return False
     return dict(record["checkpoint"]) == dict(run.checkpoint.state["sha256"])
 
 
 def damaged(folder: Path, record: dict[str, Any]) -> str:
-    """Which file is not as export.json has it; empty when all are."""
+    """Return which file is not as export.json has it; empty when all are."""
     for name, sha256 in record["sha256"].items():
         path = folder / name
         if not path.is_file() or sha256_file(path) != sha256:
@@ -175,7 +175,7 @@ def damaged(folder: Path, record: dict[str, Any]) -> str:
 
 
 def sizes(folder: Path, dtype: str) -> str:
-    """`merged fp32 538 MB, adapter 20 MB`."""
+    """Return `merged fp32 538 MB, adapter 20 MB`."""
     weights = {
         "merged": folder / "merged" / "model.safetensors",
         "adapter": folder / "adapter" / "adapter_model.safetensors",

@@ -26,7 +26,7 @@ def report_unmoved(run: TrainedRun, manifest: Manifest, console: Console) -> Non
 
 
 def unmoved(run: TrainedRun) -> tuple[list[str], int]:
-    """Names of trained tensors that equal their value before training, and how many were looked at.
+    """Return the names of trained tensors that equal their value before training, and how many were looked at.
 
     Of an adapter, B is looked at, which starts at zero.
     """
