@@ -80,7 +80,7 @@ def test_it_runs_the_checkout_that_is_mounted(cpu_image: Image) -> None:
     assert f"recipe: {FINE_TUNE.name}" in shown
     assert (
         docker("image", "inspect", "--format", "{{json .Config.Entrypoint}}", cpu_image.reference)
-        == '["python","-m","common"]'
+        == '["python","-m","tools.cli"]'
     )
 
 
