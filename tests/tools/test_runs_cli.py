@@ -68,6 +68,15 @@ def test_show_says_what_it_cannot_draw(tmp_path, lines):
     assert "no loss was recorded" in output
 
 
+def test_a_first_loss_that_held_explains_nothing_and_one_that_did_not_does(tmp_path):
+    folder = write_run(tmp_path)
+    said = "2026-01-01T00:00:00Z the first loss is 6.9461; untrained weights give 6.97 ± 0.19\n"
+    (folder / "train.log").write_text(said)
+    assert "nothing that is known" in command("explain", folder).output
+    (folder / "train.log").write_text(said.replace("Z the", "Z run ends: failed: the"))
+    assert "first-loss (train.log:1" in command("explain", folder).output
+
+
 # --- compare ------------------------------------------------------------------------------------------------------
 
 
