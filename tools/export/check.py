@@ -33,7 +33,7 @@ CHECKED_ROWS = 64  # a larger held-out set is sampled evenly: parity shows on an
 
 
 @dataclass
-class Outcome:
+class ExportCheck:
     """`status` is verified, unverified (could not be measured here) or failed; `reason` says why if not verified."""
 
     status: str
@@ -68,32 +68,34 @@ class Outcome:
         )
 
 
-def check(folder: Path, run: TrainedRun, dtype: str) -> Outcome:
+def check(folder: Path, run: TrainedRun, dtype: str) -> ExportCheck:
     """Check the export in `folder`: names and shapes, tokenizer, then the held-out loss of each model in it."""
     started = time.perf_counter()
     if faults := file_faults(folder, run):
-        return Outcome("failed", "; ".join(faults[:5]))
+        return ExportCheck("failed", "; ".join(faults[:5]))
     if missing := [name for name in ("torch", "transformers", "peft") if not installed(name)]:
-        return Outcome("unverified", f"names and shapes were checked, the loss was not: no {', '.join(missing)} here")
+        return ExportCheck(
+            "unverified", f"names and shapes were checked, the loss was not: no {', '.join(missing)} here"
+        )
     if faults := tokenizer_faults(folder / "merged", run):
-        return Outcome("failed", faults[0])
+        return ExportCheck("failed", faults[0])
     try:
         split = run.held_out_split()
     except DataError as error:
-        return Outcome("unverified", f"the run's held-out rows are not here: {error.what}")
+        return ExportCheck("unverified", f"the run's held-out rows are not here: {error.what}")
     if not len(split):
-        return Outcome("unverified", "the run has no held-out rows")
+        return ExportCheck("unverified", "the run has no held-out rows")
     outcome = measure(folder, run, dtype, split)
     outcome.seconds = time.perf_counter() - started
     return outcome
 
 
-def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Outcome:
+def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> ExportCheck:
     """The held-out loss of every model of the export beside the run's own, over the same rows."""
     rows = spread(len(split), CHECKED_ROWS).tolist()
     own, compared_with = run_evaluation(run)
     chosen = HeldOut(own.nll[rows], own.tokens[rows])
-    outcome = Outcome(
+    outcome = ExportCheck(
         "verified",
         run_loss=chosen.loss,
         compared_with=compared_with,

@@ -19,7 +19,7 @@ from common.errors import MachineError, UsageError, VerificationError
 from common.files import disk_errors, sha256_file, sync, try_lock, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
-from tools.export.check import Outcome, check
+from tools.export.check import ExportCheck, check
 from tools.export.hf_folder import export_dtype, write_adapter, write_merged
 from tools.export.model_card import adapter_card, merged_card
 from tools.runs import trained
@@ -67,7 +67,7 @@ def check_export(run_folder: Path, say: Say) -> Path:
             say(f"the export is of step {record['step']}, the run's newest checkpoint of step {run.step}")
             run = trained.read(folder.parent / "checkpoints" / f"step-{record['step']:08d}", say)
         damage = damaged(folder, record)
-        outcome = Outcome("failed", damage) if damage else check(folder, run, record["dtype"])
+        outcome = ExportCheck("failed", damage) if damage else check(folder, run, record["dtype"])
         write_json(folder / "export.json", {**record, **verdict(outcome)})
         record_in(Manifest.load(run.folder), run.folder, {**record, **verdict(outcome)})
         say(f"export {outcome.line()}")
@@ -102,7 +102,7 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
     return folder
 
 
-def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[Outcome, dict[str, Any]]:
+def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[ExportCheck, dict[str, Any]]:
     """Fill `folder`; return what the check found, and export.json's content."""
     folder.mkdir()
     write_merged(folder / "merged", run, dtype)
@@ -129,7 +129,7 @@ def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[Outcome, dict[str,
     return outcome, record
 
 
-def verdict(outcome: Outcome) -> dict[str, Any]:
+def verdict(outcome: ExportCheck) -> dict[str, Any]:
     return {
         "verified": outcome.status == "verified",
         "status": outcome.status,

@@ -16,7 +16,7 @@ from common.data import texts
 from common.errors import DataError
 from common.train.console import clock
 from common.train.evaluate import HeldOut
-from tools.export.check import Outcome
+from tools.export.check import ExportCheck
 from tools.export.hf_folder import base_for_peft
 from tools.runs.folder import at_step
 from tools.runs.trained import TrainedRun
@@ -24,13 +24,13 @@ from tools.runs.trained import TrainedRun
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def merged_card(run: TrainedRun, dtype: str, outcome: Outcome) -> str:
+def merged_card(run: TrainedRun, dtype: str, outcome: ExportCheck) -> str:
     """Return the README.md of export/merged."""
     name = "scratch" if run.base.initial else "merged"
     return render(name, {**facts(run, outcome), "library": "transformers", "dtype": dtype})
 
 
-def adapter_card(run: TrainedRun, outcome: Outcome) -> str:
+def adapter_card(run: TrainedRun, outcome: ExportCheck) -> str:
     """Return the README.md of export/adapter."""
     return render("adapter", {**facts(run, outcome), "library": "peft"})
 
@@ -50,7 +50,7 @@ def render(name: str, values: Mapping[str, Any]) -> str:
     return environment.get_template(f"{name}.md.j2").render(values)
 
 
-def facts(run: TrainedRun, outcome: Outcome) -> dict[str, Any]:
+def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
     """What both cards say, all of it from the run's own files."""
     config, manifest = run.config, run.manifest
     training, lora = config.training, config.model.lora
@@ -124,7 +124,7 @@ def with_error(rows: HeldOut) -> str:
     return f"{rows.loss:.4f} ± {rows.standard_error:.4f}"
 
 
-def proof(outcome: Outcome) -> str:
+def proof(outcome: ExportCheck) -> str:
     """What the export's check found, as a sentence."""
     if not outcome.losses or outcome.run_loss is None:
         return f"The exported weights were not measured: {outcome.reason}."
