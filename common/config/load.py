@@ -103,6 +103,13 @@ class Config(Section):
         return self.training.batch_size // (self.micro_batch * self.device.devices)
 
     @property
+    def batch_equation(self) -> str:
+        """Return `batch_size 64 = micro_batch_size 16 x 2 devices x 2 accumulated`."""
+        devices = f" x {self.device.devices} devices" if self.device.devices > 1 else ""
+        parts = f"micro_batch_size {self.micro_batch}{devices} x {self.accumulation} accumulated"
+        return f"batch_size {self.training.batch_size} = {parts}"
+
+    @property
     def recipe_batch(self) -> int | None:
         """The batch_size of config.yaml and preset, before overlay and --set; None where that is not known."""
         return self._origin.recipe_batch

@@ -99,18 +99,11 @@ def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
     """The config with max_steps fixed; says steps, epochs and the batch equation."""
     training = config.training
     steps = training.max_steps or steps_for(training.num_epochs or 0, rows, training.batch_size)
-    say(f"{batch_equation(config)}; {steps} steps = {steps * training.batch_size / rows:.2f} epochs of {rows} rows")
+    say(f"{config.batch_equation}; {steps} steps = {steps * training.batch_size / rows:.2f} epochs of {rows} rows")
     config = config.with_values(**{"training.max_steps": steps}) if training.max_steps is None else config
     if warmup_steps(config.training) < training.scheduler.warmup_steps:
         say(f"warm-up clamped from {training.scheduler.warmup_steps} to the run's {steps} steps")
     return config
-
-
-def batch_equation(config: Config) -> str:
-    """Return `batch_size 64 = micro_batch_size 16 x 2 devices x 2 accumulated`."""
-    devices = f" x {config.device.devices} devices" if config.device.devices > 1 else ""
-    parts = f"micro_batch_size {config.micro_batch}{devices} x {config.accumulation} accumulated"
-    return f"batch_size {config.training.batch_size} = {parts}"
 
 
 def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None:

@@ -97,6 +97,12 @@ def test_the_training_path_is_planned_without_an_engine():
     assert not imported_by(code) & {"torch", "transformers", "datasets", "pyarrow", "peft", "ttnn", "ttml"}
 
 
+def test_a_board_s_host_needs_no_numpy_to_launch_a_container():
+    """Nor to say what it would launch: requirements/launcher.txt has none."""
+    code = "import tools.doctor.machine, tools.launch.dry_run, tools.launch.run, tools.launch.stop"
+    assert not imported_by(code) & {"torch", "numpy", "safetensors"}
+
+
 def test_every_module_but_the_engine_s_imports_without_torch():
     names = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)

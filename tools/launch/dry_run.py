@@ -12,7 +12,6 @@ from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
 from common.model import llama
 from common.train.launch import Launch
-from common.train.plan import batch_equation
 from engines.registry import engine_for
 from engines.ttml.mesh import find_descriptor
 from tools.containers import launcher
@@ -38,7 +37,7 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
         words = ["docker", "run", "--rm", *arguments_of(spec)]
         yield f"in the container: {shlex.join(words)}"
     yield f"device nodes: {', '.join(here.nodes) or 'none needed'}"
-    yield (f"{start_of(config)}; precision {precision}; {batch_equation(config)}; mesh {config.device.mesh_shape}")
+    yield f"{start_of(config)}; precision {precision}; {config.batch_equation}; mesh {config.device.mesh_shape}"
     for finding in lint.lint(config, board):
         yield f"{finding.id}: {finding.message}"
     lacking = list(lacks_contained(board) if contained else lacks(board, config)) + missing(config)

@@ -8,7 +8,6 @@ from common.errors import UsageError
 from common.train.launch import Launch
 from tools.containers import launcher
 from tools.data.fetch import fetch_pinned
-from tools.launch.after_run import train_here
 from tools.launch.processes import in_processes
 from tools.machine import lease
 from tools.plan import lint
@@ -29,4 +28,6 @@ def run(launch: Launch, container: bool | None) -> int:
 
 def run_here(launch: Launch) -> int:
     """Train on this machine's own Python, or that of the container this is, in as many processes as it takes."""
+    from tools.launch.after_run import train_here  # needs numpy, which a board's host, a launcher alone, lacks
+
     return in_processes(launch, train_here, click.echo)

@@ -23,7 +23,7 @@ from common.model import bases, llama
 from common.recipe import load_dataset
 from common.train.console import clock
 from common.train.launch import Launch
-from common.train.plan import batch_equation, prepare
+from common.train.plan import prepare
 from engines.ttml import memory
 from engines.ttml.memory import MIB, Memory
 from tools.launch.resolve import resolve
@@ -189,7 +189,7 @@ def lines(found: Outlook) -> Iterator[str]:
     """For a person."""
     config, rows = found.config, found.rows
     yield f"{config.recipe} on {found.why}"
-    yield batch_equation(config)
+    yield config.batch_equation
     if rows.train:
         epoch = rows.train / config.training.batch_size
         yield f"{rows.train} training rows, {rows.held_out} held out: {epoch:.1f} steps an epoch"
@@ -243,7 +243,7 @@ def to_dict(found: Outlook) -> dict[str, Any]:
         "recipe": config.recipe,
         "hw": found.hw.name,
         "why": found.why,
-        "batch": {"size": config.training.batch_size, "equation": batch_equation(config)},
+        "batch": {"size": config.training.batch_size, "equation": config.batch_equation},
         "rows": asdict(found.rows),
         "steps": found.steps,
         "memory_mib": found.needed.mib() if found.needed else None,
