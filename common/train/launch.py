@@ -59,6 +59,9 @@ class Launch:
     image: Mapping[str, Any] | None = None
     """The image it runs in: target, reference, source and pins_sha256."""
     debug: bool = False
+    """Whether an error shows its traceback."""
+    stall_seconds: float | None = None
+    """What any step may take, in place of the watchdog's own rule; 0: it watches nothing."""
     hosts: Hosts = Hosts()
 
     @property

@@ -101,7 +101,7 @@ class Run:
         self.evaluations = JsonLines(self.folder / "evaluations.jsonl")
         stalled = functools.partial(record_stall, manifest, self.folder, console)
         device = "CPU process" if plan.hw.is_cpu else "device"
-        self.watchdog = Watchdog(stalled, backend.info.world, device, console.log)
+        self.watchdog = Watchdog(stalled, backend.info.world, device, console.log, plan.launch.stall_seconds)
 
     def _restore_model(self) -> None:
         """Bring model and optimizer into the state of the step the run starts from; say what runs."""

@@ -7,7 +7,6 @@ are watched: evaluation and saving may take what they take, and a first step may
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import faulthandler
 import os
@@ -19,9 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TextIO
 
-from common.errors import TrainingError, UsageError
+from common.errors import TrainingError
 
-SETTING = "RECIPES_STALL_SECONDS"  # what any step may take, in place of the rule below; 0 watches nothing
 FIRST_STEP = 1800.0  # seconds: a board compiles its kernels, a CPU its graph
 AT_LEAST = 120.0  # seconds, for any later step, so that a machine that swaps or is shared raises no alarm
 TIMES_MEDIAN = 20  # generous: an alarm too many ends a run that was well, one too late costs some minutes
@@ -32,15 +30,21 @@ LOCKED_GRACE = 60.0  # seconds after which the kernel's timer takes it that the 
 class Watchdog:
     """Watches from `begin` to `end`. `stalled` is told what happened, on another thread, before the process ends.
 
-    `device` is what steps run on, in the singular: "device", "CPU process".
+    `device` is what steps run on, in the singular: "device", "CPU process". `fixed`, in seconds, is what any step may
+    take in place of the rule in `allowed`; 0 watches nothing.
     """
 
     def __init__(
-        self, stalled: Callable[[str], None], devices: int, device: str = "device", log: TextIO | None = None
+        self,
+        stalled: Callable[[str], None],
+        devices: int,
+        device: str = "device",
+        log: TextIO | None = None,
+        fixed: float | None = None,
     ) -> None:
         self.stalled, self.log = stalled, log
         self.devices = f"{devices} {device}{'' if devices == 1 else 'es' if device.endswith('s') else 's'}"
-        self.fixed = fixed_allowance()
+        self.fixed = fixed
         self.seconds: deque[float] = deque(maxlen=50)  # of the steps of this process
         self.begun = 0
         self.step: int | None = None  # the one that goes on
@@ -98,17 +102,6 @@ class Watchdog:
             sys.stdout.flush()
         finally:
             os._exit(TrainingError.code)
-
-
-def fixed_allowance() -> float | None:
-    """Return the seconds of RECIPES_STALL_SECONDS, None where it is not set. Raises UsageError for anything else."""
-    text = os.environ.get(SETTING)
-    if not text:
-        return None
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := float(text)) < float("inf"):
-            return value
-    raise UsageError(f"{SETTING}={text} is no number of seconds", todo="set it to seconds, or to 0 to watch nothing")
 
 
 class KernelTimer:

@@ -15,9 +15,11 @@ import pytest
 
 from common import known_errors
 from common.errors import UsageError
-from common.train.watchdog import AT_LEAST, FIRST_STEP, SETTING, TIMES_MEDIAN, Watchdog
+from common.train.watchdog import AT_LEAST, FIRST_STEP, TIMES_MEDIAN, Watchdog
 from tests.tiny_recipe import ROOT
 from tools.cli import main
+from tools.launch import resolve
+from tools.launch.resolve import STALL
 from tools.runs import explain
 
 PATIENCE = 60  # seconds a process of these tests may take on a busy machine
@@ -27,7 +29,7 @@ def process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=ROOT,
-        env={**os.environ, SETTING: "0.5", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -39,7 +41,7 @@ HANG = """
     import ctypes, sys, time
     from common.train import watchdog
     watchdog.TICK, watchdog.LOCKED_GRACE = 0.1, 1.0
-    dog = watchdog.Watchdog(lambda what: print(what), devices=2)
+    dog = watchdog.Watchdog(lambda what: print(what), devices=2, fixed={fixed})
     dog.begin(1)
     dog.end(0.1)
     dog.begin(2)
@@ -49,7 +51,7 @@ HANG = """
 
 
 def test_a_stalled_step_ends_the_process_with_code_5_and_says_which():
-    done = process(HANG.format(hang="time.sleep(50)"))
+    done = process(HANG.format(hang="time.sleep(50)", fixed=0.5))
     assert done.returncode == 5
     assert done.stdout.startswith("stalled in step 2 (number 2 of this process, 2 devices): no end after ")
     assert "went on" not in done.stdout
@@ -60,19 +62,19 @@ def test_a_stalled_step_ends_the_process_with_code_5_and_says_which():
 
 
 def test_a_native_call_that_keeps_pythons_lock_is_left_as_well():
-    done = process(HANG.format(hang="ctypes.PyDLL(None).sleep(50)"))
+    done = process(HANG.format(hang="ctypes.PyDLL(None).sleep(50)", fixed=0.5))
     assert done.returncode == 5
     assert done.stdout == "", "no thread of Python ran"
     assert "Timeout (0:00:01" in done.stderr
 
 
 def test_what_is_not_a_step_is_not_watched():
-    done = process(HANG.format(hang="dog.end(); time.sleep(1.2); dog.close(); time.sleep(0.3)"))
+    done = process(HANG.format(hang="dog.end(); time.sleep(1.2); dog.close(); time.sleep(0.3)", fixed=0.5))
     assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
 def test_a_setting_of_0_watches_nothing():
-    done = process(HANG.format(hang="time.sleep(1)"), **{SETTING: "0"})
+    done = process(HANG.format(hang="time.sleep(1)", fixed=0))
     assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
@@ -82,14 +84,14 @@ def test_a_stopped_process_does_not_age():
         import os, signal, subprocess, sys, time
         from common.train import watchdog
         watchdog.TICK, watchdog.LOCKED_GRACE = 0.1, 30.0
-        dog = watchdog.Watchdog(lambda what: print(what), devices=1)
+        dog = watchdog.Watchdog(lambda what: print(what), devices=1, fixed=1)
         dog.begin(1)
         subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
         dog.end()
         print("went on")
     """
-    done = process(code, **{SETTING: "1"})
+    done = process(code)
     assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
@@ -112,9 +114,9 @@ def test_the_allowance_is_generous_and_grows_with_the_steps():
 
 @pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
 def test_a_setting_that_is_no_number_of_seconds_is_refused(text, monkeypatch):
-    monkeypatch.setenv(SETTING, text)
-    with pytest.raises(UsageError, match=f"{SETTING}={text} is no number of seconds"):
-        Watchdog(lambda what: None, devices=1)
+    monkeypatch.setenv(STALL, text)
+    with pytest.raises(UsageError, match=f"{STALL}={text} is no number of seconds"):
+        resolve.stall_seconds()
 
 
 def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path, monkeypatch):
@@ -137,7 +139,7 @@ def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path
         TorchCPU.train_step = stuck
         run_tiny(Path({str(recipe)!r}), Path({str(out)!r}), export=False)
     """
-    done = process(code, **{SETTING: "5"})
+    done = process(code, **{STALL: "5"})
     assert done.returncode == 5, done.stderr
     folder = newest_run(out)
     reason = manifest(folder)["exit_reason"]
@@ -148,7 +150,7 @@ def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path
     assert "stuck" in log(folder), "the frame that hangs"
     found = list(explain.explain(folder))
     assert [one.error.id for one in found] == ["stall-cpu"]
-    monkeypatch.setenv(SETTING, "0")
+    monkeypatch.setenv(STALL, "0")
     assert run_tiny(recipe, out, resume="auto", export=False) == folder
     assert manifest(folder)["exit_reason"] == "done"
     assert outcome(folder)["step"] == 6

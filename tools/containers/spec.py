@@ -37,7 +37,6 @@ SCRATCH = {"type": "tmpfs", "device": "tmpfs", "o": "mode=1777,nosuid,nodev"}
 HANDED_OVER = (
     *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_ENTITY"),
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "OMP_NUM_THREADS"),
-    "RECIPES_STALL_SECONDS",
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TERM", "COLORTERM", "TZ"),
 )
 OF_THE_IMAGE = ("TT_METAL_HOME", "TT_METAL_RUNTIME_ROOT")  # the host's tt-metal is not the image's

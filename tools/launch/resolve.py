@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import config as configs
+from common.errors import UsageError
 from common.paths import ROOT, run_name
 from common.train.launch import Hosts, Launch
 from engines import registry
 from tools import git
 from tools.machine import detect, host
+
+STALL = "RECIPES_STALL_SECONDS"
 
 
 def resolve(
@@ -55,8 +60,20 @@ def resolve(
         git_commit=commit,
         git_dirty=dirty,
         debug=debug,
+        stall_seconds=stall_seconds(),
         hosts=hosts,
     )
+
+
+def stall_seconds() -> float | None:
+    """Return the seconds of RECIPES_STALL_SECONDS; None where it is not set. Raises UsageError."""
+    text = os.environ.get(STALL)
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise UsageError(f"{STALL}={text} is no number of seconds", todo="set it to seconds, or to 0 to watch nothing")
 
 
 def mesh_override(world: int | None) -> tuple[str, ...]:
