@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.data.order import permutation
 from common.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -295,12 +294,16 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     answers = [turn.content for row in rows for turn in row.messages if turn.role == "assistant"]
     if control == "none":
         return list(rows)
+    from common.data.order import permutation  # numpy: a board's host reads texts with this module, and has none
+
     if control == "permuted_responses":
         cycle = permutation(len(answers), 0, 0).tolist()
         moved = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         answers = [answers[moved[at]] for at in range(len(answers))]
     else:
-        answers = [" ".join(shuffled(text.split(), at)) for at, text in enumerate(answers)]
+        words = [text.split() for text in answers]
+        orders = [permutation(len(found), at, 1).tolist() for at, found in enumerate(words)]
+        answers = [" ".join(found[at] for at in order) for found, order in zip(words, orders, strict=True)]
     supply = iter(answers)
     return [
         replace(
@@ -311,8 +314,3 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
         )
         for row in rows
     ]
-
-
-def shuffled(words: Sequence[str], key: int) -> list[str]:
-    """Return words in an order drawn from `key`."""
-    return [words[at] for at in permutation(len(words), key, 1).tolist()]
