@@ -42,17 +42,11 @@ Parts = Mapping[str, Sequence[Any]]  # rows, or texts, by split
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A row that did not fit: its split, where it stands, and what was taken away."""
-
-    split: str
-    where: str
-    what: str
-
-
-@dataclass(frozen=True)
 class BuildReport:
-    """How the tokens came about: `action` is built, reused or rebuilt, with its reason; counts by split."""
+    """How the tokens came about: `action` is built, reused or rebuilt, with its reason; counts by split.
+
+    `cut` lists the rows that did not fit: their split, where they stand, and what was taken away.
+    """
 
     action: str
     reason: str
@@ -61,7 +55,7 @@ class BuildReport:
     rows: Mapping[str, int]
     tokens: Mapping[str, int]
     supervised_share: float
-    cut: Sequence[Cut]
+    cut: Sequence[Mapping[str, str]]
     notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
@@ -73,7 +67,7 @@ class BuildReport:
             found.append(f"supervised tokens: {self.supervised_share:.1%} of what is trained on")
         if self.cut:
             found.append(f"{len(self.cut)} rows cut to fit {self.length} tokens:")
-            found += [f"  {cut.where} ({cut.split}): {cut.what}" for cut in self.cut[:CUTS_SHOWN]]
+            found += [f"  {cut['where']} ({cut['split']}): {cut['what']}" for cut in self.cut[:CUTS_SHOWN]]
         if len(self.cut) > CUTS_SHOWN:
             found.append(f"  and {len(self.cut) - CUTS_SHOWN} more")
         return found
@@ -190,7 +184,7 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
         rows={name: len(split) for name, split in dataset.splits.items()},
         tokens={name: split.tokens for name, split in dataset.splits.items()},
         supervised_share=float(info["supervised_share"]),
-        cut=[Cut(**cut) for cut in info["cut"]],
+        cut=info["cut"],
         notes=notes,
     )
 
@@ -204,7 +198,7 @@ def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatToken
     share = supervised_share(encoded["train"])
     refuse_share(share, data.supervise_all, source_of(data))
     cut = [
-        asdict(Cut(name, row.where, tokens_of.cut))
+        {"split": name, "where": row.where, "what": tokens_of.cut}
         for name, rows in parts.items()
         for row, tokens_of in zip(rows, encoded[name], strict=True)
         if tokens_of.cut

@@ -205,7 +205,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield where, Problem(where, encoding_fault(error, line, offset))
+            yield where, Problem(where, encoding_fault(line, error.start, offset))
             continue
         if not text.strip():
             continue
@@ -235,10 +235,10 @@ def raw_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         offset += len(line) + 1
 
 
-def encoding_fault(error: UnicodeDecodeError, line: bytes, offset: int) -> str:
-    """Return what is wrong with a line that is no UTF-8; `offset` is the line's own in the file."""
+def encoding_fault(line: bytes, at: int, offset: int) -> str:
+    """Return what is wrong with byte `at` of a line that is no UTF-8; `offset` is the line's own in the file."""
     hint = "; the file looks like UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-    return f"not UTF-8: byte 0x{line[error.start]:02x} at byte offset {offset + error.start}{hint}"
+    return f"not UTF-8: byte 0x{line[at]:02x} at byte offset {offset + at}{hint}"
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.data.rows import encoding_fault, raw_lines
+from common.data.rows import encoding_fault
 from common.errors import DataError, MachineError, UsageError
 from common.paths import home
 
@@ -92,17 +92,15 @@ def _text_of(file: Path) -> str:
 def decode(path: Path) -> str:
     """Return the whole file as text. Raises DataError with line and byte offset of the first byte that is no UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    except UnicodeDecodeError:
-        for number, offset, line in raw_lines(path):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                fault = encoding_fault(error, line, offset)
-                raise DataError(fault, where=f"{path}:{number}", todo="save the file as UTF-8") from error
-        raise
+    except UnicodeDecodeError as error:
+        at = error.start + len(data) - len(error.object)  # the codec counts from behind a byte-order mark
+        line, begin = data.count(b"\n", 0, at) + 1, data.rfind(b"\n", 0, at) + 1
+        fault = encoding_fault(data[begin:], at - begin, begin)
+        raise DataError(fault, where=f"{path}:{line}", todo="save the file as UTF-8") from error
 
 
 def cut_in_two(document: Document, share: float) -> dict[str, list[Document]]:

@@ -206,7 +206,7 @@ def write(
 ) -> TokenDataset:
     """Store `splits` in `folder`, whole or not at all, and open it.
 
-    T is `length`, or the smallest multiple of 32 that holds every row. `info` is stored with the counts and
+    T is `length`, or the smallest multiple of 32 that holds every row. `info` is stored beside them and
     must be JSON. An older folder of that name is replaced; of two writers at once one wins and both get a
     whole data set. Raises DataError for a row of fewer than two tokens or one that T cannot hold.
     """
@@ -219,7 +219,7 @@ def write(
         "source_key": source_key,
         "tokens_sha256": content_sha256(splits),
         "length": length,
-        "splits": {name: counts(arrays) for name, arrays in splits.items()},
+        "splits": list(splits),
         "info": dict(info),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -337,16 +337,6 @@ def check_windows(arrays: Arrays, length: int, where: str) -> None:
             f"{int(size.max())} tokens do not fit a length of {length}",
             where=f"{where}, row {int(size.argmax())}",
         )
-
-
-def counts(arrays: Arrays) -> dict[str, int]:
-    """Return rows, tokens, and how many of them are supervised labels (the first token of a row never is)."""
-    windows = zip(arrays.starts.tolist(), arrays.ends.tolist(), strict=True)
-    return {
-        "rows": len(arrays.starts),
-        "tokens": int((arrays.ends - arrays.starts).sum()),
-        "supervised": sum(int(arrays.mask[start + 1 : end].sum()) for start, end in windows),
-    }
 
 
 def content_sha256(splits: Mapping[str, Arrays]) -> str:

@@ -172,7 +172,7 @@ def test_rows_cut_are_listed_and_counted(tokenizer, tmp_path):
         report = built(recipe, tokenizer, "data_config.max_length=64").report
         assert len(report.cut) == 24
         assert report.length == 64
-        assert "rows.jsonl:" in report.cut[0].where
+        assert "rows.jsonl:" in report.cut[0]["where"]
         assert "and 14 more" in report.lines()[-1]
 
 
