@@ -51,12 +51,12 @@ class ExportCheck:
         return {name: abs(loss - (self.run_loss or 0.0)) for name, loss in self.losses.items()}
 
     def record(self) -> dict[str, Any]:
-        """For export.json."""
+        """Return what export.json holds."""
         values = {key: value for key, value in vars(self).items() if key not in ("status", "reason")}
         return {**values, "difference": self.difference}
 
     def line(self) -> str:
-        """What was measured, in one line."""
+        """Return what was measured, in one line."""
         if not self.losses:
             return f"{self.status}: {self.reason}"
         parts = ", ".join(f"{name} {loss:.4f}" for name, loss in self.losses.items())
@@ -91,7 +91,7 @@ def check(folder: Path, run: TrainedRun, dtype: str) -> ExportCheck:
 
 
 def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> ExportCheck:
-    """The held-out loss of every model of the export beside the run's own, over the same rows."""
+    """Compare the held-out loss of each model of the export with the run's own, over the same rows."""
     rows = spread(len(split), CHECKED_ROWS).tolist()
     own, compared_with = run_evaluation(run)
     chosen = HeldOut(own.nll[rows], own.tokens[rows])
@@ -136,7 +136,7 @@ def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Exp
 
 
 def run_evaluation(run: TrainedRun) -> tuple[HeldOut, str]:
-    """The run's own evaluation of the exported step, and where it stands; made now by the engine if it is not there."""
+    """Return the run's own evaluation of the exported step, made now if it is not there, and where it stands."""
     if (recorded := run.held_out(run.step)) is not None:
         return recorded, f"evaluations.jsonl, step {run.step}"
     with trained.engine(run) as backend:
@@ -144,7 +144,7 @@ def run_evaluation(run: TrainedRun) -> tuple[HeldOut, str]:
 
 
 def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) -> HeldOut:
-    """Per row: the sum of -log p(token | tokens before) over supervised tokens, and their number."""
+    """Return per row the sum of -log p(token | tokens before) over supervised tokens, and their number."""
     import torch
 
     sums, counts = [], []
@@ -161,14 +161,14 @@ def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) ->
 
 
 def load_merged(folder: Path, run: TrainedRun) -> torch.nn.Module:  # noqa: ARG001  same shape as load_adapter
-    """As a user would, in fp32."""
+    """Load the model as a user would, in fp32."""
     import torch
 
     return load_plain(folder, torch.float32)
 
 
 def load_adapter(folder: Path, run: TrainedRun) -> torch.nn.Module:
-    """Over the base in the precision the run stored it in, widened to fp32."""
+    """Load the adapter over the base in the precision the run stored it in, widened to fp32."""
     import peft
     import torch
 
@@ -187,7 +187,7 @@ def load_plain(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
-    """Where AutoTokenizer makes other prompt ids of the exported files than the run was trained on."""
+    """Return where AutoTokenizer makes other prompt ids of the exported files than the run was trained on."""
     import transformers
 
     if not run.tokenizer.template:
@@ -206,7 +206,7 @@ def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
 
 
 def file_faults(folder: Path, run: TrainedRun) -> list[str]:
-    """Tensors that are missing, unknown or misshapen in the merged model and the adapter."""
+    """Return tensors that are missing, unknown or misshapen in the merged model and the adapter."""
     expected = {"merged/model.safetensors": merged_shapes(run)}
     if run.config.model.lora:
         expected["adapter/adapter_model.safetensors"] = adapter_shapes(run)
@@ -227,7 +227,7 @@ def file_faults(folder: Path, run: TrainedRun) -> list[str]:
 
 
 def adapter_shapes(run: TrainedRun) -> Shapes:
-    """Names and shapes of the adapter that the config asks for."""
+    """Return names and shapes of the adapter that the config asks for."""
     lora = run.config.model.lora
     assert lora is not None
     shapes: Shapes = {}

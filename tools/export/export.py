@@ -77,7 +77,7 @@ def check_export(run_folder: Path, say: Say) -> Path:
 
 
 def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
-    """Write, check and put in place the export of `run`; one that verifies as this checkpoint's is kept."""
+    """Write, check and put in place the export of `run`; keep one that verifies as this checkpoint's."""
     folder, dtype = run.folder / "export", export_dtype(run)
     existing = read_record(folder)
     if existing and is_of(existing, run, dtype) and not damaged(folder, existing):

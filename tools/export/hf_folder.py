@@ -40,7 +40,7 @@ ANSWER_TOKENS = 256  # longest answer unless the caller says otherwise; without 
 
 
 def export_dtype(run: TrainedRun) -> str:
-    """`fp32` or `bf16`: export_config.dtype, where `auto` is what the trained weights are stored in."""
+    """Return `fp32` or `bf16`: export_config.dtype, where `auto` is what the trained weights are stored in."""
     if run.config.export.dtype != "auto":
         return run.config.export.dtype
     return "bf16" if run.config.training.precision == "bf16" else "fp32"
@@ -50,7 +50,7 @@ def export_dtype(run: TrainedRun) -> str:
 
 
 def merged_shapes(run: TrainedRun) -> Shapes:
-    """Names and shapes of the merged model: the base's, without a second copy of a tied output head."""
+    """Return names and shapes of the merged model: the base's, without a second copy of a tied output head."""
     tied = run.base.architecture.get("tie_word_embeddings", False)
     return {name: shape for name, shape in run.base.weights().shapes.items() if not (tied and name == HEAD)}
 
@@ -77,12 +77,12 @@ def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str,
 
 
 def low_rank_update(a: Array, b: Array, *, scale: float) -> Array:
-    """scale x B A in fp32: `a` [rank, in], `b` [out, rank] -> [out, in] (Hu et al., 2021)."""
+    """Return scale x B A in fp32: `a` [rank, in], `b` [out, rank] -> [out, in] (Hu et al., 2021)."""
     return np.float32(scale) * (b.astype(np.float32) @ a.astype(np.float32))
 
 
 def adapters_of(run: TrainedRun) -> dict[str, tuple[Array, Array]]:
-    """(A, B) of every adapted layer, by the layer's name in the base."""
+    """Return (A, B) of every adapted layer, by the layer's name in the base."""
     tensors = Tensors(run.checkpoint.folder)
     end = ".lora_A.weight"
     layers = [name.removesuffix(end) for name in tensors if name.startswith("model/") and name.endswith(end)]
@@ -96,7 +96,7 @@ def adapters_of(run: TrainedRun) -> dict[str, tuple[Array, Array]]:
 
 
 def stored(array: Array, precision: str) -> Array:
-    """The values of `array` as a run of this precision keeps them."""
+    """Return the values of `array` as a run of this precision keeps them."""
     import ml_dtypes
 
     return array.astype(ml_dtypes.bfloat16) if precision == "bf16" else array
@@ -119,7 +119,7 @@ def write_safetensors(path: Path, shapes: Shapes, tensors: Iterable[tuple[str, A
 
 
 def write_merged(folder: Path, run: TrainedRun, dtype: str) -> None:
-    """A plain LlamaForCausalLM with its tokenizer, as transformers load it."""
+    """Write a plain LlamaForCausalLM with its tokenizer, as transformers load it."""
     folder.mkdir()
     shapes = merged_shapes(run)
     write_safetensors(folder / "model.safetensors", shapes, merged_tensors(run, shapes), dtype)
@@ -129,7 +129,7 @@ def write_merged(folder: Path, run: TrainedRun, dtype: str) -> None:
 
 
 def write_adapter(folder: Path, run: TrainedRun) -> None:
-    """The checkpoint's adapter, as PEFT loads it; A is written once per projection, tied or not."""
+    """Write the checkpoint's adapter, as PEFT loads it; A is written once per projection, tied or not."""
     folder.mkdir()
     shutil.copyfile(run.checkpoint.folder / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     config = json.loads((run.checkpoint.folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def write_adapter(folder: Path, run: TrainedRun) -> None:
 
 
 def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
-    """(name, revision) of the very weights the adapter belongs to: on the Hub, or this machine's folder of them."""
+    """Return (name, revision) of the very weights the adapter belongs to: on the Hub, or this machine's folder."""
     entry = bases.locked().get(run.config.model.base or "", {})
     if entry.get("source") == "hub":
         return str(entry["repo"]), str(entry["revision"])
@@ -147,7 +147,7 @@ def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
 
 
 def plain_config(architecture: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The base's config.json as that of a plain Llama in `dtype`, readable by transformers 4 and 5.
+    """Return the base's config.json as that of a plain Llama in `dtype`, readable by transformers 4 and 5.
 
     transformers 5 keep the rotary base in `rope_parameters` alone, where 4 does not look: they would take 10000.
     """
@@ -169,7 +169,7 @@ def plain_config(architecture: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def generation_config(run: TrainedRun) -> dict[str, Any]:
-    """Greedy, ended by every token that ends a turn."""
+    """Return the settings of generation: greedy, ended by every token that ends a turn."""
     tokenizer, architecture = run.tokenizer, run.base.architecture
     pad = tokenizer.encode_text(tokenizer.tokens["pad_token"]) if "pad_token" in tokenizer.tokens else []
     padding = range(tokenizer.vocab_size, architecture["vocab_size"])  # rows of the embedding that are no token
@@ -184,7 +184,7 @@ def generation_config(run: TrainedRun) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, run: TrainedRun) -> None:
-    """The base's tokenizer with its chat template, in files that any version of transformers reads."""
+    """Write the base's tokenizer with its chat template, in files that any version of transformers reads."""
     for name in TOKENIZER_FILES:
         if (run.base.folder / name).is_file():
             shutil.copyfile(run.base.folder / name, folder / name)

@@ -51,7 +51,7 @@ def render(name: str, values: Mapping[str, Any]) -> str:
 
 
 def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
-    """What both cards say, all of it from the run's own files."""
+    """Return what both cards say, all of it from the run's own files."""
     config, manifest = run.config, run.manifest
     training, lora = config.training, config.model.lora
     steps = [record for record in run.steps if record["step"] <= run.step]
@@ -99,7 +99,7 @@ def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
 
 
 def losses(run: TrainedRun) -> dict[str, str]:
-    """The rows of the numbers table; none when the exported step was not evaluated."""
+    """Return the rows of the numbers table; none when the exported step was not evaluated."""
     before, after = run.held_out(0), run.held_out(run.step)
     if after is None:
         return {}
@@ -112,7 +112,7 @@ def losses(run: TrainedRun) -> dict[str, str]:
 
 
 def bits_line(run: TrainedRun) -> str | None:
-    """Bits per byte of the exported step, for a corpus."""
+    """Return the bits per byte of the exported step, for a corpus."""
     found = at_step(run.scores, run.step)
     if found is None or "bits_per_byte" not in found:
         return None
@@ -125,7 +125,7 @@ def with_error(rows: HeldOut) -> str:
 
 
 def proof(outcome: ExportCheck) -> str:
-    """What the export's check found, as a sentence."""
+    """Return a sentence on what the export's check found."""
     if not outcome.losses or outcome.run_loss is None:
         return f"The exported weights were not measured: {outcome.reason}."
     parts = " and ".join(f"{loss:.4f} ({name})" for name, loss in outcome.losses.items())
@@ -138,7 +138,7 @@ def proof(outcome: ExportCheck) -> str:
 
 
 def example_of(run: TrainedRun) -> tuple[str, tuple[str, str] | None]:
-    """The first evaluation prompt, with the base's and the trained model's answer to it, quoted."""
+    """Return the first evaluation prompt, with the base's and the trained model's answer to it, quoted."""
     before, after = run.evaluation(0), run.evaluation(run.step)
     if not (before and after and after["samples"]):
         return "Hello!", None
@@ -147,7 +147,7 @@ def example_of(run: TrainedRun) -> tuple[str, tuple[str, str] | None]:
 
 
 def quoted(text: str) -> str:
-    """A Markdown quotation."""
+    """Return the text as a Markdown quotation."""
     return "\n".join(f"> {line}".rstrip() for line in (text or "(nothing)").splitlines())
 
 
@@ -160,12 +160,12 @@ def rows_of(run: TrainedRun) -> dict[str, int | str]:
 
 
 def local(run: TrainedRun) -> bool:
-    """Whether the base is somebody's folder: its path says nothing to others and may say too much."""
+    """Return whether the base is somebody's folder: its path says nothing to others and may say too much."""
     return run.base.origin == str(run.base.folder)
 
 
 def hub_id(run: TrainedRun) -> str | None:
-    """owner/name on the Hub that the base comes from, if any."""
+    """Return owner/name on the Hub that the base comes from, if any."""
     found = None if local(run) else re.match(r"[\w.-]+/[\w.-]+", run.base.origin)
     return found.group() if found else None
 

@@ -39,7 +39,7 @@ class Speaker:
     mode: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
 
     def answer(self, prompt: str, on_token: Callable[[int, int], None] | None = None) -> tuple[str, bool]:
-        """The answer to one prompt, which stands alone, and whether it was cut off at max_new_tokens."""
+        """Return the answer to one prompt, which stands alone, and whether it was cut off at max_new_tokens."""
         ids = self.tokenizer.prompt_ids(prompt, self.config.data.system_prompt)
         sampling = within(self.config, self.context - len(ids))
         with self.mode():
@@ -148,14 +148,14 @@ class Stream:
             self.printed = text
 
     def finish(self, text: str) -> None:
-        """The rest of the whole answer, and the end of its line."""
+        """Print the rest of the whole answer, and the end of its line."""
         self._print(text)
         self.out.write("\n")
         self.out.flush()
 
 
 def within(config: Config, room: int) -> Evaluation:
-    """The config's sampling, with answers no longer than the model has positions left."""
+    """Return the config's sampling, with answers no longer than the model has positions left."""
     if room < 1:
         raise DataError(f"the prompt is {1 - room} tokens too long for this model to answer", todo="shorten the prompt")
     limit = min(config.eval.max_new_tokens, room)
@@ -167,7 +167,7 @@ def within(config: Config, room: int) -> Evaluation:
 
 @contextlib.contextmanager
 def open_speakers(target: Path, base: bool, changes: Mapping[str, Any], say: Say) -> Iterator[list[Speaker]]:
-    """The model at `target`, and the untuned one after it when `base` asks for it."""
+    """Yield the model at `target`, and the untuned one after it when `base` asks for it."""
     if is_run(target) or (target / "state.json").is_file():
         with run_speakers(target, base, changes, say) as speakers:
             yield speakers
@@ -200,7 +200,7 @@ def run_speakers(target: Path, base: bool, changes: Mapping[str, Any], say: Say)
 
 @contextlib.contextmanager
 def folder_speaker(folder: Path, changes: Mapping[str, Any]) -> Iterator[Speaker]:
-    """The Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise."""
+    """Yield the Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise."""
     architecture = architecture_of(folder)
     config = folder_config(folder).with_values(**changes)
     cpu = hardware.get("cpu")
@@ -212,7 +212,7 @@ def folder_speaker(folder: Path, changes: Mapping[str, Any]) -> Iterator[Speaker
 
 
 def architecture_of(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises UsageError when it holds no Llama."""
+    """Return the folder's config.json. Raises UsageError when it holds no Llama."""
     if (folder / "adapter_config.json").is_file():
         raise UsageError("that is an adapter", where=str(folder), todo="give its run, or export/merged beside it")
     try:
@@ -229,7 +229,7 @@ def architecture_of(folder: Path) -> dict[str, Any]:
 
 
 def folder_config(folder: Path) -> Config:
-    """A config for a model that is only talked to."""
+    """Return a config for a model that is only talked to."""
     return Config.model_validate(
         {
             "recipe": folder.name,

@@ -26,18 +26,18 @@ class Curve:
 
     @property
     def known(self) -> Curve:
-        """Only the points that can be drawn."""
+        """Return only the points that can be drawn."""
         at = ~np.isnan(self.values)
         return Curve(self.steps[at], self.values[at])
 
     @property
     def unknown(self) -> list[int]:
-        """The steps whose value is NaN, infinite, or no number."""
+        """Return the steps whose value is NaN, infinite, or no number."""
         return [int(step) for step in self.steps[np.isnan(self.values)]]
 
 
 def curve(records: Sequence[Record], key: str) -> Curve:
-    """What `key` was by step, over the records that have it."""
+    """Return what `key` was by step, over the records that have it."""
     having = [record for record in records if key in record]
     steps = np.array([record["step"] for record in having], np.float64)
     return Curve(steps, np.array([drawable(record[key]) for record in having], np.float64))
@@ -50,7 +50,7 @@ def drawable(value: Any) -> float:
 
 
 def rate(records: Sequence[Record]) -> Curve:
-    """Tokens per second by step."""
+    """Return tokens per second by step."""
     tokens, seconds = curve(records, "tokens"), curve(records, "seconds")
     if len(tokens) != len(seconds):
         return Curve(np.zeros(0), np.zeros(0))
@@ -60,7 +60,7 @@ def rate(records: Sequence[Record]) -> Curve:
 
 
 def running_mean(points: Curve, window: int) -> Curve:
-    """The mean of the last `window` known values at each of their steps (of fewer at the beginning)."""
+    """Return the mean of the last `window` known values at each of their steps (of fewer at the beginning)."""
     known = points.known
     sums = np.concatenate([[0.0], np.cumsum(known.values)])
     ends = np.arange(1, len(known) + 1)
@@ -69,7 +69,7 @@ def running_mean(points: Curve, window: int) -> Curve:
 
 
 def thinned(points: Curve, columns: int) -> Curve:
-    """At most three points for each of `columns` equal stretches of steps: its lowest, its highest, and a hole."""
+    """Return at most three points for each of `columns` equal stretches of steps: lowest, highest, and a hole."""
     if len(points) <= 2 * columns:
         return points
     first, last = points.steps[0], points.steps[-1]

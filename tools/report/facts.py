@@ -40,13 +40,13 @@ OUTCOMES = {
 
 
 def cause(run: RunFolder) -> str:
-    """Why a run is not done: the whole message where the run recorded one."""
+    """Return why a run is not done: the whole message where the run recorded one."""
     reason = str(run.facts.get("exit_reason", "no reason recorded"))
     return str(run.facts.get("error") or reason.partition(": ")[2] or reason)
 
 
 def last_lines(run: RunFolder) -> list[str]:
-    """The end of train.log."""
+    """Return the end of train.log."""
     try:
         text = (run.folder / "train.log").read_bytes().decode("utf-8", errors="replace")
     except OSError:
@@ -58,7 +58,7 @@ def last_lines(run: RunFolder) -> list[str]:
 
 
 def with_error(value: Any, error: Any) -> str:
-    """`3.4110 ± 0.0198`."""
+    """Return a figure with its standard error: `3.4110 ± 0.0198`."""
     if not isinstance(value, int | float):
         return str(value)
     plus_minus = f" ± {error:.4f}" if isinstance(error, int | float) and math.isfinite(error) else ""
@@ -66,7 +66,7 @@ def with_error(value: Any, error: Any) -> str:
 
 
 def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
-    """The figures at the head of the page: (name, value, what it is)."""
+    """Return the figures at the head of the page: (name, value, what it is)."""
     found = [("steps", f"{run.last_step:,}", f"of {run.facts.get('steps', 'unknown')}")]
     evaluation = run.last_score
     if evaluation:
@@ -86,7 +86,7 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
 
 
 def gain_over_untrained(run: RunFolder) -> tuple[float, float] | None:
-    """How much lower the last held-out loss is than the untrained model's, and its standard error, paired by row."""
+    """Return how much lower the last held-out loss is than the untrained model's, and its error, paired by row."""
     before, after = run.held_out(0), run.held_out()
     if before is None or after is None or run.evaluations[-1]["step"] == 0:
         return None
@@ -102,7 +102,7 @@ def median(points: Curve) -> float | None:
 
 
 def panels(run: RunFolder) -> list[Panel]:
-    """The plots of a run, the loss first."""
+    """Return the plots of a run, the loss first."""
     loss, seconds, speed = curve(run.steps, "loss"), curve(run.steps, "seconds"), rate(run.steps)
     window = max(1, len(loss) // 20)
     held_out = with_band(run.scores, "eval_loss")
@@ -135,7 +135,7 @@ def with_band(evaluations: Sequence[Record], key: str) -> PlotLine:
 
 
 def not_drawn(points: dict[str, Curve]) -> list[str]:
-    """What is missing from a plot, in words."""
+    """Return what is missing from a plot, in words."""
     notes = []
     for key, found in points.items():
         if unknown := found.unknown:
@@ -147,14 +147,14 @@ def not_drawn(points: dict[str, Curve]) -> list[str]:
 
 
 def numbers(run: RunFolder, rows: int = 24) -> tuple[list[str], list[list[str]]]:
-    """The numbers behind the plots, at evenly spread steps: column names, and rows of text."""
+    """Return the numbers behind the plots, at evenly spread steps: column names, and rows of text."""
     columns = ["step", "loss", "lr", "grad_norm", "tokens", "seconds"]
     chosen = some(run.steps, rows)
     return columns, [[text_of(step.get(column)) for column in columns] for step in chosen]
 
 
 def evaluation_numbers(run: RunFolder, rows: int = 24) -> tuple[list[str], list[list[str]]]:
-    """As `numbers`, of the evaluations."""
+    """Return the numbers of the evaluations, as `numbers` does those of the steps."""
     columns = ["step", "eval_loss", "eval_loss_se", "eval_tokens", "bits_per_byte", "bits_per_byte_se"]
     columns = [column for column in columns if any(column in score for score in run.scores)]
     chosen = some(run.scores, rows)
@@ -162,7 +162,7 @@ def evaluation_numbers(run: RunFolder, rows: int = 24) -> tuple[list[str], list[
 
 
 def some(records: Sequence[Record], limit: int) -> list[Record]:
-    """At most `limit` of the records, evenly spread, the first and the last among them."""
+    """Return at most `limit` of the records, evenly spread, the first and the last among them."""
     if len(records) <= limit:
         return list(records)
     return [records[int(at)] for at in np.linspace(0, len(records) - 1, limit)]
@@ -178,7 +178,7 @@ def text_of(value: Any) -> str:
 
 
 def samples(run: RunFolder) -> tuple[list[tuple[str, list[tuple[str, str]]]], list[str]]:
-    """Under each prompt the answers (name of the step, text), oldest first; and what is left out, in words."""
+    """Return under each prompt the answers (step, text), oldest first; and what is left out, in words."""
     if not run.evaluations:
         return [], []
     chosen = some(run.evaluations, SAMPLES)
@@ -203,7 +203,7 @@ def answers_to(prompt: str, evaluations: Sequence[Record]) -> list[tuple[str, st
 
 
 def data_rows(run: RunFolder) -> list[tuple[str, str]]:
-    """What the run was trained on, as (name, value)."""
+    """Return what the run was trained on, as (name, value)."""
     facts = run.fact("data") or {}
     found = []
     if run.known_config:
@@ -230,7 +230,7 @@ def data_rows(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def resolved_as(config: Config, run: RunFolder) -> Config:
-    """`config` with what it leaves open decided as this run decided it, so that the two can be compared."""
+    """Return `config` with what it leaves open decided as this run decided it, so that the two can be compared."""
     training, rows = config.training, run.fact("data", "rows", "train")
     if training.precision == "auto" and run.known_config:
         config = config.with_values(**{"training.precision": run.known_config.training.precision})
@@ -241,7 +241,7 @@ def resolved_as(config: Config, run: RunFolder) -> Config:
 
 
 def config_changes(run: RunFolder) -> tuple[list[str], str]:
-    """What differs from the recipe as it stands here now, a line a key; and why that cannot be said, if so."""
+    """Return what differs from the recipe as it stands here now, a line a key; and why that cannot be said, if so."""
     if run.known_config is None:
         return [], "the run's config cannot be read"
     try:
@@ -252,7 +252,7 @@ def config_changes(run: RunFolder) -> tuple[list[str], str]:
 
 
 def ran(run: RunFolder) -> list[tuple[str, str]]:
-    """What ran, out of the manifest, as (name, value)."""
+    """Return what ran, out of the manifest, as (name, value)."""
     fact = run.fact
     versions = fact("backend", "versions") or {}
     dirty = {True: ", with changes that are not in it", False: "", None: ""}[fact("git_dirty")]
@@ -306,7 +306,7 @@ class Beside:
 
 
 def standing(run: RunFolder) -> tuple[list[Beside], str]:
-    """Where the run stands beside every figure of the recipe's results.yaml; and why that cannot be said, if so."""
+    """Return the run beside every figure of the recipe's results.yaml; and why that cannot be said, if so."""
     try:
         entries = schema.load(run.recipe_dir).numbers
     except RecipeError as error:
@@ -315,7 +315,7 @@ def standing(run: RunFolder) -> tuple[list[Beside], str]:
 
 
 def differences(entry: Numbers, run: RunFolder) -> list[str]:
-    """What was trained otherwise than the entry; empty where it is the same training on the same board."""
+    """Return what was trained otherwise than the entry; empty where it is the same training on the same board."""
     if not isinstance(entry, Measured):
         return ["another program, on other hardware or data: see its source"]
     if run.known_config is None:

@@ -31,7 +31,7 @@ FILES = ("metrics.jsonl", "evaluations.jsonl", "manifest.json", "config.resolved
 
 
 def write_at_end(folder: Path, say: Callable[[str], None]) -> None:
-    """A run's page when it has ended, said in one line. Whatever goes wrong here is a line, too: it ends no run."""
+    """Write a run's page when it has ended, said in one line. Whatever goes wrong is a line, too: it ends no run."""
     try:
         line = f"report: {write_run(folder)}"
     except (Exception, KeyboardInterrupt) as error:
@@ -73,7 +73,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def run_page(run: RunFolder) -> str:
-    """The page of one run."""
+    """Return the page of one run."""
     from tools.report import facts
 
     main, *others = facts.panels(run)
@@ -106,7 +106,7 @@ def run_page(run: RunFolder) -> str:
 
 
 def overview_page(runs: Sequence[RunFolder], out: Path) -> str:
-    """The page over all runs: a table, and the curves of those whose losses mean the same in one plot."""
+    """Return the page over all runs: a table, and the curves of those whose losses mean the same in one plot."""
     from tools.runs.compare import groups
 
     alike = groups(runs)
@@ -122,7 +122,7 @@ def overview_page(runs: Sequence[RunFolder], out: Path) -> str:
 
 
 def comparison_page(runs: Sequence[RunFolder], folder: Path) -> str:
-    """The page that compares runs with the first of them."""
+    """Return the page that compares runs with the first of them."""
     from tools.runs import compare
 
     base, *others = runs
@@ -141,7 +141,7 @@ def comparison_page(runs: Sequence[RunFolder], folder: Path) -> str:
 
 
 def row(run: RunFolder, folder: Path) -> dict[str, Any]:
-    """A run in a table: its figures, and where its page is from `folder`, if it has one and lies below."""
+    """Return a run as the row of a table: its figures, and where its page is from `folder`, if it lies below."""
     from tools.report import facts
     from tools.report.curves import rate
 
@@ -158,7 +158,7 @@ def row(run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def overlay(group: Sequence[RunFolder], name: str) -> dict[str, Any]:
-    """The curves of runs that can be compared: the newest in colour, the others faint behind them."""
+    """Return the curves of runs that can be compared: the newest in color, the others faint behind them."""
     from tools.report import facts
     from tools.report.curves import curve, running_mean
     from tools.report.plots import Panel, PlotLine
@@ -194,7 +194,7 @@ def overlay(group: Sequence[RunFolder], name: str) -> dict[str, Any]:
 
 
 def figure(panel: Panel, name: str, wide: bool = False) -> dict[str, Any]:
-    """A panel with its drawings: one, or one for desks and one for phones."""
+    """Return a panel with its drawings: one, or one for desks and one for phones."""
     from tools.report import plots
 
     sizes = {"wide": WIDE, "narrow": NARROW} if wide else {"": SMALL}
@@ -203,7 +203,7 @@ def figure(panel: Panel, name: str, wide: bool = False) -> dict[str, Any]:
 
 
 def card(path: Path) -> Markup | None:
-    """before_after.md as HTML; its headings go below the page's. No HTML, picture or link of its text becomes one."""
+    """Return before_after.md as HTML, headings below the page's. No HTML, picture or link of its text becomes one."""
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 

@@ -70,7 +70,7 @@ class Panel:
 
     @property
     def keyed(self) -> list[PlotLine]:
-        """The lines that have a name, for the key beside the plot."""
+        """Return the lines that have a name, for the key beside the plot."""
         return [line for line in self.lines if line.label]
 
     @property
@@ -78,7 +78,7 @@ class Panel:
         return any(len(line.curve.known) for line in self.lines)
 
     def summary(self) -> str:
-        """The plot in words, for those who do not see it."""
+        """Return the plot in words, for those who do not see it."""
         parts = []
         for line in self.lines:
             known = line.curve.known
@@ -89,7 +89,7 @@ class Panel:
 
 
 def svg(panel: Panel, width: int, height: int, name: str) -> Markup:
-    """The panel as an <svg> of these units, which are CSS pixels at full size; `name` is unique in the page."""
+    """Return the panel as an <svg> of these units, CSS pixels at full size; `name` is unique in the page."""
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         axes = figure.add_subplot()
@@ -122,7 +122,7 @@ def zoom(axes: Any, panel: Panel) -> None:
 
 
 def make_room(figure: Figure, axes: Any, width: int, height: int) -> None:
-    """Margins for the labels, in a fraction of the time that matplotlib's own layouts take to draw everything twice."""
+    """Set margins for the labels, in a fraction of the time that matplotlib's own layouts take to draw all twice."""
     labels = axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks())
     left = 8 + DIGIT * max(map(len, labels))
     figure.subplots_adjust(left / width, 34 / height, 1 - 14 / width, 1 - 18 / height)
@@ -147,7 +147,7 @@ def draw(axes: Any, line: PlotLine, columns: int) -> None:
 
 
 def inlined(text: str, width: int, height: int, label: str) -> Markup:
-    """matplotlib's file as an element of a page: sized and coloured by the style sheet, without a head of its own."""
+    """Return matplotlib's file as an element of a page: sized and colored by the style sheet, without a head."""
     body = text[text.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r' id="(?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|[A-Z]\w*)_\d+"', "", body)

@@ -13,7 +13,7 @@ FRAME = 16  # columns beside the plot
 
 
 def loss_lines(run: RunFolder, width: int, colour: bool) -> list[str]:
-    """The plot, `width` columns wide, and below it what it shows; one line where there is nothing to draw."""
+    """Return the plot, `width` columns wide, and below it what it shows; one line where there is nothing to draw."""
     import plotille
 
     training, held_out = curve(run.steps, "loss"), curve(run.scores, "eval_loss")
@@ -40,7 +40,7 @@ def loss_lines(run: RunFolder, width: int, colour: bool) -> list[str]:
 
 
 def set_limits(figure: Any, *curves: Curve) -> None:
-    """The axes around the points; around a single value, one to each side."""
+    """Set the axes around the points; around a single value, one to each side."""
     steps = [float(step) for part in curves for step in part.steps]
     values = [float(value) for part in curves for value in part.values]
     for axis, found in (("x", steps), ("y", values)):

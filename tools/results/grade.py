@@ -125,7 +125,7 @@ def grade(run: RunFolder) -> Grade:
 
 
 def choose(run: RunFolder) -> tuple[Numbers, Config]:
-    """The entry of the run's board, model, data, batch and length, and the config it stands for; ours before others'.
+    """Return the entry of the run's board, model, data, batch and length, and its config; ours before others'.
 
     Of several, the one whose other settings differ least. Whether those may differ, the figures say.
     """
@@ -143,7 +143,7 @@ def choose(run: RunFolder) -> tuple[Numbers, Config]:
 
 
 def config_of(entry: Numbers, recipe: Path) -> Config | None:
-    """What the entry's overrides mean in the recipe of now; None where they no longer resolve."""
+    """Return what the entry's overrides mean in the recipe of now; None where they no longer resolve."""
     overrides, steps = (entry.overrides, entry.steps) if isinstance(entry, Measured) else ((), None)
     try:
         return configs.load(recipe, hardware.get(entry.board), overrides, steps)
@@ -158,14 +158,14 @@ def is_of(entry: Numbers, config: Config, run: RunFolder) -> bool:
 
 
 def subject(config: Config) -> tuple[Any, ...]:
-    """What is trained on what: with another of these, figures say nothing about each other."""
+    """Return what is trained on what: with another of these, figures say nothing about each other."""
     model, data = config.model, config.data
     source = Path(data.corpus or data.source or "").name
     return model.init, model.base, model.architecture, model.lora, source, data.tokenizer, config.training.batch_size
 
 
 def differences(recorded: Config, run: Config) -> list[str]:
-    """The settings in which a run's training differs from the recorded one."""
+    """Return the settings in which a run's training differs from the recorded one."""
     return [
         line
         for line in recorded.changes(run)
@@ -174,7 +174,7 @@ def differences(recorded: Config, run: Config) -> list[str]:
 
 
 def settings(run: RunFolder, entry: Numbers, config: Config) -> Iterator[GradeLine]:
-    """Other settings, tokens and images, which explain other figures."""
+    """Grade the settings: other ones, other tokens and images explain other figures."""
     lines = differences(config, run.config)
     exact = entry.exact if isinstance(entry, Measured) else None
     if exact and exact.tokens_sha256 != run.manifest.data.tokens_sha256:
@@ -187,7 +187,7 @@ def settings(run: RunFolder, entry: Numbers, config: Config) -> Iterator[GradeLi
 
 
 def other_environment(run: RunFolder, entry: Numbers) -> list[str]:
-    """Why the entry's bits are not to be expected of this run; empty where they are."""
+    """Return why the entry's bits are not to be expected of this run; empty where they are."""
     if not isinstance(entry, Measured) or entry.exact is None:
         return ["the entry has no bits"]
     wanted = entry.exact.model_dump()
@@ -195,7 +195,7 @@ def other_environment(run: RunFolder, entry: Numbers) -> list[str]:
 
 
 def losses(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
-    """The training loss at each recorded step, and on the entry's own kind of machine the bits of all steps."""
+    """Grade the loss at each recorded step, and on the entry's own kind of machine the bits of all steps."""
     exact, found = not other_environment(run, entry), run.losses
     for step, expected in sorted(entry.loss_at.items()):
         if step > run.last_step:
@@ -208,7 +208,7 @@ def losses(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
 
 
 def bits(run: RunFolder, entry: Measured) -> GradeLine:
-    """Every step's loss and gradient norm, every evaluation and the last weights, bit for bit."""
+    """Grade every step's loss and gradient norm, every evaluation and the last weights, bit for bit."""
     assert entry.exact is not None
     if other := other_environment(run, entry):
         return GradeLine("bits", "not compared", f"not expected here: {'; '.join(other)}")
@@ -220,7 +220,7 @@ def bits(run: RunFolder, entry: Measured) -> GradeLine:
 
 
 def within(figure: str, found: float, expected: float, allowed: float | None, entry: Numbers, exact: bool) -> GradeLine:
-    """A loss beside the recorded one: equal, or within its band; what others published can only warn."""
+    """Grade a loss beside the recorded one: equal, or within its band; what others published can only warn."""
     far = abs(found - expected)
     says = f"{found:.6g}, recorded {expected:.6g}: {far:.2g} apart"
     if exact:
@@ -233,7 +233,7 @@ def within(figure: str, found: float, expected: float, allowed: float | None, en
 
 
 def held_out(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
-    """The held-out loss of the recorded step."""
+    """Grade the held-out loss of the recorded step."""
     if entry.held_out is None:
         return
     figure, score = f"held-out at {entry.held_out.step}", at_step(run.scores, entry.held_out.step)
@@ -245,7 +245,7 @@ def held_out(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
 
 
 def costs(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
-    """Speed and memory, which only a machine of the same kind must repeat."""
+    """Grade speed and memory, which only a machine of the same kind must repeat."""
     other = [line for line in other_environment(run, entry) if not line.startswith("lock_sha256")]
     for figure, found, recorded, limits, sign in (
         ("tokens/s", run.tokens_per_second, entry.tokens_per_second, SLOWER, -1),

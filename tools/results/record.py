@@ -95,7 +95,7 @@ def refuse_unlike(run: RunFolder, other: RunFolder) -> None:
 
 
 def entry_of(run: RunFolder, spread: Sequence[RunFolder], speed: bool) -> dict[str, Any]:
-    """The entry as the values of its YAML, in the order of CONTRIBUTING.md."""
+    """Return the entry as the values of its YAML, in the order of CONTRIBUTING.md."""
     manifest, last, engine = run.manifest, run.last_step, run.backend
     steps = sorted({step for step in STEPS if step < last} | {last})
     values = {
@@ -119,13 +119,13 @@ def entry_of(run: RunFolder, spread: Sequence[RunFolder], speed: bool) -> dict[s
 
 
 def machine_of(engine: BackendInfo) -> str:
-    """What a run was on, in words."""
+    """Return what a run was on, in words."""
     count = f"{engine.world} processes of " if engine.world > 1 and engine.backend == "torch-cpu" else ""
     return f"{engine.device}, {count}{engine.threads} thread{'s' if engine.threads > 1 else ''}"
 
 
 def asked_steps(command: Sequence[str]) -> int | None:
-    """What the command gave to --steps."""
+    """Return what the command gave to --steps."""
     for word, after in zip(command, [*command[1:], ""], strict=True):
         if word == "--steps":
             return int(after)
@@ -135,7 +135,7 @@ def asked_steps(command: Sequence[str]) -> int | None:
 
 
 def held_out_of(run: RunFolder) -> dict[str, Any] | None:
-    """The last evaluation, and the untrained model on the same rows."""
+    """Return the last evaluation, and the untrained model on the same rows."""
     rows, before = run.held_out(run.last_step), run.held_out(0)
     if rows is None:
         return None
@@ -152,7 +152,7 @@ def held_out_of(run: RunFolder) -> dict[str, Any] | None:
 
 
 def band_of(run: RunFolder, spread: Sequence[RunFolder], steps: Sequence[int]) -> dict[str, Any]:
-    """Three times the largest deviation of the other runs, at each step and of the held-out loss."""
+    """Return three times the largest deviation of the other runs, at each step and of the held-out loss."""
 
     def band(values: list[float]) -> float:
         return float(f"{SPREAD * max(values) + 1e-6:.2g}")  # the 1e-6 is for what another order of a sum may do
@@ -169,7 +169,7 @@ def band_of(run: RunFolder, spread: Sequence[RunFolder], steps: Sequence[int]) -
 
 
 def kind_of(run: RunFolder, other: RunFolder) -> str:
-    """What differs between two runs, in words."""
+    """Return what differs between two runs, in words."""
     settings = [line for line in run.config.changes(other.config) if not line.startswith(("logging_", "eval_"))]
     here, there = run.environment, other.environment
     return ", ".join(settings) or ", ".join(k for k in here if here[k] != there[k]) or "the same again"
@@ -181,7 +181,7 @@ def exact_of(run: RunFolder) -> dict[str, Any]:
 
 
 def placed(text: str, entry: dict[str, Any]) -> str:
-    """results.yaml with `entry` in place of the one of its training, else at the end."""
+    """Return the text of results.yaml with `entry` in place of the one of its training, else at the end."""
     block = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=110).splitlines()
     block = [f"  {line}" for line in block]
     lines = text.splitlines()
@@ -195,7 +195,7 @@ def placed(text: str, entry: dict[str, Any]) -> str:
 
 
 def entries_of(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Each entry with its first line and the one after its last, comments around it left out."""
+    """Yield each entry with its first line and the one after its last, comments around it left out."""
     root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     tree, lines = yaml.safe_load(text), text.splitlines()
     nodes = next(value for key, value in root.value if key.value == "entries").value

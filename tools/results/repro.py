@@ -85,7 +85,7 @@ def refuse_branch(run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def code_of(run: RunFolder, say: Say) -> Iterator[tuple[Path, list[str]]]:
-    """A tree with the run's commit, and what is lost of the code: nothing where the run was of a commit we have."""
+    """Check out the run's commit; yield the tree, and what is lost of the code: nothing of a commit we have."""
     commit, (here, dirty) = run.manifest.git_commit, head()
     if run.manifest.git_dirty is not False or commit is None:
         yield ROOT, ["the code: the tree it ran from was not a commit as it stands; the code of now is used"]
@@ -109,7 +109,7 @@ def code_of(run: RunFolder, say: Say) -> Iterator[tuple[Path, list[str]]]:
 
 
 def prepare(run: RunFolder, root: Path, say: Say) -> Again:
-    """The command that runs it again, with --set for whatever the recipe in `root` resolves to otherwise."""
+    """Return the command that runs it again, with --set for whatever the recipe in `root` resolves to otherwise."""
     manifest, engine = run.manifest, run.backend
     recipe = run.recipe_dir
     if recipe.parent.name == "recipes" and (root / "recipes" / recipe.name / "config.yaml").is_file():
@@ -130,7 +130,7 @@ def prepare(run: RunFolder, root: Path, say: Say) -> Again:
 
 
 def settings_to_restore(run: RunFolder, again: Again) -> dict[str, Any]:
-    """Keys that the recipe resolves to another value than the run had, with the run's value."""
+    """Return the keys that the recipe resolves to another value than the run had, with the run's value."""
     words = again.call("config", "show", str(again.recipe), *again.options, *again.sets)
     now = yaml.safe_load(answer(again, words))
     # The code of the run's own commit reads the keys of its time; that of now reads those of now.
@@ -148,7 +148,7 @@ def settings_to_restore(run: RunFolder, again: Again) -> dict[str, Any]:
 
 
 def answer(again: Again, words: list[str]) -> str:
-    """What one of our own commands prints, run in the tree of the code. Its error is passed on as ours."""
+    """Return what one of our own commands prints, run in the tree of the code. Its error is passed on as ours."""
     done = subprocess.run(words, cwd=again.root, capture_output=True, text=True, check=False, env=environment(again))
     if done.returncode:
         kind = {2: UsageError, 3: DataError}.get(done.returncode, MachineError)
@@ -157,12 +157,12 @@ def answer(again: Again, words: list[str]) -> str:
 
 
 def environment(again: Again) -> dict[str, str]:
-    """Ours, without a board of its own, and with the code of `root` before any installed one."""
+    """Return our environment, without a board of its own, and with the code of `root` before any installed one."""
     return {**os.environ, "PYTHONPATH": str(again.root), "HW": ""}
 
 
 def lost_environment(run: RunFolder, root: Path) -> Iterator[str]:
-    """What fixes the bits besides code and settings, and is another here."""
+    """Yield what fixes the bits besides code and settings, and is another here."""
     manifest, engine = run.manifest, run.backend
     if run.image != (image := image_here(run)):
         yield f"the image: {run.image or 'none'}; here {image or 'none'}"
@@ -178,7 +178,7 @@ def lost_environment(run: RunFolder, root: Path) -> Iterator[str]:
 
 
 def lost_packages(run: RunFolder, root: Path) -> Iterator[str]:
-    """What this environment has otherwise than the run's."""
+    """Yield what this environment has otherwise than the run's."""
     lock = root / "requirements" / f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt"
     sha256 = sha256_file(lock) if lock.is_file() else None
     if run.manifest.lock_sha256 != sha256:
@@ -190,7 +190,7 @@ def lost_packages(run: RunFolder, root: Path) -> Iterator[str]:
 
 
 def image_here(run: RunFolder) -> str | None:
-    """The image that the run is made again in: none if it was in none itself, or none is to be had here."""
+    """Return the image that the run is made again in: none if it was in none itself, or none is to be had here."""
     if run.image:
         with contextlib.suppress(MachineError):
             return image_for(hardware.get(run.manifest.hw)).reference
@@ -211,7 +211,7 @@ def check_data(run: RunFolder, again: Again) -> None:
 
 
 def train(again: Again, out: Path, where: str) -> Path:
-    """`recipe run` in a process of its own, on this screen; return the new run's folder."""
+    """Train by `recipe run` in a process of its own, on this screen; return the new run's folder."""
     out = out.absolute()
     before = set(out.glob("*/manifest.json"))
     options = (*again.options, *again.sets, where, "--resume", "never", "--out", str(out))
@@ -242,7 +242,7 @@ def compare(run: RunFolder, new: RunFolder, expected: bool, say: Say) -> None:
 
 
 def compare_by_band(run: RunFolder, new: RunFolder) -> None:
-    """Where the training is on record with a band: within it at its steps, or VerificationError."""
+    """Hold the losses to the band that is on record for the training, if any. Raises VerificationError."""
     try:
         entry, _ = grade.choose(run)
     except UsageError:
@@ -254,7 +254,7 @@ def compare_by_band(run: RunFolder, new: RunFolder) -> None:
 
 
 def first_difference(run: RunFolder, new: RunFolder) -> str | None:
-    """The first thing in which two runs differ: a record of a step, an evaluation, a checkpoint's file."""
+    """Return the first thing in which two runs differ: a record of a step, an evaluation, a checkpoint's file."""
     for was, now in zip(run.steps, new.steps, strict=False):
         for key in HISTORY:
             if was[key] != now[key]:

@@ -207,18 +207,18 @@ class Results(_Part):
     entries: Annotated[tuple[Annotated[Entry, Field(discriminator="evidence")], ...], Strict(False)]
 
     def evidence(self, board: str) -> str:
-        """The strongest class of evidence for a board, or `never run`."""
+        """Return the strongest class of evidence for a board, or `never run`."""
         found = {entry.evidence for entry in self.entries if entry.board == board}
         return next((name for name in CLASSES if name in found), NEVER)
 
     @property
     def numbers(self) -> tuple[Numbers, ...]:
-        """The entries that hold figures, in the file's order."""
+        """Return the entries that hold figures, in the file's order."""
         return tuple(entry for entry in self.entries if not isinstance(entry, DoubleOnly))
 
 
 def load(folder: Path) -> Results:
-    """The results of the recipe in `folder`, with every listed file's hash checked.
+    """Return the results of the recipe in `folder`, with every listed file's hash checked.
 
     Raises UsageError where results.yaml is missing or says what it may not, VerificationError for a wrong hash.
     """

@@ -36,13 +36,13 @@ class Verdict:
 
     @property
     def exceeds_noise(self) -> bool | None:
-        """None where nothing could be measured."""
+        """Return whether the gap is more than noise; None where nothing could be measured."""
         if not self.measure or not self.error >= 0:
             return None
         return abs(self.gap) > NOISE * self.error
 
     def sentence(self) -> str:
-        """The verdict in words."""
+        """Return the verdict in words."""
         parts = [f"losses are not compared: {', '.join(self.unlike)}"] if self.unlike else []
         if self.measure:
             words = "lower" if self.gap >= 0 else "higher"
@@ -79,7 +79,7 @@ def verdict(base: RunFolder, other: RunFolder) -> Verdict:
 
 
 def reasons_against(base: RunFolder, other: RunFolder) -> list[str]:
-    """Why a token's loss of one run is not that of the other; empty where it is."""
+    """Return why a token's loss of one run is not that of the other; empty where it is."""
     keys = {
         "other tokens": ("data", "tokens_sha256"),
         "another tokenizer": ("tokenizer_sha256",),
@@ -100,7 +100,7 @@ def short(value: Any) -> str:
 
 
 def remarks(base: RunFolder, other: RunFolder) -> list[str]:
-    """What a reader of the gap should know."""
+    """Return what a reader of the gap should know."""
     found = []
     steps = [run.last_score.get("step") for run in (base, other)]
     if None not in steps and steps[0] != steps[1]:
@@ -124,7 +124,7 @@ def same_text(base: RunFolder, other: RunFolder) -> bool:
 
 
 def bits_per_byte(base: RunFolder, other: RunFolder) -> tuple[float, float] | None:
-    """The difference and its standard error, of two independent samples; None where a run has none."""
+    """Return the difference and its standard error, of two independent samples; None where a run has none."""
     figures = [(r.last_score.get("bits_per_byte"), r.last_score.get("bits_per_byte_se")) for r in (base, other)]
     (first, first_error), (second, second_error) = figures
     if first is None or second is None:
@@ -135,7 +135,7 @@ def bits_per_byte(base: RunFolder, other: RunFolder) -> tuple[float, float] | No
 
 
 def groups(runs: Iterable[RunFolder]) -> list[list[RunFolder]]:
-    """Runs whose losses mean the same, together; in the order of their first ones."""
+    """Return runs whose losses mean the same, together; in the order of their first ones."""
     found: list[list[RunFolder]] = []
     for run in runs:
         like = next((group for group in found if not reasons_against(group[0], run)), None)
@@ -147,7 +147,7 @@ def groups(runs: Iterable[RunFolder]) -> list[list[RunFolder]]:
 
 
 def config_table(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    """Every key that is not the same in all runs, with each run's value as text."""
+    """Return every key that is not the same in all runs, with each run's value as text."""
     known = [dict(flatten(run.known_config.dump())) if run.known_config else {} for run in runs]
     rows = []
     for key in dict.fromkeys(key for values in known for key in values):

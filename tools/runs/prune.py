@@ -23,7 +23,7 @@ class Folder:
 
 
 def locked(runs: Sequence[RunFolder], stack: contextlib.ExitStack, say: Say) -> Iterator[RunFolder]:
-    """The runs that no process has, read again once they are held: until `stack` closes none of them starts."""
+    """Yield the runs that no process has, read again once they are held: until `stack` closes none of them starts."""
     for run in runs:
         lock = try_lock(run.folder)
         if lock is None:
@@ -34,7 +34,7 @@ def locked(runs: Sequence[RunFolder], stack: contextlib.ExitStack, say: Say) -> 
 
 
 def removable(run: RunFolder, keep: int, exports: bool, named: bool, say: Say) -> list[Folder]:
-    """What of a run can go: all but its `keep` newest checkpoints and the one that stands for it; its export if asked.
+    """Return what can go: all checkpoints but the `keep` newest and the run's result; its `exports`, too, if asked.
 
     With `keep` 0 a run that is not done keeps the checkpoint that it can go on from, unless it was `named`.
     """
@@ -70,5 +70,5 @@ def size_of(folder: Path) -> int:
 
 
 def shown_size(size: float) -> str:
-    """`7.9 MB`."""
+    """Return a size for people: `7.9 MB`."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -74,7 +74,7 @@ def leak(made: Specimen) -> Path:
 
 
 def in_export(change: Callable[[dict[str, Any]], None]) -> Callable[[Specimen], Path]:
-    """A defect in the exported weights, whose hash is that of the damaged file."""
+    """Return a planter of defects in the exported weights, whose hash is then that of the damaged file."""
 
     def plant(made: Specimen) -> Path:
         run = made.copy()
@@ -85,7 +85,7 @@ def in_export(change: Callable[[dict[str, Any]], None]) -> Callable[[Specimen], 
 
 
 def swap_rope_rows(tensors: dict[str, Any]) -> None:
-    """The rows of the queries in the order of an engine that turns neighbours; keys stay as they are."""
+    """Put the rows of the queries in the order of an engine that turns neighbors; keys stay as they are."""
     for name in [name for name in tensors if "q_proj" in name]:
         tensors[name] = np.ascontiguousarray(to_pairs(tensors[name], HEADS))
 
@@ -101,7 +101,7 @@ def change_embedding(tensors: dict[str, Any]) -> None:
 
 
 def stale_checkpoint(made: Specimen) -> Path:
-    """The last checkpoint has the weights of an earlier one, under hashes that agree."""
+    """Give the last checkpoint the weights of an earlier one, under hashes that agree."""
     run = made.copy()
     last = newest_checkpoint(run) / "adapter_model.safetensors"
     older = checkpoint.folder_of(run / "checkpoints", checkpoint.steps_saved(run / "checkpoints")[-1])
@@ -142,7 +142,7 @@ def in_metrics(change: Callable[[list[dict[str, Any]]], None]) -> Callable[[Spec
 
 
 def step_done_twice(records: list[dict[str, Any]]) -> None:
-    """As a resumption that did not cut its records back to the checkpoint would leave them."""
+    """Leave the records as a resumption would that did not cut them back to the checkpoint."""
     at = next(n for n, record in enumerate(records) if record["step"] == 3 and "loss" in record)
     records.insert(at, records[at])
 
@@ -193,7 +193,7 @@ def calibrate(defects: Sequence[Defect] = DEFECTS) -> Iterator[DefectResult]:
 
 
 def sync_off(made: Specimen) -> DefectResult:
-    """Two processes that do not sum their gradients: what the control of `verify ddp` turns off, and must notice."""
+    """Run two processes that do not sum their gradients, which the control of `verify ddp` must notice."""
     words = ["verify", "ddp", "--hw", "cpu-x2", "--recipe", str(made.root / "specimen"), "--steps", "2", "--json"]
     command = [sys.executable, "-m", "tools.cli", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -205,7 +205,7 @@ def sync_off(made: Specimen) -> DefectResult:
 
 
 def look(run: Path, line: str) -> Result:
-    """The verdict of one line alone."""
+    """Return the verdict of one line alone."""
     alone = [dataclasses.replace(one, needs=()) for one in LINES if one.id == line]
     return next(iter(verify(run, alone)))
 

@@ -67,7 +67,7 @@ class Curve:
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over the steps but the first, which may compile."""
+        """Return the median over the steps but the first, which may compile."""
         return statistics.median(t / s for t, s in zip(self.tokens[1:], self.seconds[1:], strict=True))
 
 
@@ -85,7 +85,7 @@ class Comparison:
         self.dataset: TokenDataset = prepared[2]
 
     def config_for(self, devices: int | None, **values: Any) -> Config:
-        """The recipe's config for some of the devices, or for all of them."""
+        """Return the recipe's config for some of the devices, or for all of them."""
         config, launch = self.launch.config, self.launch
         if devices:
             config = configs.load(launch.recipe_dir, self.hw, (*launch.overrides, *mesh_override(devices)), self.steps)
@@ -121,7 +121,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def opened(self, config: Config) -> Iterator[Backend]:
-        """The engine of `config` with the base's weights."""
+        """Open the engine of `config` with the base's weights."""
         with self.engine.open_backend(self.hw, config) as backend:
             backend.build(self.base.architecture)
             backend.load(self.base.weights())
@@ -138,7 +138,7 @@ class Comparison:
         curve.tokens.append(stats.tokens)
 
     def speed(self, weak: bool) -> dict[str, float]:
-        """Throughput by number of devices, in tokens/s, and what a step of all of them is made of."""
+        """Measure throughput by number of devices, in tokens/s, and what a step of all of them is made of."""
         synced, alone = Curve(), Curve()
         config = self.config_for(None)
         with self.opened(config) as backend:
@@ -165,7 +165,7 @@ class Comparison:
         return found
 
     def entry(self, speed: dict[str, float]) -> dict[str, Any]:
-        """What results.yaml is to hold of this comparison; see tools/results/schema.py."""
+        """Return what results.yaml is to hold of this comparison; see tools/results/schema.py."""
         assert self.several.held_out is not None
         rows, last = self.several.held_out, len(self.several.losses)
         return {
@@ -307,7 +307,7 @@ def refuse_failed(report: Mapping[str, Any]) -> None:
 
 
 def shown(speed: dict[str, float], found: Comparison, weak: bool) -> str:
-    """The figures as lines."""
+    """Return the figures as lines."""
     kind = "weak scaling, a batch for each device" if weak else "strong scaling, one batch for all"
     rate = f"{speed['all']:,.0f} tokens/s on {found.devices} devices, {speed['one']:,.0f} on one"
     gain = f"{speed['ratio']:.2f} times as fast, {speed['efficiency']:.0%} of each device"

@@ -63,7 +63,7 @@ class Case:
 
 
 def checkpoints(case: Case) -> str:
-    """Every file of the newest checkpoint has its hash, and the metrics are those of the run's end."""
+    """Check that every file of the newest checkpoint has its hash, and that the metrics are those of the run's end."""
     skipped: list[str] = []
     found = case.left.newest_checkpoint(skipped.append)
     hold(not skipped, "; ".join(skipped))
@@ -74,7 +74,7 @@ def checkpoints(case: Case) -> str:
 
 
 def history(case: Case) -> str:
-    """Steps 1, 2, 3, ... once each and with the schedule's learning rate, across every resumption."""
+    """Check that steps 1, 2, 3, ... are there once each, at the schedule's learning rate, across every resumption."""
     steps = [record["step"] for record in metrics.read(case.folder / "metrics.jsonl") if "loss" in record]
     odd = next((n for n, step in enumerate(steps, 1) if step != n), None)
     hold(odd is None, f"record {odd} is of step {steps[(odd or 1) - 1]}")
@@ -87,7 +87,7 @@ def history(case: Case) -> str:
 
 
 def first_loss(case: Case) -> str:
-    """A model that knows nothing scores ln(vocabulary); one that is pretrained does not score worse."""
+    """Check that a model that knows nothing scores ln(vocabulary), and a pretrained one no worse."""
     loss, run = case.left.losses[1], case.run
     if run.base.initial:
         try:
@@ -99,7 +99,7 @@ def first_loss(case: Case) -> str:
 
 
 def replay(case: Case) -> str:
-    """Step 1 once more by plain transformers: the same rows, their own mask and labels, the weights before training."""
+    """Compute step 1 by plain transformers: the same rows, their own mask and labels, the weights before training."""
     need_transformers()
     run, record = case.run, at_step(case.left.steps, 1)
     if record is None or case.left.manifest.parent:
@@ -115,7 +115,7 @@ def replay(case: Case) -> str:
 
 
 def score(case: Case) -> str:
-    """The newest checkpoint scores on the held-out rows what the run wrote down for its step."""
+    """Check that the newest checkpoint scores on the held-out rows what the run wrote down for its step."""
     need_transformers()
     run = case.run
     rows = case.left.held_out(run.step)
@@ -130,13 +130,13 @@ def score(case: Case) -> str:
 
 
 def moved(case: Case) -> str:
-    """Training moved every tensor that it trains."""
+    """Check that training moved every tensor that it trains."""
     still, count = unmoved(case.run)
     return hold(not still, f"{len(still)} of {count} trained tensors never moved: {', '.join(still[:5]) or 'none'}")
 
 
 def frozen(case: Case) -> str:
-    """What adapters do not touch is the base's, bit for bit, in the export."""
+    """Check that what adapters do not touch is the base's, bit for bit, in the export."""
     run, file = case.run, case.folder / "export" / "merged" / "model.safetensors"
     if run.config.model.lora is None:
         raise CheckEnded("not checkable", "all weights are trained: nothing is frozen")
@@ -155,7 +155,7 @@ def frozen(case: Case) -> str:
 
 
 def replicas(case: Case) -> str:
-    """Every device held the same weights when training ended, as the manifest has their hashes."""
+    """Check that every device held the same weights when training ended, as the manifest has their hashes."""
     manifest, engine = case.left.manifest, case.left.backend
     if engine.world == 1:
         raise CheckEnded("not checkable", "one device")
@@ -167,7 +167,7 @@ def replicas(case: Case) -> str:
 
 
 def exported(case: Case) -> str:
-    """The export computes what the run computed, asked of plain transformers and PEFT."""
+    """Check that the export computes what the run computed, asked of plain transformers and PEFT."""
     need_transformers()
     folder = case.folder / "export"
     record = export.read_record(folder)
@@ -182,7 +182,7 @@ def exported(case: Case) -> str:
 
 
 def leakage(case: Case) -> str:
-    """No held-out or evaluation prompt was trained on."""
+    """Check that no held-out or evaluation prompt was trained on."""
     run = case.run
     dataset_of(case)  # the rows of now are those of the run
     splits, prompts = load_dataset(run.recipe_dir)
@@ -199,7 +199,7 @@ def leakage(case: Case) -> str:
 
 
 def dataset_of(case: Case) -> TokenDataset:
-    """The run's tokens, or a line that says that they are not here."""
+    """Return the run's tokens. Raises CheckEnded where they are not here."""
     try:
         return case.run.dataset()
     except DataError as error:
@@ -212,7 +212,7 @@ def need_transformers() -> None:
 
 
 def untrained(run: TrainedRun) -> torch.nn.Module:
-    """The model before its first update, as plain transformers have it, in fp32."""
+    """Return the model before its first update, as plain transformers have it, in fp32."""
     import torch
     import transformers
 

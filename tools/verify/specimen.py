@@ -54,11 +54,11 @@ class Specimen:
     sound: Path
 
     def again(self, spoil: Callable[[Batch], Batch] = lambda batch: batch, *overrides: str) -> Path:
-        """Another run, every batch of which goes through `spoil` on its way to the engine; without an export."""
+        """Train another run, every batch of which goes through `spoil` on its way to the engine; without an export."""
         return train(self.root, spoil, overrides, export=False)
 
     def copy(self) -> Path:
-        """The sound run once more, to be damaged."""
+        """Copy the sound run, to be damaged."""
         return Path(shutil.copytree(self.sound, Path(tempfile.mkdtemp(dir=self.root)) / "run"))
 
 
@@ -77,7 +77,7 @@ def specimen() -> Iterator[Specimen]:
 
 
 def write_recipe(folder: Path, base: Path) -> None:
-    """Rows of ten topics in two wordings; in leaky.jsonl one prompt of each topic is in all of them."""
+    """Write rows of ten topics in two wordings; in leaky.jsonl one prompt of each topic is in all of them."""
     rows = [
         {
             "topic": topic,
@@ -106,7 +106,7 @@ def write_recipe(folder: Path, base: Path) -> None:
 
 
 def train(root: Path, spoil: Callable[[Batch], Batch], overrides: tuple[str, ...], *, export: bool) -> Path:
-    """The loop of the recipes, silent; return the run's folder."""
+    """Train with the loop of the recipes, silent; return the run's folder."""
     out = Path(tempfile.mkdtemp(dir=root))
     launch = resolve(root / "specimen", hw="cpu", overrides=overrides, resume="never", out=out)
     with contextlib.redirect_stdout(io.StringIO()), open_run(launch, *load_dataset(launch.recipe_dir)) as run:
