@@ -25,6 +25,7 @@ from common.train.run import Run
 from engines.cpu.engine import TorchCPU
 from tests.outcomes import folders, log, manifest, outcome
 from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tools.launch.after_run import STEPS, after_run
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds"]
 EVAL_KEYS = ["step", "eval_loss", "eval_loss_se", "eval_tokens"]
@@ -213,6 +214,26 @@ def test_a_signal_after_the_steps_ends_with_75_and_loses_nothing(finished, go, m
     monkeypatch.undo()
     assert outcome(go()) == outcome(finished)
     assert len(folders(tmp_path / "out")) == 1, "it went on in its folder"
+
+
+def test_a_signal_between_two_steps_after_the_run_ends_with_75_and_what_is_left_is_done_next(go, monkeypatch):
+    did: list[str] = []
+
+    def stopped_meanwhile(run, _manifest, _console):
+        did.append(f"export of step {run.step}")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(STEPS, "export", stopped_meanwhile)
+    monkeypatch.setitem(STEPS, "before_after", lambda *_: did.append("before_after"))
+    folder = go()
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM .*before the step 'before_after'") as stopped:
+        after_run(folder, ("export", "before_after"))
+    assert stopped.value.code == 75
+    assert manifest(folder)["exit_reason"].startswith("stopped: ")
+    assert did == ["export of step 6"]
+    after_run(folder, ("before_after",))
+    assert manifest(folder)["exit_reason"] == "done"
+    assert did[1:] == ["before_after"]
 
 
 def test_a_signal_before_the_first_step_has_nothing_to_save_and_does_not_say_so(go, monkeypatch):
