@@ -28,6 +28,7 @@ from common.data.tokens import Arrays, Batch, TokenSplit
 from common.engine import BackendInfo, StepStats
 from common.paths import find_recipe
 from common.recipe import load
+from tools.data.fetch import fetch_pinned
 from tools.launch.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,7 @@ def loop_gaps(recipe: Path, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="bench-loop-") as out:
         quiet = ("eval_config.every=0", "checkpoint_config.every=0")
         launch = resolve(recipe, hw="cpu", overrides=quiet, steps=steps, resume="never", out=Path(out))
+        fetch_pinned(launch.config, print)
         with mock.patch("engines.cpu.open_backend", open_idle), contextlib.redirect_stdout(io.StringIO()):
             load(recipe, "train").train(launch)
     return [after - before for before, after in zip(engine.called[:-1], engine.called[1:], strict=True)]

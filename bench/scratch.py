@@ -30,6 +30,7 @@ from common.paths import find_recipe
 from common.recipe import load_dataset
 from common.train.plan import Plan, make_plan
 from engines.registry import engine_for
+from tools.data.fetch import fetch_pinned
 from tools.launch.resolve import resolve
 
 WARM_UP = 5  # steps that do not count
@@ -140,6 +141,7 @@ def main() -> None:
         "data_config.tokenizer.type=" + ("bpe" if given.preset == "pico" else "char"),
     )
     launch = resolve(find_recipe(given.recipe), hw="cpu", overrides=overrides, steps=given.steps + WARM_UP)
+    fetch_pinned(launch.config, print)
     plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _line: None, lambda _line: None)
     result = compare(plan, given.steps)
     text = "".join(plan.tokenizer.decode(plan.dataset.train.row(row).ids[1:]) for row in range(8000))

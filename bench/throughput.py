@@ -102,11 +102,13 @@ def make_job(arguments: argparse.Namespace) -> Job:
     from common.paths import find_recipe
     from common.recipe import load_dataset
     from common.train.plan import make_plan
+    from tools.data.fetch import fetch_pinned
     from tools.launch.resolve import resolve
 
     total = arguments.warmup + arguments.steps
     recipe = find_recipe(arguments.recipe)
     launch = resolve(recipe, hw="cpu", overrides=tuple(arguments.set), steps=total)
+    fetch_pinned(launch.config, lambda text: print(f"bench: {text}"))
     plan = make_plan(launch, *load_dataset(recipe), lambda _: None, lambda text: print(f"bench: {text}"))
     config, rows = plan.config, plan.dataset.train
     if config.model.lora is None:

@@ -161,5 +161,6 @@ def test_a_job_of_full_fine_tuning_is_refused(monkeypatch: pytest.MonkeyPatch) -
             train = None
 
     monkeypatch.setattr("common.train.plan.make_plan", lambda *_: Plan)
+    monkeypatch.setattr("tools.data.fetch.fetch_pinned", lambda *_: None)
     with pytest.raises(SystemExit, match="LoRA"):
         throughput.make_job(argparse.Namespace(warmup=1, steps=1, recipe=str(FINE_TUNE), set=[]))
