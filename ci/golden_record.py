@@ -23,6 +23,7 @@ from common.errors import VerificationError
 from common.files import sha256_file
 from tools.containers import images
 from tools.results.schema import Measured
+from tools.runs.folder import runs_in
 
 STRAYS = ("device_config.threads=2", "training_config.precision=bf16-mixed")  # what the band of a golden is taken from
 
@@ -66,7 +67,7 @@ def record(scratch: Path) -> None:
         for place, stray in enumerate(("", *STRAYS)):
             out = scratch / f"{number:02d}-{place}"
             recipe("run", name, *words, *(("--set", stray) if stray else ()), "--resume", "never", "--out", str(out))
-            runs.append(str(next(out.glob("*/manifest.json")).parent))
+            runs.append(str(next(runs_in(out)).folder))
         golden, *others = runs
         recipe("grade", golden, "--record", *(word for other in others for word in ("--band-from", other)))
     docs.main()

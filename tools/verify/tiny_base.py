@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.files import write_json
 from common.model import llama
 
 Array = np.ndarray[Any, Any]
@@ -100,7 +100,3 @@ def random_llama(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
         else (rng.standard_normal(shapes[name]) * 0.05).astype(np.float32)
         for name in order
     }
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
