@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import write_tiny_base
+from tools.verify.tiny_base import write_tiny_base
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of one thread, not two of two, on two cores
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ci.rehearse.ground import Ground
 from common.paths import ROOT
-from tests import hosts
+from tests.doubles import machines
 from tools.machine import host
 
 HOLD = """
@@ -71,21 +71,21 @@ def held(ground: Ground) -> Iterator[None]:
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"taken\n"
-        hosts.write(ground.root / "proc/driver/tenstorrent/0/pids", f"{process.pid}\n")
+        machines.write(ground.root / "proc/driver/tenstorrent/0/pids", f"{process.pid}\n")
         yield
         process.kill()
 
 
 def lose_a_card(ground: Ground) -> None:
-    hosts.remove_card(ground.root, ground.board.nodes - 1)
+    machines.remove_card(ground.root, ground.board.nodes - 1)
 
 
 def old_firmware(ground: Ground) -> None:
-    hosts.write(ground.root / "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "17.4.0\n")
+    machines.write(ground.root / "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "17.4.0\n")
 
 
 def reset_fails(ground: Ground) -> None:
-    hosts.write(ground.folder / "reset-code", "1")
+    machines.write(ground.folder / "reset-code", "1")
 
 
 def kill_the_run(_job: subprocess.Popen[bytes], ground: Ground) -> None:

@@ -17,8 +17,9 @@ from common import hardware, recipe
 from common.errors import UsageError
 from common.hardware import Hardware
 from engines.ttml.mesh import OURS
-from tests import doubles, hosts
-from tests.tiny_recipe import make_tiny_recipe, newest_run
+from tests import doubles
+from tests.doubles import machines
+from tests.doubles.tiny_recipe import make_tiny_recipe
 from tools.launch.after_run import after_run
 from tools.launch.resolve import resolve
 from tools.results import record
@@ -103,12 +104,12 @@ def prepare(folder: Path, board: str) -> Ground:
 
 
 def write_machine(ground: Ground) -> None:
-    hosts.fake_host(ground.root, ground.board.name)
-    hosts.descriptor(ground.root, ground.board.name)
+    machines.fake_host(ground.root, ground.board.name)
+    machines.descriptor(ground.root, ground.board.name)
     program = ground.folder / "bin/tt-smi"
-    hosts.write(program, TT_SMI.format(ground=ground.folder))
+    machines.write(program, TT_SMI.format(ground=ground.folder))
     program.chmod(0o755)
-    hosts.write(ground.folder / "reset-code", "0")
+    machines.write(ground.folder / "reset-code", "0")
 
 
 def again(ground: Ground, folder: Path) -> Ground:
@@ -141,7 +142,7 @@ def write_recipe(ground: Ground) -> None:
     settings = json.loads(path.read_text("utf-8"))
     settings["training_config"] |= {"precision": "bf16", "max_steps": STEPS, "batch_size": max(4, ground.board.chips)}
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    hosts.write(ground.recipe / "results.yaml", NO_ENTRIES)
+    machines.write(ground.recipe / "results.yaml", NO_ENTRIES)
 
 
 def record_figures(ground: Ground) -> None:
@@ -166,5 +167,6 @@ def train(ground: Ground, out: Path, seed: int) -> Path:
         board = ground.board.name
         launch = resolve(ground.recipe, hw=board, overrides=changes, steps=STEPS, out=out, command=command)
         recipe.load(ground.recipe, "train").train(launch)
-        after_run(newest_run(out), ())
-    return newest_run(out)
+        (run,) = (manifest.parent for manifest in out.glob("*/manifest.json"))
+        after_run(run, ())
+    return run

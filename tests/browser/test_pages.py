@@ -18,7 +18,7 @@ pytest.importorskip(
 from playwright.sync_api import sync_playwright
 
 from common.train import metrics
-from tests.run_folders import write_lines, write_run
+from tests.support.run_folders import write_lines, write_run
 from tools.report import pages
 from tools.runs.folder import read_run
 

@@ -12,7 +12,7 @@ import pytest
 
 from bench import loop, throughput
 from bench.throughput import BENCH, LOCK, ROOT
-from tests.tiny_recipe import FINE_TUNE
+from tests.doubles.tiny_recipe import FINE_TUNE
 
 
 def measured(seconds: list[float], rows: list[int], peak: float = 100.0) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from ci.hardware import grade as grading
 from ci.hardware import train as training
 from ci.hardware.job import Job
 from common.errors import MachineError, RecipeError, VerificationError
-from tests import hosts
-from tests.tiny_recipe import FROM_SCRATCH
+from tests.doubles import machines
+from tests.doubles.tiny_recipe import FROM_SCRATCH
 from tools.containers import launcher
 from tools.containers.spec import process
 from tools.doctor import machine as doctor_host
@@ -35,7 +35,7 @@ from tools.machine.lease import Owner
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / ".github/workflows/hardware.yml"
-CARD = hosts.pci(0)
+CARD = machines.pci(0)
 TT_SMI = """#!/bin/sh
 echo "$*" >>"{log}"
 {then}
@@ -46,11 +46,11 @@ class Host:
     """A machine with an n150 whose tt-smi writes down what it is asked, and a job on it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.root = folder, hosts.fake_host(folder / "root", "n150")
+        self.folder, self.root = folder, machines.fake_host(folder / "root", "n150")
         self.tt_smi()
 
     def tt_smi(self, then: str = "exit 0") -> None:
-        hosts.write(self.folder / "bin/tt-smi", TT_SMI.format(log=self.folder / "asked", then=then))
+        machines.write(self.folder / "bin/tt-smi", TT_SMI.format(log=self.folder / "asked", then=then))
         (self.folder / "bin/tt-smi").chmod(0o755)
 
     @property
@@ -69,7 +69,7 @@ class Host:
         phases = {"preflight": {"code": 0, "said": ""}} | ({} if train is None else {"train": {"code": train}})
         job.note(phases=phases, **{"cards": [CARD], "nodes": 1, "process": "1@1", **more})
         if train is not None:
-            hosts.write(job.runs / "a-run/manifest.json", "{}")
+            machines.write(job.runs / "a-run/manifest.json", "{}")
         return job
 
 
@@ -221,7 +221,7 @@ def test_a_run_that_cannot_be_killed_hides_nothing_from_collect(host, unkillable
     monkeypatch.setattr(collect, "examine", lambda job, _name: (job.out / "doctor-after.json").write_text("{}"))
     job = host.job(5)
     job.note(phases={"preflight": {"code": 0, "said": ""}, "train": {"code": 5, "said": "it hung"}})
-    hosts.write(job.runs / "a-run/report.html", "")
+    machines.write(job.runs / "a-run/report.html", "")
     if recovered:
         assert __main__.main(["recover"]) == 4
     asked = unkillable.asked
@@ -235,7 +235,7 @@ def test_a_run_that_cannot_be_killed_hides_nothing_from_collect(host, unkillable
 
 
 def test_what_a_reset_would_wipe_is_written_down_first(host, monkeypatch):
-    hosts.write(host.folder / "bin/dmesg", "#!/bin/sh\necho 'tenstorrent 0: hung'\n")
+    machines.write(host.folder / "bin/dmesg", "#!/bin/sh\necho 'tenstorrent 0: hung'\n")
     (host.folder / "bin/dmesg").chmod(0o755)
     seen: list[tuple[str, int]] = []
 
@@ -258,14 +258,14 @@ def test_a_reset_that_helps_only_the_second_time_is_two_resets(host):
 
 def test_a_card_that_is_still_gone_after_its_resets_is_not_taken_for_well(host):
     job = host.job(5)
-    hosts.remove_card(host.root, 0)
+    machines.remove_card(host.root, 0)
     with pytest.raises(MachineError, match=r"board\.nodes: n150 was named but is not on this machine"):
         recover.recover(job)
     assert len(host.resets) == 3
 
 
 def test_a_quarantine_is_written_once_and_never_overwritten(host):
-    hosts.write(host.quarantine, "board: n150\nwhy: the first\n")
+    machines.write(host.quarantine, "board: n150\nwhy: the first\n")
     host.tt_smi("exit 1")
     with pytest.raises(MachineError, match="out of service"):
         recover.recover(host.job(5))
@@ -273,7 +273,7 @@ def test_a_quarantine_is_written_once_and_never_overwritten(host):
 
 
 def test_a_quarantine_that_cannot_be_written_is_said(host, monkeypatch):
-    hosts.write(host.folder / "a-file", "")
+    machines.write(host.folder / "a-file", "")
     monkeypatch.setenv("RECIPES_QUARANTINE", str(host.folder / "a-file/quarantine"))
     host.tt_smi("exit 1")
     with pytest.raises(MachineError, match="could not be taken out of service") as ended:
@@ -311,7 +311,7 @@ def test_a_card_that_somebody_else_leases_is_never_reset(host):
 
 
 def test_a_card_that_somebody_else_has_open_is_never_reset(host):
-    hosts.write(host.root / "proc/driver/tenstorrent/0/pids", f"{os.getpid()}\n")
+    machines.write(host.root / "proc/driver/tenstorrent/0/pids", f"{os.getpid()}\n")
     with pytest.raises(MachineError, match=f"n150 is in use by process {os.getpid()}"):
         recover.recover(host.job(5))
     assert host.resets == []
@@ -325,7 +325,7 @@ def test_a_card_that_somebody_takes_after_a_failed_reset_is_not_reset_again(host
 
 
 def test_the_process_of_this_very_job_is_nobody_else(host):
-    hosts.write(host.root / "proc/driver/tenstorrent/0/pids", f"{os.getpid()}\n")
+    machines.write(host.root / "proc/driver/tenstorrent/0/pids", f"{os.getpid()}\n")
     job = host.job(5, process=process(os.getpid()))
     assert own.strangers(job) == []
     recover.reset(job, 1)
@@ -643,8 +643,8 @@ def test_large_files_are_moved_aside_and_listed(host, monkeypatch, kept):
     monkeypatch.setattr(collect, "ROOM_MB", 0.01)
     job = host.job(0)
     large, small = job.runs / "a/checkpoints/step-1/model.safetensors", job.runs / "a/metrics.jsonl"
-    hosts.write(large, "w" * 20_000)
-    hosts.write(small, "{}\n")
+    machines.write(large, "w" * 20_000)
+    machines.write(small, "{}\n")
     (line,) = collect.lighten(job)
     assert line.startswith("runs/a/checkpoints/step-1/model.safetensors (0 MB, now in ")
     assert not large.exists()
@@ -656,10 +656,10 @@ def test_large_files_are_moved_aside_and_listed(host, monkeypatch, kept):
 
 def test_a_large_file_that_cannot_be_moved_stays_and_is_said(host, monkeypatch):
     monkeypatch.setattr(collect, "ROOM_MB", 0.01)
-    hosts.write(host.folder / "a-file", "")
+    machines.write(host.folder / "a-file", "")
     monkeypatch.setenv("RECIPES_LEFT_OUT", str(host.folder / "a-file/kept"))
     large = host.job(0).runs / "a/model.safetensors"
-    hosts.write(large, "w" * 20_000)
+    machines.write(large, "w" * 20_000)
     (line,) = collect.lighten(Job.from_environment())
     assert "cannot be moved" in line
     assert large.is_file()
@@ -667,7 +667,9 @@ def test_a_large_file_that_cannot_be_moved_stays_and_is_said(host, monkeypatch):
 
 def test_the_kernels_log_is_taken_for_what_is_of_a_board(host):
     host.tt_smi()
-    hosts.write(host.folder / "bin/dmesg", "#!/bin/sh\necho 'eth0: address 1'; echo 'tenstorrent 0000:01:00.0: hung'\n")
+    machines.write(
+        host.folder / "bin/dmesg", "#!/bin/sh\necho 'eth0: address 1'; echo 'tenstorrent 0000:01:00.0: hung'\n"
+    )
     (host.folder / "bin/dmesg").chmod(0o755)
     job = host.job(0)
     commands.kernel_log(job.out / "dmesg.txt")

@@ -17,7 +17,7 @@ from ci.rehearse import __main__ as rehearsal
 from ci.rehearse.faults import FAULTS, NOTHING
 from ci.rehearse.ground import STEPS, Ground, again, prepare, record_figures
 from common.paths import ROOT
-from tests.hosts import pci
+from tests.doubles.machines import pci
 
 pytestmark = [
     pytest.mark.e2e,

@@ -8,7 +8,7 @@ import pytest
 from common.errors import MachineError, UsageError
 from common.model import bases
 from common.model.weights import Weights
-from tests.tiny import write_tiny_base
+from tools.verify.tiny_base import write_tiny_base
 
 
 def test_a_local_folder_is_known_by_its_weights(tiny_base, tmp_path):

@@ -16,8 +16,8 @@ from common.data.tokens import TokenDataset
 from common.errors import DataError
 from common.recipe import load_dataset
 from common.train.plan import prepare
-from tests.tiny_recipe import FROM_SCRATCH as RECIPE
-from tests.tiny_recipe import tiny_scratch
+from tests.doubles.tiny_recipe import FROM_SCRATCH as RECIPE
+from tests.doubles.tiny_recipe import tiny_scratch
 from tools.launch.resolve import resolve
 
 T = 64

@@ -12,7 +12,7 @@ import pytest
 from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
 from common.errors import DataError
-from tests.tiny import CORPUS, write_tiny_base
+from tools.verify.tiny_base import CORPUS, write_tiny_base
 
 CHATML = (
     "{% for message in messages %}"

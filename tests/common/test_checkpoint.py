@@ -16,7 +16,7 @@ import pytest
 from common.errors import MachineError
 from common.train import checkpoint
 from common.train.checkpoint import Tensors
-from tests.on_engines import config_for
+from tests.support.engines import config_for
 
 FACTS = {"training_digest": "t", "tokens_sha256": "d"}
 

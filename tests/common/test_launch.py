@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import config, hardware
 from common.train.launch import Hosts, Launch
-from tests.tiny_recipe import FROM_SCRATCH
+from tests.doubles.tiny_recipe import FROM_SCRATCH
 
 
 def test_a_launch_goes_through_json_with_every_field(tmp_path):

@@ -17,7 +17,8 @@ from common.data.chat import ChatTokenizer
 from common.data.texts import Document
 from common.data.vocabulary import UNKNOWN
 from common.errors import DataError
-from tests.tiny_recipe import ROOT, write_play
+from common.paths import ROOT
+from tests.doubles.tiny_recipe import write_play
 
 TEXT = "FOX.\nAy, caf\u00e9 \u2014 \U0001f98a!\n\n\nOWL.\n\tNo.\n"
 

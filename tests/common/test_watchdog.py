@@ -15,8 +15,8 @@ import pytest
 
 from common import known_errors
 from common.errors import UsageError
+from common.paths import ROOT
 from common.train.watchdog import AT_LEAST, FIRST_STEP, TIMES_MEDIAN, Watchdog
-from tests.tiny_recipe import ROOT
 from tools.cli import main
 from tools.launch import resolve
 from tools.launch.resolve import STALL
@@ -121,8 +121,8 @@ def test_a_setting_that_is_no_number_of_seconds_is_refused(text, monkeypatch):
 
 def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="the CPU engine is torch")
-    from tests.outcomes import log, manifest, outcome
-    from tests.tiny_recipe import make_tiny_recipe, newest_run, run_tiny
+    from tests.doubles.tiny_recipe import make_tiny_recipe
+    from tests.support.runs import log, manifest, newest_run, outcome, run_tiny
 
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
@@ -131,7 +131,7 @@ def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path
         import time
         from pathlib import Path
         from engines.cpu.engine import TorchCPU
-        from tests.tiny_recipe import run_tiny
+        from tests.support.runs import run_tiny
         step_of = TorchCPU.train_step
         def stuck(self, batches, rate, step):
             time.sleep(100 * (step == 3))

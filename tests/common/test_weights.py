@@ -17,7 +17,7 @@ from common.errors import MachineError
 from common.model import llama
 from common.model.weights import SafetensorsWriter, Weights
 from common.train import checkpoint
-from tests.on_engines import config_for
+from tests.support.engines import config_for
 
 TINYLLAMA = {
     "vocab_size": 32000,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.boards import machine
+from tests.support.boards import machine
 from tools.cli import main
 
 if __name__ == "__main__":

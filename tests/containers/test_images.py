@@ -14,7 +14,7 @@ import pytest
 from common import hardware
 from common.errors import VerificationError
 from tests.containers.conftest import ROOT, docker, recipe
-from tests.tiny_recipe import FINE_TUNE
+from tests.doubles.tiny_recipe import FINE_TUNE
 from tools.containers import images, verify
 from tools.containers.build import Inputs, build, build_variables, unpacked
 from tools.containers.images import Image

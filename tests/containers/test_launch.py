@@ -24,9 +24,9 @@ from common.errors import MachineError
 from common.paths import ROOT
 from common.train import metrics
 from tests.containers.conftest import docker
-from tests.hosts import fake_host, pci, real_nodes
-from tests.outcomes import folders, manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe
+from tests.doubles.machines import fake_host, pci, real_nodes
+from tests.doubles.tiny_recipe import make_tiny_recipe
+from tests.support.runs import folders, manifest, outcome
 from tools.containers import launcher
 from tools.containers.docker import check_engine
 from tools.containers.images import Image

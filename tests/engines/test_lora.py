@@ -12,7 +12,7 @@ from common.config.schema import Lora
 from common.errors import MachineError, UsageError
 from common.train.checkpoint import write_tensors
 from engines.cpu.lora import LoraLinear, lora_layers
-from tests.on_engines import config_for, engine, gradients_of, make_batch, state_of
+from tests.support.engines import config_for, engine, gradients_of, make_batch, state_of
 
 LORA = {"rank": 4, "alpha": 8.0}
 UNTIED = {**LORA, "tie_groups": []}

@@ -17,7 +17,7 @@ from common.config import Config
 from common.errors import UsageError
 from common.model import bases, llama
 from engines.ttml import memory
-from tests.tiny_recipe import FINE_TUNE, FROM_SCRATCH, make_tiny_recipe
+from tests.doubles.tiny_recipe import FINE_TUNE, FROM_SCRATCH, make_tiny_recipe
 from tools.cli import main
 from tools.plan import estimate
 

@@ -16,8 +16,8 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common.data.tokens import Batch
 from common.errors import MachineError
 from engines.cpu.ranks import Ranks, ranks_of
-from tests.on_engines import config_for, make_batch
-from tests.tiny import write_tiny_base
+from tests.support.engines import config_for, make_batch
+from tools.verify.tiny_base import write_tiny_base
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,7 @@ def found(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     base = write_tiny_base(folder / "base")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone"]
-    command = [*torchrun, "-m", "tests.rank_checks", str(base), str(folder / "found.json")]
+    command = [*torchrun, "-m", "tests.engines.rank_checks", str(base), str(folder / "found.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())

@@ -72,7 +72,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     python, folder = environment(request.param), tmp_path_factory.mktemp("ttnn")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TT_"))}
     done = subprocess.run(
-        [str(python), "-m", "tests.real_ttnn", str(folder / "report.json")],
+        [str(python), "-m", "tests.engines.real_ttnn", str(folder / "report.json")],
         cwd=folder,
         env=clean | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

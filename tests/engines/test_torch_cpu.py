@@ -21,8 +21,8 @@ from engines import cpu
 from engines.cpu import engine as torch_cpu
 from engines.cpu import ragged
 from engines.registry import engine_for
-from tests.on_engines import config_for, engine, fingerprint, gradients_of, make_batch, state_of
-from tests.tiny import write_tiny_base
+from tests.support.engines import config_for, engine, fingerprint, gradients_of, make_batch, state_of
+from tools.verify.tiny_base import write_tiny_base
 
 LORA = {"rank": 4, "alpha": 8.0}
 

@@ -22,8 +22,8 @@ from engines.ttml import contract
 from engines.ttml.engine import open_ttml, refuse_without_ttml
 from engines.ttml.limits import refuse_architecture, refuse_config, rope_of, rope_scaling
 from engines.ttml.mesh import check_descriptor, read_descriptor
-from tests.boards import DESCRIPTOR, TIES, board, board_config, machine
-from tests.on_engines import make_batch, state_of
+from tests.support.boards import DESCRIPTOR, TIES, board, board_config, machine
+from tests.support.engines import make_batch, state_of
 
 LORA = {"rank": 4, "alpha": 8.0}
 generations = pytest.mark.parametrize("generation", ["B", "C"])

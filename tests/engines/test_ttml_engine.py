@@ -27,9 +27,9 @@ from common.model.bases import resolve
 from common.model.init import uniform
 from common.train import checkpoint
 from engines.ttml.engine import open_ttml
-from tests.boards import TIES, board, board_config, machine
-from tests.on_engines import config_for, engine, fingerprint, make_batch, state_of
-from tests.tiny import write_tiny_base
+from tests.support.boards import TIES, board, board_config, machine
+from tests.support.engines import config_for, engine, fingerprint, make_batch, state_of
+from tools.verify.tiny_base import write_tiny_base
 
 LORA = {"rank": 4, "alpha": 8.0}
 # Relative. One rounding to bf16 is up to 2^-9 of the value; ttml rounds logits and nll where the CPU twin does not.

@@ -3,60 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.boards import TIES
-from tests.doubles import environment
+from tests.support.boards import TIES
+from tests.support.no_torch import run_without_torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-# Runs in a process of its own. Every import of torch, or of what brings it, is refused unless the doubles ask for it.
-GUARD = """
-import builtins, importlib, sys
-
-HEAVY = {"torch", "transformers", "peft", "accelerate"}
-plain_import, plain_import_module = builtins.__import__, importlib.import_module
-
-
-def allowed(importer):
-    return importer.partition(".")[0] in {"ttml", "ttnn"} | HEAVY
-
-
-def checked_import(name, globals=None, *rest, **named):
-    importer = (globals or {}).get("__name__", "?")
-    if name.partition(".")[0] in HEAVY and not any(
-        allowed(frame_name) for frame_name in (importer, *importers())
-    ):
-        raise ImportError(f"{importer} imports {name}")
-    return plain_import(name, globals, *rest, **named)
-
-
-def importers():
-    frame = sys._getframe(2)
-    while frame:
-        yield frame.f_globals.get("__name__", "?")
-        frame = frame.f_back
-
-
-def checked_import_module(name, package=None):
-    if name.partition(".")[0] in HEAVY and not any(map(allowed, importers())):
-        raise ImportError(f"{name} is imported by its name")
-    return plain_import_module(name, package)
-
-
-builtins.__import__, importlib.import_module = checked_import, checked_import_module
-for way in (lambda: __import__("torch"), lambda: importlib.import_module("transformers")):
-    try:
-        way()
-    except ImportError:
-        continue
-    raise SystemExit("the check itself does not work")
-"""
 PARTS = """
 import json
 from pathlib import Path
@@ -68,9 +20,9 @@ from common.hardware import get
 from common.model.bases import resolve
 from common.train import checkpoint
 from common.train.generate import generate
-from tests.boards import board_config
-from tests.on_engines import make_batch
-from tests.tiny import write_tiny_base
+from tests.support.boards import board_config
+from tests.support.engines import make_batch
+from tools.verify.tiny_base import write_tiny_base
 
 folder, lora = Path(sys.argv[1]), json.loads(sys.argv[2])
 base = resolve(str(write_tiny_base(folder / "base")))
@@ -90,7 +42,6 @@ for start in (0, 2):
         saved = checkpoint.save(folder / "checkpoints", start + 2, backend.state(), config, facts)
 assert losses[3] < losses[0] and all(answers), (losses, answers)
 assert "torch" in sys.modules, "the double stands on it"
-print("done")
 """
 
 RECIPE = """
@@ -100,11 +51,11 @@ from pathlib import Path
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in HEAVY else find_spec(name, *rest)
 
-from tests.tiny import write_tiny_base
-from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
+from tools.verify.tiny_base import write_tiny_base
+from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tools.launch.after_run import train_here
 from tools.launch.resolve import resolve
-from tests.hosts import fake_machine
+from tests.doubles.machines import fake_machine
 
 folder, recipe = Path(sys.argv[1]), FROM_SCRATCH
 os.environ.update(RECIPES_HOME=str(folder / "home"), RECIPES_SYSFS_ROOT=str(fake_machine(folder / "n150", ["n150"])))
@@ -119,23 +70,7 @@ manifest = json.loads(path.read_text())
 assert manifest["exit_reason"] == "done", manifest["exit_reason"]
 assert manifest["export"]["status"] == "unverified", manifest["export"]
 assert "names and shapes were checked" in manifest["export"]["reason"], manifest["export"]
-print("done")
 """
-
-
-def run(program: str, generation: str, *arguments: str) -> None:
-    variables = environment(generation)
-    path = os.pathsep.join([str(ROOT), variables["PYTHONPATH"]])
-    done = subprocess.run(
-        [sys.executable, "-c", GUARD + program, *arguments],
-        env={**os.environ, **variables, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.strip().endswith("done")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the doubles of ttml are torch")
@@ -143,11 +78,11 @@ def run(program: str, generation: str, *arguments: str) -> None:
 @pytest.mark.parametrize("generation", ["B", "C"])
 def test_training_checkpoints_and_answers_need_no_torch(tmp_path, lora, generation):
     ties = str(TIES[generation]).replace("'", '"')
-    run(PARTS, generation, str(tmp_path), lora.replace("TIES", ties))
+    run_without_torch(PARTS, generation, str(tmp_path), lora.replace("TIES", ties))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the doubles of ttml are torch")
 @pytest.mark.parametrize("recipe", ["fine_tune", "from_scratch"])
 def test_a_whole_run_on_a_board_needs_no_torch(tmp_path, recipe):
     """Config, data, tokenizer, weights, loop, checkpoint, samples, export and card."""
-    run(RECIPE, "C", str(tmp_path), recipe)
+    run_without_torch(RECIPE, "C", str(tmp_path), recipe)

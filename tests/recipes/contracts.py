@@ -22,7 +22,7 @@ from common.config.layers import Key, Layer, dotted, flatten, read_file, to_yaml
 from common.data.texts import locked
 from common.errors import MachineError, RecipeError, UsageError
 from common.model import llama
-from tests.runs.commands import House, Wrong, shown
+from tests.support.commands import House, Wrong, shown
 from tools.data.licence import CARDS, LICENCE_LINE
 from tools.launch import after_run, dry_run
 from tools.launch.resolve import resolve

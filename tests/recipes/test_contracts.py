@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from common.model import llama
+from tests.doubles.tiny_recipe import FINE_TUNE, FROM_SCRATCH
 from tests.recipes import contracts
 from tests.recipes.contracts import CONTRACTS, Broken, hold, layers
-from tests.shipped import FOLDERS
-from tests.tiny_recipe import FINE_TUNE, FROM_SCRATCH
+from tests.support.shipped import FOLDERS
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.__name__)
@@ -56,7 +56,12 @@ DEFECTS = [
     ("folder", ROWS, lambda recipe: (recipe / "dataset.py").unlink(), "dataset.py missing"),
     ("folder", ROWS, edit("results.yaml", "recipe: fine_tune", "recipe: another"), "recipe: fine_tune"),
     ("readme", ROWS, edit("README.md", "# fine_tune", "# another"), "the title is not"),
-    ("readme", ROWS, edit("README.md", "own_recipes/fine_tune", "own_recipes/from_scratch"), "no command in it runs"),
+    (
+        "readme",
+        ROWS,
+        edit("README.md", "recipes/fine_tune", "recipes/from_scratch"),
+        "no command in it runs",
+    ),
     ("readme", ROWS, edit("README.md", "recipe run tests", "recipe run\nmake nothing-at-all tests"), "No rule to make"),
     ("readme", ROWS, edit("README.md", "| status |", "| |"), "`| status |`"),
     ("licence", ROWS, edit("README.md", "License:", "By"), "nothing names a licence of data/rows.jsonl"),

@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
+from tests.doubles.tiny_recipe import FINE_TUNE
 from tests.recipes.reads import of_other_boards, recorded, unread
-from tests.tiny_recipe import FINE_TUNE, run_tiny
+from tests.support.runs import run_tiny
 
 
 @pytest.fixture

@@ -24,14 +24,14 @@ from common import config as configs
 from common import hardware
 from common.train import checkpoint, metrics
 from common.train.checkpoint import Tensors
-from tests import boards
-from tests.boards import DESCRIPTOR, machine
-from tests.hosts import MACHINES, fake_machine
-from tests.outcomes import folders, log, manifest, outcome
-from tests.shipped import that_name
-from tests.tiny import write_tiny_base
-from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
+from tests.doubles.machines import MACHINES, fake_machine
+from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
+from tests.support import boards
+from tests.support.boards import DESCRIPTOR, machine
+from tests.support.runs import folders, log, manifest, outcome
+from tests.support.shipped import that_name
 from tools.cli import main
+from tools.verify.tiny_base import write_tiny_base
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]

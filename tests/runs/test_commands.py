@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.paths import RECIPES, ROOT
-from tests.runs.commands import House, NotHere, Shown, Wrong, pages, shown
-from tests.tiny_recipe import FINE_TUNE
+from tests.doubles.tiny_recipe import FINE_TUNE
+from tests.support.commands import House, NotHere, Shown, Wrong, pages, shown
 
 COMMANDS = [command for page in pages() for command in shown(page)]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -51,12 +51,12 @@ def test_a_link_leads_somewhere(page):
         ("make recipe-fintune", "No rule to make target"),
         ("make recipe-finetune STEP=5", "takes no STEP"),
         ("make recipe", "which recipe?"),
-        ("recipe run tests/own_recipes/fine_tune --step 5", "No such option"),
-        ("recipe train tests/own_recipes/fine_tune", "No such command"),
-        ("recipe data check tests/own_recipes/fine_tune --stict", "No such option"),
-        ("recipe run tests/own_recipes/fine_tune --set training_config.lr=1", "did you mean"),
-        ("make recipe NAME=tests/own_recipes/fine_tune SET=training_config.seed=x", "valid integer"),
-        (".venv/bin/recipe plan tests/own_recipes/fine_tune --hw n151", "n151"),
+        ("recipe run tests/doubles/recipes/fine_tune --step 5", "No such option"),
+        ("recipe train tests/doubles/recipes/fine_tune", "No such command"),
+        ("recipe data check tests/doubles/recipes/fine_tune --stict", "No such option"),
+        ("recipe run tests/doubles/recipes/fine_tune --set training_config.lr=1", "did you mean"),
+        ("make recipe NAME=tests/doubles/recipes/fine_tune SET=training_config.seed=x", "valid integer"),
+        (".venv/bin/recipe plan tests/doubles/recipes/fine_tune --hw n151", "n151"),
     ],
 )
 def test_a_command_that_does_not_work_is_found(house, tmp_path, text, wrong):

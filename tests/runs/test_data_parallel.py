@@ -24,8 +24,8 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common.errors import MachineError, Stopped, UsageError
 from common.train import metrics
 from common.train.launch import Hosts
-from tests.outcomes import folders, log, manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe, run_tiny, without_after_run
+from tests.doubles.tiny_recipe import make_tiny_recipe, without_after_run
+from tests.support.runs import folders, log, manifest, outcome, run_tiny
 from tools.launch.processes import answers, meeting_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]

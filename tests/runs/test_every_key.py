@@ -26,11 +26,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from common.config.load import Config, _keys
 from common.data import vocabulary
 from common.errors import RecipeError
-from tests.outcomes import manifest, outcome
-from tests.tiny import write_tiny_base
-from tests.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, run_tiny, write_play
+from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, write_play
+from tests.support.runs import manifest, outcome, run_tiny
 from tools.export.hf_folder import export_dtype
 from tools.runs import trained
+from tools.verify.tiny_base import write_tiny_base
 
 SCRATCH: dict[str, Any] = {
     "model_config.init": "random",

@@ -25,8 +25,8 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common.files import sha256_file
 from common.model import bases
 from common.train import checkpoint
-from tests.outcomes import folders, log, manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe, without_after_run
+from tests.doubles.tiny_recipe import make_tiny_recipe, without_after_run
+from tests.support.runs import folders, log, manifest, outcome
 from tools.cli import main
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]

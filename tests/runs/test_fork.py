@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_recipe import run_tiny
+from tests.support.runs import run_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/fork/README.md"
@@ -107,7 +107,7 @@ def test_its_data_check_finds_nothing_but_the_missing_licence(clone, recipe, tin
 def test_it_trains_resumes_and_exports(recipe, tmp_path, tiny_base, monkeypatch):
     pytest.importorskip("torch", reason="the CPU engine is torch")
     from common.errors import Stopped
-    from tests.outcomes import folders, manifest
+    from tests.support.runs import folders, manifest
 
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     overrides = (*SMALL, f"model_config.base={tiny_base}", "eval_config.every=2")
@@ -141,8 +141,8 @@ def test_what_is_tested_of_every_recipe_holds_for_the_fork(clone, recipe):
 @pytest.mark.slow
 def test_a_fork_from_plain_text_trains(clone, tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="the CPU engine is torch")
-    from tests.outcomes import manifest
-    from tests.tiny_recipe import write_play
+    from tests.doubles.tiny_recipe import write_play
+    from tests.support.runs import manifest
 
     parents = [path.parent for path in clone.root.glob("recipes/*/config.yaml") if "corpus:" in path.read_text()]
     if not parents:

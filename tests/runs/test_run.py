@@ -23,8 +23,8 @@ from common.files import try_lock
 from common.train import checkpoint, metrics
 from common.train.run import Run
 from engines.cpu.engine import TorchCPU
-from tests.outcomes import folders, log, manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tests.doubles.tiny_recipe import make_tiny_recipe
+from tests.support.runs import folders, log, manifest, outcome, run_tiny
 from tools.launch.after_run import STEPS, after_run
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds"]

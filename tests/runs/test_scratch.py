@@ -24,9 +24,9 @@ from common.train import metrics
 from common.train.evaluate import held_out
 from common.train.run import Run
 from engines.cpu.engine import Objective, TorchCPU
-from tests.outcomes import log, manifest, outcome
-from tests.tiny_recipe import FROM_SCRATCH as RECIPE
-from tests.tiny_recipe import run_tiny, tiny_scratch
+from tests.doubles.tiny_recipe import FROM_SCRATCH as RECIPE
+from tests.doubles.tiny_recipe import tiny_scratch
+from tests.support.runs import log, manifest, outcome, run_tiny
 from tools.export import unmoved
 from tools.export.export import check_export, export_folder
 from tools.runs import trained

@@ -26,12 +26,12 @@ from common.errors import Stopped
 from common.paths import ROOT
 from common.train import checkpoint, metrics
 from engines.cpu.engine import TorchCPU
-from tests.outcomes import folders, log, manifest, outcome
+from tests.doubles.tiny_recipe import tiny_scratch
 from tests.recipes.reads import of_other_boards, recorded, unread
-from tests.shipped import FOLDERS
-from tests.tiny import write_tiny_base
-from tests.tiny_recipe import run_tiny, tiny_scratch
+from tests.support.runs import folders, log, manifest, outcome, run_tiny
+from tests.support.shipped import FOLDERS
 from tools.cli import main
+from tools.verify.tiny_base import write_tiny_base
 
 STEPS = 6
 SMALL = (
@@ -277,7 +277,7 @@ def test_killed_with_sigkill_at_20_moments_and_resumed(recipe, small, tmp_path):
     What is killed is common/train, the same for every recipe: one of them is enough for every day.
     """
     overrides = [*small, "training_config.max_steps=16", "checkpoint_config.every=1", "eval_config.every=8"]
-    command = [sys.executable, "-m", "tests.killer", str(recipe), str(tmp_path), "20", "7", *overrides]
+    command = [sys.executable, "-m", "tests.runs.killer", str(recipe), str(tmp_path), "20", "7", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
     screen = tmp_path / "killed" / "screen.txt"
     assert done.returncode == 0, done.stderr + (screen.read_text()[-3000:] if screen.exists() else "")

@@ -15,11 +15,11 @@ pytest.importorskip("torch", reason="the double computes with torch")
 
 from common.data.tokens import Batch
 from engines.ttml.engine import TTML
-from tests.boards import machine
-from tests.hosts import MACHINES, fake_machine
-from tests.on_engines import make_batch
-from tests.shipped import that_name
-from tests.tiny_recipe import FROM_SCRATCH, tiny_scratch
+from tests.doubles.machines import MACHINES, fake_machine
+from tests.doubles.tiny_recipe import FROM_SCRATCH, tiny_scratch
+from tests.support.boards import machine
+from tests.support.engines import make_batch
+from tests.support.shipped import that_name
 from tools.cli import main
 
 pytestmark = pytest.mark.e2e

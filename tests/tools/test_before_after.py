@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.train import metrics
-from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tests.doubles.tiny_recipe import make_tiny_recipe
+from tests.support.runs import run_tiny
 from tools.export.before_after import TrainingText, repeated_share, responses, write_card
 from tools.runs import trained
 

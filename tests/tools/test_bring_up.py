@@ -9,7 +9,6 @@ import gc
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,14 +29,13 @@ from engines.ttml import engine as backend
 from engines.ttml.engine import TTML
 from engines.ttml.hf_map import Entry
 from engines.ttml.tensors import Tensors
-from tests.boards import machine
-from tests.doubles import environment
-from tests.engines.test_ttml_without_torch import GUARD, ROOT
-from tests.on_engines import config_for, engine
-from tests.tiny import write_tiny_base
+from tests.support.boards import machine
+from tests.support.engines import config_for, engine
+from tests.support.no_torch import run_without_torch
 from tools.bringup import reference_llama
 from tools.bringup.run import LINES, bring_up, print_bring_up
 from tools.checklist import ChecklistLine, Result, go_through
+from tools.verify.tiny_base import write_tiny_base
 
 Patch = pytest.MonkeyPatch
 Defect = Callable[[Patch], None]
@@ -416,28 +414,18 @@ def test_a_device_in_use_fails_the_first_line_that_opens_it(tmp_path):
     assert {r.verdict for r in results.values() if r.id not in ("build", "open")} == {"skipped"}
 
 
-def test_the_list_needs_no_torch(tmp_path):
-    """In a process where nobody but the doubles may import it."""
-    guard = GUARD
-    program = f"""{guard}
+NO_TORCH = """
 import gc
 gc.collect = lambda: 0
 from common.hardware import get
 from tools.bringup.run import bring_up
 print(*(result.id for result in bring_up(get("n150"))[1] if result.verdict == "fail"))
-print("done")
 """
-    variables = environment("C")
-    path = os.pathsep.join([str(ROOT), variables["PYTHONPATH"]])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **variables, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.stdout.split() == ["done"], done.stdout + done.stderr[-3000:]
+
+
+def test_the_list_needs_no_torch():
+    """In a process where nobody but the doubles may import it."""
+    assert run_without_torch(NO_TORCH, "C").split() == []
 
 
 # --- the list and the report ----------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from common.errors import (
     VerificationError,
 )
 from common.paths import find_recipe
-from tests.hosts import fake_host
-from tests.tiny_recipe import FINE_TUNE
+from tests.doubles.machines import fake_host
+from tests.doubles.tiny_recipe import FINE_TUNE
 from tools.cli import main
 from tools.launch.after_run import train_here
 from tools.launch.resolve import resolve

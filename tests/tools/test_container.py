@@ -24,8 +24,8 @@ from common import hardware
 from common.errors import EngineLost, MachineError, TrainingError
 from common.paths import ROOT
 from common.train.launch import Launch
-from tests.hosts import MACHINES, fake_host
-from tests.tiny_recipe import FINE_TUNE as RECIPE
+from tests.doubles.machines import MACHINES, fake_host
+from tests.doubles.tiny_recipe import FINE_TUNE as RECIPE
 from tools.cli import main
 from tools.containers import docker, images, launcher, ownership
 from tools.containers import spec as container

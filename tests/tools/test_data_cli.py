@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from common.errors import DataError, UsageError
-from tests.common.test_build import make_recipe
+from tests.support.data_recipe import make_recipe
 from tools.cli import data
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from common import hardware
 from common.errors import MachineError
-from tests.hosts import MACHINES, fake_machine
+from tests.doubles.machines import MACHINES, fake_machine
 from tools.machine import detect
 
 

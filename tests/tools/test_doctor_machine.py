@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import MachineError
 from common.hardware import get
-from tests.hosts import MACHINES, descriptor, fake_host, pci, remove_card, remove_node, write
+from tests.doubles.machines import MACHINES, descriptor, fake_host, pci, remove_card, remove_node, write
 from tools.cli import main
 from tools.containers import images
 from tools.doctor import machine as doctor_host

@@ -16,8 +16,8 @@ pytest.importorskip("torch", reason="the doubles of ttml are torch")
 from common.errors import MachineError
 from common.hardware import get
 from engines.ttml.contract import NEEDS
-from tests.boards import machine
-from tests.hosts import fake_machine
+from tests.doubles.machines import fake_machine
+from tests.support.boards import machine
 from tools.cli import main
 from tools.doctor.ttml import Ttml, examine_ttml, print_ttml
 

@@ -16,11 +16,12 @@ from common.errors import MachineError, Stopped, UsageError, VerificationError
 from common.files import try_lock
 from common.model.weights import Weights
 from common.train import metrics
-from tests.tiny import write_tiny_base
-from tests.tiny_recipe import make_tiny_recipe, newest_run, run_tiny
+from tests.doubles.tiny_recipe import make_tiny_recipe
+from tests.support.runs import newest_run, run_tiny
 from tools.export import check, hf_folder
 from tools.export.export import check_export, export_folder
 from tools.export.hf_folder import plain_config
+from tools.verify.tiny_base import write_tiny_base
 
 
 @pytest.fixture(scope="module", autouse=True)

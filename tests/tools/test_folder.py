@@ -10,7 +10,7 @@ import pytest
 from common.errors import MachineError, UsageError
 from common.files import is_locked
 from common.paths import RECIPES
-from tests.run_folders import held, write_run
+from tests.support.run_folders import held, write_run
 from tools.runs.folder import is_run, read_run, runs_in
 
 

@@ -18,8 +18,8 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from ci import docs
 from common.errors import UsageError, VerificationError
-from tests.outcomes import manifest
-from tests.tiny_recipe import make_tiny_recipe, run_tiny
+from tests.doubles.tiny_recipe import make_tiny_recipe
+from tests.support.runs import manifest, run_tiny
 from tools.cli import main
 from tools.results import grade, record
 from tools.results.schema import load

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="the plots are matplotlib's")
 
 from common.errors import UsageError
 from common.train import metrics
-from tests.run_folders import held, write_lines, write_run
+from tests.support.run_folders import held, write_lines, write_run
 from tools.report import facts, pages, plots
 from tools.report.curves import Curve, curve, running_mean, thinned
 from tools.runs.folder import read_run

@@ -16,8 +16,8 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.errors import UsageError, VerificationError
 from common.paths import ROOT
-from tests.outcomes import manifest, outcome
-from tests.tiny_recipe import make_tiny_recipe, run_tiny, without_after_run
+from tests.doubles.tiny_recipe import make_tiny_recipe, without_after_run
+from tests.support.runs import manifest, outcome, run_tiny
 from tools.cli import main
 from tools.containers import images
 from tools.containers.images import Image

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from common.errors import UsageError
-from tests.run_folders import held, write_checkpoint, write_lines, write_run
+from tests.support.run_folders import held, write_checkpoint, write_lines, write_run
 from tools.cli.main import recipe
 from tools.runs.compare import groups, verdict
 from tools.runs.folder import read_run as read

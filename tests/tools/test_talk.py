@@ -11,7 +11,8 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common.data.chat import ChatTokenizer
 from common.errors import DataError, UsageError
 from common.train import metrics
-from tests.tiny_recipe import PROMPTS, make_tiny_recipe, run_tiny
+from tests.doubles.tiny_recipe import PROMPTS, make_tiny_recipe
+from tests.support.runs import run_tiny
 from tools.generate.chat import Stream, talk
 
 

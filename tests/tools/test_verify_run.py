@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.errors import VerificationError
-from tests.tiny_recipe import FROM_SCRATCH, run_tiny, tiny_scratch
+from tests.doubles.tiny_recipe import FROM_SCRATCH, tiny_scratch
+from tests.support.runs import run_tiny
 from tools.cli import main
 from tools.verify import calibrate
 from tools.verify import run as verify_run

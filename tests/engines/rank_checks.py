@@ -15,7 +15,7 @@ from common.data.tokens import Batch
 from common.errors import TrainingError
 from engines.cpu import ranks
 from engines.cpu.engine import follow
-from tests.on_engines import config_for, engine, fingerprint, make_batch, state_of
+from tests.support.engines import config_for, engine, fingerprint, make_batch, state_of
 
 ROWS = (5, 90, 17, 44, 8, 63)  # two for each rank
 LORA = {"rank": 4, "alpha": 8}

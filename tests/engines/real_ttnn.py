@@ -1,6 +1,6 @@
 """What the real ttnn has of what we use, written as JSON to the file named on the command line.
 
-Runs as `python -m tests.real_ttnn` in an environment with ttnn and without torch; test_real_ttnn.py makes it.
+Runs as `python -m tests.engines.real_ttnn` in an environment with ttnn and without torch; test_real_ttnn.py makes it.
 """
 
 from __future__ import annotations

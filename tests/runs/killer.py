@@ -1,6 +1,6 @@
 """Train in child processes and kill them with SIGKILL: at random moments, and while a checkpoint is being written.
 
-    python -m tests.killer RECIPE OUT KILLS SEED [KEY=VALUE ...]
+    python -m tests.runs.killer RECIPE OUT KILLS SEED [KEY=VALUE ...]
 
 Children are forks of one process that has imported torch and computed nothing with it, so that twenty of them cost
 seconds. Prints one JSON object: the folder of an unbroken run, those of the runs that were killed and came through,
@@ -19,8 +19,7 @@ from pathlib import Path
 
 import engines.cpu.engine  # noqa: F401  imported before the forks
 from common.train import checkpoint
-from tests.outcomes import folders, manifest
-from tests.tiny_recipe import run_tiny
+from tests.support.runs import folders, manifest, run_tiny
 
 
 def start(recipe: Path, out: Path, overrides: list[str], resume: str) -> int:

@@ -12,7 +12,7 @@ from common.config import Config
 from common.hardware import get
 from common.model.bases import resolve
 from tests.doubles import doubles
-from tests.on_engines import config_for
+from tests.support.engines import config_for
 
 DESCRIPTOR = """# a mesh graph descriptor, as far as anyone here reads it
 mesh_descriptors {{

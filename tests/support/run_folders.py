@@ -14,7 +14,7 @@ from typing import Any
 from common import config as configs
 from common import hardware
 from common.config import Config
-from tests.tiny_recipe import FROM_SCRATCH as RECIPE
+from tests.doubles.tiny_recipe import FROM_SCRATCH as RECIPE
 
 HELD_OUT = {"sha256": "e" * 64, "documents": ["a play"], "characters": 900}
 

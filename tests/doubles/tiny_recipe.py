@@ -6,18 +6,11 @@ The tests have recipes of their own, so that no folder of recipes/ is needed to 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
-from unittest import mock
 
-from common import recipe
-from tools.launch.after_run import after_run
-from tools.launch.resolve import resolve
-
-ROOT = Path(__file__).resolve().parents[1]
-OWN = Path(__file__).parent / "own_recipes"
+OWN = Path(__file__).parent / "recipes"
 FINE_TUNE, FROM_SCRATCH = OWN / "fine_tune", OWN / "from_scratch"  # from rows and a base, and from a text and nothing
 TOPICS = (
     "gradient",
@@ -95,41 +88,3 @@ def tiny_scratch(corpus: Path) -> tuple[str, ...]:
         "eval_config.prompts=[FOX.]",
         "eval_config.max_rows=4",
     )
-
-
-def run_tiny(
-    recipe_dir: Path,
-    out: Path,
-    *overrides: str,
-    steps: int | None = None,
-    stop_at: int | None = None,
-    resume: str = "never",
-    accept_changes: bool = False,
-    export: bool = True,
-) -> Path:
-    """Run the recipe here, in this process, as `recipe run --hw cpu` would; return the run's folder.
-
-    `export=False` leaves out the export and the card. Errors, `Stopped` among them, come through. Token files go
-    to RECIPES_HOME, or to `out`/home where that is not set.
-    """
-    launch = resolve(
-        recipe_dir,
-        hw="cpu",
-        overrides=overrides,
-        steps=steps,
-        stop_at=stop_at,
-        resume=resume,
-        accept_changes=accept_changes,
-        out=out,
-        command=("recipe", "run", recipe_dir.name),
-    )
-    script = recipe.load(recipe_dir, "train")
-    with mock.patch.dict(os.environ, {"RECIPES_HOME": os.environ.get("RECIPES_HOME", str(out / "home"))}):
-        script.train(launch)
-        after_run(newest_run(out), script.AFTER_RUN if export else ())
-    return newest_run(out)
-
-
-def newest_run(out: Path) -> Path:
-    """The run folder in `out` that was written to last."""
-    return max(out.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns).parent
