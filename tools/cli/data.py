@@ -33,7 +33,7 @@ def data() -> None:
 
 
 def map_option(command: F) -> F:
-    """--map, repeatable."""
+    """Add --map, repeatable, to a command."""
     return click.option(
         "--map",
         "pairs",
@@ -140,7 +140,7 @@ def stats(
 @click.option("--step", type=click.IntRange(min=1), default=1, show_default=True, help="Optimizer step, from 1.")
 @click.option("--rows", "limit", type=click.IntRange(min=1), default=4, show_default=True, help="Rows to print.")
 def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: int) -> None:
-    """Decode the batch of one step of recipe NAME, what is supervised in colour or between >> and <<."""
+    """Decode the batch of one step of recipe NAME, what is supervised in color or between >> and <<."""
     from rich.console import Console
 
     recipe = open_recipe(name, hw, overrides)
@@ -152,7 +152,7 @@ def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: 
     for at in range(min(limit, len(batch.rows))):
         row = int(batch.rows[at])
         console.print(f"\nrow {row} ({dataset.info['rows']['train'][row]})", style="bold")
-        console.print(decoded_line(batch, at, tokenizer, colour=console.is_terminal))
+        console.print(decoded_line(batch, at, tokenizer, color=console.is_terminal))
     if limit < len(batch.rows):
         console.print(f"\nand {len(batch.rows) - limit} more rows (--rows {len(batch.rows)})")
 
@@ -218,7 +218,7 @@ class Recipe:
         return self.launch.config
 
     def tokens(self) -> tuple[ChatTokenizer, TokenDataset]:
-        """The recipe's tokenizer and its token files, made when they are not there."""
+        """Return the recipe's tokenizer and its token files, made when they are not there."""
         from common.recipe import load_dataset
         from common.train.plan import prepare
         from tools.data.fetch import fetch_pinned
@@ -228,7 +228,7 @@ class Recipe:
         return tokenizer, dataset
 
     def tokenizer(self) -> ChatTokenizer:
-        """The tokenizer of the recipe's base model, which is fetched when it is not here."""
+        """Return the tokenizer of the recipe's base model, which is fetched when it is not here."""
         if self.config.model.base is None:
             raise UsageError("the recipe has no base model to take a tokenizer from", where="model_config.base")
         return tokenizer_of(self.config.model.base, self.folder)
@@ -248,14 +248,14 @@ class Seen:
 
 
 def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe called `name`, or in the folder `name`. No board needs to be here to look at its data."""
+    """Return the recipe called `name`, or in the folder `name`. No board needs to be here to look at its data."""
     from tools.launch.resolve import resolve
 
     return Recipe(resolve(find_recipe(name), hw=hw, overrides=overrides, require_present=False))
 
 
 def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:
-    """The tokenizer of a base model. What its fetching says goes to stderr."""
+    """Return the tokenizer of a base model. What its fetching says goes to stderr."""
     from common.data.chat import ChatTokenizer
     from tools.data.fetch import base_of
 
@@ -264,9 +264,7 @@ def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:
 
 
 def look_at(name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence[str], base: str | None) -> Seen:
-    """The rows of a file, or of a recipe with its prompts, tokenizer and config; bad lines are kept as
-    problems.
-    """
+    """Return the rows of a file, or a recipe's with prompts, tokenizer and config; bad lines are kept as problems."""
     from tools.data import convert
 
     if Path(name).is_file():
@@ -291,7 +289,7 @@ def look_at(name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence
 
 
 def corpus_of(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe | None:
-    """The recipe called `name` where it trains on a corpus."""
+    """Return the recipe called `name` where it trains on a corpus."""
     if Path(name).is_file():
         return None
     recipe = open_recipe(name, hw, overrides)
@@ -325,9 +323,8 @@ def refuse_options(**given: Any) -> None:
         raise UsageError(f"{' and '.join(wrong)} mean nothing for {kind}")
 
 
-def decoded_line(batch: Batch, at: int, tokenizer: ChatTokenizer, colour: bool) -> Text:
-    """Row `at` of a batch as text, its supervised stretches green, or between >> and << where there is no
-    colour.
+def decoded_line(batch: Batch, at: int, tokenizer: ChatTokenizer, color: bool) -> Text:
+    """Return row `at` of a batch as text, its supervised stretches green, or, without color, between >> and <<.
 
     A token is supervised when it is a label that counts; the first token of a row never is one.
     """
@@ -341,7 +338,7 @@ def decoded_line(batch: Batch, at: int, tokenizer: ChatTokenizer, colour: bool) 
         supervised = tokens[0][1]
         end = next((n for n, token in enumerate(tokens) if token[1] != supervised), len(tokens))
         words = tokenizer.decode([token for token, _ in tokens[:end]])
-        if colour:
+        if color:
             line.append(words, style="green" if supervised else "dim")
         else:
             line.append(f">>{words}<<" if supervised else words)
@@ -350,7 +347,7 @@ def decoded_line(batch: Batch, at: int, tokenizer: ChatTokenizer, colour: bool) 
 
 
 def real_length(batch: Batch, at: int) -> int:
-    """Labels of row `at` that are no padding (id 0 with mask 0 at the end)."""
+    """Return the number of labels of row `at` that are no padding (id 0 with mask 0 at the end)."""
     real = (batch.labels[at] != 0) | (batch.loss_mask[at] > 0)
     return int(real.nonzero()[0].max()) + 1 if real.any() else 0
 

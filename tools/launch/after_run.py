@@ -75,7 +75,7 @@ def after_run(folder: Path, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def console_of(folder: Path) -> Iterator[Console]:
-    """A console that says as much as the run's config has it, and writes all of it into the run's train.log."""
+    """Open a console that says as much as the run's config has it, and writes all of it into the run's train.log."""
     with contextlib.closing(Console()) as console:
         console.level = LEVELS[configs.load_resolved(folder / "config.resolved.yaml").logging.log_level]
         console.open_log(folder / "train.log")
