@@ -44,6 +44,8 @@ class Launch:
     """The board's device nodes on this machine."""
     departures: tuple[str, ...] = ()
     """Keys of the training that a CPU has of its own, so that it is another experiment than a board's."""
+    warnings: tuple[str, ...] = ()
+    """Of choices in the config that are valid and known to be bad."""
     stop_at: int | None = None
     resume: str = "auto"
     """auto, never, or the path of a run or a checkpoint."""
@@ -80,7 +82,7 @@ class Launch:
     def from_json(cls, text: str) -> Launch:
         """Return the launch that `to_json` wrote."""
         values = json.loads(text)
-        values |= {name: tuple(values[name]) for name in ("nodes", "departures", "command", "overrides")}
+        values |= {name: tuple(values[name]) for name in ("nodes", "departures", "warnings", "command", "overrides")}
         values |= {"recipe_dir": Path(values["recipe_dir"]), "out": Path(values["out"])}
         values |= {"config": Config.model_validate(values["config"]), "hosts": Hosts(**values["hosts"])}
         return cls(**values)

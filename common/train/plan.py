@@ -54,6 +54,8 @@ def make_plan(
     engine.refuse_launch(hw, config)
     if launch.departures:
         say(f"{hw.name} is another experiment than a board's: it has its own {', '.join(launch.departures)}")
+    for line in launch.warnings:
+        warn(line)
     base, tokenizer, dataset = prepare(launch, splits)
     for line in dataset.report.lines():
         say(line)

@@ -22,6 +22,7 @@ def test_a_launch_goes_through_json_with_every_field(tmp_path):
         out=tmp_path,
         nodes=("/dev/tenstorrent/0",),
         departures=("batch_size",),
+        warnings=("L003: clipping is off",),
         stop_at=2,
         resume=str(tmp_path / "run"),
         accept_changes=True,

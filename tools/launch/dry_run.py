@@ -20,7 +20,6 @@ from tools.containers.images import Image, image_for
 from tools.containers.spec import arguments_of, spec_of
 from tools.data.fetch import missing
 from tools.machine import detect
-from tools.plan import lint
 
 
 def describe(launch: Launch, container: bool | None) -> Iterator[str]:
@@ -38,8 +37,7 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
         yield f"in the container: {shlex.join(words)}"
     yield f"device nodes: {', '.join(here.nodes) or 'none needed'}"
     yield f"{start_of(config)}; precision {precision}; {config.batch_equation}; mesh {config.device.mesh_shape}"
-    for finding in lint.lint(config, board):
-        yield f"{finding.id}: {finding.message}"
+    yield from launch.warnings
     lacking = list(lacks_contained(board) if contained else lacks(board, config)) + missing(config)
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)

@@ -10,13 +10,10 @@ from tools.containers import launcher
 from tools.data.fetch import fetch_pinned
 from tools.launch.processes import in_processes
 from tools.machine import lease
-from tools.plan import lint
 
 
 def run(launch: Launch, container: bool | None) -> int:
-    """Warn of what is doubtful, then train in the board's image or here, as `container` says; return the exit code."""
-    for finding in lint.lint(launch.config, launch.hw):
-        click.secho(f"{finding.id}: {finding.message}", fg="yellow")
+    """Train in the board's image or here, as `container` says; return the exit code."""
     if launcher.wanted(container, launch.hw):
         if launch.hosts.number > 1:
             raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
