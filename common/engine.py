@@ -105,19 +105,19 @@ class Backend(Protocol):
 class Engine(Protocol):
     """The functions that the module of an engine has."""
 
-    def refuse_launch(self, hw: Hardware, config: Config) -> None:
+    def refuse_launch(self, hw: Hardware, config: Config, /) -> None:
         """Raise MachineError for what this machine lacks for `hw`, UsageError for a key that cannot be honored."""
 
-    def refuse_model(self, architecture: Mapping[str, Any]) -> None:
+    def refuse_model(self, architecture: Mapping[str, Any], /) -> None:
         """Raise MachineError for a Llama (the keys of its config.json) that the engine cannot compute."""
 
-    def precision_for(self, hw: Hardware) -> tuple[str, str]:
+    def precision_for(self, hw: Hardware, /) -> tuple[str, str]:
         """Return what `precision: auto` means on `hw`, and the sentence that says why."""
 
-    def refuse_too_large(self, hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> None:
+    def refuse_too_large(self, hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int, /) -> None:
         """Raise UsageError where training on rows of `length` tokens cannot fit into the memory of `hw`."""
 
-    def open_backend(self, hw: Hardware, config: Config) -> AbstractContextManager[Backend]:
+    def open_backend(self, hw: Hardware, config: Config, /) -> AbstractContextManager[Backend]:
         """Open the engine on `hw`; it is closed on leaving the context, whatever happened."""
 
 
