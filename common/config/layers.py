@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,33 @@ class Layer:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    def locate(self, key: Key) -> str:
+        """Return the place of `key`, or of the nearest mapping around it."""
+        around = (key[:length] for length in range(len(key), -1, -1))
+        return next((self.where[outer] for outer in around if outer in self.where), "(default)")
+
+    def merge(self, above: Layer) -> Layer:
+        """Return this layer under `above`: mappings merge key by key, anything else (null and lists too) replaces."""
+        merged = Layer(copy.deepcopy(self.tree), {**above.where, **self.where}, self.problems + above.problems)
+
+        def put(target: dict[str, Any], source: Mapping[str, Any], path: Key) -> None:
+            for name, value in source.items():
+                here = (*path, name)
+                if isinstance(value, dict) and isinstance(target.get(name), dict):
+                    put(target[name], value, here)  # the section stays where it was first opened
+                    continue
+                for key in [key for key in merged.where if key[: len(here)] == here]:
+                    del merged.where[key]
+                merged.where |= {key: place for key, place in above.where.items() if key[: len(here)] == here}
+                target[name] = copy.deepcopy(value)
+
+        put(merged.tree, above.tree, ())
+        return merged
+
 
 def dotted(key: Key) -> str:
     """Return `("a", "b", 0)` as `a.b[0]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
-
-
-def locate(where: Mapping[Key, str], key: Key) -> str:
-    """Return the place of `key`, or of the nearest mapping around it."""
-    around = (key[:length] for length in range(len(key), -1, -1))
-    return next((where[outer] for outer in around if outer in where), "(default)")
 
 
 def shown(path: Path) -> str:
@@ -149,25 +166,6 @@ def nest(key: Key, value: Any) -> dict[str, Any]:
     return value
 
 
-def merge(below: Layer, above: Layer) -> Layer:
-    """Put `above` over `below`: mappings merge key by key, anything else (null and lists too) replaces."""
-    merged = Layer(copy.deepcopy(below.tree), {**above.where, **below.where}, below.problems + above.problems)
-
-    def put(target: dict[str, Any], source: Mapping[str, Any], path: Key) -> None:
-        for name, value in source.items():
-            here = (*path, name)
-            if isinstance(value, dict) and isinstance(target.get(name), dict):
-                put(target[name], value, here)  # the section stays where it was first opened
-                continue
-            for key in [key for key in merged.where if key[: len(here)] == here]:
-                del merged.where[key]
-            merged.where |= {key: place for key, place in above.where.items() if key[: len(here)] == here}
-            target[name] = copy.deepcopy(value)
-
-    put(merged.tree, above.tree, ())
-    return merged
-
-
 def flatten(tree: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, Any]]:
     """Yield every value that is not a non-empty mapping, with its path."""
     for name, value in tree.items():
@@ -180,14 +178,6 @@ def flatten(tree: Mapping[str, Any], path: Key = ()) -> Iterator[tuple[Key, Any]
 def to_yaml(tree: Mapping[str, Any]) -> str:
     """Return YAML text that `read_file` reads back to the same values, keys in their order."""
     return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
-def refuse(problems: Iterable[Problem], what: str) -> None:
-    """Raise one UsageError that lists all mistakes, if there are any."""
-    if found := list(dict.fromkeys(problems)):
-        count = f"{len(found)} mistake{'s' if len(found) > 1 else ''} in {what}"
-        lines = [f"  {item.where}: {item.key + ': ' if item.key else ''}{item.message}" for item in found]
-        raise UsageError("\n".join([count, *lines]))
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:

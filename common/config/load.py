@@ -18,12 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from common import hardware
-from common.config import layers
-from common.config.layers import Key, Layer, Problem, dotted
+from common.config.layers import Key, Layer, Problem, dotted, flatten, nest, read_file, read_override, shown, to_yaml
 from common.config.schema import (
     Checkpoint,
     Data,
@@ -77,19 +75,13 @@ class Config(Section):
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
-    @field_validator("data")
-    @classmethod
-    def _data_suits_the_model(cls, data: Data, info: ValidationInfo) -> Data:
-        model, text = info.data.get("model"), ""
-        if model and (model.init == "random") != (data.corpus is not None):
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        shape, rows = self.model.architecture, self.data.source is not None
+        if (self.model.init == "random") == rows:
             text = "init: random trains on a corpus, a pretrained base on rows (data_config.source)"
-            key = "corpus" if data.corpus else "source"
-        elif model and model.architecture and (data.max_length or 0) > model.architecture.max_position_embeddings:
-            text = f"longer than max_position_embeddings {model.architecture.max_position_embeddings}"
-            key = "max_length"
-        if text:
-            raise PydanticCustomError("below", "{text}", {"text": text, "below": key})
-        return data
+            yield f"data_config.{'source' if rows else 'corpus'}", text
+        if shape and (self.data.max_length or 0) > shape.max_position_embeddings:
+            yield "data_config.max_length", f"longer than max_position_embeddings {shape.max_position_embeddings}"
 
     @property
     def micro_batch(self) -> int:
@@ -120,7 +112,7 @@ class Config(Section):
 
     def departures(self) -> list[str]:
         """Return what hw/<board>.yaml changes of the training itself; with any, this is another experiment."""
-        keys = {dotted(key): value for key, value in layers.flatten(self._training_tree())}
+        keys = {dotted(key): value for key, value in flatten(self._training_tree())}
         overlay = self._origin.overlay
         from_overlay = [key for key in keys if overlay and self.where(key).startswith(f"{overlay}/")]
         return [f"{key}: {_text(keys[key])} ({self.where(key)})" for key in from_overlay]
@@ -136,7 +128,7 @@ class Config(Section):
             section, *rest = name.split(".")
             info = Config.model_fields.get(section)
             key = ((info.alias if info else None) or section, *rest)
-            changes.append(Layer(layers.nest(key, value), {key: place}))
+            changes.append(Layer(nest(key, value), {key: place}))
         merged = _stack(Layer(self.dump(), dict(self._origin.where)), changes)
         copy = _validate(merged, f"the configuration of {self.recipe}")
         copy._origin = dataclasses.replace(self._origin, where=merged.where)
@@ -148,11 +140,11 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Return the text of config.resolved.yaml, which `load_resolved` reads."""
-        return layers.to_yaml({"format": FORMAT, **self.dump()})
+        return to_yaml({"format": FORMAT, **self.dump()})
 
     def changes(self, other: Config) -> list[str]:
         """List what differs in `other`, a line for each key: `training_config.learning_rate: 0.0001 -> 0.0002`."""
-        old, new = dict(layers.flatten(self.dump())), dict(layers.flatten(other.dump()))
+        old, new = dict(flatten(self.dump())), dict(flatten(other.dump()))
         keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
         return [f"{dotted(key)}: {_text(old.get(key, _ABSENT))} -> {_text(new.get(key, _ABSENT))}" for key in keys]
 
@@ -188,11 +180,11 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
     `overrides` are `section.key=value`; `steps` replaces max_steps or num_epochs as the last layer. Raise one
     UsageError that lists every mistake with its file:line.
     """
-    base = layers.read_file(recipe_dir / "config.yaml")
+    base = read_file(recipe_dir / "config.yaml")
     overlay = _overlay(recipe_dir / "hw", hw)
-    sets = [layers.read_override(text) for text in overrides]
+    sets = [read_override(text) for text in overrides]
     preset = _preset(recipe_dir / "presets", [base, *overlay, *sets])
-    last = [] if steps is None else [Layer(layers.nest(_STOP[0], steps), {_STOP[0]: f"--steps {steps}"})]
+    last = [] if steps is None else [Layer(nest(_STOP[0], steps), {_STOP[0]: f"--steps {steps}"})]
 
     recipe = _stack(_stack(Layer(), [base]), preset)
     groups = [*([layer] for layer in overlay), sets, last]
@@ -203,7 +195,7 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
     config, batch = _validate(merged, f"the configuration of {recipe_dir.name}"), recipe.get(_BATCH)
     config._origin = _Origin(
         where=merged.where,
-        overlay=layers.shown(recipe_dir / "hw") if overlay else None,
+        overlay=shown(recipe_dir / "hw") if overlay else None,
         recipe_batch=batch if type(batch) is int else None,
     )
     return _fit(config, hw)
@@ -211,14 +203,14 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
 
 def load_resolved(path: Path) -> Config:
     """Return the configuration of a run, from its config.resolved.yaml. Raise UsageError if it is not valid."""
-    layer = layers.read_file(path)
+    layer = read_file(path)
     version = layer.tree.pop("format", None)
     if version == 1:
         _from_format_1(layer)
     elif version != FORMAT:
         text = f"unknown format {version!r}, this version reads formats 1 and {FORMAT}"
-        raise UsageError(text, where=layers.shown(path))
-    config = _validate(layer, layers.shown(path))
+        raise UsageError(text, where=shown(path))
+    config = _validate(layer, shown(path))
     config._origin = _Origin(layer.where)
     return config
 
@@ -253,7 +245,7 @@ _SYNONYMS = {
 def _stack(below: Layer, group: Sequence[Layer]) -> Layer:
     """Put the layers of one group (a file, or all --set) over `below`; max_steps clears num_epochs, or back."""
     set_in = {key: layer for layer in group for key in _STOP if layer.get(dotted(key)) is not None}
-    merged = functools.reduce(layers.merge, group, below)
+    merged = functools.reduce(Layer.merge, group, below)
     if len(set_in) == 2:
         places = " and ".join(layer.where[key] for key, layer in set_in.items())
         text = f"both max_steps and num_epochs are set in one layer ({places}): keep one"
@@ -270,9 +262,9 @@ def _overlay(folder: Path, hw: Hardware) -> list[Layer]:
     for path in files:
         if path.suffix != ".yaml" or path.stem not in hardware.table():
             text, known = "this overlay is named after no board and would never be read", hardware.table()
-            raise UsageError(text, where=layers.shown(path), todo=", ".join(f"{name}.yaml" for name in known))
+            raise UsageError(text, where=shown(path), todo=", ".join(f"{name}.yaml" for name in known))
     names = ("cpu", hw.name) if hw.is_cpu else (hw.name,)  # however many processes: one experiment on a CPU
-    return [layers.read_file(path) for name in dict.fromkeys(names) for path in files if path.stem == name]
+    return [read_file(path) for name in dict.fromkeys(names) for path in files if path.stem == name]
 
 
 def _preset(folder: Path, stack: Sequence[Layer]) -> list[Layer]:
@@ -286,7 +278,7 @@ def _preset(folder: Path, stack: Sequence[Layer]) -> list[Layer]:
     if name not in files:
         known = ", ".join(files) or "none, there is no presets/ folder"
         raise UsageError(f"unknown preset {name!r}", where=naming[-1].where[key], todo=f"presets here: {known}")
-    layer = layers.read_file(files[name])
+    layer = read_file(files[name])
     if key in layer.where:
         raise UsageError("a preset cannot name a preset", where=layer.where[key])
     return [layer]
@@ -360,12 +352,16 @@ def _instead_of(key: str, layer: Layer) -> str:
 
 
 def _validate(layer: Layer, what: str) -> Config:
+    """Return the config that a layer holds. Raise one UsageError that lists every mistake in it."""
     problems = list(layer.problems)
     try:
         config = Config.model_validate(layer.tree)
     except ValidationError as error:
         problems += _explain(error, layer)
-    layers.refuse(problems, what)
+    if found := list(dict.fromkeys(problems)):
+        count = f"{len(found)} mistake{'s' if len(found) > 1 else ''} in {what}"
+        lines = [f"  {item.where}: {item.key + ': ' if item.key else ''}{item.message}" for item in found]
+        raise UsageError("\n".join([count, *lines]))
     return config
 
 
@@ -373,21 +369,19 @@ def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
     """Yield pydantic's errors with the file:line of the key and the words of this project."""
     texts: dict[tuple[str, str], list[str]] = {}
     for item in error.errors(include_url=False):
-        context = item.get("ctx", {})
         # A union puts the names of its members into the location.
         key: Key = tuple(part for part in item["loc"] if part not in ("str", "list[str]"))
-        key += (context["below"],) if "below" in context else ()
         if item["type"] == "missing":
             text = "is required"
         elif item["type"] == "extra_forbidden":
             text = _instead_of(dotted(key), layer) or f"unknown key{_nearest(key)}"
         elif item["type"] == "model_type":
             text = f"should be a section with keys below it, got {_text(item['input'])}"
-        elif item["type"] in ("value_error", "below"):
-            text = item["msg"].removeprefix("Value error, ")
+        elif item["type"] == "rule":
+            text = item["msg"]
         else:
             text = f"{item['msg'].replace('Input should', 'should')}, got {_text(item['input'])}"
-        texts.setdefault((layers.locate(layer.where, key), dotted(key)), []).append(text)
+        texts.setdefault((layer.locate(key), dotted(key)), []).append(text)
     for (place, name), parts in texts.items():
         yield Problem(place, name, ", or ".join(parts))
 

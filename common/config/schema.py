@@ -1,19 +1,20 @@
-"""The sections of a configuration: every key with its type, default, bounds, unit and meaning.
-
-A validator sees the fields above its own, so a rule over two keys stands at the later one.
-"""
+"""The sections of a configuration: every key with its type, default, bounds, unit and meaning; rules over several."""
 
 from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from common.hardware import TILE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _Positive = Annotated[int, Field(gt=0)]
@@ -28,6 +29,25 @@ class Section(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,
     )
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """Yield the dotted key below this section, and what is wrong, for every rule over several keys that is broken.
+
+        Asked only where every key alone is valid.
+        """
+        yield from ()
+
+    @model_validator(mode="after")
+    def _keeps_its_rules(self) -> Self:
+        found = [
+            InitErrorDetails(
+                type=PydanticCustomError("rule", "{text}", {"text": text}), loc=tuple(key.split(".")), input=self
+            )
+            for key, text in self.mistakes()
+        ]
+        if found:
+            raise ValidationError.from_exception_data(type(self).__name__, found)
+        return self
 
 
 class Optimizer(Section):
@@ -76,12 +96,9 @@ class Training(Section):
     scheduler: Scheduler = Scheduler()
     """The learning rate as a function of the step."""
 
-    @field_validator("num_epochs")
-    @classmethod
-    def _one_stop_rule(cls, epochs: float | None, info: ValidationInfo) -> float | None:
-        if "max_steps" in info.data and (epochs is None) == (info.data["max_steps"] is None):
-            raise ValueError("exactly one of max_steps and num_epochs must be set")
-        return epochs
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        if (self.max_steps is None) == (self.num_epochs is None):
+            yield "num_epochs", "exactly one of max_steps and num_epochs must be set"
 
 
 class Architecture(Section):
@@ -108,21 +125,12 @@ class Architecture(Section):
     tie_word_embeddings: bool = False
     """Input embedding and output head are one matrix."""
 
-    @field_validator("num_attention_heads")
-    @classmethod
-    def _heads_divide_width(cls, heads: int, info: ValidationInfo) -> int:
-        width = info.data.get("hidden_size", heads)
-        if width % heads:
-            raise ValueError(f"{heads} heads do not divide hidden_size {width}")
-        return heads
-
-    @field_validator("num_key_value_heads")
-    @classmethod
-    def _groups_divide_heads(cls, groups: int, info: ValidationInfo) -> int:
-        heads = info.data.get("num_attention_heads", groups)
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            yield "num_attention_heads", f"{heads} heads do not divide hidden_size {self.hidden_size}"
         if heads % groups:
-            raise ValueError(f"{groups} key/value heads do not divide num_attention_heads {heads}")
-        return groups
+            yield "num_key_value_heads", f"{groups} key/value heads do not divide num_attention_heads {heads}"
 
 
 class Lora(Section):
@@ -143,27 +151,17 @@ class Lora(Section):
         """Return the name of the A that `projection` has: its tie group's, such as `k_proj+v_proj`, or its own."""
         return next(("+".join(group) for group in self.tie_groups if projection in group), projection)
 
-    @field_validator("tie_groups")
-    @classmethod
-    def _groups_are_disjoint(cls, groups: list[list[str]]) -> list[list[str]]:
-        names = [name for group in groups for name in group]
-        if len(names) != len(set(names)):
-            raise ValueError("a projection stands in two tie groups")
-        return groups
-
-    @field_validator("target_modules")
-    @classmethod
-    def _groups_are_whole(cls, targets: list[str], info: ValidationInfo) -> list[str]:
-        if len(targets) != len(set(targets)):
-            raise ValueError("a projection is named twice")
-        for group in info.data.get("tie_groups", []):
-            missing = [name for name in group if name not in targets]
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        tied = [name for group in self.tie_groups for name in group]
+        if len(tied) != len(set(tied)):
+            yield "tie_groups", "a projection stands in two tie groups"
+        if len(self.target_modules) != len(set(self.target_modules)):
+            yield "target_modules", "a projection is named twice"
+        for group in self.tie_groups:
+            missing = [name for name in group if name not in self.target_modules]
             if missing and missing != group:
-                raise ValueError(
-                    f"the tie group {group} is targeted in part: add {missing}, remove the others, "
-                    "or change model_config.lora.tie_groups"
-                )
-        return targets
+                cure = f"add {missing}, remove the others, or change model_config.lora.tie_groups"
+                yield "target_modules", f"the tie group {group} is targeted in part: {cure}"
 
 
 class Model(Section):
@@ -182,33 +180,16 @@ class Model(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about 30 % more compute."""
 
-    @field_validator("base")
-    @classmethod
-    def _pretrained_has_base(cls, base: str | None, info: ValidationInfo) -> str | None:
-        if base is None and info.data.get("init") == "pretrained":
-            raise ValueError("init: pretrained needs a base model")
-        return base
-
-    @field_validator("architecture")
-    @classmethod
-    def _random_has_shape(cls, shape: Architecture | None, info: ValidationInfo) -> Architecture | None:
-        if "init" in info.data and (shape is None) == (info.data["init"] == "random"):
-            raise ValueError("belongs to init: random, which needs it; a pretrained base brings its own")
-        return shape
-
-    @field_validator("initializer")
-    @classmethod
-    def _pretrained_is_initialised(cls, initializer: str, info: ValidationInfo) -> str:
-        if info.data.get("init") == "pretrained" and initializer != "ttml":
-            raise ValueError("belongs to init: random; a pretrained base has its weights")
-        return initializer
-
-    @field_validator("lora")
-    @classmethod
-    def _adapters_have_a_base(cls, lora: Lora | None, info: ValidationInfo) -> Lora | None:
-        if lora is not None and info.data.get("init") == "random":
-            raise ValueError("adapters need a pretrained base: over random weights there is nothing to adapt")
-        return lora
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        random = self.init == "random"
+        if not random and self.base is None:
+            yield "base", "init: pretrained needs a base model"
+        if random == (self.architecture is None):
+            yield "architecture", "belongs to init: random, which needs it; a pretrained base brings its own"
+        if not random and self.initializer != "ttml":
+            yield "initializer", "belongs to init: random; a pretrained base has its weights"
+        if random and self.lora:
+            yield "lora", "adapters need a pretrained base: over random weights there is nothing to adapt"
 
 
 class Tokenizer(Section):
@@ -217,12 +198,9 @@ class Tokenizer(Section):
     vocab_size: int | None = Field(default=None, gt=256)
     """Ids of BPE, which it must reach; null: as many as the model has rows."""
 
-    @field_validator("vocab_size")
-    @classmethod
-    def _characters_count_themselves(cls, size: int | None, info: ValidationInfo) -> int | None:
-        if size is not None and info.data.get("type") == "char":
-            raise ValueError("belongs to type: bpe; characters are as many as the corpus has")
-        return size
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        if self.type == "char" and self.vocab_size is not None:
+            yield "vocab_size", "belongs to type: bpe; characters are as many as the corpus has"
 
 
 CONVERTED = (".csv", ".tsv", ".parquet", ".txt", ".md", ".json")  # forms that `recipe data convert` reads
@@ -261,43 +239,21 @@ class Data(Section):
     supervise_all: bool = False
     """Train on every token, prompts too."""
 
-    @field_validator("corpus")
-    @classmethod
-    def _rows_or_text(cls, corpus: str | None, info: ValidationInfo) -> str | None:
-        if "source" in info.data and (corpus is None) == (info.data["source"] is None):
-            raise ValueError("exactly one of source (rows) and corpus (plain text) must be set")
-        return corpus
-
-    @field_validator("tokenizer", "num_proc")
-    @classmethod
-    def _made_from_a_corpus(cls, value: object, info: ValidationInfo) -> object:
-        assert info.field_name
-        if info.data.get("source") and value != cls.model_fields[info.field_name].default:
-            raise ValueError("belongs to a corpus; rows are read with the base's tokenizer")
-        return value
-
-    @field_validator("system_prompt", "split_by", "control", "supervise_all")
-    @classmethod
-    def _made_for_rows(cls, value: object, info: ValidationInfo) -> object:
-        assert info.field_name
-        if info.data.get("corpus") and value != cls.model_fields[info.field_name].default:
-            raise ValueError("belongs to rows (source); it means nothing for a corpus")
-        return value
-
-    @field_validator("max_length")
-    @classmethod
-    def _corpus_has_a_context(cls, length: int | None, info: ValidationInfo) -> int | None:
-        if length is None and info.data.get("corpus"):
-            raise ValueError("a corpus needs it: the tokens of one context")
-        return length
-
-    @field_validator("source")
-    @classmethod
-    def _rows_are_jsonl(cls, source: str | None) -> str | None:
-        name = (source or "").lower()
-        if name.startswith("hub:") or name.endswith(CONVERTED):
-            raise ValueError(f"training reads rows as JSONL: {convert_command({'source': source})}")
-        return source
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        source = (self.source or "").lower()
+        if source.startswith("hub:") or source.endswith(CONVERTED):
+            yield "source", f"training reads rows as JSONL: {convert_command({'source': self.source})}"
+        if (self.source is None) == (self.corpus is None):
+            yield "corpus", "exactly one of source (rows) and corpus (plain text) must be set"
+        if self.corpus and self.max_length is None:
+            yield "max_length", "a corpus needs it: the tokens of one context"
+        changed = {name for name, info in Data.model_fields.items() if getattr(self, name) != info.default}
+        for key in ("tokenizer", "num_proc"):
+            if self.source and key in changed:
+                yield key, "belongs to a corpus; rows are read with the base's tokenizer"
+        for key in ("system_prompt", "split_by", "control", "supervise_all"):
+            if self.corpus and key in changed:
+                yield key, "belongs to rows (source); it means nothing for a corpus"
 
 
 class Evaluation(Section):
@@ -345,12 +301,9 @@ class Device(Section):
         """Of the mesh; one where none is set."""
         return math.prod(self.mesh_shape or (1, 1))
 
-    @field_validator("mesh_shape")
-    @classmethod
-    def _mesh_is_a_line(cls, mesh: tuple[int, int] | None) -> tuple[int, int] | None:
-        if mesh is not None and mesh[0] != 1:
-            raise ValueError("data parallel runs on a line, [1, N]: ttml lets a 2-D mesh have only two parallelisms")
-        return mesh
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        if self.mesh_shape and self.mesh_shape[0] != 1:
+            yield "mesh_shape", "data parallel runs on a line, [1, N]: ttml lets a 2-D mesh have only two parallelisms"
 
 
 class Logging(Section):

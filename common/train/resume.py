@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from common import config as configs
+from common.config import load_resolved
 from common.errors import DataError, MachineError, UsageError
 from common.files import disk_errors, try_lock
 from common.train import checkpoint
@@ -158,7 +158,7 @@ def changes(plan: Plan, folder: Path, found: Checkpoint) -> list[str]:
 
 def config_changes(plan: Plan, folder: Path) -> list[str]:
     path = folder / "config.resolved.yaml"
-    return configs.load_resolved(path).changes(plan.config) if path.is_file() else []
+    return load_resolved(path).changes(plan.config) if path.is_file() else []
 
 
 def new_run(plan: Plan) -> Start:
