@@ -12,7 +12,8 @@ so the number of devices changes no gradient. How: engines/cpu/ranks.py for proc
 
 from __future__ import annotations
 
-from common.train import Launch, open_run
+from common.train.launch import Launch
+from common.train.run import open_run
 
 from .dataset import prompts, splits
 

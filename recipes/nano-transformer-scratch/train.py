@@ -9,7 +9,8 @@ Every number is in config.yaml; the corpus is read in dataset.py; what the calls
 
 from __future__ import annotations
 
-from common.train import Launch, open_run
+from common.train.launch import Launch
+from common.train.run import open_run
 
 from .dataset import prompts, splits
 

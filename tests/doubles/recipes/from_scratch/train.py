@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from common.train import Launch, open_run
+from common.train.launch import Launch
+from common.train.run import open_run
 
 from .dataset import prompts, splits
 
