@@ -106,3 +106,12 @@ def test_data_that_is_gone_is_not_checkable_and_no_pass(made, monkeypatch):
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[2:]))
     found = verdicts(run)
     assert {name for name, verdict in found.items() if verdict == "not checkable"} >= {"replay", "score", "leakage"}
+
+
+def test_a_recipe_of_another_version_is_not_checkable_and_no_leak(made):
+    run = made.copy()
+    manifest = json.loads((run / "manifest.json").read_text())
+    recipe = Path(shutil.copytree(made.root / "specimen", made.root / "old" / "specimen"))
+    (recipe / "dataset.py").write_text("from common.data.gone import read_source\n")
+    (run / "manifest.json").write_text(json.dumps({**manifest, "recipe_dir": str(recipe)}))
+    assert calibrate.look(run, "leakage").verdict == "not checkable"

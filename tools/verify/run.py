@@ -18,7 +18,7 @@ import numpy as np
 from common.data import build
 from common.data.order import rows_of_step
 from common.data.tokens import TokenDataset
-from common.errors import DataError, VerificationError
+from common.errors import DataError, UsageError, VerificationError
 from common.files import sha256_file
 from common.model.weights import Weights
 from common.recipe import call, load_dataset
@@ -185,12 +185,15 @@ def leakage(case: Case) -> str:
     """Check that no held-out or evaluation prompt was trained on."""
     run = case.run
     dataset_of(case)  # the rows of now are those of the run
-    splits, prompts = load_dataset(run.recipe_dir)
-    rows = build.read_splits(splits, run.config, run.recipe_dir)
+    try:
+        splits, prompts = load_dataset(run.recipe_dir)
+        rows = build.read_splits(splits, run.config, run.recipe_dir)
+        asked = call(prompts, run.config, run.recipe_dir)
+    except (DataError, UsageError) as error:
+        raise CheckEnded("not checkable", f"the recipe cannot be read here: {error.what}") from None
     if run.config.data.corpus:
         train, kept = ({document.text for document in part} for part in rows.values())
         return hold(not train & kept, f"{len(train & kept)} of {len(kept)} held-out texts are trained on")
-    asked = call(prompts, run.config, run.recipe_dir)
     found = [finding for finding in leaks(rows["train"], rows["held_out"], asked) if finding.is_error]
     says = "; ".join(f"{finding.message} ({len(finding.where)}: {finding.where[0]})" for finding in found)
     return hold(
