@@ -80,6 +80,7 @@ lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML a
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m mypy
 	ci/typecheck-recipes.sh
+	ci/tools.sh lint-imports
 	ci/tools.sh hadolint docker/Dockerfile
 	ci/tools.sh ci/lint-workflows.sh
 

@@ -629,5 +629,5 @@ def test_sections_cannot_be_changed(recipe):
 
 def test_importing_the_config_needs_no_heavy_library():
     heavy = "torch transformers datasets pyarrow numpy"
-    code = f"import sys, tools.plan.lint; sys.exit(any(name in sys.modules for name in {heavy.split()}))"
+    code = f"import sys, tools.launch.lint; sys.exit(any(name in sys.modules for name in {heavy.split()}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

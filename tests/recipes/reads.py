@@ -22,7 +22,7 @@ from tests.recipes.contracts import layers, resolved
 # They look at a key to judge it or to show it, which is no effect of the key.
 JUDGES = (
     "common.config",
-    "tools.plan.lint",
+    "tools.launch.lint",
     "tools.report",
     "tools.report.facts",
     "tools.export.before_after",

@@ -8,7 +8,7 @@ import pytest
 
 from common import config as configs
 from common import hardware
-from tools.plan.lint import RULES, lint
+from tools.launch.lint import RULES, lint
 
 SOUND = """\
 training_config: {batch_size: 32, learning_rate: 1e-4, max_steps: 100}

@@ -162,8 +162,8 @@ def config() -> None:
 def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None) -> None:
     """Print the config with all layers merged, for a board that need not be here."""
     from common import config as configs
+    from tools.launch import lint
     from tools.machine import detect
-    from tools.plan import lint
 
     board = detect.choose(hw, require_present=False).hardware
     resolved = configs.load(find_recipe(name), board, overrides, steps)

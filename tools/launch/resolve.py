@@ -13,8 +13,8 @@ from common.paths import ROOT, run_name
 from common.train.launch import Hosts, Launch
 from engines import registry
 from tools import git
+from tools.launch import lint
 from tools.machine import detect, host
-from tools.plan import lint
 
 STALL = "RECIPES_STALL_SECONDS"
 

@@ -1,1 +1,1 @@
-"""`recipe plan`: what a run would need, and what is odd about its config."""
+"""`recipe plan`: what a run would need, before it starts."""
