@@ -8,7 +8,7 @@ import pytest
 
 from common import config as configs
 from common import hardware
-from tools.launch.lint import RULES, lint
+from tools.launch.lint import lint
 
 SOUND = """\
 training_config: {batch_size: 32, learning_rate: 1e-4, max_steps: 100}
@@ -86,15 +86,10 @@ def ids(tmp_path: Path):
 
     def run(board: str, overrides: list[str]) -> set[str]:
         hw = hardware.get(board)
-        return {finding.id for finding in lint(configs.load(folder, hw, overrides), hw)}
+        return {line.partition(":")[0] for line in lint(configs.load(folder, hw, overrides), hw)}
 
     run.folder = folder  # type: ignore[attr-defined]
     return run
-
-
-def test_every_rule_has_a_case():
-    assert set(CASES) == set(RULES)
-    assert sorted(RULES) == list(RULES)
 
 
 def test_a_sound_recipe_has_no_findings(ids):
@@ -115,8 +110,11 @@ def test_the_cpu_overlay_may_choose_its_batch_but_a_set_is_told(ids):
     assert "L012" not in ids("cpu", ["training_config.micro_batch_size=2"])
 
 
-def test_a_finding_says_where_the_value_was_set(ids):
+def test_findings_come_by_id_with_their_key_and_the_line_of_the_overlay(ids):
     hw = hardware.get("p100")
-    findings = {item.id: item for item in lint(configs.load(ids.folder, hw, ["training_config.max_grad_norm=0"]), hw)}
-    assert findings["L003"].where == "--set training_config.max_grad_norm=0"
-    assert "p100.yaml:1" in findings["L013"].message
+    found = lint(configs.load(ids.folder, hw, ["training_config.max_grad_norm=0"]), hw)
+    assert [line.split(": ")[:2] for line in found[:2]] == [
+        ["L003", "training_config.max_grad_norm"],
+        ["L010", "training_config.optimizer.stochastic_rounding"],
+    ]
+    assert "p100.yaml:1" in found[2]

@@ -174,8 +174,8 @@ def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | Non
         counts = parameters_by_component(shape.model_dump())
         parts = " + ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         click.echo(f"# {sum(counts.values()):,} parameters = {parts}")
-    for finding in lint.lint(resolved, board):
-        click.echo(f"# {finding.id}: {finding.message}", err=True)
+    for line in lint.lint(resolved, board):
+        click.echo(f"# {line}", err=True)
 
 
 @config.command()

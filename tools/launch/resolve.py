@@ -52,7 +52,7 @@ def resolve(
         out=out.expanduser().absolute(),
         nodes=choice.nodes,
         departures=tuple(map(key_of, config.departures())) if choice.hardware.is_cpu else (),
-        warnings=tuple(f"{finding.id}: {finding.message}" for finding in lint.lint(config, choice.hardware)),
+        warnings=tuple(lint.lint(config, choice.hardware)),
         stop_at=stop_at,
         resume=resume if resume in ("auto", "never") else str(Path(resume).expanduser().absolute()),
         accept_changes=accept_changes,
