@@ -76,14 +76,9 @@ def test_an_evaluation_prompt_that_is_trained_on_is_found(recipe):
     assert {"D003", "D103"} & set(found)
 
 
-def test_strict_turns_warnings_into_failure_and_a_licence_line_ends_the_last(recipe):
+def test_strict_turns_a_warning_into_failure_and_a_licence_line_ends_it(recipe):
     report = json.loads(done("check", recipe, "--json"))
-    assert [finding["id"] for finding in report["warnings"]] == ["D115", "D119"]
-    rows = recipe / "rows.jsonl"
-    lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    for line in lines:
-        line["response"] = f"{line['topic']}: {line['response']}"
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [finding["id"] for finding in report["warnings"]] == ["D119"]
     with pytest.raises(DataError, match="warnings: 1"):
         done("check", recipe, "--strict")
     (recipe / "README.md").write_text("# Foxes\n\n**Licence:** CC0\n")

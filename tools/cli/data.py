@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from common.errors import DataError, UsageError
 from common.paths import find_recipe
-from tools.cli.options import options_of_config
+from tools.cli.options import F, json_option, map_option, options_of_config
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,26 +24,16 @@ if TYPE_CHECKING:
     from common.data.tokens import Batch, TokenDataset
     from common.train.launch import Launch
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 @click.group()
 def data() -> None:
     """Build, check, count, look at and convert data sets."""
 
 
-def map_option(command: F) -> F:
-    """Add --map, repeatable, to a command."""
-    return click.option(
-        "--map",
-        "pairs",
-        metavar="NAME=COLUMN",
-        multiple=True,
-        help="Column of prompt, response, system or messages.",
-    )(command)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def options_of_rows(command: F) -> F:
+    """Add NAME, --hw, --set, --map, --base and --json: of a recipe, or of a file of rows."""
+    base = click.option("--base", help="Tokenizer for a file: a base of models.lock.yaml or a folder.")
+    return click.argument("name")(options_of_config(map_option(base(json_option(command)))))
 
 
 @data.command()
@@ -52,53 +42,30 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @json_option
 def build(name: str, hw: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """Build the token files of recipe NAME, or say that they are up to date."""
-    _, dataset = open_recipe(name, hw, overrides).tokens()
+    _, dataset = tokens_of(open_recipe(name, hw, overrides))
     if as_json:
-        show_json(
-            {
-                **dataset.report.to_dict(),
-                "tokens_sha256": dataset.tokens_sha256,
-                "source_key": dataset.source_key,
-            }
-        )
+        hashes = {"tokens_sha256": dataset.tokens_sha256, "source_key": dataset.source_key}
+        show_json(dataset.report.to_dict() | hashes)
         return
     for line in [*dataset.report.lines(), f"tokens sha256 {dataset.tokens_sha256}", str(dataset.folder)]:
         click.echo(line)
 
 
 @data.command()
-@click.argument("name")
-@options_of_config
-@map_option
-@click.option("--base", help="Tokenizer for a file: a base of models.lock.yaml or a folder.")
+@options_of_rows
 @click.option("--strict", is_flag=True, help="Fail on warnings too.")
-@json_option
-def check(
-    name: str,
-    hw: str | None,
-    overrides: Sequence[str],
-    pairs: Sequence[str],
-    base: str | None,
-    strict: bool,
-    as_json: bool,
-) -> None:
+def check(name: str, strict: bool, as_json: bool, **options: Any) -> None:
     """Look for what is wrong with the data of recipe NAME, or of a file of rows."""
     from tools.data import checks
     from tools.data.licence import licence_of
 
-    if corpus := corpus_of(name, hw, overrides):
-        refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
-        report_corpus(corpus, strict, as_json)
+    recipe = recipe_called(name, **options)
+    if recipe and recipe.config.data.corpus:
+        report_corpus(recipe, strict, as_json)
         return
-    seen = look_at(name, hw, overrides, pairs, base)
-    report = checks.check(
-        seen.rows,
-        seen.prompts,
-        seen.tokenizer,
-        seen.config,
-        problems=seen.problems,
-        licence=licence_of(seen.card_folders),
-    )
+    seen = rows_of_recipe(recipe) if recipe else rows_of_file(Path(name), options["pairs"], options["base"])
+    licence = licence_of(seen.card_folders)
+    report = checks.check(seen.rows, seen.prompts, seen.tokenizer, seen.config, problems=seen.problems, licence=licence)
     if as_json:
         show_json({**report.to_dict(), "failed": report.failed(strict)})
     else:
@@ -109,29 +76,23 @@ def check(
 
 
 @data.command()
-@click.argument("name")
-@options_of_config
-@map_option
-@click.option("--base", help="Tokenizer for a file: a base of models.lock.yaml or a folder.")
-@json_option
-def stats(
-    name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence[str], base: str | None, as_json: bool
-) -> None:
+@options_of_rows
+def stats(name: str, as_json: bool, **options: Any) -> None:
     """Count the rows, characters, tokens and padding of recipe NAME, or of a file of rows."""
     from common.data.rows import refuse
     from tools.data import checks
 
-    if corpus := corpus_of(name, hw, overrides):
-        refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
-        report_corpus(corpus, False, as_json)
+    recipe = recipe_called(name, **options)
+    if recipe and recipe.config.data.corpus:
+        report_corpus(recipe, False, as_json)
         return
-    seen = look_at(name, hw, overrides, pairs, base)
-    refuse(seen.problems, seen.source or name)
+    seen = rows_of_recipe(recipe) if recipe else rows_of_file(Path(name), options["pairs"], options["base"])
+    refuse(seen.problems, seen.source)
     found = checks.stats(seen.rows, seen.tokenizer, seen.config)
     if as_json:
-        show_json(found.to_dict())
+        show_json(found)
     else:
-        click.echo("\n".join(found.lines()))
+        click.echo("\n".join(checks.stats_lines(found)))
 
 
 @data.command()
@@ -144,7 +105,7 @@ def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: 
     from rich.console import Console
 
     recipe = open_recipe(name, hw, overrides)
-    tokenizer, dataset = recipe.tokens()
+    tokenizer, dataset = tokens_of(recipe)
     batch = dataset.train.batch(step, recipe.config.training.seed, recipe.config.training.batch_size)
     console = Console(highlight=False, soft_wrap=True)
     supervised, tokens = int(batch.loss_mask.sum()), batch.loss_mask.size
@@ -173,85 +134,58 @@ def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: 
 @click.option("--split", default="train", show_default=True, help="Split of a Hub data set.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad rows out and list them, instead of failing.")
 @json_option
-def convert(
-    source: str,
-    out: Path,
-    format_: str,
-    pairs: Sequence[str],
-    revision: str | None,
-    subset: str | None,
-    split: str,
-    skip_bad: bool,
-    as_json: bool,
-) -> None:
+def convert(source: str, out: Path, format_: str, pairs: Sequence[str], as_json: bool, **options: Any) -> None:
     """Write the rows of SOURCE (a file, or hub:owner/name) to the new file OUT.jsonl."""
     from tools.data import convert as converter
 
-    report = converter.convert(
-        source,
-        out,
-        format_,
-        converter.parse_map(pairs),
-        revision=revision,
-        subset=subset,
-        split=split,
-        skip_bad=skip_bad,
-    )
+    report = converter.convert(source, out, format_, converter.parse_map(pairs), **options)
     if as_json:
-        show_json(report.to_dict())
+        show_json(asdict(report))
     else:
         click.echo("\n".join(report.lines()))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe as it would be launched on a board."""
-
-    launch: Launch
-
-    @property
-    def folder(self) -> Path:
-        return self.launch.recipe_dir
-
-    @property
-    def config(self) -> Config:
-        return self.launch.config
-
-    def tokens(self) -> tuple[ChatTokenizer, TokenDataset]:
-        """Return the recipe's tokenizer and its token files, made when they are not there."""
-        from common.recipe import load_dataset
-        from common.train.plan import prepare
-        from tools.data.fetch import fetch_pinned
-
-        fetch_pinned(self.launch.config, functools.partial(click.echo, err=True))
-        _, tokenizer, dataset = prepare(self.launch, load_dataset(self.folder)[0])
-        return tokenizer, dataset
-
-    def tokenizer(self) -> ChatTokenizer:
-        """Return the tokenizer of the recipe's base model, which is fetched when it is not here."""
-        if self.config.model.base is None:
-            raise UsageError("the recipe has no base model to take a tokenizer from", where="model_config.base")
-        return tokenizer_of(self.config.model.base, self.folder)
 
 
 @dataclass(frozen=True)
 class Seen:
     """What a check or a count looks at: rows by split and all that is known around them."""
 
-    rows: Mapping[str, Sequence[Row]]
-    problems: Sequence[Problem]
-    prompts: Sequence[str]
-    tokenizer: ChatTokenizer | None
-    config: Config | None
-    source: Path | None
+    source: Path
     card_folders: Sequence[Path]
+    rows: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    problems: Sequence[Problem] = ()
+    prompts: Sequence[str] = ()
+    tokenizer: ChatTokenizer | None = None
+    config: Config | None = None
 
 
-def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe:
-    """Return the recipe called `name`, or in the folder `name`. No board needs to be here to look at its data."""
+def recipe_called(
+    name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence[str], base: str | None
+) -> Launch | None:
+    """Return the recipe, or None where `name` is a file of rows. Raises UsageError for options of the other kind."""
+    is_file = Path(name).is_file()
+    wrong = {"--set": overrides} if is_file else {"--map": pairs, "--base": base}
+    if given := [option for option, value in wrong.items() if value]:
+        kind = "a file of rows" if is_file else "a recipe, which has rows as JSONL and model_config.base"
+        raise UsageError(f"{' and '.join(given)} mean nothing for {kind}")
+    return None if is_file else open_recipe(name, hw, overrides)
+
+
+def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Launch:
+    """Return the recipe as it would be launched on a board, which need not be here to look at its data."""
     from tools.launch.resolve import resolve
 
-    return Recipe(resolve(find_recipe(name), hw=hw, overrides=overrides, require_present=False))
+    return resolve(find_recipe(name), hw=hw, overrides=overrides, require_present=False)
+
+
+def tokens_of(recipe: Launch) -> tuple[ChatTokenizer, TokenDataset]:
+    """Return the recipe's tokenizer and its token files, made when they are not there."""
+    from common.recipe import load_dataset
+    from common.train.plan import prepare
+    from tools.data.fetch import fetch_pinned
+
+    fetch_pinned(recipe.config, functools.partial(click.echo, err=True))
+    _, tokenizer, dataset = prepare(recipe, load_dataset(recipe.recipe_dir)[0])
+    return tokenizer, dataset
 
 
 def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:
@@ -263,42 +197,36 @@ def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:
     return ChatTokenizer.load(found.folder)
 
 
-def look_at(name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence[str], base: str | None) -> Seen:
-    """Return the rows of a file, or a recipe's with prompts, tokenizer and config; bad lines are kept as problems."""
+def rows_of_file(path: Path, pairs: Sequence[str], base: str | None) -> Seen:
+    """Return the rows of a file in any form that `convert` takes; bad lines are kept as problems."""
     from tools.data import convert
 
-    if Path(name).is_file():
-        refuse_options(pairs=(), overrides=overrides, hw=None, base=None)
-        rows, problems = convert.scan(Path(name), convert.guess_format(name, "auto"), convert.parse_map(pairs))
-        tokenizer = tokenizer_of(base, None) if base else None
-        return Seen({"train": rows}, problems, (), tokenizer, None, Path(name), [Path(name).parent])
-    refuse_options(pairs=pairs, overrides=(), hw=None, base=base)
+    rows, problems = convert.scan(path, convert.guess_format(path, "auto"), convert.parse_map(pairs))
+    tokenizer = tokenizer_of(base, None) if base else None
+    return Seen(path, [path.parent], {"train": rows}, problems, tokenizer=tokenizer)
+
+
+def rows_of_recipe(recipe: Launch) -> Seen:
+    """Return the rows of a recipe with its prompts, tokenizer and config; where lines are bad, those alone."""
     from common.data.build import read_splits
     from common.data.rows import scan_rows
     from common.recipe import call, load_dataset
 
-    recipe = open_recipe(name, hw, overrides)
-    source = recipe.folder / (recipe.config.data.source or "")
-    cards = [source.parent, recipe.folder]
-    problems = scan_rows(source)[1]
-    if problems:  # the recipe's own builder would stop at them
-        return Seen({}, problems, (), None, None, source, cards)
-    splits, prompts = load_dataset(recipe.folder)
-    parts, asked = read_splits(splits, recipe.config, recipe.folder), call(prompts, recipe.config, recipe.folder)
-    return Seen(parts, (), asked, recipe.tokenizer(), recipe.config, source, cards)
+    config, folder = recipe.config, recipe.recipe_dir
+    assert config.data.source is not None, "rows have a source"
+    assert config.model.base is not None, "what trains on rows has a base"
+    source = folder / config.data.source
+    cards = [source.parent, folder]
+    if problems := scan_rows(source)[1]:  # the recipe's own builder would stop at them
+        return Seen(source, cards, problems=problems)
+    splits, prompts = load_dataset(folder)
+    rows, asked = read_splits(splits, config, folder), call(prompts, config, folder)
+    return Seen(source, cards, rows, (), asked, tokenizer_of(config.model.base, folder), config)
 
 
-def corpus_of(name: str, hw: str | None, overrides: Sequence[str]) -> Recipe | None:
-    """Return the recipe called `name` where it trains on a corpus."""
-    if Path(name).is_file():
-        return None
-    recipe = open_recipe(name, hw, overrides)
-    return recipe if recipe.config.data.corpus else None
-
-
-def report_corpus(recipe: Recipe, strict: bool, as_json: bool) -> None:
+def report_corpus(recipe: Launch, strict: bool, as_json: bool) -> None:
     """Print what is to be known of a corpus. Raises DataError for unknown characters when `strict`."""
-    _, dataset = recipe.tokens()
+    _, dataset = tokens_of(recipe)
     info = dataset.info
     if as_json:
         keys = ("corpus", "vocab_size", "unknown")
@@ -314,17 +242,8 @@ def report_corpus(recipe: Recipe, strict: bool, as_json: bool) -> None:
         )
 
 
-def refuse_options(**given: Any) -> None:
-    """Raises UsageError for options without a meaning: --set for a file, --map and --base for a recipe."""
-    names = {"pairs": "--map", "overrides": "--set", "hw": "--hw", "base": "--base"}
-    wrong = [names[key] for key, value in given.items() if value]
-    if wrong:
-        kind = "a file of rows" if "--set" in wrong else "a recipe, which has rows as JSONL and model_config.base"
-        raise UsageError(f"{' and '.join(wrong)} mean nothing for {kind}")
-
-
 def decoded_line(batch: Batch, at: int, tokenizer: ChatTokenizer, color: bool) -> Text:
-    """Return row `at` of a batch as text, its supervised stretches green, or, without color, between >> and <<.
+    """Return row `at` of a batch as text, what is supervised in green, or between >> and << without color.
 
     A token is supervised when it is a label that counts; the first token of a row never is one.
     """

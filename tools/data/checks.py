@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.data.build import supervised_share
 from common.data.chat import ChatTokenizer
-from common.data.order import permutation
 from common.data.rows import Problem, Row, plain
 from common.data.tokens import Encoded
 from common.errors import DataError
@@ -30,13 +28,6 @@ Rows = Mapping[str, Sequence[Row]]
 SHOWN = 10
 NEAR = 0.8  # share of common words (Jaccard) from which two prompts count as nearly the same
 NEAR_WORDS = 4  # shorter prompts are too alike by nature: "What is X?"
-LONG_TOKENS = 512
-LONG_CHARACTERS = 500
-FEW_FIRST_WORDS = 0.30
-FIRST_WORD_ROWS = 200
-TOPIC_SHARE = 0.30
-OUTLIER = 4.0  # robust standard deviations of the log length
-SAMPLES = 3
 
 SECRETS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
@@ -56,20 +47,6 @@ PHONE = re.compile(
     r"|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}"  # North American
     r"|0[1-9]\d{0,3}[ /-]\d{3,}(?:[ -]?\d{2,})?"  # with a trunk zero
     r")(?![\w.]\d)"
-)
-
-# Rows for fine-tuning an instruction model, by count: what experience says they are good for.
-BANDS = (
-    (0, "tiny", "enough to try the pipeline; write at least 50 rows before you judge the result"),
-    (
-        50,
-        "small",
-        "a style can be learned from this; 200 good rows do better, and better than 10,000 mediocre ones",
-    ),
-    (200, "decent", "good for one style or one narrow domain; look for gaps before you add more of the same"),
-    (1_000, "strong", "enough for a domain; quality and balance matter more than further rows"),
-    (10_000, "large", "one epoch may do; check duplicates and balance, and lower the learning rate"),
-    (100_000, "near pre-training", "more than fine-tuning needs; a subset will teach the same in less time"),
 )
 
 
@@ -116,9 +93,8 @@ class CheckReport:
 
     def lines(self) -> list[str]:
         """Return the report for a person: errors first."""
-        count = ", ".join(f"{rows} {name.replace('_', ' ')}" for name, rows in self.rows.items())
         found = [line for finding in [*self.errors, *self.warnings] for line in finding.lines()]
-        return [*found, f"{count} rows; errors: {len(self.errors)}, warnings: {len(self.warnings)}"]
+        return [*found, f"{counted(self.rows)} rows; errors: {len(self.errors)}, warnings: {len(self.warnings)}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -148,8 +124,7 @@ def check(
         leaks(train, held_out, prompts),
         duplicates(everything),
         private_data(everything),
-        lengths_of_text(everything),
-        variety(everything),
+        untidy_text(everything),
     ]
     if tokenizer is not None:
         found.append(template_findings(everything, tokenizer, config))
@@ -163,6 +138,11 @@ def check(
         rows={name: len(part) for name, part in rows.items()},
         findings=sorted((one for part in found for one in part), key=lambda one: one.id),
     )
+
+
+def counted(rows: Mapping[str, int]) -> str:
+    """Return the numbers of rows by split in words: `60 train, 8 held out`."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in rows.items())
 
 
 def listed(id: str, message: str, where: Iterable[str]) -> Iterator[Finding]:
@@ -245,18 +225,15 @@ def overlap(one: frozenset[str], other: frozenset[str]) -> float:
 
 def duplicates(rows: Sequence[Row]) -> Iterator[Finding]:
     """Yield rows, prompts and answers that come more than once."""
-    by_prompt, by_answer = (
-        grouped(rows, lambda row: conversation_key(row)),
-        grouped(rows, lambda row: row.response),
-    )
     repeated: list[str] = []
     conflicts: list[str] = []
-    for group in by_prompt:
+    for group in grouped(rows, conversation_key):
         answers = {canonical(row.response) for row in group}
         place = ", ".join(row.where for row in group)
         (conflicts if len(answers) > 1 else repeated).append(f"{place}: {shown(group[0].prompt)}")
     yield from listed("D105", "prompts come again with the same answer", repeated)
     yield from listed("D106", "prompts have different answers", conflicts)
+    by_answer = grouped(rows, lambda row: row.response)
     same = [group for group in by_answer if len({conversation_key(row) for row in group}) > 1]
     places = [f"{', '.join(row.where for row in group)}: {shown(group[0].response)}" for group in same]
     yield from listed("D107", "answers are given to different prompts", places)
@@ -295,55 +272,16 @@ def private_data(rows: Sequence[Row]) -> Iterator[Finding]:
     yield from listed("D110", "rows hold a phone number", (where for where, text in texts if PHONE.search(text)))
 
 
-def lengths_of_text(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Yield answers that are all but empty, texts that are long, and lengths unlike the others'."""
+def untidy_text(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Yield answers that are all but empty, and texts with white space around them."""
     empty = (f"{row.where}: {shown(row.response)}" for row in rows if len(row.response.split()) < 2)
     yield from listed("D111", "answers are a single word", empty)
-    long = (row.where for row in rows if max(len(row.prompt), len(row.response)) > LONG_CHARACTERS)
-    yield from listed("D112", f"rows have a prompt or answer of more than {LONG_CHARACTERS} characters", long)
-    yield from listed("D113", "answers are far shorter or longer than the others", outliers(rows))
     edges = (row.where for row in rows if any(turn.content != turn.content.strip() for turn in row.messages))
     yield from listed("D114", "rows have white space around a text: the model learns to write it", edges)
 
 
-def outliers(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield answers whose log length is more than four robust standard deviations (1.4826 MAD) from the median."""
-    sizes = [math.log(len(row.response)) for row in rows]
-    if len(sizes) < 20:
-        return
-    middle = statistics.median(sizes)
-    spread = max(1.4826 * statistics.median(abs(size - middle) for size in sizes), 0.25)
-    for row, size in zip(rows, sizes, strict=True):
-        if abs(size - middle) > OUTLIER * spread:
-            yield f"{row.where}: {len(row.response)} characters, the median is {math.exp(middle):.0f}"
-
-
-def variety(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Yield answers that begin alike, and one topic that outweighs the others."""
-    share = first_word_share(rows)
-    if len(rows) >= 10 and share < FEW_FIRST_WORDS:
-        common = ", ".join(f"{word!r} {count}" for word, count in first_words(rows).most_common(3))
-        yield Finding("D115", f"only {share:.0%} of the answers begin with a word of their own: {common}", [])
-    topics = Counter(str(row.extra["topic"]) for row in rows if "topic" in row.extra)
-    heavy = [f"{topic}: {count / len(rows):.0%}" for topic, count in topics.items() if count > TOPIC_SHARE * len(rows)]
-    if len(topics) > 1:
-        yield from listed("D116", f"topics hold more than {TOPIC_SHARE:.0%} of the rows", heavy)
-
-
-def first_words(rows: Sequence[Row]) -> Counter[str]:
-    """Return how often each word begins an answer, over at most 200 rows: a language has only so many."""
-    chosen = permutation(len(rows), 0, 2)[:FIRST_WORD_ROWS].tolist()
-    return Counter(rows[at].response.split()[0].casefold() for at in chosen)
-
-
-def first_word_share(rows: Sequence[Row]) -> float:
-    """Return the number of different first words per answer, 0 to 1."""
-    found = first_words(rows)
-    return len(found) / found.total() if found else 0.0
-
-
 def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Config | None) -> Iterator[Finding]:
-    """Yield markers of the chat template inside texts, rows the template refuses, rows that are long in tokens."""
+    """Yield markers of the chat template inside texts, rows that the template refuses, rows that would be cut."""
     marked = {
         id(row): f"{row.where}: {marker!r} in the {turn.role}'s text"
         for row in rows
@@ -352,7 +290,7 @@ def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Con
     }
     yield from listed("D005", "rows hold a marker of the chat template: it would forge a turn", marked.values())
     limit = config.data.max_length if config else None
-    refused, cut, long = [], [], []
+    refused, cut = [], []
     for row in rows:
         if id(row) in marked:
             continue
@@ -363,11 +301,8 @@ def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Con
             continue
         if encoded.cut:
             cut.append(f"{row.where}: would lose {encoded.cut}")
-        elif len(encoded.ids) > LONG_TOKENS:
-            long.append(f"{row.where}: {len(encoded.ids)} tokens")
     yield from listed("D006", "rows cannot be tokenized", refused)
     yield from listed("D117", f"rows do not fit max_length {limit}", cut)
-    yield from listed("D118", f"rows are longer than {LONG_TOKENS} tokens", long)
 
 
 def encode(row: Row, tokenizer: ChatTokenizer, config: Config | None, limit: int | None) -> Encoded:
@@ -388,164 +323,72 @@ def shown(text: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
-# Statistics.
+# --- statistics -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Least, mean and largest of a list of lengths."""
+def stats(rows: Rows, tokenizer: ChatTokenizer | None = None, config: Config | None = None) -> dict[str, Any]:
+    """Return what a data set is and costs, as JSON values: counts by split, characters, tokens and padding.
 
-    min: int
-    mean: float
-    max: int
-
-
-@dataclass(frozen=True)
-class Padding:
-    """What a length T costs: the share of padding in a batch, and the rows that would be cut."""
-
-    length: int
-    share: float
-    rows_cut: int
-
-
-@dataclass(frozen=True)
-class TokenStats:
-    """Tokens of a row (p50, p95, max), of all rows, the share that is supervised, and the cost of each
-    length.
+    Without a tokenizer `tokens` is None, without a config the steps are. Raises DataError when there is no row, or
+    when a row cannot be tokenized.
     """
-
-    p50: int
-    p95: int
-    max: int
-    total: int
-    supervised_share: float
-    needed_length: int
-    padding: Sequence[Padding]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a data set is and costs; `tokens` is None without a tokenizer, the steps without a config."""
-
-    rows: Mapping[str, int]
-    prompt_characters: Spread
-    response_characters: Spread
-    question_share: float
-    first_word_share: float
-    topics: Mapping[str, int]
-    extra_keys: Sequence[str]
-    band: str
-    advice: str
-    tokens: TokenStats | None
-    batch_size: int | None
-    steps_per_epoch: float | None
-    samples: Sequence[Mapping[str, str]] = field(default=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the numbers as JSON values."""
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """Return the numbers for a person."""
-        count = ", ".join(f"{rows} {name.replace('_', ' ')}" for name, rows in self.rows.items())
-        prompt, answer = self.prompt_characters, self.response_characters
-        found = [
-            f"rows: {count} ({self.band}: {self.advice})",
-            f"prompt characters: min {prompt.min}, mean {prompt.mean:.0f}, max {prompt.max}",
-            f"answer characters: min {answer.min}, mean {answer.mean:.0f}, max {answer.max}",
-            f"prompts with a question mark: {self.question_share:.0%}",
-            f"answers that begin with another word: {self.first_word_share:.0%}",
-        ]
-        if self.topics:
-            largest = max(self.topics, key=lambda topic: self.topics[topic])
-            found.append(f"topics: {len(self.topics)}, the largest ({largest}) has {self.topics[largest]} rows")
-        if self.extra_keys:
-            found.append(f"kept beside prompt and answer: {', '.join(self.extra_keys)}")
-        if self.tokens:
-            found += token_lines(self.tokens)
-        if self.steps_per_epoch is not None:
-            found.append(f"steps per epoch: {self.steps_per_epoch:.2f} of batch {self.batch_size}")
-        for sample in self.samples:
-            found += [
-                f"sample {sample['where']}",
-                f"  {shown(sample['prompt'], 100)}",
-                f"  {shown(sample['response'], 100)}",
-            ]
-        return found
-
-
-def token_lines(tokens: TokenStats) -> list[str]:
-    """Return the token statistics for a person; at most sixteen lengths, the needed one last."""
-    found = [
-        f"tokens per row: p50 {tokens.p50}, p95 {tokens.p95}, max {tokens.max}; {tokens.total} in all",
-        f"supervised tokens: {tokens.supervised_share:.1%}",
-        "length   padding   rows cut",
-    ]
-    every = max(1, len(tokens.padding) // 16)
-    chosen = tokens.padding[::-1][::every][::-1]
-    return found + [f"{cost.length:6d}   {cost.share:7.1%}   {cost.rows_cut:8d}" for cost in chosen]
-
-
-def stats(rows: Rows, tokenizer: ChatTokenizer | None = None, config: Config | None = None) -> Stats:
-    """Count rows by split. Raises DataError when there is none, or when a row cannot be tokenized."""
     everything = [row for part in rows.values() for row in part]
     if not everything:
         raise DataError("no row to count")
-    train = len(rows.get("train", ()))
-    band, advice = size_band(train)
     batch = config.training.batch_size if config else None
-    return Stats(
-        rows={name: len(part) for name, part in rows.items()},
-        prompt_characters=spread([len(row.prompt) for row in everything]),
-        response_characters=spread([len(row.response) for row in everything]),
-        question_share=sum("?" in row.prompt for row in everything) / len(everything),
-        first_word_share=first_word_share(everything),
-        topics=dict(Counter(str(row.extra["topic"]) for row in everything if "topic" in row.extra)),
-        extra_keys=sorted({key for row in everything for key in row.extra}),
-        band=band,
-        advice=advice,
-        tokens=token_stats([encode(row, tokenizer, config, None) for row in everything]) if tokenizer else None,
-        batch_size=batch,
-        steps_per_epoch=train / batch if batch else None,
-        samples=samples(everything),
-    )
+    return {
+        "rows": {name: len(part) for name, part in rows.items()},
+        "prompt_characters": spread([len(row.prompt) for row in everything]),
+        "response_characters": spread([len(row.response) for row in everything]),
+        "extra_keys": sorted({key for row in everything for key in row.extra}),
+        "tokens": token_stats([encode(row, tokenizer, config, None) for row in everything]) if tokenizer else None,
+        "batch_size": batch,
+        "steps_per_epoch": len(rows.get("train", ())) / batch if batch else None,
+    }
 
 
-def size_band(rows: int) -> tuple[str, str]:
-    """Return the band that a number of training rows falls in, and what to do about it."""
-    return next((name, advice) for least, name, advice in reversed(BANDS) if rows >= least)
+def stats_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the statistics for a person; at most sixteen lengths of a row, the needed one last."""
+    lines = [f"rows: {counted(found['rows'])}"]
+    for name in ("prompt", "response"):
+        lines.append(
+            "{0} characters: min {min}, mean {mean:.0f}, max {max}".format(name, **found[f"{name}_characters"])
+        )
+    if found["extra_keys"]:
+        lines.append(f"kept beside prompt and response: {', '.join(found['extra_keys'])}")
+    if tokens := found["tokens"]:
+        lines.append("tokens per row: p50 {p50}, p95 {p95}, max {max}; {total} in all".format(**tokens))
+        lines += [f"supervised tokens: {tokens['supervised_share']:.1%}", "length   padding   rows cut"]
+        every = max(1, len(tokens["padding"]) // 16)
+        chosen = tokens["padding"][::-1][::every][::-1]
+        lines += ["{length:6d}   {share:7.1%}   {rows_cut:8d}".format(**cost) for cost in chosen]
+    if found["batch_size"]:
+        lines.append(f"steps per epoch: {found['steps_per_epoch']:.2f} of batch {found['batch_size']}")
+    return lines
 
 
-def spread(sizes: Sequence[int]) -> Spread:
+def spread(sizes: Sequence[int]) -> dict[str, float]:
     """Return the least, mean and largest."""
-    return Spread(min(sizes), sum(sizes) / len(sizes), max(sizes))
+    return {"min": min(sizes), "mean": sum(sizes) / len(sizes), "max": max(sizes)}
 
 
-def token_stats(encoded: Sequence[Encoded]) -> TokenStats:
+def token_stats(encoded: Sequence[Encoded]) -> dict[str, Any]:
     """Return the token counts and the padding at each multiple of 32 up to the one that holds every row."""
     sizes = sorted(len(row.ids) for row in encoded)
     needed = round_up(max(sizes[-1] - 1, 1))
-    return TokenStats(
-        p50=sizes[math.ceil(0.50 * len(sizes)) - 1],
-        p95=sizes[math.ceil(0.95 * len(sizes)) - 1],
-        max=sizes[-1],
-        total=sum(sizes),
-        supervised_share=supervised_share(encoded),
-        needed_length=needed,
-        padding=[padding_at(length, sizes) for length in range(TILE, needed + 1, TILE)],
-    )
+    return {
+        "p50": sizes[math.ceil(0.50 * len(sizes)) - 1],
+        "p95": sizes[math.ceil(0.95 * len(sizes)) - 1],
+        "max": sizes[-1],
+        "total": sum(sizes),
+        "supervised_share": supervised_share(encoded),
+        "needed_length": needed,
+        "padding": [padding_at(length, sizes) for length in range(TILE, needed + 1, TILE)],
+    }
 
 
-def padding_at(length: int, sizes: Sequence[int]) -> Padding:
+def padding_at(length: int, sizes: Sequence[int]) -> dict[str, float]:
     """Return the share of a [rows, length] batch that is padding; a row of n tokens fills n-1 places."""
     used = sum(min(size - 1, length) for size in sizes)
-    return Padding(length, 1 - used / (length * len(sizes)), sum(size - 1 > length for size in sizes))
-
-
-def samples(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Return three rows to look at: the same ones every time."""
-    chosen = permutation(len(rows), 0, 2)[:SAMPLES].tolist()
-    return [
-        {"where": row.where, "prompt": row.prompt, "response": row.response} for row in map(rows.__getitem__, chosen)
-    ]
+    cut = sum(size - 1 > length for size in sizes)
+    return {"length": length, "share": 1 - used / (length * len(sizes)), "rows_cut": cut}

@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,19 @@ Record = tuple[str, "Mapping[str, Any] | Problem"]
 
 
 @dataclass(frozen=True)
+class Source:
+    """What is read as what: a file, or with the format `hub` a data set of the Hub at a commit."""
+
+    name: str
+    format: str
+    revision: str | None = None
+    subset: str | None = None
+    split: str = "train"
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a conversion did: files, format, rows written, the keys that were kept beside them, and what was
-    skipped.
-    """
+    """What a conversion did: files, format, rows written, the keys kept beside them, and what was skipped."""
 
     source: str
     out: str
@@ -80,10 +89,6 @@ class Report:
             found.append(f"{len(self.skipped)} rows skipped:")
             found += [f"  {problem}" for problem in self.skipped]
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self)
 
 
 def convert(
@@ -107,18 +112,18 @@ def convert(
         raise UsageError("the output file exists", where=str(out), todo="choose another name or delete it")
     if not out.parent.is_dir():
         raise UsageError("no such folder", where=str(out.parent))
-    name = guess_format(source, format)
-    rows, problems = collect(records(source, name, revision, subset, split), mapping)
+    found = Source(str(source), guess_format(source, format), revision, subset, split)
+    rows, problems = collect(records(found), mapping)
     if not skip_bad:
-        refuse(problems, str(source))
+        refuse(problems, found.name)
     if not rows:
-        raise DataError("no usable row in this source", where=str(source))
+        raise DataError("no usable row in this source", where=found.name)
     write_rows(out, rows)
-    write_pins(out, source, name, mapping, revision, subset, split)
+    write_pins(out, found, mapping)
     return Report(
-        source=str(source),
+        source=found.name,
         out=str(out),
-        format=name,
+        format=found.format,
         rows=len(rows),
         extra_keys=sorted({key for row in rows for key in row.extra}),
         skipped=problems,
@@ -126,32 +131,24 @@ def convert(
     )
 
 
-def write_pins(
-    out: Path,
-    source: str | Path,
-    format: str,
-    mapping: Mapping[str, str] | None,
-    revision: str | None,
-    subset: str | None,
-    split: str,
-) -> None:
+def write_pins(out: Path, source: Source, mapping: Mapping[str, str] | None) -> None:
     """Write OUT.source.yaml: what the rows in `out` were read from, and the sha256 of both."""
-    on_hub = format == "hub"
+    on_hub = source.format == "hub"
     facts = {
         "format": 1,
-        "source": str(source) if on_hub else Path(source).name,
-        "sha256": None if on_hub else sha256_file(Path(source)),  # of the Hub the revision says it
-        "read_as": format,
+        "source": source.name if on_hub else Path(source.name).name,
+        "sha256": None if on_hub else sha256_file(Path(source.name)),  # of the Hub the revision says it
+        "read_as": source.format,
         "map": dict(mapping or {}),
         "rows_sha256": sha256_file(out),
     }
-    facts |= {"revision": revision, "subset": subset, "split": split} if on_hub else {}
+    facts |= {"revision": source.revision, "subset": source.subset, "split": source.split} if on_hub else {}
     out.with_name(f"{out.name}.source.yaml").write_text(to_yaml(facts), encoding="utf-8")
 
 
 def scan(path: Path, format: str, mapping: Mapping[str, str]) -> tuple[list[Row], list[Problem]]:
     """Return the usable rows of a file and its bad ones, read as `format`."""
-    return collect(records(path, format, None, None, "train"), mapping)
+    return collect(records(Source(str(path), format)), mapping)
 
 
 def load_rows(source: Path, format: str, mapping: Mapping[str, str] | None = None) -> list[Row]:
@@ -163,12 +160,12 @@ def load_rows(source: Path, format: str, mapping: Mapping[str, str] | None = Non
     return rows
 
 
-def records(source: str | Path, format: str, revision: str | None, subset: str | None, split: str) -> Iterator[Record]:
-    """Return (place, record or problem) of every entry of `source`, whose format is known by now."""
-    if format == "hub":
-        return hub_records(str(source)[len(HUB) :], revision, subset, split)
-    if revision is not None:
-        raise UsageError("only a hub: source has a revision", where=str(source))
+def records(source: Source) -> Iterator[Record]:
+    """Return (place, record or problem) of every entry of `source`."""
+    if source.format == "hub":
+        return hub_records(source)
+    if source.revision is not None:
+        raise UsageError("only a hub: source has a revision", where=source.name)
     readers = {
         "jsonl": json_records,
         "csv": csv_records,
@@ -177,7 +174,7 @@ def records(source: str | Path, format: str, revision: str | None, subset: str |
         "sharegpt": sharegpt_records,
         "text": text_records,
     }
-    return readers[format](Path(source))
+    return readers[source.format](Path(source.name))
 
 
 def guess_format(source: str | Path, format: str) -> str:
@@ -325,24 +322,25 @@ def marked_parts(lines: Iterable[str]) -> Iterator[tuple[str, int, str]]:
     yield kind, first, "\n".join(part).strip()
 
 
-def hub_records(name: str, revision: str | None, subset: str | None, split: str) -> Iterator[Record]:
+def hub_records(source: Source) -> Iterator[Record]:
     """Return the rows of a Hub data set at a commit, through `datasets`; from its cache when the Hub is out of reach.
 
     Raises UsageError without a commit, MachineError when the data set is neither reachable nor cached.
     """
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+    name = source.name.removeprefix(HUB)
+    if not re.fullmatch(r"[0-9a-f]{40}", source.revision or ""):
         raise UsageError(
             "a data set of the Hub needs a revision of 40 hex digits (a branch can change under a run)",
-            where=f"{HUB}{name}",
+            where=source.name,
             todo="--revision COMMIT, as the data set's page lists it under 'History'",
         )
     if Path(name).exists():
         raise UsageError(
             f"there is a folder {name} here, which the library would read in place of the Hub's data set",
-            where=f"{HUB}{name}",
+            where=source.name,
             todo="run it from another folder, or name the folder's file as the source",
         )
-    return loaded_records(name, str(revision), subset, split)
+    return loaded_records(name, str(source.revision), source.subset, source.split)
 
 
 def loaded_records(name: str, revision: str, subset: str | None, split: str) -> Iterator[Record]:
