@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from common.errors import MachineError
+from common.errors import MachineError, RecipeError
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -34,6 +34,30 @@ def write_atomic(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as JSON, readable by people."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, version: int | None = None, error: type[RecipeError] = MachineError) -> dict[str, Any]:
+    """Return the JSON object in a file; `version` is the `format` that it must have. Raises `error`, with the path."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise error(f"{path.name} cannot be read: {fault}", where=str(path)) from fault
+    if not isinstance(value, dict):
+        raise error(f"{path.name} holds no JSON object", where=str(path))
+    if version is not None and value.get("format") != version:
+        text = f"{path.name} has format {value.get('format')!r}, this version reads {version}"
+        raise error(text, where=str(path))
+    return value
+
+
+def read_pins(path: Path, key: str) -> dict[str, dict[str, Any]]:
+    """Return what a lock (models.lock.yaml, corpora.yaml) pins under `key`, by name. Raises MachineError."""
+    import yaml
+
+    lock = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if lock.get("format") != 1:
+        raise MachineError(f"{path.name} has format {lock.get('format')}, this version reads 1", where=str(path))
+    return dict(lock[key])
 
 
 def utc_now() -> str:

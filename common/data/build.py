@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
     parts = {**parts, "train": parts["train"] if data.corpus else control_rows(parts["train"], data.control)}
     key = source_key(data, parts, tokenizer)
     folder = home / "tokens" / key[:16]
-    dataset, action, reason = reopen(folder, key)
+    dataset, action, reason = reopen(folder)
     if dataset is None:
         splits, info = of_texts(data, parts, tokenizer_folder) if data.corpus else of_rows(data, parts, tokenizer)
         dataset = tokens.write(folder, splits, source_key=key, info=info, length=data.max_length)
@@ -122,16 +123,15 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
     return dataset
 
 
-def reopen(folder: Path, key: str) -> tuple[TokenDataset | None, str, str]:
-    """Return the stored data set of this key if it is whole, and what to say: (data set, action, reason)."""
+def reopen(folder: Path) -> tuple[TokenDataset | None, str, str]:
+    """Return the stored data set if it is whole, else delete it; and what to say: (data set, action, reason)."""
     if not folder.exists():
         return None, "built", "no stored tokens for these rows"
     try:
         dataset = TokenDataset.open(folder)
     except DataError as error:
+        shutil.rmtree(folder)
         return None, "rebuilt", f"the stored tokens did not verify: {error.what}"
-    if dataset.source_key != key:
-        return None, "rebuilt", "the stored tokens belong to other rows"
     return dataset, "reused", "nothing changed"
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from common.data.rows import Message, Row
 from common.data.tokens import Encoded
 from common.errors import DataError
+from common.files import read_json
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -76,8 +77,8 @@ class ChatTokenizer:
             raise DataError(f"cannot read the tokenizer: {error}", where=str(path)) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        settings = read_json(folder / "tokenizer_config.json")
-        tokens = special_tokens({**read_json(folder / "special_tokens_map.json"), **settings})
+        settings = settings_in(folder / "tokenizer_config.json")
+        tokens = special_tokens({**settings_in(folder / "special_tokens_map.json"), **settings})
         # transformers marks the named tokens as special even where tokenizer.json does not
         known = [text for text in tokens.values() if tokenizer.token_to_id(text) is not None]
         tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in known])
@@ -333,17 +334,9 @@ def compile_template(source: str) -> Template:
         raise DataError(f"the base model's chat template does not parse: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def settings_in(path: Path) -> dict[str, Any]:
     """Return a file's JSON object, or {} when there is no such file. Raises DataError when it is no object."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise DataError("not a JSON object", where=str(path))
-    return value
+    return read_json(path, error=DataError) if path.exists() else {}
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -362,7 +355,7 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
+    template = settings.get("chat_template") or settings_in(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     return template if isinstance(template, str) else ""
@@ -371,7 +364,7 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
 def stop_tokens(folder: Path) -> list[int]:
     """Return the end ids that the model's configs name: generation_config.json's, else config.json's."""
     for name in ("generation_config.json", "config.json"):
-        found = read_json(folder / name).get("eos_token_id")
+        found = settings_in(folder / name).get("eos_token_id")
         if found is not None:
             return [int(id) for id in (found if isinstance(found, list) else [found])]
     return []

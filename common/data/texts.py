@@ -11,6 +11,7 @@ from typing import Any
 
 from common.data.rows import encoding_fault
 from common.errors import DataError, MachineError, UsageError
+from common.files import read_pins
 from common.paths import home
 
 LOCK = Path(__file__).with_name("corpora.yaml")
@@ -25,13 +26,8 @@ class Document:
 
 
 def locked() -> dict[str, dict[str, Any]]:
-    """Return the entries of corpora.yaml by name. Raises MachineError for another format of it."""
-    import yaml
-
-    lock = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
-    if lock.get("format") != 1:
-        raise MachineError(f"corpora.yaml has format {lock.get('format')}", where=str(LOCK), todo="it should have 1")
-    return dict(lock["corpora"])
+    """Return the entries of corpora.yaml by name."""
+    return read_pins(LOCK, "corpora")
 
 
 def corpus_folder(name: str) -> Path:

@@ -8,10 +8,7 @@ pickled.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +21,7 @@ import numpy.typing as npt
 
 from common.data import order
 from common.errors import DataError
+from common.files import move_into_place, read_json, sync, write_json
 from common.hardware import round_up
 
 FORMAT = 1
@@ -171,21 +169,14 @@ class TokenDataset:
         return self.splits["held_out"]
 
     @classmethod
-    def open(cls, folder: Path, verify: bool = True) -> TokenDataset:
-        """Map the files of `folder`; with `verify`, recompute their hash. Raises DataError when anything is off."""
-        header = read_header(folder)
+    def open(cls, folder: Path) -> TokenDataset:
+        """Map the files of `folder`. Raises DataError where one is missing, or they do not match their hash."""
+        header = read_json(folder / "dataset.json", FORMAT, DataError)
         length = int(header["length"])
         stored = {name: load_arrays(folder, name) for name in header["splits"]}
-        if verify:
-            found = content_sha256(stored)
-            if found != header["tokens_sha256"]:
-                raise DataError(
-                    f"the token files do not match their hash ({found[:16]} found)",
-                    where=str(folder),
-                    todo="delete the folder: the next run builds it again",
-                )
-            for name, arrays in stored.items():
-                check_windows(arrays, length, f"{folder}: split {name}")
+        found = content_sha256(stored)
+        if found != header["tokens_sha256"]:
+            raise DataError(f"the token files do not match their hash ({found[:16]} found)", where=str(folder))
         return cls(
             folder=folder,
             splits={name: TokenSplit(arrays, length) for name, arrays in stored.items()},
@@ -206,14 +197,11 @@ def write(
 ) -> TokenDataset:
     """Store `splits` in `folder`, whole or not at all, and open it.
 
-    T is `length`, or the smallest multiple of 32 that holds every row. `info` is stored beside them and
-    must be JSON. An older folder of that name is replaced; of two writers at once one wins and both get a
-    whole data set. Raises DataError for a row of fewer than two tokens or one that T cannot hold.
+    T is `length`, which every row must fit, or the smallest multiple of 32 that holds them all. `info` is stored
+    beside them and must be JSON. Where the folder is there, another process was first, and its content is as good.
     """
     splits = {"train": EMPTY, "held_out": EMPTY, **splits}
     length = needed_length(splits.values()) if length is None else length
-    for name, arrays in splits.items():
-        check_windows(arrays, length, f"split {name}")
     header = {
         "format": FORMAT,
         "source_key": source_key,
@@ -227,76 +215,25 @@ def write(
     try:
         for name, arrays in splits.items():
             for key in ARRAYS:
-                with (temporary / f"{name}.{key}.npy").open("wb") as file:
-                    np.save(file, getattr(arrays, key), allow_pickle=False)
-                    os.fsync(file.fileno())
-        with (temporary / "dataset.json").open("w", encoding="utf-8") as text:
-            text.write(json.dumps(header, indent=1, ensure_ascii=False) + "\n")
-            text.flush()
-            os.fsync(text.fileno())
+                np.save(temporary / f"{name}.{key}.npy", getattr(arrays, key), allow_pickle=False)
+                sync(temporary / f"{name}.{key}.npy")
+        write_json(temporary / "dataset.json", header)
         temporary.chmod(0o755)
-        put_in_place(temporary, folder)
+        move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return TokenDataset.open(folder)
 
 
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder to its name, where only whole folders are ever seen.
-
-    A whole data set with the same hashes stays: another process may be mapping it. Anything else is moved
-    away first.
-    """
-    with (folder.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            if is_same(folder, temporary):
-                return
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-        temporary.rename(folder)
-
-
-def is_same(folder: Path, other: Path) -> bool:
-    """Return whether `folder` holds a whole data set that equals `other`, header and content."""
-    try:
-        TokenDataset.open(folder)
-        return read_header(folder) == read_header(other)
-    except DataError:
-        return False
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    """Return `dataset.json` of a known format. Raises DataError for anything else."""
-    path = folder / "dataset.json"
-    todo = "delete the folder: the next run builds it again"
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-        found = header["format"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"no readable data set here: {error}", where=str(path), todo=todo) from error
-    if found != FORMAT:
-        raise DataError(
-            f"token files of format {found!r}; this version reads format {FORMAT}", where=str(path), todo=todo
-        )
-    missing = {"source_key", "tokens_sha256", "length", "splits", "info"} - set(header)
-    if missing:
-        raise DataError(f"keys missing: {', '.join(sorted(missing))}", where=str(path), todo=todo)
-    return dict(header)
-
-
 def load_arrays(folder: Path, name: str) -> Arrays:
-    """Map the four arrays of split `name`. Raises DataError for a missing, damaged or foreign file."""
+    """Map the four arrays of split `name`. Raises DataError for a missing or damaged file."""
     found = {}
-    for key, dtype in ARRAYS.items():
+    for key in ARRAYS:
         path = folder / f"{name}.{key}.npy"
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"cannot read token file: {error}", where=str(path)) from error
-        if array.dtype != dtype or array.ndim != 1:
-            raise DataError(f"{array.ndim}-d {array.dtype} instead of 1-d {np.dtype(dtype)}", where=str(path))
         found[key] = np.asarray(array)
     return Arrays(**found)
 
@@ -319,24 +256,6 @@ def needed_length(splits: Iterable[Arrays]) -> int:
     """Return the smallest multiple of 32 that holds the n-1 predicted tokens of every row, at least 32."""
     longest = max((int((arrays.ends - arrays.starts).max()) for arrays in splits if len(arrays.starts)), default=1)
     return round_up(max(longest - 1, 1))
-
-
-def check_windows(arrays: Arrays, length: int, where: str) -> None:
-    """Raise DataError unless every row lies inside the token array, has at least two tokens, and fits T."""
-    size = arrays.ends - arrays.starts
-    if len(arrays.ids) != len(arrays.mask) or len(arrays.starts) != len(arrays.ends):
-        raise DataError("the arrays of a split differ in length", where=where)
-    if not len(size):
-        return
-    if int(arrays.starts.min()) < 0 or int(arrays.ends.max()) > len(arrays.ids):
-        raise DataError("a row reaches outside the token array", where=where)
-    if int(size.min()) < 2:
-        raise DataError("fewer than two tokens: nothing to predict", where=f"{where}, row {int(size.argmin())}")
-    if int(size.max()) > length + 1:
-        raise DataError(
-            f"{int(size.max())} tokens do not fit a length of {length}",
-            where=f"{where}, row {int(size.argmax())}",
-        )
 
 
 def content_sha256(splits: Mapping[str, Arrays]) -> str:

@@ -7,14 +7,13 @@ each time it is used.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import MachineError, UsageError
-from common.files import sha256_file
+from common.files import read_json, read_pins, sha256_file
 from common.model import llama
 from common.paths import home as home
 
@@ -65,16 +64,7 @@ class Base:
 
 def locked() -> dict[str, dict[str, Any]]:
     """Return the entries of models.lock.yaml by name."""
-    import yaml
-
-    lock = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
-    if lock.get("format") != 1:
-        raise MachineError(
-            f"models.lock.yaml has format {lock.get('format')}",
-            where=str(LOCK),
-            todo="this code reads format 1",
-        )
-    return dict(lock["bases"])
+    return read_pins(LOCK, "bases")
 
 
 def resolve(base: str, *, recipe_dir: Path | None = None) -> Base:
@@ -160,18 +150,3 @@ def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
                 where=str(path),
                 todo=f"move {folder} away; recipe run and recipe data build fetch the base again",
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a base. Raises MachineError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MachineError(f"{path.name} cannot be read: {first_line(error)}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise MachineError(f"{path.name} holds no JSON object", where=str(path))
-    return value
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no reason given"])[0]

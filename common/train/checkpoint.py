@@ -8,7 +8,6 @@ flushed to the disk and renamed, so that a process killed at any point leaves th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ import numpy as np
 
 from common.config import Config
 from common.errors import MachineError
-from common.files import disk_errors, sha256_file, sync, write_atomic, write_json
+from common.files import disk_errors, read_json, sha256_file, sync, write_atomic, write_json
 from common.model.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
@@ -132,16 +131,9 @@ def steps_saved(checkpoints: Path) -> list[int]:
 
 def verify(folder: Path) -> Checkpoint:
     """Return the checkpoint in `folder`, every file's hash checked. Raises MachineError, which says what is wrong."""
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MachineError(f"state.json cannot be read ({type(error).__name__})", where=str(folder)) from error
-    if not isinstance(state, dict) or not {"step", "sha256", "training_digest", "tokens_sha256"} <= set(state):
+    state = read_json(folder / "state.json", FORMAT)
+    if not {"step", "sha256", "training_digest", "tokens_sha256"} <= set(state):
         raise MachineError("state.json is no checkpoint's", where=str(folder))
-    if state.get("format") != FORMAT:
-        raise MachineError(
-            f"state.json has format {state.get('format')!r}, this version reads {FORMAT}", where=str(folder)
-        )
     for name, sha256 in state["sha256"].items():
         file = folder / name
         if not file.is_file() or sha256_file(file) != sha256:

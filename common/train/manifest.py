@@ -5,7 +5,6 @@ A key that was never set is not written, so the file of a young run is shorter t
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.engine import BackendInfo
 from common.errors import MachineError
-from common.files import sha256_file, write_json
+from common.files import read_json, sha256_file, write_json
 from common.hardware import cpu_class
 from common.paths import ROOT
 from common.train.launch import Launch
@@ -150,14 +149,7 @@ class Manifest(Environment):
     def load(cls, folder: Path) -> Manifest:
         """Return the manifest of the run in `folder`. Raises MachineError, which says what the file lacks."""
         try:
-            values = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise MachineError(f"{NAME} cannot be read ({type(error).__name__})", where=str(folder)) from error
-        found = values.get("format") if isinstance(values, dict) else None
-        if found != FORMAT:
-            raise MachineError(f"{NAME} has format {found!r}, this version reads {FORMAT}", where=str(folder))
-        try:
-            return cls.model_validate(values)
+            return cls.model_validate(read_json(folder / NAME, FORMAT))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

@@ -27,7 +27,7 @@ from common.data import texts
 from common.errors import MachineError
 from common.files import move_into_place, sha256_file
 from common.model import bases
-from common.model.bases import Base, first_line
+from common.model.bases import Base
 
 TIMEOUT = 60  # seconds without an answer from an address
 Say = Callable[[str], None]
@@ -142,8 +142,9 @@ def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> Non
     try:
         snapshot = snapshot_download(entry["repo"], revision=entry["revision"], allow_patterns=list(entry["files"]))
     except Exception as error:  # the library raises a dozen kinds: network, offline, gated, disk
+        first_line = str(error).partition("\n")[0]
         raise MachineError(
-            f"could not fetch {entry['repo']}: {type(error).__name__}: {first_line(error)}",
+            f"could not fetch {entry['repo']}: {type(error).__name__}: {first_line}",
             where=f"base model {name}, revision {entry['revision']}",
             todo="check the network; or copy a machine's Hub cache here that has it, and set HF_HUB_OFFLINE=1",
         ) from error
