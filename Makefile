@@ -6,6 +6,7 @@ MAIN_RECIPE := tinyllama-finetune
 TEST_WORKERS ?= 2
 OF_RUN := HW STEPS STOP_AT RESUME SET CONTAINER DRY OUT WORLD
 PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
+FAST := tests/common tests/engines tests/tools tests/recipes tests/runs/test_tiny_run.py
 
 # What users say on the command line reaches ci/*.sh as environment, letter for letter: $(value) keeps make from
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
@@ -17,7 +18,7 @@ $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call ha
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data do golden image image-verify test test-all test-processes test-containers rehearse lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data do golden image image-verify test test-runs test-all test-processes test-containers rehearse lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -60,10 +61,13 @@ image: setup ## build a board's image with docker buildx: HW=, BASE_IMAGE=, WHEE
 image-verify: setup ## build it twice and compare the layers; compare what it holds with the lock: the same variables
 	@BOARD="$${HW:-}" ci/forward.sh image verify BASE_IMAGE WHEELHOUSE CA_BUNDLE BOARD
 
-test: setup ## the tests, with one tiny run from data to export; some seven minutes on two cores, no network
-	$(PYTEST) -m "not slow" tests
+test: setup ## the fast tests, with one tiny run from data to export: within 150 seconds on two cores, no network
+	$(PYTEST) -m "not slow" $(FAST)
 
-test-all: setup ## the slow tests too; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
+test-runs: setup ## what trains whole runs, the pages and CI's own scripts; minutes, no network
+	$(PYTEST) -m "not slow" tests/runs tests/ci tests/browser
+
+test-all: setup ## both, and the slow tests; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
 	$(PYTEST) tests
 
 test-processes: setup ## runs of several processes and hosts that are killed, stopped and resumed; two minutes

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ci/without-recipe.sh [NAME...]: shows that nothing else needs a recipe. In a clone of HEAD these folders of recipes/ are
-# deleted, together; then `make docs lint test` must be green. Without a name each recipe in turn; minutes for each.
+# deleted, together; then `make docs lint test test-runs` must be green. Without a name each recipe in turn; minutes for each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -13,7 +13,7 @@ without() ( # NAME...
     ln -s "$root/.venv" "$folder/.venv"
     cd "$folder"
     git rm -rq "${@/#/recipes/}"
-    make --assume-old=setup docs lint test # the set-up is this checkout's
+    make --assume-old=setup docs lint test test-runs # the set-up is this checkout's
 )
 
 if [ $# -gt 0 ]; then

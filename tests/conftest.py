@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import pytest
 from tools.verify.tiny_base import write_tiny_base
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of one thread, not two of two, on two cores
+
+
+def pytest_collection_finish() -> None:
+    """An engine collects garbage as it closes: without the million objects of torch's import that is quick."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,14 @@ def test_only_the_hardware_workflow_has_boards() -> None:
 
 
 def test_every_pull_request_runs_what_a_contributor_is_told_to_run() -> None:
-    for command in ("make lint", "make test", "make test-processes", "make golden", "make test-containers"):
+    for command in (
+        "make lint",
+        "make test",
+        "make test-runs",
+        "make test-processes",
+        "make golden",
+        "make test-containers",
+    ):
         assert re.search(rf"run: (?:ci/with-base\.sh )?{command}$", TEXTS["ci.yml"], re.MULTILINE), command
     versions = re.findall(r'"(3\.\d+)"', re.search(r"python: (\[.*\])", TEXTS["ci.yml"])[1])  # type: ignore[index]
     offered = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())

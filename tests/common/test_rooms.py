@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shipped import FOLDERS
+from tests.support.shipped import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON_LINES = 4500

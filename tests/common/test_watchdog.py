@@ -119,44 +119,6 @@ def test_a_setting_that_is_no_number_of_seconds_is_refused(text, monkeypatch):
         resolve.stall_seconds()
 
 
-def test_a_run_that_stalls_is_recorded_explained_and_goes_on(tiny_base, tmp_path, monkeypatch):
-    pytest.importorskip("torch", reason="the CPU engine is torch")
-    from tests.doubles.tiny_recipe import make_tiny_recipe
-    from tests.support.runs import log, manifest, newest_run, outcome, run_tiny
-
-    monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
-    recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
-    out = tmp_path / "out"
-    code = f"""
-        import time
-        from pathlib import Path
-        from engines.cpu.engine import TorchCPU
-        from tests.support.runs import run_tiny
-        step_of = TorchCPU.train_step
-        def stuck(self, batches, rate, step):
-            time.sleep(100 * (step == 3))
-            return step_of(self, batches, rate, step)
-        TorchCPU.train_step = stuck
-        run_tiny(Path({str(recipe)!r}), Path({str(out)!r}), export=False)
-    """
-    done = process(code, **{STALL: "5"})
-    assert done.returncode == 5, done.stderr
-    folder = newest_run(out)
-    reason = manifest(folder)["exit_reason"]
-    assert reason.startswith("failed: stalled in step 3 (number 3 of this process, 1 CPU process): no end after ")
-    assert "the machine swaps" in reason
-    assert "tt-smi" not in reason
-    assert "run ends: failed: stalled" in log(folder)
-    assert "stuck" in log(folder), "the frame that hangs"
-    found = list(explain.explain(folder))
-    assert [one.error.id for one in found] == ["stall-cpu"]
-    monkeypatch.setenv(STALL, "0")
-    assert run_tiny(recipe, out, resume="auto", export=False) == folder
-    assert manifest(folder)["exit_reason"] == "done"
-    assert outcome(folder)["step"] == 6
-    assert [event["step"] for event in manifest(folder)["resumed"]] == [2]
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 

@@ -44,34 +44,6 @@ assert losses[3] < losses[0] and all(answers), (losses, answers)
 assert "torch" in sys.modules, "the double stands on it"
 """
 
-RECIPE = """
-import importlib.util, json, os
-from pathlib import Path
-
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in HEAVY else find_spec(name, *rest)
-
-from tools.verify.tiny_base import write_tiny_base
-from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
-from tools.launch.after_run import train_here
-from tools.launch.resolve import resolve
-from tests.doubles.machines import fake_machine
-
-folder, recipe = Path(sys.argv[1]), FROM_SCRATCH
-os.environ.update(RECIPES_HOME=str(folder / "home"), RECIPES_SYSFS_ROOT=str(fake_machine(folder / "n150", ["n150"])))
-small = ["training_config.precision=bf16", "eval_config.every=0", "eval_config.max_new_tokens=2"]
-if sys.argv[2] == "from_scratch":
-    small += tiny_scratch(folder / "play.txt")
-else:
-    recipe = make_tiny_recipe(folder / "tiny", write_tiny_base(folder / "base"))
-train_here(resolve(recipe, hw="n150", overrides=tuple(small), steps=2, out=folder / "runs"))
-(path,) = (folder / "runs").glob("*/manifest.json")
-manifest = json.loads(path.read_text())
-assert manifest["exit_reason"] == "done", manifest["exit_reason"]
-assert manifest["export"]["status"] == "unverified", manifest["export"]
-assert "names and shapes were checked" in manifest["export"]["reason"], manifest["export"]
-"""
-
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the doubles of ttml are torch")
 @pytest.mark.parametrize("lora", ["null", '{"rank": 4, "alpha": 8.0, "tie_groups": TIES}'], ids=["full", "lora"])
@@ -79,10 +51,3 @@ assert "names and shapes were checked" in manifest["export"]["reason"], manifest
 def test_training_checkpoints_and_answers_need_no_torch(tmp_path, lora, generation):
     ties = str(TIES[generation]).replace("'", '"')
     run_without_torch(PARTS, generation, str(tmp_path), lora.replace("TIES", ties))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the doubles of ttml are torch")
-@pytest.mark.parametrize("recipe", ["fine_tune", "from_scratch"])
-def test_a_whole_run_on_a_board_needs_no_torch(tmp_path, recipe):
-    """Config, data, tokenizer, weights, loop, checkpoint, samples, export and card."""
-    run_without_torch(RECIPE, "C", str(tmp_path), recipe)

@@ -28,12 +28,12 @@ from tests.doubles.machines import MACHINES, fake_machine
 from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tests.support import boards
 from tests.support.boards import DESCRIPTOR, machine
+from tests.support.no_torch import run_without_torch
 from tests.support.runs import folders, log, manifest, outcome
 from tests.support.shipped import that_name
 from tools.cli import main
 from tools.verify.tiny_base import write_tiny_base
 
-pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/runs/test_boards.py"
 SCRATCH = str(FROM_SCRATCH)
@@ -222,3 +222,38 @@ def test_no_memory_in_a_step_ends_the_run_with_5_and_keeps_what_was_saved(run, t
 def test_a_precision_that_boards_do_not_have_is_a_mistake_of_the_config(run):
     said = ended(run(SCRATCH, "n150", *sets(*QUICK, "training_config.precision=fp32")), 2)
     assert "n150 trains in bf16, not in fp32" in said
+
+
+WITHOUT_TORCH = """
+import importlib.util, json, os
+from pathlib import Path
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in HEAVY else find_spec(name, *rest)
+
+from tools.verify.tiny_base import write_tiny_base
+from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
+from tools.launch.after_run import train_here
+from tools.launch.resolve import resolve
+from tests.doubles.machines import fake_machine
+
+folder, recipe = Path(sys.argv[1]), FROM_SCRATCH
+os.environ.update(RECIPES_HOME=str(folder / "home"), RECIPES_SYSFS_ROOT=str(fake_machine(folder / "n150", ["n150"])))
+small = ["training_config.precision=bf16", "eval_config.every=0", "eval_config.max_new_tokens=2"]
+if sys.argv[2] == "from_scratch":
+    small += tiny_scratch(folder / "play.txt")
+else:
+    recipe = make_tiny_recipe(folder / "tiny", write_tiny_base(folder / "base"))
+train_here(resolve(recipe, hw="n150", overrides=tuple(small), steps=2, out=folder / "runs"))
+(path,) = (folder / "runs").glob("*/manifest.json")
+manifest = json.loads(path.read_text())
+assert manifest["exit_reason"] == "done", manifest["exit_reason"]
+assert manifest["export"]["status"] == "unverified", manifest["export"]
+assert "names and shapes were checked" in manifest["export"]["reason"], manifest["export"]
+"""
+
+
+@pytest.mark.parametrize("recipe", ["fine_tune", "from_scratch"])
+def test_a_whole_run_on_a_board_needs_no_torch(tmp_path, recipe):
+    """Config, data, tokenizer, weights, loop, checkpoint, samples, export and card."""
+    run_without_torch(WITHOUT_TORCH, "C", str(tmp_path), recipe)

@@ -28,7 +28,7 @@ from tests.doubles.tiny_recipe import make_tiny_recipe, without_after_run
 from tests.support.runs import folders, log, manifest, outcome, run_tiny
 from tools.launch.processes import answers, meeting_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
+pytestmark = pytest.mark.usefixtures("home")
 ROOT = Path(__file__).resolve().parents[2]
 LONG = ("training_config.max_steps=3000", "eval_config.every=3000", "checkpoint_config.every=40")
 

@@ -6,7 +6,6 @@ A new key fails here until it has a line in CHANGES; a key that nobody reads has
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -180,7 +179,6 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
         return mlp(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", counted)
-    gc.freeze()  # an engine collects garbage as it closes: without torch's million objects that is quick
 
     def run_with(values: dict[str, Any]) -> dict[str, Any]:
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
@@ -205,7 +203,6 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
         }
 
     yield run_with
-    gc.unfreeze()
     torch.set_num_threads(1)
 
 

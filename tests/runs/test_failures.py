@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +27,12 @@ from common.files import sha256_file
 from common.model import bases
 from common.train import checkpoint
 from tests.doubles.tiny_recipe import make_tiny_recipe, without_after_run
-from tests.support.runs import folders, log, manifest, outcome
+from tests.support.runs import folders, log, manifest, outcome, run_tiny
 from tools.cli import main
+from tools.launch.resolve import STALL
+from tools.runs import explain
 
-pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("home")]
+pytestmark = pytest.mark.usefixtures("home")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -354,3 +357,37 @@ def test_a_signal_to_a_real_process_saves_and_ends_with_75(recipe, tmp_path, num
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert outcome(folder)["step"] == last < 4000
     assert f"stopped by {number.name} after step {last}" in (folder / "report.html").read_text()
+
+
+def test_a_run_that_stalls_is_recorded_explained_and_goes_on(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    code = f"""
+        import time
+        from pathlib import Path
+        from engines.cpu.engine import TorchCPU
+        from tests.support.runs import run_tiny
+        step_of = TorchCPU.train_step
+        def stuck(self, batches, rate, step):
+            time.sleep(100 * (step == 3))
+            return step_of(self, batches, rate, step)
+        TorchCPU.train_step = stuck
+        run_tiny(Path({str(recipe)!r}), Path({str(out)!r}), export=False)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, STALL: "5"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 5, done.stderr
+    folder = next(iter(folders(out)))
+    reason = manifest(folder)["exit_reason"]
+    assert reason.startswith("failed: stalled in step 3 (number 3 of this process, 1 CPU process): no end after ")
+    assert "the machine swaps" in reason
+    assert "tt-smi" not in reason
+    assert "run ends: failed: stalled" in log(folder)
+    assert "stuck" in log(folder), "the frame that hangs"
+    found = list(explain.explain(folder))
+    assert [one.error.id for one in found] == ["stall-cpu"]
+    monkeypatch.setenv(STALL, "0")
+    assert run_tiny(recipe, out, resume="auto", export=False) == folder
+    assert manifest(folder)["exit_reason"] == "done"
+    assert outcome(folder)["step"] == 6
+    assert [event["step"] for event in manifest(folder)["resumed"]] == [2]

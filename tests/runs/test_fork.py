@@ -27,7 +27,6 @@ NOT_COPIED = (".git", ".venv*", "__pycache__", ".*_cache", ".new-*", "*.egg-info
 SMALL = ("eval_config.max_new_tokens=2", "device_config.threads=1", "training_config.precision=fp32")
 
 pytestmark = [
-    pytest.mark.e2e,
     pytest.mark.skipif(
         not (ROOT / "recipes" / NEW["FROM"]).is_dir(),
         reason=f"the recipe {NEW['FROM']}, which the page forks, is not here",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import os
 import shutil
@@ -36,9 +35,7 @@ def home(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
-        gc.freeze()  # an engine collects garbage as it closes: without torch's million objects that is quick
         yield
-        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

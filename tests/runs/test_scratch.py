@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -47,9 +46,7 @@ def home(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
-        gc.freeze()
         yield
-        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

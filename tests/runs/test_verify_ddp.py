@@ -22,7 +22,6 @@ from tests.support.engines import make_batch
 from tests.support.shipped import that_name
 from tools.cli import main
 
-pytestmark = pytest.mark.e2e
 PROMISED = [recipe for recipe, _board in that_name("tests/runs/test_verify_ddp.py")]
 LINES = ("losses", "gradients", "replicas", "held-out", "control")
 Verify = Callable[..., tuple[int, str]]

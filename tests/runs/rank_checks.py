@@ -1,4 +1,4 @@
-"""What tests/engines/test_ranks.py asks of three processes in one launch of torchrun. Writes one JSON file."""
+"""What test_ranks.py asks of three processes in one launch of torchrun. Writes one JSON file."""
 
 from __future__ import annotations
 

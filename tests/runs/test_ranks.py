@@ -1,4 +1,4 @@
-"""Three processes train as one: gradients, evaluation, refused steps, resuming. tests/rank_checks.py runs in them."""
+"""Three processes train as one: gradients, evaluation, refused steps, resuming. rank_checks.py runs in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def found(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     base = write_tiny_base(folder / "base")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone"]
-    command = [*torchrun, "-m", "tests.engines.rank_checks", str(base), str(folder / "found.json")]
+    command = [*torchrun, "-m", "tests.runs.rank_checks", str(base), str(folder / "found.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
