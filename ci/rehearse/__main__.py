@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,33 +29,35 @@ NOT_PROVEN = (
 
 
 @dataclass(frozen=True)
-class Done:
-    """A step of the job, and its exit code; None where it was not due."""
-
-    step: Step
-    code: int | None
-    seconds: float = 0
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """What came of a job: its steps, what tt-smi was asked to reset, the quarantine file's text, and the verdict."""
+    """What came of a job: the phase that failed, what tt-smi was asked to reset, the quarantine, and the verdict."""
 
-    done: Sequence[Done]
+    failed: tuple[str, int]  # and its exit code; "" and 0 where all went well
     resets: Sequence[str]
-    quarantine: str | None
+    quarantine: str | None  # the text of that file
     next_preflight: int | None  # the exit code of the next job's, on a machine that was taken out of service
     verdict: str | None  # as the summary's title has it; None: there is no summary
 
-    @property
-    def failed(self) -> Done | None:
-        return next((each for each in self.done if each.code), None)
+    def __str__(self) -> str:
+        return came_to(*self.failed, len(self.resets), self.next_preflight, self.verdict)
 
     def is_that_of(self, fault: Fault) -> bool:
-        failed = (self.failed.step.phase, self.failed.code) if self.failed else ("", 0)
-        wanted = (fault.phase, fault.code), fault.resets, fault.quarantined, 4 if fault.quarantined else None
-        found = failed, len(self.resets), self.quarantine is not None, self.next_preflight
-        return (found, self.verdict) == (wanted, fault.verdict)
+        """Return whether the job came to what this fault must come to."""
+        return str(self) == wanted(fault)
+
+
+def came_to(phase: str, code: int, resets: int, next_preflight: int | None, verdict: str | None) -> str:
+    """Return in words what a job came to."""
+    red = f"{phase} ends with {code}" if phase else "green"
+    service = "in service"
+    if next_preflight is not None:
+        service = f"out of service, where the next job's preflight ends with {next_preflight}"
+    return f"{red}, {resets} resets, the machine {service}, the summary says {verdict or 'nothing'}"
+
+
+def wanted(fault: Fault) -> str:
+    """Return in words what a job with this fault must come to."""
+    return came_to(fault.phase, fault.code, fault.resets, 4 if fault.quarantined else None, fault.verdict)
 
 
 def main() -> int:
@@ -83,19 +84,19 @@ def main() -> int:
 def perform(ground: Ground, fault: Fault) -> Outcome:
     """Every step of the job that is due, as a workflow would run them."""
     environment = ground.environment(fault.switches, **fault.environment)
-    done: list[Done] = []
+    failed = ("", 0)
     with fault.during(ground):
         for step in STEPS:
-            if step.due(failed=any(before.code for before in done), cancelled=False):
-                done.append(run(ground, step, environment, fault))
-            else:
-                done.append(Done(step, None))
+            if not step.due(failed=bool(failed[1]), cancelled=False):
+                say(f"\n== {step.phase}: not due    if: {step.when or 'success()'}")
+            elif (code := run(ground, step, environment, fault)) and not failed[1]:
+                failed = (step.phase, code)
     quarantine = ground.quarantine.read_text("utf-8") if ground.quarantine.is_file() else None
     following = None
     if quarantine is not None:
         say("\nthe next job on this machine:")
-        following = run(ground, STEPS[0], environment | {"OUT": f"{ground.out}-of-the-next"}, NOTHING).code
-    return Outcome(done, ground.resets, quarantine, following, verdict(ground))
+        following = run(ground, STEPS[0], environment | {"OUT": f"{ground.out}-of-the-next"}, NOTHING)
+    return Outcome(failed, ground.resets, quarantine, following, verdict(ground))
 
 
 def verdict(ground: Ground) -> str | None:
@@ -104,42 +105,32 @@ def verdict(ground: Ground) -> str | None:
     return path.read_text("utf-8").partition("\n")[0].rpartition(": ")[2] if path.is_file() else None
 
 
-def run(ground: Ground, step: Step, environment: Mapping[str, str], fault: Fault) -> Done:
-    """One step, as a process of its own."""
-    command, began = ["ci/hardware.sh", step.phase], time.monotonic()
+def run(ground: Ground, step: Step, environment: Mapping[str, str], fault: Fault) -> int:
+    """One step, as a process of its own; its exit code."""
+    command = ["ci/hardware.sh", step.phase]
     say(f"\n== {shlex.join(command)}    if: {step.when or 'success()'}")
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     if step.phase == "train" and fault.in_training:
         watch(process, ground, fault.in_training)
     code = process.wait()
     say(f"== {step.phase}: exit code {code}")
-    return Done(step, code, time.monotonic() - began)
+    return code
 
 
 def report(outcome: Outcome, fault: Fault) -> int:
     """Print what came of the job, and whether the fault must come to that; the rehearsal's exit code."""
-    say(f"\n{'phase':10}  {'if':26}  {'exit code':9}  seconds")
-    for each in outcome.done:
-        code = "not due" if each.code is None else str(each.code)
-        say(f"{each.step.phase:10}  {each.step.when or 'success()':26}  {code:9}  {each.seconds:7.0f}")
-    say(f"the summary says: {outcome.verdict or 'nothing'}")
+    say(f"\nthe job: {outcome}")
     say(f"tt-smi was asked to reset: {'; '.join(outcome.resets) or 'nothing'}")
     if outcome.quarantine is not None:
-        say(f"the machine is out of service; the next job's preflight ended with {outcome.next_preflight}")
-        say("  " + outcome.quarantine.rstrip().replace("\n", "\n  "))
+        say("the machine is out of service:\n  " + outcome.quarantine.rstrip().replace("\n", "\n  "))
     say(f"{PROVEN}\n{NOT_PROVEN}")
-    failed, as_it_must = outcome.failed, outcome.is_that_of(fault)
-    say(f"RED: {failed.step.phase} ended with {failed.code}" if failed else "GREEN")
-    if fault is NOTHING and failed:
-        return failed.code or 1
+    phase, code = outcome.failed
+    say(f"RED: {phase} ended with {code}" if code else "GREEN")
+    if fault is NOTHING and code:
+        return code
+    as_it_must = outcome.is_that_of(fault)
     say("as it must be" if as_it_must else f"NOT as it must be, which is: {wanted(fault)}")
-    return (failed.code or 1 if failed else 0) if as_it_must else 1
-
-
-def wanted(fault: Fault) -> str:
-    red = f"{fault.phase} ends with {fault.code}" if fault.phase else "green"
-    service = f"{'' if fault.quarantined else 'not '}taken out of service"
-    return f"{red}, {fault.resets} resets, {service}, the summary says {fault.verdict}"
+    return code if as_it_must else code or 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ci.rehearse.ground import Ground
@@ -124,13 +123,9 @@ def watch(job: subprocess.Popen[bytes], ground: Ground, act: Callable[[subproces
 
     def wait() -> None:
         while job.poll() is None:
-            if any('"loss"' in path.read_text("utf-8") for path in records(ground.out)):
+            if any('"loss"' in path.read_text("utf-8") for path in ground.out.glob("runs/*/metrics.jsonl")):
                 act(job, ground)
                 return
             time.sleep(0.1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def records(out: Path) -> list[Path]:
-    return list(out.glob("runs/*/metrics.jsonl"))

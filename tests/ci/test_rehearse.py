@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch", reason="the double computes with torch")
 
-from ci.hardware import STEPS as JOB
 from ci.rehearse import __main__ as rehearsal
 from ci.rehearse.faults import FAULTS, NOTHING
-from ci.rehearse.ground import STEPS, Ground, again, prepare, record_figures
+from ci.rehearse.ground import STEPS, Ground, prepare, record_figures, write_machine
 from common.paths import ROOT
 from tests.doubles.machines import pci
 
@@ -37,6 +37,17 @@ def bare(tmp_path_factory) -> Ground:
 def recorded(bare) -> Ground:
     record_figures(bare)
     return bare
+
+
+def again(ground: Ground, folder: Path) -> Ground:
+    """The same ground in another folder, as it was before a job: the machine new, recipe and figures kept."""
+    for name in ("tiny", "base", "home"):
+        shutil.copytree(ground.folder / name, folder / name)
+    copy = Ground(folder, ground.board)
+    text = (copy.recipe / "config.yaml").read_text("utf-8")
+    (copy.recipe / "config.yaml").write_text(text.replace(str(ground.folder), str(folder)), "utf-8")
+    write_machine(copy)
+    return copy
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -68,7 +79,7 @@ def test_a_board_of_which_nothing_is_recorded_is_green_and_ungraded(bare, tmp_pa
     ground = again(bare, tmp_path)
     (ground.recipe / "results.yaml").write_text("format: 1\nrecipe: tiny\nentries: []\n")
     outcome = rehearsal.perform(ground, NOTHING)
-    assert outcome.failed is None
+    assert outcome.failed == ("", 0)
     assert not outcome.is_that_of(NOTHING)  # a rehearsal has recorded figures: green is a pass
     assert outcome.verdict == "UNGRADED"
     assert f"{STEPS} steps: UNGRADED\n" in (ground.out / "summary.md").read_text()
@@ -89,24 +100,24 @@ def test_every_other_fault_is_red_in_its_phase_and_recovered_from(recorded, tmp_
 
 
 def test_a_fault_that_is_not_caught_is_our_bug(bare, capsys):
-    green = [rehearsal.Done(step, 0) for step in JOB]
-    assert rehearsal.report(rehearsal.Outcome(green, [], None, None, "pass"), FAULTS["hung-step"]) == 1
+    assert rehearsal.report(rehearsal.Outcome(("", 0), [], None, None, "pass"), FAULTS["hung-step"]) == 1
     assert "NOT as it must be, which is: train ends with 5, 1 resets" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("resets", "quarantine", "verdict", "code"),
+    ("resets", "next_preflight", "verdict", "code"),
     [
         ([], None, "pass", 0),
         (["-r x"], None, "pass", 1),
-        ([], "why", "pass", 1),
+        ([], 4, "pass", 1),
         ([], None, "UNGRADED", 1),
         ([], None, None, 1),
     ],
 )
-def test_green_is_a_pass_without_reset_or_quarantine(capsys, resets, quarantine, verdict, code):
-    green = [rehearsal.Done(step, 0) for step in JOB]
-    assert rehearsal.report(rehearsal.Outcome(green, resets, quarantine, None, verdict), NOTHING) == code
+def test_green_is_a_pass_without_reset_or_quarantine(capsys, resets, next_preflight, verdict, code):
+    quarantine = "why" if next_preflight else None
+    outcome = rehearsal.Outcome(("", 0), resets, quarantine, next_preflight, verdict)
+    assert rehearsal.report(outcome, NOTHING) == code
     assert ("NOT as it must be" in capsys.readouterr().out) is bool(code)
 
 
