@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
 from common.errors import RecipeError
 
 
-def run(command: click.Command) -> None:
-    """Run it with this process's arguments."""
+def run(command: Callable[[], object]) -> None:
+    """Run a command of this process, in click or not."""
     try:
         command()
     except RecipeError as error:

@@ -6,19 +6,19 @@ Only what stands between a pair of markers is written. tests/ci/test_docs.py fai
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
+from ci.command import run
 from common import config, hardware
-from common.config.schema import Model
-from common.errors import RecipeError, UsageError
-from common.hardware import Hardware
+from common.errors import UsageError
 from common.model import bases, llama
+from common.paths import ROOT
 from tools.results.schema import FOLDER, HeldOut, Measured, Numbers, Results, load
 
-ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- made by `make docs`: do not edit -->", "<!-- end of what `make docs` made -->"
 Recipes = dict[Path, Results]
+DESCRIBED = ("what it does", "on a CPU", "on a board")
 
 LEGEND = """\
 *measured*: a run of this repository on that board. *published*: figures of somebody else's program on that board, for
@@ -33,11 +33,8 @@ def recipes(root: Path) -> Recipes:
 
 def overview(found: Recipes) -> str:
     """What each recipe does, and the model it trains on a CPU and on boards."""
-    rows = [["recipe", "what it does", "on a CPU", "on a board"]]
-    for folder in found:
-        cells = ["; ".join(_sizes(folder, on_cpu)) or "not at all" for on_cpu in (True, False)]
-        rows.append([f"[`{folder.name}`](recipes/{folder.name})", _first_line(folder / "config.yaml"), *cells])
-    return _table(rows)
+    rows = [[f"[`{folder.name}`](recipes/{folder.name})", *_described(folder)] for folder in found]
+    return _table([["recipe", *DESCRIBED], *rows])
 
 
 def evidence(found: Recipes) -> str:
@@ -52,15 +49,14 @@ def evidence(found: Recipes) -> str:
 
 def gallery(found: Recipes) -> str:
     """One row a recipe; below, what stands behind each of its figures."""
-    rows, notes = [["recipe", "what it does", "model", "figures"]], list[str]()
+    rows, notes = [["recipe", *DESCRIBED, "figures"]], list[str]()
     for folder, results in found.items():
         figures = []
         for entry in results.numbers:
             notes.append(_behind(entry, folder.name))
             figures.append(f"{_shown(entry)} [{len(notes)}]")
-        name = f"[`{folder.name}`]({folder.name})"
         cell = "<br>".join(figures) or "none yet"
-        rows.append([name, _first_line(folder / "config.yaml"), "; ".join(_models(folder)), cell])
+        rows.append([f"[`{folder.name}`]({folder.name})", *_described(folder), cell])
     return "\n\n".join([_table(rows), *(f"[{number}] {note}" for number, note in enumerate(notes, 1))])
 
 
@@ -92,49 +88,31 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def _first_line(path: Path) -> str:
-    """What the recipe does: the comment that its config begins with."""
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
+def _described(folder: Path) -> list[str]:
+    """What the recipe does, in the words that its config begins with, and the models it trains on CPUs and boards.
+
+    A board that the recipe's batch or mesh does not fit is left out.
+    """
+    line = (folder / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
     if not line.startswith("# "):
-        raise UsageError("its first line should be a comment that says what the recipe does", where=f"{path}:1")
-    return line.removeprefix("# ")
-
-
-def _sizes(folder: Path, on_cpu: bool) -> Iterable[str]:
-    """The models that are trained on CPUs, or on boards, with their numbers of parameters."""
-    found: dict[str, str] = {}
-    for model in (model for board, model in _trained(folder).items() if board.is_cpu == on_cpu):
-        shape, base = model.architecture, bases.locked().get(model.base or "")
-        count = llama.parameters(shape.model_dump()) if shape else base["parameters"] if base else None
-        name = model.base or model.preset or "a shape of its own"
-        found[name] = f"`{name}`" + (f", {count / 1e6:,.{0 if count >= 1e8 else 1}f} M parameters" if count else "")
-    return found.values()
-
-
-def _trained(folder: Path) -> dict[Hardware, Model]:
-    """The model that is trained on each board; a board that the recipe's batch or mesh does not fit is left out."""
-    found: dict[Hardware, Model] = {}
+        what = "its first line should be a comment that says what the recipe does"
+        raise UsageError(what, where=f"{folder / 'config.yaml'}:1")
+    models: dict[bool, dict[str, str]] = {True: {}, False: {}}
+    mistake: UsageError | None = None
     for board in hardware.table().values():
         try:
-            found[board] = config.load(folder, board).model
+            model = config.load(folder, board).model
         except UsageError as error:
             mistake = error
-    if not found:
+            continue
+        shape, base = model.architecture, bases.locked().get(model.base or "")
+        count = llama.parameters(shape.model_dump()) if shape else base["parameters"] if base else None
+        size = f", {count / 1e6:,.{0 if count >= 1e8 else 1}f} M parameters" if count else ""
+        name = model.base or model.preset or "a shape of its own"
+        models[board.is_cpu][name] = f"`{name}`{size}"
+    if mistake and not (models[True] or models[False]):
         raise mistake
-    return found
-
-
-def _models(folder: Path) -> Iterable[str]:
-    """What is trained on which boards."""
-    boards: dict[str, list[str]] = {}
-    for board, model in _trained(folder).items():
-        boards.setdefault(model.base or model.preset or "a shape of its own", []).append(f"`{board.name}`")
-    everywhere = sum(map(len, boards.values())) == len(hardware.table())
-    groups = sorted(boards.items(), key=lambda group: len(group[1]))
-    for name, where in groups:
-        rest = everywhere and name == groups[-1][0]
-        others = "every board" if len(groups) == 1 else "every other board"
-        yield f"`{name}` on {others if rest else ', '.join(where)}"
+    return [line.removeprefix("# "), *("; ".join(found.values()) or "not at all" for found in models.values())]
 
 
 def _shown(entry: Numbers) -> str:
@@ -183,15 +161,12 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def main() -> None:
-    try:
-        for path, text in pages(ROOT).items():
-            stale = path.read_text(encoding="utf-8") != text
-            path.write_text(text, encoding="utf-8")
-            print(f"{path.relative_to(ROOT)}: {'written' if stale else 'unchanged'}")
-    except RecipeError as error:
-        print(f"error: {error}")
-        raise SystemExit(error.code) from None
+    """Write every page, and say which has changed."""
+    for path, text in pages(ROOT).items():
+        stale = path.read_text(encoding="utf-8") != text
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {'written' if stale else 'unchanged'}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

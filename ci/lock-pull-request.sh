@@ -49,7 +49,7 @@ commit() { # MESSAGE FILE...
 
 git switch --quiet --create "$branch"
 commit "$what" docker/images.lock.json
-.venv/bin/python -m ci.golden_record # needs a clean tree: the lock's commit comes first
+.venv/bin/python -m ci.golden --record # needs a clean tree: the lock's commit comes first
 git diff --quiet || commit "The goldens, recorded with that lock" recipes README.md
 
 cat >"$body" <<'END'
@@ -58,7 +58,7 @@ Checks start once somebody closes and reopens this pull request: GitHub starts n
 
 Figures that no hosted runner can record again (none, where the list is empty):
 END
-.venv/bin/python -m ci.golden_record --check >>"$body" || [ $? = 6 ]
+.venv/bin/python -m ci.golden --check >>"$body" || [ $? = 6 ]
 {
     echo '```diff'
     git diff HEAD~1 -- recipes/*/results.yaml

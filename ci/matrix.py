@@ -23,9 +23,9 @@ from ci.command import run
 from common import config, hardware
 from common.errors import UsageError
 from common.hardware import Hardware
+from common.paths import RECIPES, find_recipe
 from tools.results.schema import Measured, load
 
-ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 Row = dict[str, Any]
 
@@ -45,14 +45,9 @@ def boards(names: list[str]) -> list[Hardware]:
     return [board for board in with_chips if board.name in chosen]
 
 
-def recipes(name: str | None, root: Path = ROOT) -> list[Path]:
-    """Every recipe's folder, or the one of that name. Raises UsageError where there is none."""
-    found = [path.parent for path in sorted((root / "recipes").glob("*/config.yaml"))]
-    chosen = [folder for folder in found if name in (None, "", folder.name)]
-    if not chosen:
-        known = ", ".join(folder.name for folder in found) or "none"
-        raise UsageError(f"no recipe {name!r}", where="--recipe", todo=f"recipes: {known}")
-    return chosen
+def recipes(name: str) -> list[Path]:
+    """Every recipe's folder, or the one of that name. Raises UsageError where there is none of it."""
+    return [find_recipe(name)] if name else [path.parent for path in sorted(RECIPES.glob("*/config.yaml"))]
 
 
 def on_boards(folders: list[Path], where: list[Hardware]) -> Iterator[Row]:
@@ -86,18 +81,14 @@ def allowed(line: str, where: list[Hardware]) -> Iterator[Row]:
 def on_cpu(folders: list[Path]) -> Iterator[Row]:
     """A row for each recipe, whole: where it was measured on a CPU as it stands, graded where that was to its end."""
     for folder in folders:
-        found = [entry for entry in load(folder).numbers if isinstance(entry, Measured) and as_it_stands(entry)]
+        measured = [entry for entry in load(folder).numbers if isinstance(entry, Measured)]
+        found = [entry for entry in measured if hardware.get(entry.board).is_cpu and not entry.overrides]
         whole = [entry for entry in found if entry.steps is None]  # a run is never cut short to be graded
         yield {
             "board": (whole or found)[0].board if found else "cpu",
             "recipe": folder.name,
             "grade": "1" if whole else "",
         }
-
-
-def as_it_stands(entry: Measured) -> bool:
-    """A run of the recipe on a CPU with nothing set, if perhaps not to its end."""
-    return hardware.get(entry.board).is_cpu and not entry.overrides
 
 
 @click.command()

@@ -210,9 +210,12 @@ def test_the_gallery_says_of_each_figure_whose_it_is(folder: Path) -> None:
 
 def test_a_recipe_on_whose_boards_models_differ_names_them(folder: Path) -> None:
     (folder / "hw/n300.yaml").write_text("device_config: {mesh_shape: [1, 4]}\n")  # more devices than it has
-    models = list(docs._models(folder))
-    assert not any("n300" in line for line in models)
-    assert any("`n150`" in line for line in models), "no longer `every other board`"
+    found = {folder: load(folder)}
+    shutil.copy(next(folder.glob("presets/*.yaml")), folder / "presets/other.yaml")
+    (folder / "hw/n300.yaml").write_text("device_config: {mesh_shape: [1, 4]}\n")  # more devices than it has
+    assert "`other`" not in docs.overview(found)
+    (folder / "hw/p150.yaml").write_text("model_config: {preset: other}\n")
+    assert "parameters; `other`, " in docs.overview(found)
     (folder / "config.yaml").write_text("# nothing\n")
     with pytest.raises(UsageError, match="is required"):
-        list(docs._models(folder))
+        docs.overview(found)

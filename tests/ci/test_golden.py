@@ -58,11 +58,11 @@ def test_a_figure_that_fails_ends_it_with_its_code(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(golden, "golden_runs", lambda root: [("a", ["--steps", "20"]), ("b", ["--steps", "20"])])
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SystemExit) as ended:
-        golden.main(tmp_path)
+        golden.grade(tmp_path)
     assert ended.value.code == 6
 
 
 def test_no_such_run_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(golden, "golden_runs", lambda root: [])
-    golden.main(tmp_path)
+    golden.grade(tmp_path)
     assert "nothing to grade" in capsys.readouterr().out
