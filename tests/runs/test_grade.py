@@ -18,6 +18,7 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from ci import docs
 from common.errors import UsageError, VerificationError
+from common.paths import ROOT
 from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.runs import manifest, run_tiny
 from tools.cli import main
@@ -181,7 +182,7 @@ def test_grading_where_no_bits_are_expected_needs_no_numpy(recorded, tmp_path):
     run = elsewhere(shutil.copytree(recorded, tmp_path / "run"))
     bare = "import sys; sys.modules |= dict.fromkeys(('numpy', 'torch', 'safetensors', 'transformers'))"
     command = [sys.executable, "-c", f"{bare}; from tools.cli.main import main; main()", "grade", str(run)]
-    done = subprocess.run(command, cwd=docs.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "PASS          held-out at 6" in done.stdout
 
