@@ -117,8 +117,9 @@ def building_rate(kind: str, megabytes: int, text: str) -> float:
         with tempfile.TemporaryDirectory(prefix="bench-corpus-") as folder:
             started = time.perf_counter()
             made = vocabulary.train(kind, 1024, [document], Path(folder) / "tokenizer")
-            ids = vocabulary.encode(made, kind, [document])
-            splits = {"train": windows(ids, 256, vocabulary.unknown_id(made))}
+            tokenizer = vocabulary.load(made)
+            ids = vocabulary.encode(tokenizer, kind, [document])
+            splits = {"train": windows(ids, 256, vocabulary.unknown_id(tokenizer))}
             write(Path(folder) / "tokens", splits, source_key="bench", info={}, length=256)
             best = max(best, len(document.text.encode()) / 1e6 / (time.perf_counter() - started))
     return best

@@ -82,6 +82,8 @@ class Config(Section):
             yield f"data_config.{'source' if rows else 'corpus'}", text
         if shape and (self.data.max_length or 0) > shape.max_position_embeddings:
             yield "data_config.max_length", f"longer than max_position_embeddings {shape.max_position_embeddings}"
+        if shape and (self.data.tokenizer.vocab_size or 0) > shape.vocab_size:
+            yield "data_config.tokenizer.vocab_size", f"larger than the model's vocabulary of {shape.vocab_size}"
 
     @property
     def micro_batch(self) -> int:

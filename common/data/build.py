@@ -102,8 +102,7 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
     """Return the token data set of a recipe's rows or texts: the stored one if it verifies, else a new one.
 
     It is stored below `home`/tokens; its `.report` says how it came about. Raises DataError for rows that cannot be
-    used, for too few of them to fill an optimizer step, and for tokens of which none are supervised (or all, unless
-    `data_config.supervise_all` says so).
+    used, and for too few of them to fill an optimizer step.
     """
     data = config.data
     parts = {**parts, "train": parts["train"] if data.corpus else control_rows(parts["train"], data.control)}
@@ -195,8 +194,6 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
 def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatTokenizer) -> tuple[Any, dict[str, Any]]:
     """Encode rows; return the arrays of each split, and what is stored beside them."""
     encoded = {name: encode(rows, tokenizer, data) for name, rows in parts.items()}
-    share = supervised_share(encoded["train"])
-    refuse_share(share, data.supervise_all, source_of(data))
     cut = [
         {"split": name, "where": row.where, "what": tokens_of.cut}
         for name, rows in parts.items()
@@ -204,7 +201,7 @@ def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatToken
         if tokens_of.cut
     ]
     info = {
-        "supervised_share": share,
+        "supervised_share": supervised_share(encoded["train"]),
         "cut": cut,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
@@ -228,38 +225,18 @@ def supervised_share(rows: Sequence[Encoded]) -> float:
     return sum(int(row.mask[1:].sum()) for row in rows) / predicted if predicted else 0.0
 
 
-def refuse_share(share: float, supervise_all: bool, where: str) -> None:
-    """Raise DataError when no token is supervised, or every one without being asked for."""
-    if share == 0.0:
-        raise DataError("no token is supervised: there is nothing to learn", where=where)
-    if share == 1.0 and not supervise_all:
-        raise DataError(
-            "every token is supervised, prompts included",
-            where=where,
-            todo="check the chat template, or declare it with data_config.supervise_all: true",
-        )
-
-
 # --- texts --------------------------------------------------------------------------------------------------------
 
 
 def corpus_tokenizer(config: Config, texts: Sequence[Document], home: Path) -> Path:
     """Return the folder below `home` of the tokenizer of these training texts, which is made when it is not there.
 
-    Raises DataError for too little text to fill one context, or a tokenizer that does not fit the model's vocabulary.
+    Raises DataError for a tokenizer that does not fit the model's vocabulary.
     """
     options, architecture = config.data.tokenizer, config.model.architecture
     assert architecture is not None, "a corpus comes with init: random, which has an architecture"
     vocabulary.use_threads(config.data.num_proc)
-    refuse_too_short(sum(len(text.text.encode()) for text in texts), "bytes", config.data)
-    room = architecture.vocab_size
-    if options.vocab_size and options.vocab_size > room:
-        raise DataError(
-            f"a tokenizer of {options.vocab_size} ids does not fit the model's vocabulary of {room}",
-            where="data_config.tokenizer.vocab_size",
-            todo="lower it, or choose a preset with a larger vocabulary",
-        )
-    size = options.vocab_size or room
+    size = options.vocab_size or architecture.vocab_size
     facts = json.dumps([options.type, size, text_sha256(texts), sha256_file(Path(vocabulary.__file__))])
     folder = home / "tokenizers" / hashlib.sha256(facts.encode()).hexdigest()[:16]
     return folder if folder.is_dir() else vocabulary.train(options.type, size, texts, folder)
@@ -269,9 +246,15 @@ def of_texts(data: Data, parts: Mapping[str, Sequence[Document]], folder: Path) 
     """Encode texts by the tokenizer in `folder`; return the arrays of each split, and what is stored beside them."""
     kind, length = data.tokenizer.type, data.max_length
     assert length is not None, "a corpus has a context"
-    ids = {name: vocabulary.encode(folder, kind, part) for name, part in parts.items()}
-    refuse_too_short(len(ids["train"]), "tokens", data)
-    unknown, sizes = vocabulary.unknown_id(folder), vocabulary.bytes_of_ids(folder, kind)
+    tokenizer = vocabulary.load(folder)
+    ids = {name: vocabulary.encode(tokenizer, kind, part) for name, part in parts.items()}
+    if len(ids["train"]) <= length:
+        raise DataError(
+            f"the corpus is shorter than one context: {len(ids['train'])} tokens to train on, {length + 1} are needed",
+            where=str(data.corpus),
+            todo="use a larger corpus, or a smaller data_config.max_length",
+        )
+    unknown, sizes = vocabulary.unknown_id(tokenizer), vocabulary.bytes_of_ids(tokenizer, kind)
     splits = {name: windows(part, length, unknown) for name, part in ids.items()}
     held_out = splits["held_out"]
     # A unigram model: how often each id comes in the training text, one added to each count (Laplace).
@@ -294,17 +277,6 @@ def of_texts(data: Data, parts: Mapping[str, Sequence[Document]], folder: Path) 
         "unigram_nll": supervised_sums(held_out, -np.log(counts / counts.sum())),
     }
     return splits, info
-
-
-def refuse_too_short(size: int, unit: str, data: Data) -> None:
-    """Raise DataError where the training text has no more tokens (or bytes: a token is one at least) than a context."""
-    needed = (data.max_length or 0) + 1
-    if size < needed:
-        raise DataError(
-            f"the corpus is shorter than one context: {size} {unit} to train on, {needed} tokens are needed",
-            where=str(data.corpus),
-            todo="use a larger corpus, or a smaller data_config.max_length",
-        )
 
 
 def windows(ids: Ids, length: int, unknown: int | None) -> Arrays:

@@ -109,14 +109,14 @@ def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
         return list(source)
     path, prompts, problems = recipe_dir / source, [], []
     for where, record in json_lines(path):
-        if isinstance(record, Problem):
-            problems.append(record)
-        elif "prompt" not in record:
-            problems.append(Problem(where, f"no prompt; columns: {columns_of(record)}"))
-        elif fault := text_fault(record["prompt"], "prompt"):
-            problems.append(Problem(where, fault))
-        else:
-            prompts.append(record["prompt"])
+        try:
+            if isinstance(record, Problem):
+                raise ValueError(record.reason)
+            if "prompt" not in record:
+                raise ValueError(f"no prompt; columns: {columns_of(record)}")
+            prompts.append(valid_text(record["prompt"], "prompt"))
+        except ValueError as fault:
+            problems.append(Problem(where, str(fault)))
     refuse(problems, path)
     if not prompts:
         raise DataError("no prompt in this file", where=str(path), todo='one object a line: {"prompt": ...}')
@@ -163,21 +163,13 @@ def conversation(value: Any) -> tuple[Message, ...]:
 
 def valid_text(value: Any, name: str) -> str:
     """Return `value` if it is a text that can be trained on. Raises ValueError with the reason."""
-    fault = text_fault(value, name)
-    if fault:
-        raise ValueError(fault)
-    return str(value)
-
-
-def text_fault(value: Any, name: str) -> str | None:
-    """Return why `value` is no usable text, or None."""
     if not isinstance(value, str):
-        return f"{name!r} is {kind_of(value)}, not a string"
+        raise ValueError(f"{name!r} is {kind_of(value)}, not a string")
     if not value.strip():
-        return f"{name!r} is empty" if not value else f"{name!r} is only white space"
+        raise ValueError(f"{name!r} is empty" if not value else f"{name!r} is only white space")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        return f"{name!r} holds half of a surrogate pair (\\ud800 to \\udfff): not Unicode text"
-    return None
+        raise ValueError(f"{name!r} holds half of a surrogate pair (\\ud800 to \\udfff): not Unicode text")
+    return value
 
 
 def kind_of(value: Any) -> str:

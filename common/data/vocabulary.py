@@ -37,7 +37,19 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
     `vocab_size` is the largest number of ids: BPE must reach it, characters must fit in it. Raises DataError.
     """
     tokenizer = char_tokenizer(documents) if kind == "char" else bpe_tokenizer(documents, vocab_size)
-    refuse_misfit(tokenizer.get_vocab_size(), vocab_size, kind)
+    found = tokenizer.get_vocab_size()
+    if found > vocab_size:
+        raise DataError(
+            f"the corpus has {found} ids (characters, and one for unknown ones), the vocabulary room for {vocab_size}",
+            where="model_config.architecture.vocab_size",
+            todo="choose a preset with a larger vocabulary, or data_config.tokenizer.type=bpe",
+        )
+    if kind == "bpe" and found < vocab_size:
+        raise DataError(
+            f"the corpus cannot fill a BPE vocabulary of {vocab_size}: it gives {found} ids",
+            where="data_config.tokenizer.vocab_size",
+            todo=f"set data_config.tokenizer.vocab_size={found} or less, or tokenizer.type=char; or use more text",
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.parent) as scratch:
         made = Path(scratch) / "made"
@@ -58,22 +70,6 @@ def use_threads(num_proc: int | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if num_proc is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_proc)
-
-
-def refuse_misfit(found: int, asked: int, kind: str) -> None:
-    """Raise DataError where a tokenizer has more ids than the model, or BPE fewer than were asked for."""
-    if found > asked:
-        raise DataError(
-            f"the corpus has {found} ids (characters, and one for unknown ones), the vocabulary room for {asked}",
-            where="model_config.architecture.vocab_size",
-            todo="choose a preset with a larger vocabulary, or data_config.tokenizer.type=bpe",
-        )
-    if kind == "bpe" and found < asked:
-        raise DataError(
-            f"the corpus cannot fill a BPE vocabulary of {asked}: it gives {found} ids",
-            where="data_config.tokenizer.vocab_size",
-            todo=f"set data_config.tokenizer.vocab_size={found} or less, or tokenizer.type=char; or use more text",
-        )
 
 
 # --- characters -----------------------------------------------------------------------------------------------------
@@ -153,11 +149,15 @@ def chunks(text: str) -> Iterator[str]:
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-def encode(folder: Path, kind: str, documents: Sequence[Document]) -> Ids:
-    """Return the ids of all documents one after the other, uint32 [tokens], by the tokenizer in `folder`."""
+def load(folder: Path) -> Tokenizer:
+    """Return the tokenizer that `train` wrote to `folder`."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def encode(tokenizer: Tokenizer, kind: str, documents: Sequence[Document]) -> Ids:
+    """Return the ids of all documents one after the other, uint32 [tokens]."""
     if kind == "char":
         table = char_table(tokenizer)
         parts = [table[code_points(document.text)] for document in documents]
@@ -166,23 +166,19 @@ def encode(folder: Path, kind: str, documents: Sequence[Document]) -> Ids:
     return np.concatenate(parts or [np.zeros(0, np.uint32)])
 
 
-def bytes_of_ids(folder: Path, kind: str) -> npt.NDArray[np.int64]:
+def bytes_of_ids(tokenizer: Tokenizer, kind: str) -> npt.NDArray[np.int64]:
     """Return how many UTF-8 bytes of text each id stands for, int64 [ids]: what makes tokenizers comparable.
 
     A byte-level token has one character of its alphabet for each byte.
     """
-    from tokenizers import Tokenizer
-
-    vocab = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    vocab = tokenizer.get_vocab()
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     for token, number in vocab.items():
         sizes[number] = len(token.encode()) if kind == "char" else len(token)
     return sizes
 
 
-def unknown_id(folder: Path) -> int | None:
+def unknown_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of U+FFFD in a character tokenizer; None for BPE, which knows every byte."""
-    from tokenizers import Tokenizer
-
-    found: int | None = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(UNKNOWN)
+    found: int | None = tokenizer.token_to_id(UNKNOWN)
     return found

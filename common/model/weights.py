@@ -19,24 +19,39 @@ CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64",
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Weights(Mapping[str, Array]):
-    """The tensors of safetensors files by name, read one at a time.
+class _OneAtATime(Mapping[str, Array]):
+    """Tensors by name, each read or made when it is asked for."""
 
-    A file is opened anew for each: a mapping that stays keeps every page that was read in memory.
+    shapes: Shapes
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # without this, Mapping would read the tensor to find out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class Weights(_OneAtATime):
+    """The tensors of safetensors files by name; `prefixes`, one a file, go before the names.
+
+    A file is opened anew for each tensor: a mapping that stays keeps every page that was read in memory.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], prefixes: Sequence[str] | None = None) -> None:
         import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which lets safetensors read it
         from safetensors import SafetensorError, safe_open
 
-        self.file_of: dict[str, Path] = {}
+        self.file_of: dict[str, tuple[Path, str]] = {}
         self.shapes: Shapes = {}
-        for path in files:
+        for path, prefix in zip(files, prefixes or [""] * len(files), strict=True):
             try:
                 with safe_open(path, framework="numpy") as file:
                     for name in file.keys():  # noqa: SIM118
-                        self.file_of[name] = path
-                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                        self.file_of[prefix + name] = path, name
+                        self.shapes[prefix + name] = tuple(file.get_slice(name).get_shape())
             except SafetensorError as error:
                 raise MachineError(
                     f"{path.name} is damaged: {error}", where=str(path), todo="put the model's own file there again"
@@ -45,20 +60,12 @@ class Weights(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         from safetensors import safe_open
 
-        with safe_open(self.file_of[name], framework="numpy") as file:
-            return np.asarray(file.get_tensor(name))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.file_of  # without this, Mapping would read the tensor to find out
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
-
-    def __len__(self) -> int:
-        return len(self.file_of)
+        path, name_there = self.file_of[name]
+        with safe_open(path, framework="numpy") as file:
+            return np.asarray(file.get_tensor(name_there))
 
 
-class InitialWeights(Mapping[str, Array]):
+class InitialWeights(_OneAtATime):
     """Random weights of a Llama, made on the host when asked for: the same bits for every engine.
 
     Each tensor depends only on the seed and its own name, by the rules of `common.model.init`.
@@ -74,15 +81,6 @@ class InitialWeights(Mapping[str, Array]):
         from common.model.init import initial
 
         return initial(self.initializer, self.seed, name, self.shapes[name], self.layers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 class SafetensorsWriter:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,39 +141,21 @@ def verify(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
-def newest(checkpoints: Path, skipped: list[str]) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, or None; add a line to `skipped` for each one passed over."""
+def newest(checkpoints: Path, say: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies, or None; say which ones are passed over, and why."""
     for step in steps_saved(checkpoints):
         try:
             return verify(folder_of(checkpoints, step))
         except MachineError as error:
-            skipped.append(f"skipped {folder_of(checkpoints, step).name}: {error.what}")
+            say(f"skipped {folder_of(checkpoints, step).name}: {error.what}")
     return None
 
 
-class Tensors(Mapping[str, Array]):
-    """The tensors of a checkpoint by the names `Backend.state` gave them, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        adapter = folder / "adapter_model.safetensors"
-        self.groups = {
-            "model": Weights([adapter if adapter.is_file() else folder / "model.safetensors"]),
-            "optimizer": Weights([folder / "optimizer.safetensors"]),
-        }
-
-    def __getitem__(self, name: str) -> Array:
-        group, _, rest = name.partition("/")
-        return self.groups[group][rest]
-
-    def __contains__(self, name: object) -> bool:
-        group, _, rest = str(name).partition("/")
-        return rest in self.groups.get(group, ())
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{group}/{name}" for group, weights in self.groups.items() for name in weights)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.groups.values()))
+def read_tensors(folder: Path) -> Weights:
+    """Return the tensors of a checkpoint by the names `Backend.state` gave them, read one at a time."""
+    adapter = folder / "adapter_model.safetensors"
+    model = adapter if adapter.is_file() else folder / "model.safetensors"
+    return Weights([model, folder / "optimizer.safetensors"], ["model/", "optimizer/"])
 
 
 def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int) -> None:

@@ -6,11 +6,12 @@ tools/launch/resolve.py makes it of a command line; nothing that reads it choose
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from common import hardware
 from common.config import Config
@@ -73,16 +74,9 @@ class Launch:
 
     def to_json(self) -> str:
         """Return the launch as one line of JSON, which `from_json` reads."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"recipe_dir": str(self.recipe_dir), "out": str(self.out)}
-        values |= {"config": self.config.dump(), "hosts": dataclasses.asdict(self.hosts)}
-        return json.dumps(values)
+        return TypeAdapter(Launch).dump_json(self, by_alias=True).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Launch:
         """Return the launch that `to_json` wrote."""
-        values = json.loads(text)
-        values |= {name: tuple(values[name]) for name in ("nodes", "departures", "warnings", "command", "overrides")}
-        values |= {"recipe_dir": Path(values["recipe_dir"]), "out": Path(values["out"])}
-        values |= {"config": Config.model_validate(values["config"]), "hosts": Hosts(**values["hosts"])}
-        return cls(**values)
+        return TypeAdapter(cls).validate_json(text)

@@ -61,7 +61,7 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
         if lock is None:
             say(f"{folder.name} has the same training and is running: not touched")
             continue
-        found = newest(folder, say)
+        found = checkpoint.newest(folder / "checkpoints", say)
         if found is None:
             lock.close()
             continue
@@ -89,7 +89,7 @@ def branch(plan: Plan, path: Path, say: Callable[[str], None]) -> Start:
         found: Checkpoint | None = checkpoint.verify(path)
         parent = path.parent.parent
     elif (path / "checkpoints").is_dir():
-        found, parent = newest(path, say), path
+        found, parent = checkpoint.newest(path / "checkpoints", say), path
     else:
         raise UsageError(
             "no run and no checkpoint there",
@@ -104,14 +104,6 @@ def branch(plan: Plan, path: Path, say: Callable[[str], None]) -> Start:
     start.notes = accepted + changes(plan, parent, found)
     say(f"starting from {start.parent}")
     return start
-
-
-def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    skipped: list[str] = []
-    found = checkpoint.newest(folder / "checkpoints", skipped)
-    for line in skipped:
-        say(line)
-    return found
 
 
 def refuse_changes(plan: Plan, found: Checkpoint, parent: Path) -> list[str]:

@@ -120,7 +120,7 @@ class Run:
             self.console.say(note)
         self._say_notes()
         if found:
-            self.backend.load_state(checkpoint.Tensors(found.folder))
+            self.backend.load_state(checkpoint.read_tensors(found.folder))
             self._say_notes()
 
     def _say_notes(self) -> None:

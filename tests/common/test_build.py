@@ -119,16 +119,10 @@ def test_the_system_prompt_reaches_every_row(recipe, tokenizer):
     assert all("Be brief." in tokenizer.decode(dataset.train.row(at).ids) for at in range(len(dataset.train)))
 
 
-def test_supervise_all_is_declared_or_refused(recipe, tokenizer):
+def test_prompts_are_trained_on_only_with_supervise_all(recipe, tokenizer):
     everything = built(recipe, tokenizer, "data_config.supervise_all=true")
     assert everything.report.supervised_share == 1.0
     assert 0 < built(recipe, tokenizer).report.supervised_share < 1
-    for share in (0.0, 1.0):
-        with pytest.raises(DataError, match="supervised"):
-            build.refuse_share(share, False, "here")
-    build.refuse_share(1.0, True, "here")
-    with pytest.raises(DataError, match="nothing to learn"):
-        build.refuse_share(0.0, True, "here")
 
 
 def test_rows_cut_are_listed_and_counted(tokenizer, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 from common.errors import MachineError
 from common.train import checkpoint
-from common.train.checkpoint import Tensors
+from common.train.checkpoint import read_tensors
 from tests.support.engines import config_for
 
 FACTS = {"training_digest": "t", "tokens_sha256": "d"}
@@ -36,7 +36,7 @@ def save(folder: Path, *steps: int) -> Path:
 
 def newest(folder: Path) -> tuple[int | None, list[str]]:
     skipped: list[str] = []
-    found = checkpoint.newest(folder, skipped)
+    found = checkpoint.newest(folder, skipped.append)
     return None if found is None else found.step, skipped
 
 
@@ -50,7 +50,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert found.step == 7
     assert found.state["format"] == 1
     assert {key: found.state[key] for key in FACTS} == FACTS
-    loaded = Tensors(found.folder)
+    loaded = read_tensors(found.folder)
     assert set(loaded) == {name for name, _ in tensors(7)}
     assert len(loaded) == 3
     assert all(np.array_equal(loaded[name], array) and loaded[name].dtype == array.dtype for name, array in tensors(7))
@@ -64,7 +64,7 @@ def test_bf16_comes_back(tmp_path):
 
     array = np.array([1.0, 1.0078125, -3e38], ml_dtypes.bfloat16)
     pairs = [("model/a", array), ("optimizer/step", np.array([1]))]
-    loaded = Tensors(checkpoint.save(tmp_path, 1, iter(pairs), config_for(tmp_path), FACTS))["model/a"]
+    loaded = read_tensors(checkpoint.save(tmp_path, 1, iter(pairs), config_for(tmp_path), FACTS))["model/a"]
     assert loaded.dtype == array.dtype
     assert loaded.tobytes() == array.tobytes()
 
@@ -77,7 +77,7 @@ def test_an_adapter_has_peft_s_files(tmp_path):
     adapter = json.loads((folder / "adapter_config.json").read_text())
     assert (adapter["peft_type"], adapter["r"], adapter["lora_alpha"]) == ("LORA", 4, 6.0)
     assert set(checkpoint.verify(folder).state["sha256"]) == names - {"state.json"}
-    assert set(Tensors(folder)) == {name for name, _ in tensors(1)}
+    assert set(read_tensors(folder)) == {name for name, _ in tensors(1)}
 
 
 def test_the_bytes_are_those_of_the_values(tmp_path):

@@ -257,6 +257,7 @@ SCRATCH = ["model_config.init=random", "model_config.lora=null", f"model_config.
         ([*SCRATCH, *CORPUS, "data_config.split_by=topic"], "split_by: belongs to rows"),
         ([*SCRATCH, *CORPUS, "data_config.control=shuffled_words"], "control: belongs to rows"),
         ([*SCRATCH, *CORPUS, "data_config.tokenizer.vocab_size=512"], "vocab_size: belongs to type: bpe"),
+        ([*SCRATCH, *CORPUS, "data_config.tokenizer={type: bpe, vocab_size: 300}"], "larger than the model's vocab"),
         ([*SCRATCH, *CORPUS, "model_config.lora={rank: 4}"], "lora: adapters need a pretrained base"),
         (["data_config.tokenizer.type=bpe"], "tokenizer: belongs to a corpus"),
         (["data_config.num_proc=2"], "num_proc: belongs to a corpus"),

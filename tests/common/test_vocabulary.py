@@ -57,7 +57,7 @@ def test_the_look_up_and_the_library_make_the_same_ids(char, text):
 
 def test_text_comes_back_as_it_was(char, bpe, play):
     for folder, kind, text in ((char, "char", TEXT), (bpe, "bpe", play), (bpe, "bpe", TEXT)):
-        ids = vocabulary.encode(folder, kind, documents(text))
+        ids = vocabulary.encode(vocabulary.load(folder), kind, documents(text))
         assert Tokenizer.from_file(str(folder / "tokenizer.json")).decode(ids.tolist()) == text
 
 
@@ -67,27 +67,27 @@ def test_parts_are_encoded_as_within_the_whole(bpe, play, monkeypatch):
     for size in (1, 7, 100):
         monkeypatch.setattr(vocabulary, "CHUNK", size)
         assert "".join(vocabulary.chunks(text)) == text
-        assert vocabulary.encode(bpe, "bpe", documents(text)).tolist() == whole
+        assert vocabulary.encode(vocabulary.load(bpe), "bpe", documents(text)).tolist() == whole
 
 
 def test_the_sizes_of_ids_add_up_to_the_bytes_of_the_text(char, bpe, play):
     for folder, kind, text in ((char, "char", TEXT), (bpe, "bpe", play), (bpe, "bpe", TEXT)):
-        ids = vocabulary.encode(folder, kind, documents(text))
-        assert vocabulary.bytes_of_ids(folder, kind)[ids].sum() == len(text.encode())
+        ids = vocabulary.encode(vocabulary.load(folder), kind, documents(text))
+        assert vocabulary.bytes_of_ids(vocabulary.load(folder), kind)[ids].sum() == len(text.encode())
 
 
 def test_what_was_not_in_training_is_unknown_to_characters_and_not_to_bytes(char, bpe):
-    unknown = vocabulary.unknown_id(char)
-    ids = vocabulary.encode(char, "char", documents("FZq\u0416"))
+    unknown = vocabulary.unknown_id(vocabulary.load(char))
+    ids = vocabulary.encode(vocabulary.load(char), "char", documents("FZq\u0416"))
     assert (ids == unknown).tolist() == [False, True, True, True]
-    assert vocabulary.unknown_id(bpe) is None
+    assert vocabulary.unknown_id(vocabulary.load(bpe)) is None
     assert ChatTokenizer.load(char).never_ids == (unknown,)
 
 
 def test_an_unknown_sign_in_the_corpus_is_no_character_of_it(tmp_path):
     folder = vocabulary.train("char", 96, documents(f"a{UNKNOWN}b"), tmp_path / "t")
     assert ChatTokenizer.load(folder).vocab_size == 3
-    assert vocabulary.encode(folder, "char", documents(f"a{UNKNOWN}b")).tolist() == [0, 2, 1]
+    assert vocabulary.encode(vocabulary.load(folder), "char", documents(f"a{UNKNOWN}b")).tolist() == [0, 2, 1]
 
 
 def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused(tmp_path, play):
@@ -112,10 +112,10 @@ def test_transformers_load_the_folder_and_make_the_same_ids(char, bpe, play):
     transformers = pytest.importorskip("transformers")
     for folder, kind, text in ((char, "char", TEXT + "q"), (bpe, "bpe", play + TEXT)):
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        ids = vocabulary.encode(folder, kind, documents(text))
+        ids = vocabulary.encode(vocabulary.load(folder), kind, documents(text))
         assert theirs(text)["input_ids"] == ids.tolist()
         assert ChatTokenizer.load(folder).encode_text(text) == ids.tolist()
-        known = ids[ids != vocabulary.unknown_id(folder)] if kind == "char" else ids
+        known = ids[ids != vocabulary.unknown_id(vocabulary.load(folder))] if kind == "char" else ids
         assert theirs.decode(known) == ChatTokenizer.load(folder).decode(known)
 
 
@@ -133,7 +133,7 @@ documents = [Document("a", sys.stdin.read())]
 before = len(os.listdir("/proc/self/task"))
 vocabulary.use_threads(int(sys.argv[1]))
 folder = vocabulary.train("bpe", 320, documents, Path(sys.argv[2]))
-vocabulary.encode(folder, "bpe", documents)
+vocabulary.encode(vocabulary.load(folder), "bpe", documents)
 print(len(os.listdir("/proc/self/task")) - before)
 """
     command = [sys.executable, "-c", program, str(threads), str(tmp_path / "t")]

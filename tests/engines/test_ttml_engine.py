@@ -545,7 +545,7 @@ def test_a_checkpoint_passes_between_the_engines_both_ways(tmp_path, base, kind,
     facts = {"training_digest": "", "tokens_sha256": ""}
 
     def through_files(backend: Any, step: int) -> Any:
-        return checkpoint.Tensors(checkpoint.save(tmp_path / "checkpoints", step, backend.state(), config, facts))
+        return checkpoint.read_tensors(checkpoint.save(tmp_path / "checkpoints", step, backend.state(), config, facts))
 
     with engine(cpu) as twin, board(config, tmp_path, 1, generation) as backend:
         twin.train_step(batches(1), 1e-2, 1)

@@ -34,7 +34,7 @@ for start in (0, 2):
         backend.build(base.architecture)
         backend.load(base.weights())
         if start:
-            backend.load_state(checkpoint.Tensors(checkpoint.verify(saved).folder))
+            backend.load_state(checkpoint.read_tensors(checkpoint.verify(saved).folder))
         for step in (start + 1, start + 2):
             losses.append(backend.train_step(make_batch().split(2), 1e-2, step).loss)
         backend.eval_nll(make_batch())

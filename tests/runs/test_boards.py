@@ -23,7 +23,7 @@ pytest.importorskip("torch", reason="the double computes with torch")
 from common import config as configs
 from common import hardware
 from common.train import checkpoint, metrics
-from common.train.checkpoint import Tensors
+from common.train.checkpoint import read_tensors
 from tests.doubles.machines import MACHINES, fake_machine
 from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tests.support import boards
@@ -141,8 +141,8 @@ def test_a_checkpoint_of_one_engine_goes_on_in_the_other(run, tiny_base, tmp_pat
     own = [r["loss"] for r in metrics.read(unbroken / "metrics.jsonl") if "loss" in r]
     # bf16 weights, moments and logits: two engines' losses differ by a few steps of 2^-8 of themselves
     assert [r["loss"] for r in records] == pytest.approx(own, rel=4 * 2**-8)
-    assert set(Tensors(checkpoint.folder_of(child / "checkpoints", 6))) == set(
-        Tensors(checkpoint.folder_of(unbroken / "checkpoints", 6))
+    assert set(read_tensors(checkpoint.folder_of(child / "checkpoints", 6))) == set(
+        read_tensors(checkpoint.folder_of(unbroken / "checkpoints", 6))
     )
 
 

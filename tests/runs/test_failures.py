@@ -220,7 +220,7 @@ def test_disk_full_during_a_checkpoint_leaves_the_old_one(run, recipe, tmp_path,
         run(*every).refused(4, "could not save the checkpoint of step", "No space left on device", str(disk))
         (folder,) = folders(disk)
         skipped: list[str] = []
-        found = checkpoint.newest(folder / "checkpoints", skipped)
+        found = checkpoint.newest(folder / "checkpoints", skipped.append)
         assert found is not None
         assert 1 <= found.step < 6
         assert not skipped

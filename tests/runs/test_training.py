@@ -261,5 +261,5 @@ def test_killed_with_sigkill_at_20_moments_and_resumed(recipe, small, tmp_path):
     for folder in (*found["unbroken"], *found["done"]):
         assert outcome(Path(folder)) == expected, folder
         skipped: list[str] = []
-        checkpoint.newest(Path(folder) / "checkpoints", skipped)
+        checkpoint.newest(Path(folder) / "checkpoints", skipped.append)
         assert not skipped

@@ -11,7 +11,7 @@ from unittest import mock
 
 from common import recipe
 from common.train import checkpoint, metrics
-from common.train.checkpoint import Tensors
+from common.train.checkpoint import read_tensors
 from tools.launch.after_run import after_run
 from tools.launch.resolve import resolve
 
@@ -60,9 +60,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     for record in records:
         record.pop("seconds", None)
     skipped: list[str] = []
-    last = checkpoint.newest(folder / "checkpoints", skipped)
+    last = checkpoint.newest(folder / "checkpoints", skipped.append)
     assert last is not None, skipped
-    tensors = Tensors(last.folder)
+    tensors = read_tensors(last.folder)
     return {
         "metrics": records,
         "evaluations": metrics.read(folder / "evaluations.jsonl"),

@@ -438,7 +438,7 @@ def test_a_column_that_would_be_read_in_place_of_another_is_refused(root, tmp_pa
     ("prose.txt", "parent", "start each question with a line 'Q: ...'"),
     ("prose.csv", "tale", "--from parent"),
     ("nowhere.txt", "tale", "no such file or folder"),
-    ("short.txt", "tale", "the corpus is shorter than one context: 17 bytes"),
+    ("short.txt", "tale", "the corpus is shorter than one context: 17 tokens"),
     ("zero.txt", "tale", "binary data"),
     ("none.txt", "tale", "the corpus is empty"),
     ("small.txt", "tale", "training rows do not fill"),

@@ -18,7 +18,7 @@ from common.files import write_json
 from common.model import bases
 from common.model.llama import HEAD, PREFIX
 from common.model.weights import SafetensorsWriter, Shapes, Weights
-from common.train.checkpoint import Tensors
+from common.train.checkpoint import read_tensors
 from tools.runs.trained import TrainedRun
 
 Array = np.ndarray[Any, Any]
@@ -83,7 +83,7 @@ def low_rank_update(a: Array, b: Array, *, scale: float) -> Array:
 
 def adapters_of(run: TrainedRun) -> dict[str, tuple[Array, Array]]:
     """Return (A, B) of every adapted layer, by the layer's name in the base."""
-    tensors = Tensors(run.checkpoint.folder)
+    tensors = read_tensors(run.checkpoint.folder)
     end = ".lora_A.weight"
     layers = [name.removesuffix(end) for name in tensors if name.startswith("model/") and name.endswith(end)]
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.train.checkpoint import Tensors
+from common.train.checkpoint import read_tensors
 from common.train.console import Console
 from common.train.manifest import Manifest
 from tools.export.hf_folder import stored
@@ -30,7 +30,7 @@ def unmoved(run: TrainedRun) -> tuple[list[str], int]:
 
     Of an adapter, B is looked at, which starts at zero.
     """
-    now, start = Tensors(run.checkpoint.folder), run.base.weights()
+    now, start = read_tensors(run.checkpoint.folder), run.base.weights()
     names = [name.removeprefix("model/") for name in now if name.startswith("model/")]
     names = [name for name in names if not name.endswith("lora_A.weight")]
     still = []

@@ -266,7 +266,7 @@ def first_difference(run: RunFolder, new: RunFolder) -> str | None:
             return f"the evaluation after step {then['step']}"
     if len(run.evaluations) != len(new.evaluations):
         return f"{len(run.evaluations)} evaluations, now {len(new.evaluations)}"
-    hashes = [checkpoint.newest(one.folder / "checkpoints", []) for one in (run, new)]
+    hashes = [checkpoint.newest(one.folder / "checkpoints") for one in (run, new)]
     then_files, now_files = (dict(found.state["sha256"]) if found else {} for found in hashes)
     return next(
         (f"{name} of the last checkpoint" for name in then_files if then_files[name] != now_files.get(name)), None

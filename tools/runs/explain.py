@@ -103,7 +103,7 @@ STATES: Mapping[str, Callable[[list[str], RunFolder | None], str | None]] = {
 
 def vocabulary_of(run: RunFolder) -> int | None:
     """Return the rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
-    saved = checkpoint.newest(run.folder / "checkpoints", [])
+    saved = checkpoint.newest(run.folder / "checkpoints")
     base = run.fact("base") or {"name": "", "origin": ""}
     if entry := bases.locked().get(base["name"]):
         return int(entry["architecture"]["vocab_size"])

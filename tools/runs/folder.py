@@ -218,10 +218,7 @@ class RunFolder:
         """Return the newest checkpoint that verifies, saying what is passed over. Raises MachineError without one."""
         from common.train import checkpoint
 
-        skipped: list[str] = []
-        found = checkpoint.newest(self.folder / "checkpoints", skipped)
-        for line in skipped:
-            say(line)
+        found = checkpoint.newest(self.folder / "checkpoints", say)
         if found is None:
             raise MachineError("the run has no checkpoint that verifies", where=str(self.folder), todo="train it again")
         return found

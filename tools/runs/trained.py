@@ -18,7 +18,7 @@ from common.model import bases
 from common.model.weights import Weights
 from common.recipe import load_dataset
 from common.train import checkpoint
-from common.train.checkpoint import Checkpoint, Tensors
+from common.train.checkpoint import Checkpoint, read_tensors
 from common.train.evaluate import evaluated_rows
 from engines.registry import engine_for
 from tools.data.fetch import base_of
@@ -115,5 +115,5 @@ def engine(run: TrainedRun, *, trained: bool = True) -> Iterator[Backend]:
         else:
             backend.load(run.base.weights())
         if trained and config.model.lora:
-            backend.load_state(Tensors(run.checkpoint.folder))
+            backend.load_state(read_tensors(run.checkpoint.folder))
         yield backend

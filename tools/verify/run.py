@@ -23,7 +23,7 @@ from common.files import sha256_file
 from common.model.weights import Weights
 from common.recipe import call, load_dataset
 from common.train import metrics
-from common.train.checkpoint import Tensors
+from common.train.checkpoint import read_tensors
 from common.train.evaluate import evaluated_rows, held_out
 from common.train.first_loss import check_first_loss
 from common.train.schedule import learning_rate
@@ -140,7 +140,9 @@ def frozen(case: Case) -> str:
     run, file = case.run, case.folder / "export" / "merged" / "model.safetensors"
     if run.config.model.lora is None:
         raise CheckEnded("not checkable", "all weights are trained: nothing is frozen")
-    strange = [name for name in Tensors(run.checkpoint.folder) if name.startswith("model/") and ".lora_" not in name]
+    strange = [
+        name for name in read_tensors(run.checkpoint.folder) if name.startswith("model/") and ".lora_" not in name
+    ]
     hold(not strange, f"the checkpoint of adapters holds other weights: {', '.join(strange[:5])}")
     if not file.is_file():
         raise CheckEnded("not checkable", "no export to look at")
