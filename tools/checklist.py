@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from common.errors import RecipeError
 
+FORMAT = 1  # of the JSON
 Verdict = Literal["pass", "fail", "not checkable", "skipped"]
 
 
@@ -56,21 +58,29 @@ def failed(results: Sequence[Result]) -> list[str]:
     return [result.id for result in results if result.verdict == "fail"]
 
 
-def go_through(
-    lines: Sequence[ChecklistLine], subject: Any, begun: Callable[[ChecklistLine], None]
-) -> Iterator[Result]:
-    """Yield the result of each line on `subject`; `begun` is called before each, as a device may hang in it."""
-    verdicts: dict[str, Verdict] = {}
+def silent(_line: str) -> None:
+    """Say nothing: for a report that a machine reads."""
+
+
+def go_through(lines: Sequence[ChecklistLine], subject: Any, say: Callable[[str], None] = silent) -> list[Result]:
+    """Return the result of each line on `subject`. Each is said before it, as a device may hang in it, and after."""
+    results: dict[str, Result] = {}
     for line in lines:
-        begun(line)
-        lacking = [need for need in line.needs if verdicts[need] != "pass"]
+        say(f"{line.id}: {line.says} ...")
+        lacking = [results[need] for need in line.needs if results[need].verdict != "pass"]
         verdict: Verdict = "skipped"
         if lacking:
-            evidence = f"needs {lacking[0]}, which is: {verdicts[lacking[0]]}"
+            evidence = f"needs {lacking[0].id}, which is: {lacking[0].verdict}"
         else:
             verdict, evidence = _judged(line, subject)
-        verdicts[line.id] = verdict
-        yield Result(line.id, verdict, line.says, evidence)
+        results[line.id] = Result(line.id, verdict, line.says, evidence)
+        say(f"  {results[line.id]}")
+    return list(results.values())
+
+
+def to_json(results: Sequence[Result], **facts: Any) -> str:
+    """Return the results for machines, after `facts` about what was looked at."""
+    return json.dumps({"format": FORMAT, **facts, "lines": [asdict(result) for result in results]}, indent=1)
 
 
 def _judged(line: ChecklistLine, subject: Any) -> tuple[Verdict, str]:

@@ -448,14 +448,15 @@ def test_the_list_goes_on_after_a_failure_and_whatever_is_raised():
         ChecklistLine("b", "", lambda _s: "1", ("a",)),
         ChecklistLine("c", "", lambda s: s),
     ]
-    begun: list[str] = []
-    results = list(go_through(lines, "5", lambda line: begun.append(line.id)))
+    said: list[str] = []
+    results = go_through(lines, "5", said.append)
     assert [(r.verdict, r.evidence) for r in results] == [
         ("fail", "RuntimeError: TT_FATAL: deep inside"),
         ("skipped", "needs a, which is: fail"),
         ("pass", "5"),
     ]
-    assert begun == ["a", "b", "c"]
+    assert said[::2] == ["a:  ...", "b:  ...", "c:  ..."]
+    assert said[-1] == "  PASS: 5"
 
 
 @pytest.fixture

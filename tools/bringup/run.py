@@ -6,8 +6,6 @@ It needs no base, no data and no torch: a small random Llama, and numpy's answer
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 
@@ -18,9 +16,8 @@ from engines.ttml.mesh import prepare_environment
 from tools.bringup import mesh as several
 from tools.bringup import one_device as one
 from tools.bringup.bench import Bench
-from tools.checklist import ChecklistLine, Result, failed, go_through
+from tools.checklist import ChecklistLine, Result, failed, go_through, silent, to_json
 
-FORMAT = 1  # of the JSON
 BASE_LOSS = "needs a pretrained base: compare a run's held-out loss before training on this board and with HW=cpu"
 KILLED = "ends this process: kill -9 a run, and see whether the next one opens the board without tt-smi -r"
 LINES: tuple[ChecklistLine, ...] = (
@@ -65,21 +62,14 @@ LINES: tuple[ChecklistLine, ...] = (
 
 
 def bring_up(
-    hw: Hardware,
-    begun: Callable[[ChecklistLine], None] = lambda _line: None,
-    ended: Callable[[Result], None] = lambda _result: None,
-    lines: Sequence[ChecklistLine] | None = None,
+    hw: Hardware, say: Callable[[str], None] = silent, lines: Sequence[ChecklistLine] | None = None
 ) -> tuple[Build, list[Result]]:
     """Go through the checklist on `hw`. Raises MachineError where there is no ttml that the backend can use."""
     prepare_environment(hw, (1, 1))
     with contextlib.suppress(MachineError):  # importing ttml reads it; what is wrong with it, the line `mesh` says
         prepare_environment(hw, hw.mesh_shape)
     build = probe(hw, 1)
-    results = []
-    for result in go_through(LINES if lines is None else lines, Bench(hw, build), begun):
-        ended(result)
-        results.append(result)
-    return build, results
+    return build, go_through(LINES if lines is None else lines, Bench(hw, build), say)
 
 
 def print_bring_up(hw: Hardware, reason: str, as_json: bool, say: Callable[[str], None]) -> None:
@@ -87,12 +77,10 @@ def print_bring_up(hw: Hardware, reason: str, as_json: bool, say: Callable[[str]
     if as_json:
         os.environ.setdefault("TT_LOGGER_LEVEL", "FATAL")  # tt-metal logs to standard output
         build, results = bring_up(hw)
-        lines = [dataclasses.asdict(result) for result in results]
-        found = {"format": FORMAT, "hw": hw.name, "why": reason, "build": build.versions(), "lines": lines}
-        say(json.dumps(found, indent=1))
+        say(to_json(results, hw=hw.name, why=reason, build=build.versions()))
     else:
         say(f"bring-up of {reason}")
-        results = bring_up(hw, lambda line: say(f"{line.id}: {line.says} ..."), lambda result: say(f"  {result}"))[1]
+        results = bring_up(hw, say)[1]
     if bad := failed(results):
         raise VerificationError(
             f"{len(bad)} of {len(results)} lines of the bring-up failed: {', '.join(bad)}",

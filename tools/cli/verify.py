@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,22 +34,11 @@ def run(run: Path, as_json: bool) -> None:
 @click.option("--record", is_flag=True, help="From a clean tree: write the figures into results.yaml.")
 @set_option
 @json_option
-def ddp(
-    name: str,
-    hw: str | None,
-    world: int | None,
-    steps: int,
-    weak: bool,
-    record: bool,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> int:
+def ddp(**asked: Any) -> int:
     """Compare several devices with one, step by step, then measure the gain."""
     from tools.verify.ddp import run as compare
 
-    return compare(
-        hw, name=name, world=world, steps=steps, weak=weak, record=record, overrides=overrides, as_json=as_json
-    )
+    return compare(**asked)
 
 
 @verify.command()

@@ -8,12 +8,10 @@ a check that cannot fail would prove nothing.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import functools
-import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +31,13 @@ from common.train.launch import Launch
 from common.train.plan import prepare
 from common.train.schedule import learning_rate
 from engines.registry import engine_for
-from tools.checklist import CheckEnded, ChecklistLine, Result, failed, go_through, hold
+from tools.checklist import CheckEnded, ChecklistLine, failed, go_through, hold, silent, to_json
 from tools.data.fetch import fetch_pinned
 from tools.launch.processes import in_processes
 from tools.launch.resolve import mesh_override, resolve
 from tools.machine import detect, lease
 from tools.results.record import machine_of, refuse_changed_tree, write
 
-FORMAT = 1
 ON_A_CPU = "cpu-x2"
 CONTROL_STEPS = 2
 TIMED = 4  # steps of each kind, in turns
@@ -233,8 +230,8 @@ LINES = (
 
 
 def run(
-    hw: str | None,
     *,
+    hw: str | None,
     name: str,
     world: int | None,
     steps: int,
@@ -253,55 +250,34 @@ def run(
     launch = resolve(recipe_dir, hw=board, overrides=overrides, steps=steps, world=world)
     if launch.config.device.devices == 1:
         raise UsageError(f"{launch.hw.name} has one device", where="--hw", todo="choose a board of several, or cpu-x2")
-    say = screen(as_json)
+    say = silent if as_json else click.echo
     with lease.of_board(launch.hw, launch.nodes, "verify ddp"):
         return in_processes(launch, lead, say, steps=steps, weak=weak, record=record, as_json=as_json)
 
 
-def screen(as_json: bool) -> Callable[[str], None]:
-    """Return where lines for a person go: nowhere, if a machine reads."""
-    return (lambda _line: None) if as_json else click.echo
-
-
 def lead(launch: Launch, *, steps: int, weak: bool, record: bool, as_json: bool) -> None:
-    """Compare, as the one process of a board or rank 0 of several, and print the report."""
-    say = screen(as_json)
-    report = verify(Comparison(launch, steps, say), weak=weak, record=record, say=say)
-    if as_json:
-        click.echo(json.dumps(report, indent=1))
-    refuse_failed(report)
+    """Go through the lines, then measure where none failed, as the one process of a board or rank 0 of several.
 
-
-def verify(found: Comparison, *, weak: bool, record: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Go through the lines, then measure where none failed, saying each as it ends; the report, as JSON has it."""
-    say(f"data parallel on {found.hw.title}: {found.config.recipe}, batch {found.config.training.batch_size}")
-    results: list[Result] = []
-    for result in go_through(LINES, found, lambda line: say(f"{line.id}: {line.says} ...")):
-        results.append(result)
-        say(f"  {result}")
-    speed: dict[str, float] = {}
-    if not failed(results):
+    Raises VerificationError if a line fails.
+    """
+    say = silent if as_json else click.echo
+    found = Comparison(launch, steps, say)
+    name, devices = found.config.recipe, found.devices
+    say(f"data parallel on {found.hw.title}: {name}, batch {found.config.training.batch_size}")
+    results = go_through(LINES, found, say)
+    bad, speed = failed(results), dict[str, float]()
+    if not bad:
         speed = found.speed(weak)
         say(shown(speed, found, weak))
         if record:
-            write(found.launch.recipe_dir, found.entry(speed), say)
-    return {
-        "format": FORMAT,
-        "hw": found.hw.name,
-        "devices": found.devices,
-        "lines": [dataclasses.asdict(result) for result in results],
-        "recipe": found.config.recipe,
-        "scaling": "weak" if weak else "strong",
-        "speed": speed,
-    }
-
-
-def refuse_failed(report: Mapping[str, Any]) -> None:
-    """Raise VerificationError if a line of the report failed."""
-    if bad := [line["id"] for line in report["lines"] if line["verdict"] == "fail"]:
+            write(launch.recipe_dir, found.entry(speed), say)
+    if as_json:
+        scaling = "weak" if weak else "strong"
+        click.echo(to_json(results, hw=found.hw.name, devices=devices, recipe=name, scaling=scaling, speed=speed))
+    if bad:
         raise VerificationError(
-            f"data parallel on {report['hw']} is not the training of one device: {', '.join(bad)}",
-            where=f"{report['recipe']}, mesh [1, {report['devices']}]",
+            f"data parallel on {found.hw.name} is not the training of one device: {', '.join(bad)}",
+            where=f"{name}, mesh [1, {devices}]",
             todo="do not train on several devices here; train with --world 1",
         )
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from common.train.checkpoint import read_tensors
 from common.train.evaluate import evaluated_rows, held_out
 from common.train.first_loss import check_first_loss
 from common.train.schedule import learning_rate
-from tools.checklist import CheckEnded, ChecklistLine, Result, failed, go_through, hold
+from tools.checklist import CheckEnded, ChecklistLine, Result, failed, go_through, hold, silent, to_json
 from tools.data.checks import leaks
 from tools.export import check, export
 from tools.export.hf_folder import adapters_of, merged_shapes, stored
@@ -39,7 +38,6 @@ from tools.runs.trained import TrainedRun
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1  # of the JSON
 # Nats a token between the recorded loss of step 1 and plain transformers' in fp32: the precision of the step.
 STEP_OFF = {"fp32": 1e-3, "bf16-mixed": 0.02, "bf16": 0.05}
 SCORE_OFF = {"fp32": 1e-3, "bf16": 0.02}  # between a held-out loss and the same again, by what computed it
@@ -247,21 +245,18 @@ LINES: Sequence[ChecklistLine] = (
 )
 
 
-def verify(folder: Path, lines: Sequence[ChecklistLine] | None = None) -> Iterator[Result]:
+def verify(
+    folder: Path, lines: Sequence[ChecklistLine] | None = None, say: Callable[[str], None] = silent
+) -> list[Result]:
     """Check the run in `folder` by `lines`, or all of them. Raises UsageError where there is no run."""
-    return go_through(LINES if lines is None else lines, Case(folder), lambda _line: None)
+    return go_through(LINES if lines is None else lines, Case(folder), say)
 
 
 def print_verification(folder: Path, as_json: bool, say: Callable[[str], None]) -> None:
     """Print each line as it ends, or all as one JSON object. Raises VerificationError if one fails."""
-    results = []
-    for result in verify(folder):
-        results.append(result)
-        if not as_json:
-            say(f"{result.verdict.upper():13}  {result.id:10}  {result.says}: {result.evidence}")
+    results = verify(folder, say=silent if as_json else say)
     if as_json:
-        lines = [dataclasses.asdict(result) for result in results]
-        say(json.dumps({"format": FORMAT, "run": folder.resolve().name, "lines": lines}, indent=1))
+        say(to_json(results, run=folder.resolve().name))
     if bad := failed(results):
         raise VerificationError(
             f"{len(bad)} of {len(results)} lines failed: {', '.join(bad)}",
