@@ -262,7 +262,7 @@ def test_checking_an_export_measures_it_again_and_finds_one_changed_byte(run):
 
 def test_without_torch_an_export_is_unverified_until_a_machine_with_torch_checks_it(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(check, "installed", lambda package: package != "torch")
+        patch.setattr(check, "missing_packages", lambda: "torch")
         export_again(run)
     assert manifest(run)["export"]["status"] == "unverified"
     assert "no torch here" in record(run)["reason"]
@@ -272,7 +272,7 @@ def test_without_torch_an_export_is_unverified_until_a_machine_with_torch_checks
 
 
 def test_without_torch_a_missing_tensor_is_still_found(run, monkeypatch):
-    monkeypatch.setattr(check, "installed", lambda package: package != "torch")
+    monkeypatch.setattr(check, "missing_packages", lambda: "torch")
     real = hf_folder.merged_shapes
     monkeypatch.setattr(hf_folder, "merged_shapes", lambda run: dict(list(real(run).items())[1:]))
     with pytest.raises(VerificationError, match="is missing"):

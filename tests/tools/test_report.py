@@ -94,30 +94,6 @@ def test_it_says_what_differs_from_the_recipe(tmp_path, undrawn):
     assert re.search(r"training_config.learning_rate: [\d.e-]+ -> 0.123", page.text)
 
 
-def test_it_stands_beside_the_recipe_s_own_figures(tmp_path, undrawn):
-    page = page_of(write_run(tmp_path))
-    assert "published on p300c" in page.text
-    assert "measured on cpu" in page.text
-    record = read_run(write_run(tmp_path, "other", steps=100))
-    first = facts.standing(record)[0][0]
-    loss = next(step["loss"] for step in record.steps if step["step"] == 1)
-    assert first.figures[0] == ("training loss at 1", "5.2500", f"{loss:.4f}")
-
-
-def test_the_same_training_as_an_entry_s_is_called_that(tmp_path):
-    """The entry without overrides, against a run of the recipe as it stands, and against one of another seed."""
-    found = {}
-    for seed in ("5489", "7"):
-        record = read_run(write_run(tmp_path, seed, overrides=(f"training_config.seed={seed}",)))
-        assert record.config is not None
-        record.__dict__["config"] = record.config.with_values(**{"training.max_steps": 800})
-        entries = [entry for entry in facts.standing(record)[0] if entry.entry.evidence == "measured"]
-        precision = "training_config.precision"
-        found[seed] = [line for line in entries[0].differs if not line.startswith(precision)]
-    assert found["5489"] == []
-    assert found["7"] == ["training_config.seed: 5489 -> 7"]
-
-
 def test_a_failed_run_s_cause_comes_first(tmp_path, undrawn):
     text = "the loss of step 41 is nan\n  to do: a lower learning rate"
     page = page_of(write_run(tmp_path, exit_reason="failed: the loss of step 41 is nan", error=text))

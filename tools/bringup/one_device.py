@@ -115,19 +115,7 @@ def causality(bench: Bench) -> str:
     return hold(bool(moved[:-1].max() <= BF16_STEP < moved[-1]), evidence)
 
 
-def forward(bench: Bench) -> str:
-    return _forward(bench, ARCHITECTURE)
-
-
-def forward_tied(bench: Bench) -> str:
-    return _forward(bench, {**ARCHITECTURE, "tie_word_embeddings": True})
-
-
-def forward_scaled(bench: Bench) -> str:
-    return _forward(bench, {**ARCHITECTURE, "rope_scaling": reference_llama.SCALED_ROPE})
-
-
-def _forward(bench: Bench, architecture: Mapping[str, Any]) -> str:
+def forward(bench: Bench, architecture: Mapping[str, Any] = ARCHITECTURE) -> str:
     """Compare logits after rows of several lengths with numpy's, and with what plain mistakes would give."""
     ids, lengths = batch_of(4).input_ids, np.array([32, 20, 7, 1])
     stored = rounded(weights_for(architecture))
@@ -152,15 +140,11 @@ def _forward(bench: Bench, architecture: Mapping[str, Any]) -> str:
     return hold(off < LOGITS_OFF, f"logits {off:.2%} off numpy's ({mistakes})")
 
 
-def loss(bench: Bench) -> str:
-    return _loss(bench, ARCHITECTURE)
-
-
 def padded_vocabulary(bench: Bench) -> str:
-    return f"{_forward(bench, reference_llama.PADDED_VOCABULARY)}; {_loss(bench, reference_llama.PADDED_VOCABULARY)}"
+    return f"{forward(bench, reference_llama.PADDED_VOCABULARY)}; {loss(bench, reference_llama.PADDED_VOCABULARY)}"
 
 
-def _loss(bench: Bench, architecture: Mapping[str, Any]) -> str:
+def loss(bench: Bench, architecture: Mapping[str, Any] = ARCHITECTURE) -> str:
     batch, stored = batch_of(), rounded(weights_for(architecture))
     with bench.model(architecture=architecture) as backend:
         sums, tokens = backend.eval_nll(batch)
@@ -234,15 +218,7 @@ def clipping(bench: Bench) -> str:
     return hold(bool(off < 0.02), f"{evidence}{norm_of(short):.4f}")
 
 
-def update(bench: Bench) -> str:
-    return _update(bench, "AdamW", "model")
-
-
-def update_full_precision(bench: Bench) -> str:
-    return _update(bench, "AdamWFullPrecision", "optimizer/master")
-
-
-def _update(bench: Bench, kind: str, slot: str) -> str:
+def update(bench: Bench, kind: str, slot: str) -> str:
     """Compare two steps of AdamW (Loshchilov and Hutter, 2019) with numpy, from the moments after each.
 
     `slot` is what the update is computed on. A weight may be one bf16 step off where it is stored so, and by 2 % of

@@ -39,14 +39,10 @@ ARCHITECTURE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 PADDED_VOCABULARY = {**ARCHITECTURE, "vocab_size": TOKENS}  # no whole number of tiles
-# Llama 3's, for so few positions that it turns the slower frequencies of this model.
-SCALED_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 32,
-}
+TIED = {**ARCHITECTURE, "tie_word_embeddings": True}
+# Llama 3's RoPE, for so few positions that it turns the slower frequencies of this model.
+ROPE = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+SCALED_ROPE = {**ARCHITECTURE, "rope_scaling": {**ROPE, "original_max_position_embeddings": 32}}
 
 
 def config_for(hw: Hardware, mesh: tuple[int, int], **values: Any) -> Config:

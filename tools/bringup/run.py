@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from common.errors import MachineError, VerificationError
 from common.hardware import Hardware
@@ -16,10 +17,13 @@ from engines.ttml.mesh import prepare_environment
 from tools.bringup import mesh as several
 from tools.bringup import one_device as one
 from tools.bringup.bench import Bench
+from tools.bringup.reference_llama import SCALED_ROPE, TIED
 from tools.checklist import ChecklistLine, Result, failed, go_through, silent, to_json
 
 BASE_LOSS = "needs a pretrained base: compare a run's held-out loss before training on this board and with HW=cpu"
 KILLED = "ends this process: kill -9 a run, and see whether the next one opens the board without tt-smi -r"
+ADAMW = partial(one.update, kind="AdamW", slot="model")
+ADAMW_FP32 = partial(one.update, kind="AdamWFullPrecision", slot="optimizer/master")
 LINES: tuple[ChecklistLine, ...] = (
     ChecklistLine("build", "ttml and ttnn have what the backend needs", one.build),
     ChecklistLine("open", "one device opens, and closes", one.opens, ("build",)),
@@ -30,8 +34,10 @@ LINES: tuple[ChecklistLine, ...] = (
     ChecklistLine("weights", "weights go in and come out bit for bit", one.weights, ("parameters",)),
     ChecklistLine("causality", "without a mask, no position sees a later one", one.causality, ("weights",)),
     ChecklistLine("forward", "logits are numpy's (layout of weights, RoPE)", one.forward, ("causality",)),
-    ChecklistLine("tied", "and with tied embeddings", one.forward_tied, ("forward",)),
-    ChecklistLine("rope-scaling", "and with Llama 3's RoPE", one.forward_scaled, ("forward",)),
+    ChecklistLine("tied", "and with tied embeddings", partial(one.forward, architecture=TIED), ("forward",)),
+    ChecklistLine(
+        "rope-scaling", "and with Llama 3's RoPE", partial(one.forward, architecture=SCALED_ROPE), ("forward",)
+    ),
     ChecklistLine("loss", "the held-out loss is numpy's", one.loss, ("forward", "labels")),
     ChecklistLine("padded", "both with a vocabulary of no whole tiles", one.padded_vocabulary, ("loss",)),
     ChecklistLine("base-loss", "a pretrained base has its published loss", one.cannot(BASE_LOSS), ("loss",)),
@@ -40,8 +46,8 @@ LINES: tuple[ChecklistLine, ...] = (
     ChecklistLine("accumulation", "one batch of 8 is four of 2", one.accumulation, ("gradient",)),
     ChecklistLine("recompute", "gradient checkpointing changes no gradient", one.recompute, ("gradient",)),
     ChecklistLine("clipping", "the norm is of before clipping, which holds", one.clipping, ("gradient",)),
-    ChecklistLine("update", "AdamW updates as numpy does", one.update, ("reads",)),
-    ChecklistLine("update-fp32", "AdamWFullPrecision does, in fp32", one.update_full_precision, ("reads",)),
+    ChecklistLine("update", "AdamW updates as numpy does", ADAMW, ("reads",)),
+    ChecklistLine("update-fp32", "AdamWFullPrecision does, in fp32", ADAMW_FP32, ("reads",)),
     ChecklistLine("rounding", "with stochastic rounding gains move", one.rounding, ("reads",)),
     ChecklistLine("row-length", "rows that ttml would mistake are refused", one.row_length, ("weights",)),
     ChecklistLine("repeat", "the same step has the same bits", one.repeats, ("reads",)),

@@ -170,7 +170,7 @@ def records(source: Source) -> Iterator[Record]:
         "jsonl": json_records,
         "csv": csv_records,
         "parquet": parquet_records,
-        "alpaca": alpaca_records,
+        "alpaca": json_records,
         "sharegpt": sharegpt_records,
         "text": text_records,
     }
@@ -209,27 +209,6 @@ def json_records(path: Path) -> Iterator[Record]:
     for number, value in enumerate(values, start=1):
         where = f"{path}: entry {number}"
         yield where, value if isinstance(value, dict) else Problem(where, f"{kind_of(value)}, not an object")
-
-
-def alpaca_records(path: Path) -> Iterator[Record]:
-    """Yield Alpaca's records (instruction, perhaps input, output); a `system` text becomes the system message."""
-    for where, record in json_records(path):
-        if isinstance(record, Problem):
-            yield where, record
-        elif not {"instruction", "output"} <= set(record):
-            yield where, Problem(where, f"no instruction and output; columns: {', '.join(record)}")
-        else:
-            yield where, with_system_message(record)
-
-
-def with_system_message(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an Alpaca record as messages where it has a system text, else itself without the empty one."""
-    rest = {key: value for key, value in record.items() if key != "system"}
-    if not record.get("system"):
-        return rest
-    prompt = "\n\n".join(str(part) for part in (rest.pop("instruction"), rest.pop("input", "")) if part)
-    turns = [("system", record["system"]), ("user", prompt), ("assistant", rest.pop("output"))]
-    return {"messages": [{"role": role, "content": content} for role, content in turns], **rest}
 
 
 def sharegpt_records(path: Path) -> Iterator[Record]:
@@ -427,11 +406,19 @@ def exchange(record: Mapping[str, Any], mapping: Mapping[str, str]) -> tuple[tup
             f"{missing}; columns: {columns_of(record)}; name them with --map prompt=COLUMN --map response=COLUMN"
         )
     prompt, response = (valid_text(record[name], name) for name in found)
-    used = set(found)
-    context = record.get("input")
-    if found[0] == "instruction" and "input" in record:  # Alpaca: the input may be empty
-        if not isinstance(context, str | None):
-            raise ValueError(f"'input' is {kind_of(context)}, not a string")
-        prompt = f"{prompt}\n\n{valid_text(context, 'input')}" if context and context.strip() else prompt
-        used.add("input")
-    return (Message("user", prompt), Message("assistant", response)), used
+    used, turns = set(found), [("user", prompt), ("assistant", response)]
+    if found[0] == "instruction":  # Alpaca's
+        if context := text_or_nothing(record, "input"):
+            turns[0] = ("user", f"{prompt}\n\n{context}")
+        if "system" not in mapping and (system := text_or_nothing(record, "system")):
+            turns.insert(0, ("system", system))
+        used |= {"input", "system"} & set(record)
+    return tuple(Message(*turn) for turn in turns), used
+
+
+def text_or_nothing(record: Mapping[str, Any], name: str) -> str:
+    """Return the text of a column that may be absent or empty. Raises ValueError."""
+    value = record.get(name)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name!r} is {kind_of(value)}, not a string")
+    return valid_text(value, name) if value and value.strip() else ""

@@ -51,9 +51,10 @@ class ExportCheck:
         return {name: abs(loss - (self.run_loss or 0.0)) for name, loss in self.losses.items()}
 
     def record(self) -> dict[str, Any]:
-        """Return what export.json holds."""
+        """Return what export.json holds of the check."""
         values = {key: value for key, value in vars(self).items() if key not in ("status", "reason")}
-        return {**values, "difference": self.difference}
+        found = {"verified": self.status == "verified", "status": self.status, "reason": self.reason}
+        return {**found, "check": {**values, "difference": self.difference}}
 
     def line(self) -> str:
         """Return what was measured, in one line."""
@@ -73,10 +74,8 @@ def check(folder: Path, run: TrainedRun, dtype: str) -> ExportCheck:
     started = time.perf_counter()
     if faults := file_faults(folder, run):
         return ExportCheck("failed", "; ".join(faults[:5]))
-    if missing := [name for name in ("torch", "transformers", "peft") if not installed(name)]:
-        return ExportCheck(
-            "unverified", f"names and shapes were checked, the loss was not: no {', '.join(missing)} here"
-        )
+    if missing := missing_packages():
+        return ExportCheck("unverified", f"names and shapes were checked, the loss was not: no {missing} here")
     if faults := tokenizer_faults(folder / "merged", run):
         return ExportCheck("failed", faults[0])
     try:
@@ -102,13 +101,13 @@ def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Exp
         rows=len(rows),
         held_out_rows=len(split),
     )
-    for name, load in (("merged", load_merged), ("adapter", load_adapter)):
+    for name in ("merged", "adapter"):
         if not (folder / name).is_dir():
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers deprecate
-                model = load(folder / name, run)
+                model = load_adapter(folder / name, run) if name == "adapter" else load_plain(folder / name)
         except Exception as error:  # whatever the libraries raise: a user would meet it, too
             return replace(
                 outcome, status="failed", reason=f"{name}/ cannot be loaded: {type(error).__name__}: {error}"
@@ -160,30 +159,26 @@ def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) ->
     return from_rows(sums, counts)
 
 
-def load_merged(folder: Path, run: TrainedRun) -> torch.nn.Module:  # noqa: ARG001  same shape as load_adapter
-    """Load the model as a user would, in fp32."""
-    import torch
-
-    return load_plain(folder, torch.float32)
-
-
 def load_adapter(folder: Path, run: TrainedRun) -> torch.nn.Module:
     """Load the adapter over the base in the precision the run stored it in, widened to fp32."""
     import peft
-    import torch
 
-    base = load_plain(run.base.folder, torch.bfloat16 if run.config.training.precision == "bf16" else torch.float32)
-    model: torch.nn.Module = peft.PeftModel.from_pretrained(base.float(), str(folder))
+    base = load_plain(run.base.folder, half=run.config.training.precision == "bf16")
+    model: torch.nn.Module = peft.PeftModel.from_pretrained(base, str(folder))
     return model.float().eval()
 
 
-def load_plain(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+def load_plain(folder: Path, half: bool = False) -> torch.nn.Module:
+    """Load a Hugging Face folder as a user would, in fp32; with `half` as bf16 weights give it."""
+    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval()
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if half else torch.float32
+    )
+    return model.float().eval()
 
 
 def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
@@ -239,8 +234,6 @@ def adapter_shapes(run: TrainedRun) -> Shapes:
     return shapes
 
 
-def installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ImportError:
-        return False
+def missing_packages() -> str:
+    """Return which of the packages that load an export are not here; empty where all are."""
+    return ", ".join(name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None)

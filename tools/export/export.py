@@ -68,8 +68,9 @@ def check_export(run_folder: Path, say: Say) -> Path:
             run = trained.read(folder.parent / "checkpoints" / f"step-{record['step']:08d}", say)
         damage = damaged(folder, record)
         outcome = ExportCheck("failed", damage) if damage else check(folder, run, record["dtype"])
-        write_json(folder / "export.json", {**record, **verdict(outcome)})
-        record_in(Manifest.load(run.folder), run.folder, {**record, **verdict(outcome)})
+        record |= outcome.record()
+        write_json(folder / "export.json", record)
+        record_in(Manifest.load(run.folder), run.folder, record)
         say(f"export {outcome.line()}")
         if outcome.status != "verified":
             raise VerificationError(f"the export is {outcome.status}: {outcome.reason}", where=str(folder), todo=TO_DO)
@@ -119,7 +120,7 @@ def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[ExportCheck, dict[
         "step": run.step,
         "checkpoint": dict(run.checkpoint.state["sha256"]),
         "dtype": dtype,
-        **verdict(outcome),
+        **outcome.record(),
         "sha256": {str(path.relative_to(folder)): sha256_file(path) for path in files},
     }
     for path in files:
@@ -127,15 +128,6 @@ def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[ExportCheck, dict[
         sync(path)
     write_json(folder / "export.json", record)
     return outcome, record
-
-
-def verdict(outcome: ExportCheck) -> dict[str, Any]:
-    return {
-        "verified": outcome.status == "verified",
-        "status": outcome.status,
-        "reason": outcome.reason,
-        "check": outcome.record(),
-    }
 
 
 def record_in(manifest: Manifest, run_folder: Path, record: dict[str, Any]) -> None:

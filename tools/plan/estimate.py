@@ -33,11 +33,6 @@ from tools.results.schema import Numbers, load
 FORMAT = 1  # of the JSON
 CHARACTERS_A_TOKEN = 3  # of English under a Llama tokenizer there are about 4; 3 leaves room
 TIGHT = 0.8  # share of a chip above which temporary buffers may not find room
-TINYLLAMA_BODY = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
-PUBLISHED_PEAKS = (
-    "published for this model's body with a vocabulary of 96, at an unstated batch (tt-metal, tt-train's memory "
-    "document): a peak of 8,279 MiB with the memory-efficient runner, 15,667 MiB without; context, not compared"
-)
 
 
 @dataclass(frozen=True)
@@ -231,8 +226,6 @@ def memory_lines(found: Outlook) -> Iterator[str]:
         f"memory a chip: at least {sizes['total']:,.1f} of {room / MIB:,.0f} MiB with the {runner} runner, by "
         f"arithmetic: {verdict}"
     )
-    if TINYLLAMA_BODY.items() <= dict(found.architecture).items():
-        yield PUBLISHED_PEAKS
 
 
 def to_dict(found: Outlook) -> dict[str, Any]:

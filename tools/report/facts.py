@@ -1,10 +1,9 @@
-"""What a run's page says, in words and numbers: outcome, cause, figures, samples, data, config, published figures."""
+"""What a run's page says, in words and numbers: outcome, cause, figures, samples, data and config."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,16 @@ from common.errors import RecipeError
 from common.train.console import clock
 from tools.report.curves import Curve, curve, rate, running_mean
 from tools.report.plots import Panel, PlotLine
-from tools.results import schema
-from tools.results.schema import Measured, Numbers
-from tools.runs.folder import Record, RunFolder, at_step, few
+from tools.runs.folder import Record, RunFolder, few
 
 BAND = 2  # standard errors to each side of a held-out loss
 SAMPLES = 10  # evaluations whose answers are shown
 PROMPTS = 24
 ANSWER = 2000  # characters of an answer
 LOG_LINES = 15
+ROWS = 24  # of a table of numbers
+OF_STEPS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")
+OF_SCORES = ("step", "eval_loss", "eval_loss_se", "eval_tokens", "bits_per_byte", "bits_per_byte_se")
 
 OUTCOMES = {
     "done": "It ended as it should.",
@@ -146,19 +146,10 @@ def not_drawn(points: dict[str, Curve]) -> list[str]:
     return notes
 
 
-def numbers(run: RunFolder, rows: int = 24) -> tuple[list[str], list[list[str]]]:
-    """Return the numbers behind the plots, at evenly spread steps: column names, and rows of text."""
-    columns = ["step", "loss", "lr", "grad_norm", "tokens", "seconds"]
-    chosen = some(run.steps, rows)
-    return columns, [[text_of(step.get(column)) for column in columns] for step in chosen]
-
-
-def evaluation_numbers(run: RunFolder, rows: int = 24) -> tuple[list[str], list[list[str]]]:
-    """Return the numbers of the evaluations, as `numbers` does those of the steps."""
-    columns = ["step", "eval_loss", "eval_loss_se", "eval_tokens", "bits_per_byte", "bits_per_byte_se"]
-    columns = [column for column in columns if any(column in score for score in run.scores)]
-    chosen = some(run.scores, rows)
-    return columns, [[text_of(evaluation.get(column)) for column in columns] for evaluation in chosen]
+def numbers(records: Sequence[Record], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Return those of `columns` that any record has, and their values as text at evenly spread steps."""
+    known = [column for column in columns if any(column in record for record in records)]
+    return known, [[text_of(record.get(column)) for column in known] for record in some(records, ROWS)]
 
 
 def some(records: Sequence[Record], limit: int) -> list[Record]:
@@ -284,67 +275,3 @@ def ran(run: RunFolder) -> list[tuple[str, str]]:
     notes = [("note", str(note)) for note in fact("backend", "notes") or []]
     resumed = [("resumed", f"after step {event.get('step')} at {event.get('at')}") for event in fact("resumed") or []]
     return found + notes + resumed
-
-
-# --- beside the recipe's figures ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Beside:
-    """An entry of results.yaml beside this run: (figure, the entry's, this run's), and how the trainings differ."""
-
-    entry: Numbers
-    figures: list[tuple[str, str, str]]
-    differs: list[str]
-
-    @property
-    def origin(self) -> str:
-        entry = self.entry
-        if isinstance(entry, Measured):
-            return f"measured {entry.date} at commit {entry.commit[:7]}"
-        return f"published: {entry.stack}, in {entry.source}"
-
-
-def standing(run: RunFolder) -> tuple[list[Beside], str]:
-    """Return the run beside every figure of the recipe's results.yaml; and why that cannot be said, if so."""
-    try:
-        entries = schema.load(run.recipe_dir).numbers
-    except RecipeError as error:
-        return [], error.what
-    return [Beside(entry, figures(entry, run), differences(entry, run)) for entry in entries], ""
-
-
-def differences(entry: Numbers, run: RunFolder) -> list[str]:
-    """Return what was trained otherwise than the entry; empty where it is the same training on the same board."""
-    if not isinstance(entry, Measured):
-        return ["another program, on other hardware or data: see its source"]
-    if run.known_config is None:
-        return ["the run's config cannot be read"]
-    try:
-        config = configs.load(run.recipe_dir, hardware.get(entry.board), entry.overrides, entry.steps)
-    except RecipeError as error:
-        return [f"the entry's config cannot be read any more: {error.what}"]
-    sections = ("training_config.", "model_config.", "data_config.")
-    lines = [line for line in resolved_as(config, run).changes(run.known_config) if line.startswith(sections)]
-    board = [f"board: {entry.board} -> {run.known_config.hw}"] if entry.board != run.known_config.hw else []
-    return board + lines
-
-
-def figures(entry: Numbers, run: RunFolder) -> list[tuple[str, str, str]]:
-    rows = [
-        (f"training loss at {at}", text_of(value), text_of(run.losses.get(at))) for at, value in entry.loss_at.items()
-    ]
-    if entry.held_out:
-        at = entry.held_out.step
-        ours = at_step(run.scores, at) or {}
-        theirs = with_error(entry.held_out.loss, entry.held_out.standard_error)
-        mine = with_error(ours.get("eval_loss", "–"), ours.get("eval_loss_se"))
-        rows.append((f"held-out loss at {at}", theirs, mine))
-        if entry.held_out.bits_per_byte:
-            rows.append(
-                (f"bits per byte at {at}", text_of(entry.held_out.bits_per_byte), text_of(ours.get("bits_per_byte")))
-            )
-    if entry.tokens_per_second:
-        speed = median(rate(run.steps))
-        rows.append(("tokens/s", f"{entry.tokens_per_second:,.0f}", "–" if speed is None else f"{speed:,.0f}"))
-    return rows

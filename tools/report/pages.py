@@ -79,7 +79,6 @@ def run_page(run: RunFolder) -> str:
     main, *others = facts.panels(run)
     shown, left_out = facts.samples(run)
     changes, no_changes = facts.config_changes(run)
-    standing, no_standing = facts.standing(run)
     return render(
         "run.html",
         run=run,
@@ -90,7 +89,10 @@ def run_page(run: RunFolder) -> str:
         tiles=facts.tiles(run),
         main=figure(main, "main", wide=True),
         others=[figure(panel, f"plot-{number}") for number, panel in enumerate(others)],
-        tables=[("Training", *facts.numbers(run)), ("Evaluations", *facts.evaluation_numbers(run))],
+        tables=[
+            ("Training", *facts.numbers(run.steps, facts.OF_STEPS)),
+            ("Evaluations", *facts.numbers(run.scores, facts.OF_SCORES)),
+        ],
         card=card(run.folder / "before_after.md"),
         samples=shown,
         samples_left_out=left_out,
@@ -98,8 +100,6 @@ def run_page(run: RunFolder) -> str:
         ran=facts.ran(run),
         changes=changes,
         no_changes=no_changes,
-        standing=standing,
-        no_standing=no_standing,
         files=[name for name in FILES if (run.folder / name).is_file()],
         faults=run.faults,  # last: reading what is above may have found more
     )

@@ -210,8 +210,8 @@ def dataset_of(case: Case) -> TokenDataset:
 
 
 def need_transformers() -> None:
-    if missing := [name for name in ("torch", "transformers", "peft") if not check.installed(name)]:
-        raise CheckEnded("not checkable", f"no {', '.join(missing)} here")
+    if missing := check.missing_packages():
+        raise CheckEnded("not checkable", f"no {missing} here")
 
 
 def untrained(run: TrainedRun) -> torch.nn.Module:
@@ -221,8 +221,7 @@ def untrained(run: TrainedRun) -> torch.nn.Module:
 
     half = run.config.training.precision == "bf16"
     if run.base.initial is None:
-        plain = check.load_plain(run.base.folder, torch.bfloat16 if half else torch.float32)
-        return plain.float()
+        return check.load_plain(run.base.folder, half)
     model: torch.nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(run.base.architecture))
     weights = run.base.weights()
     tensors = {name: torch.from_numpy(stored(weights[name], "fp32")) for name in weights}

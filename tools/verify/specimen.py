@@ -25,20 +25,18 @@ from tools.verify.tiny_base import write_tiny_base
 
 STEPS = 6
 TOPICS = ("gradient", "loss", "attention", "token", "batch", "epoch", "margin", "kernel", "tree", "forest")
-BUILDER = '''"""The rows of the file, and whole topics of them held out."""
+BUILDER = '''"""The rows of the file, five of its topics held out."""
 
-from common.data.rows import groups_of, hold_out, read_prompts, read_rows
+from common.data.rows import read_prompts, read_rows
+
+HELD_OUT = ("gradient", "loss", "token", "batch", "margin")
 
 
 def splits(config, recipe_dir):
-    rows = read_rows(recipe_dir / config.data.source)
-    groups = groups_of(rows, config.data.split_by)
-    held_out = hold_out(groups, config.data.held_out_share)
-    pairs = list(zip(rows, groups))
-    return {
-        "train": [row for row, group in pairs if group not in held_out],
-        "held_out": [row for row, group in pairs if group in held_out],
-    }
+    found = {"train": [], "held_out": []}
+    for row in read_rows(recipe_dir / config.data.source):
+        found["held_out" if row.extra["topic"] in HELD_OUT else "train"].append(row)
+    return found
 
 
 def prompts(config, recipe_dir):
@@ -93,7 +91,7 @@ def write_recipe(folder: Path, base: Path) -> None:
     config = {
         "training_config": {"seed": 1, "batch_size": 4, "learning_rate": 0.01, "max_steps": STEPS, "precision": "fp32"},
         "model_config": {"base": str(base), "lora": {"rank": 4, "alpha": 8}},
-        "data_config": {"source": "rows.jsonl", "split_by": "topic", "held_out_share": 0.3},
+        "data_config": {"source": "rows.jsonl"},
         "eval_config": {"every": 3, "prompts": ["Why does it rest?"], "max_new_tokens": 2},
         "checkpoint_config": {"every": 3},
         "device_config": {"threads": 1},
