@@ -94,8 +94,7 @@ def tensors(dtype: Any) -> dict[str, Any]:
     return {name: SimpleNamespace(shape=lambda s=shape: s, dtype=dtype) for name, shape in full.items()}
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("devices", "dtype"), [(1, ml_dtypes.bfloat16), (2, np.float32)], ids=["bf16", "fp32"])
 def test_state_goes_out_and_in_with_one_tensor_in_flight(devices, dtype):
     """At most (devices + 1.5) times the largest tensor in fp32, at any moment. Collect what save yields, or read two
     tensors before the first is put, and it is more.
