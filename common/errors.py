@@ -44,10 +44,6 @@ class MachineError(RecipeError):
     code = 4
 
 
-class EngineLost(MachineError):
-    """The Docker engine stopped answering; the container that it ran may run on."""
-
-
 class TrainingError(RecipeError):
     """Training itself failed: non-finite, hung, out of memory, a dead rank."""
 

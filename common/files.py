@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +76,7 @@ def sha256_file(path: Path) -> str:
 def try_lock(folder: Path, run: str = "") -> IO[str] | None:
     """Lock a run's folder for this process; return None if another one has it. The lock of a dead process is free.
 
-    `run`, for a process that trains, is the name of its launch: `locked_by` then finds the folder.
+    `run`, for a process that trains, is the name of its launch: its folder is found by it.
     """
     lock = (folder / ".lock").open("a", encoding="utf-8")
     try:
@@ -90,26 +89,6 @@ def try_lock(folder: Path, run: str = "") -> IO[str] | None:
         lock.write(f"{os.getpid()} {run}\n")
         lock.flush()
     return lock
-
-
-def locked_by(run: str, out: Path) -> Path | None:
-    """Return the folder in `out` that the launch of `run` trained in, new or resumed; None if it came to none."""
-    for path in out.glob("*/.lock"):
-        if path.read_text(encoding="utf-8").split()[1:] == [run]:
-            return path.parent
-    return None
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether a process has the lock of a run's folder. Writes nothing: the folder may be somebody else's."""
-    try:
-        with (folder / ".lock").open(encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock file, or one that may not be read
-        return False
-    return False
 
 
 def sync(path: Path) -> None:
@@ -126,23 +105,14 @@ def disk_errors(doing: str, path: Path) -> Iterator[None]:
     """Raise MachineError, with what it hindered in `doing`, for an error of a full or failing disk in the block."""
     try:
         yield
-    except Exception as error:
-        number = error_number(error)
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
             raise
         raise MachineError(
-            f"could not {doing}: {os.strerror(number)}",
-            where=str(getattr(error, "filename", None) or path),
+            f"could not {doing}: {os.strerror(error.errno)}",
+            where=str(error.filename or path),
             todo="make room or permissions there and run the same command again; what was saved before is intact",
         ) from error
-
-
-def error_number(error: Exception) -> int | None:
-    """Return the errno of an error; those of safetensors have it only in their text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
 
 
 def move_into_place(made: Path, folder: Path) -> None:

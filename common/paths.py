@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import secrets
-import time
 from pathlib import Path
 
 from common.errors import UsageError
@@ -17,11 +15,6 @@ RECIPES = ROOT / "recipes"
 def home() -> Path:
     """Where bases, corpora, token files and compiled kernels live: `RECIPES_HOME`, else ~/.cache/recipes."""
     return Path(os.environ.get("RECIPES_HOME") or Path.home() / ".cache" / "recipes").expanduser().absolute()
-
-
-def run_name(recipe: str, hw: str) -> str:
-    """Return a name for a new run's folder: <utc>-<recipe>-<hw>-<id>. Names sort by the start of their runs."""
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{recipe}-{hw}-{secrets.token_hex(2)}"
 
 
 def find_recipe(name: str) -> Path:

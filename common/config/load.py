@@ -217,16 +217,6 @@ def load_resolved(path: Path) -> Config:
     return config
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of config.yaml, presets and overlays, for editors: of a layer, so nothing is required."""
-    schema = Config.model_json_schema(by_alias=True)
-    for name in ("recipe", "hw"):
-        del schema["properties"][name]
-    for part in (schema, *schema["$defs"].values()):
-        part.pop("required", None)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe configuration"}
-
-
 _STOP: tuple[Key, Key] = (("training_config", "max_steps"), ("training_config", "num_epochs"))
 _BATCH, _MICRO_BATCH = "training_config.batch_size", "training_config.micro_batch_size"
 _ACCUMULATION = "training_config.gradient_accumulation_steps"  # no key any more, and told apart from a typing mistake

@@ -46,12 +46,6 @@ class Row:
         """Return what the assistant says last."""
         return self.messages[-1].content
 
-    def record(self) -> dict[str, Any]:
-        """Return the row as one JSON object: prompt and response where that says it all, messages otherwise."""
-        if [message.role for message in self.messages] == ["user", "assistant"]:
-            return {"prompt": self.prompt, "response": self.response, **self.extra}
-        return {"messages": [vars(message) for message in self.messages], **self.extra}
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -121,13 +115,6 @@ def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
     if not prompts:
         raise DataError("no prompt in this file", where=str(path), todo='one object a line: {"prompt": ...}')
     return prompts
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSONL to a new file. Raises FileExistsError rather than overwrite."""
-    with path.open("x", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row.record(), ensure_ascii=False, default=str) + "\n")
 
 
 def refuse(problems: Sequence[Problem], path: Path | str) -> None:

@@ -61,26 +61,9 @@ def misfit(odd: Sequence[str]) -> MachineError:
     )
 
 
-def component(name: str) -> str:
-    """Return what a tensor belongs to: embedding, attention, feed-forward, norms or output head."""
-    if name in (EMBEDDING, HEAD):
-        return "embedding" if name == EMBEDDING else "output head"
-    if "norm" in name:
-        return "norms"
-    return "attention" if ".self_attn." in name else "feed-forward"
-
-
-def parameters_by_component(architecture: Mapping[str, Any]) -> dict[str, int]:
-    """Return component -> parameters, in the order of the forward pass."""
-    counts = dict.fromkeys(("embedding", "attention", "feed-forward", "norms", "output head"), 0)
-    for name, shape in shapes(architecture).items():
-        counts[component(name)] += math.prod(shape)
-    return counts
-
-
 def parameters(architecture: Mapping[str, Any]) -> int:
     """Return the number of all parameters, a tied head counted once."""
-    return sum(parameters_by_component(architecture).values())
+    return sum(map(math.prod, shapes(architecture).values()))
 
 
 def hf_config(architecture: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from common.files import utc_now, write_atomic
 from common.train import metrics
 from common.train.checkpoint import Checkpoint
 from common.train.manifest import BaseFacts, DataFacts, Manifest, Resumption, launch_facts
-from common.train.plan import Plan, with_launch
+from common.train.plan import Plan
 from common.train.resume import Start
 
 
@@ -23,11 +23,11 @@ def keep_decisions(plan: Plan, start: Start) -> Plan:
     """Return the plan with what a resumed run decided once, as it fixes bits: compile; threads if not configured."""
     if start.checkpoint is None:
         return plan
-    plan = with_launch(plan, **{"device.compile": "always" if start.checkpoint.state["compiled"] else "never"})
-    same_world = start.checkpoint.state.get("world", 1) == plan.config.device.devices
-    if plan.config.device.threads is None and same_world:
-        plan = with_launch(plan, **{"device.threads": start.checkpoint.state["threads"]})
-    return plan
+    state, device = start.checkpoint.state, plan.config.device
+    decided: dict[str, Any] = {"device.compile": "always" if state["compiled"] else "never"}
+    if device.threads is None and state.get("world", 1) == device.devices:
+        decided["device.threads"] = state["threads"]
+    return replace(plan, config=plan.config.with_values(**decided))
 
 
 def open_manifest(plan: Plan, start: Start) -> Manifest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from common import recipe
@@ -141,7 +141,3 @@ def check_prompts(
             )
         if set(ids) & set(tokenizer.never_ids):
             warn(f"the evaluation prompt {prompt[:40]!r} has characters that no training text has")
-
-
-def with_launch(plan: Plan, **values: Any) -> Plan:
-    return replace(plan, config=plan.config.with_values(**values))

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.data.rows import (
     Message,
@@ -15,7 +13,6 @@ from common.data.rows import (
     hold_out,
     read_prompts,
     read_rows,
-    write_rows,
 )
 from common.errors import DataError
 
@@ -125,24 +122,6 @@ def test_a_missing_file_is_an_error_of_the_data(tmp_path):
     with pytest.raises(DataError, match="No such file") as error:
         read_rows(tmp_path / "nowhere.jsonl")
     assert error.value.code == 3
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
-
-
-@given(st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), min_size=1, max_size=4))
-def test_what_is_written_is_read_back(tmp_path_factory, conversations):
-    path = tmp_path_factory.mktemp("rows") / "out.jsonl"
-    rows = [
-        Row(
-            tuple(Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True))
-        )
-        for turns in conversations
-    ]
-    write_rows(path, rows)
-    assert [row.messages for row in read_rows(path)] == [row.messages for row in rows]
-    with pytest.raises(FileExistsError):
-        write_rows(path, rows)
 
 
 def test_prompts_need_no_response(tmp_path):

@@ -297,10 +297,16 @@ def test_config_show_prints_the_resolved_config_of_any_board(command):
     assert shown["training_config"]["max_steps"] == 5
 
 
-def test_config_schema_is_json(command):
+def test_the_config_schema_says_what_every_key_is(command):
     code, out, _ = command("config", "schema")
     assert code == 0
-    assert "training_config" in json.loads(out)["properties"]
+    schema = json.loads(out)
+    assert {"recipe", "hw"}.isdisjoint(schema["properties"])
+    assert "training_config" in schema["properties"]
+    parts = [schema, *schema["$defs"].values()]
+    assert not [name for part in parts for name, value in part["properties"].items() if not value.get("description")]
+    assert all(part["additionalProperties"] is False for part in parts)
+    assert not [part for part in parts if "required" in part]
 
 
 def test_dry_run_trains_nothing(command, monkeypatch):

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from common import hardware
-from common.errors import EngineLost, MachineError, TrainingError
+from common.errors import MachineError, TrainingError
 from common.paths import ROOT
 from common.train.launch import Launch
 from tests.doubles.machines import MACHINES, fake_host
@@ -300,8 +300,8 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
     assert of(1000) == set()
     assert of(4711) == {"theirs"}
     assert not (out / "new").exists(), "nothing came into it"
-    with pytest.raises(EngineLost), ownership.lent(ownership.candidates(out, "new", "r")):
-        raise EngineLost("and its container may write on")
+    with pytest.raises(ownership.EngineLost), ownership.lent(ownership.candidates(out, "new", "r")):
+        raise ownership.EngineLost("and its container may write on")
     assert "open/manifest.json" in of(1000), "until the container is cleared away"
 
 
@@ -538,7 +538,7 @@ def test_an_engine_that_dies_in_the_middle_is_one_message(double, capfd):
         (double / "gone").touch()
 
     dying = later(die)
-    with pytest.raises(EngineLost, match="engine went away while the run was on") as caught:
+    with pytest.raises(ownership.EngineLost, match="engine went away while the run was on") as caught:
         follow()
     dying.join()
     assert "recipe stop" in str(caught.value.todo)

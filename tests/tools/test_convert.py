@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from common.data.rows import read_rows
+from common.data.rows import Message, Row, read_rows
 from common.errors import DataError, MachineError, UsageError
 from common.files import sha256_file
 from tools.data import convert
@@ -313,3 +315,21 @@ def test_offline_and_not_cached_is_an_error_of_the_machine(tmp_path, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(MachineError):
         converted("hub:someone/rows-that-nobody-has", tmp_path, revision=COMMIT)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
+
+
+@given(st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_what_is_written_is_read_back(tmp_path_factory, conversations):
+    path = tmp_path_factory.mktemp("rows") / "out.jsonl"
+    rows = [
+        Row(
+            tuple(Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True))
+        )
+        for turns in conversations
+    ]
+    convert.write_rows(path, rows)
+    assert [row.messages for row in read_rows(path)] == [row.messages for row in rows]
+    with pytest.raises(FileExistsError):
+        convert.write_rows(path, rows)

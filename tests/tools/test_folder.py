@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import MachineError, UsageError
-from common.files import is_locked
 from common.paths import RECIPES
 from tests.support.run_folders import held, write_run
-from tools.runs.folder import is_run, read_run, runs_in
+from tools.runs.folder import is_locked, is_run, read_run, runs_in
 
 
 @pytest.mark.parametrize("lost", ["manifest.json", "config.resolved.yaml"])

@@ -6,8 +6,10 @@ Only click is imported here; what a verb needs is imported in the verb.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -169,8 +171,6 @@ def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | Non
     resolved = configs.load(find_recipe(name), board, overrides, steps)
     click.echo(resolved.to_yaml(), nl=False)
     if shape := resolved.model.architecture:
-        from common.model.llama import parameters_by_component
-
         counts = parameters_by_component(shape.model_dump())
         parts = " + ".join(f"{name} {count:,}" for name, count in counts.items() if count)
         click.echo(f"# {sum(counts.values()):,} parameters = {parts}")
@@ -178,14 +178,36 @@ def show(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | Non
         click.echo(f"# {line}", err=True)
 
 
+def parameters_by_component(architecture: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many parameters each part of a Llama has, in the order of the forward pass."""
+    from common.model import llama
+
+    counts = dict.fromkeys(("embedding", "attention", "feed-forward", "norms", "output head"), 0)
+    for name, shape in llama.shapes(architecture).items():
+        if name in (llama.EMBEDDING, llama.HEAD):
+            part = "embedding" if name == llama.EMBEDDING else "output head"
+        elif "norm" in name:
+            part = "norms"
+        else:
+            part = "attention" if ".self_attn." in name else "feed-forward"
+        counts[part] += math.prod(shape)
+    return counts
+
+
 @config.command()
 def schema() -> None:
-    """Print the config's JSON schema, for editors."""
+    """Print the JSON schema of config.yaml, presets and overlays, for editors: of a layer, so nothing is required."""
     import json
 
-    from common.config import json_schema
+    from common.config import Config
 
-    click.echo(json.dumps(json_schema(), indent=1))
+    schema = Config.model_json_schema(by_alias=True)
+    for name in ("recipe", "hw"):
+        del schema["properties"][name]
+    for part in (schema, *schema["$defs"].values()):
+        part.pop("required", None)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    click.echo(json.dumps({**head, **schema, "title": "Recipe configuration"}, indent=1))
 
 
 @recipe.command()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from common.errors import EngineLost, MachineError, TrainingError
+from common.errors import MachineError, TrainingError
 from common.files import disk_errors
 from common.hardware import Hardware
 from common.signals import handled
@@ -277,7 +277,7 @@ def state_of(name: str) -> Json:
     try:
         said = docker("container", "inspect", "--format", "{{json .State}}", name, seconds=ANSWER_SECONDS)
     except MachineError as error:
-        raise EngineLost(
+        raise ownership.EngineLost(
             "the Docker engine went away while the run was on; its container may run on",
             where=f"container {name}: {error.where}",
             todo="start the engine again; recipe stop ends the run if it is still there; then the same command "

@@ -12,11 +12,15 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.errors import EngineLost, MachineError
+from common.errors import MachineError
 from common.paths import home
 from tools.containers.spec import USER
 
 CACHES = ("bases", "corpora", "tokens", "tokenizers", "kernels", "hub")  # what a run writes below RECIPES_HOME
+
+
+class EngineLost(MachineError):
+    """The Docker engine stopped answering; the container that it ran may run on."""
 
 
 def candidates(out: Path, new: str, recipe: str) -> list[Path]:

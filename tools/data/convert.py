@@ -29,7 +29,6 @@ from common.data.rows import (
     kind_of,
     refuse,
     valid_text,
-    write_rows,
 )
 from common.data.texts import decode
 from common.errors import DataError, MachineError, UsageError
@@ -129,6 +128,20 @@ def convert(
         skipped=problems,
         sha256=sha256_file(out),
     )
+
+
+def record_of(row: Row) -> dict[str, Any]:
+    """Return the row as one JSON object: prompt and response where that says it all, messages otherwise."""
+    if [message.role for message in row.messages] == ["user", "assistant"]:
+        return {"prompt": row.prompt, "response": row.response, **row.extra}
+    return {"messages": [vars(message) for message in row.messages], **row.extra}
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSONL to a new file. Raises FileExistsError rather than overwrite."""
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(record_of(row), ensure_ascii=False, default=str) + "\n")
 
 
 def write_pins(out: Path, source: Source, mapping: Mapping[str, str] | None) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from common import config as configs
 from common import recipe
 from common.errors import Stopped, UsageError
-from common.files import locked_by
 from common.train.console import LEVELS, Console
 from common.train.ending import catch_signals, record_end, recorded_end
 from common.train.launch import Launch
@@ -45,6 +44,14 @@ def train_here(launch: Launch) -> None:
         if folder := locked_by(launch.run, launch.out):
             with console_of(folder) as console:
                 write_at_end(folder, console.say)
+
+
+def locked_by(run: str, out: Path) -> Path | None:
+    """Return the folder in `out` that the launch of `run` trained in, new or resumed; None if it came to none."""
+    for path in out.glob("*/.lock"):
+        if path.read_text(encoding="utf-8").split()[1:] == [run]:
+            return path.parent
+    return None
 
 
 def known_steps(names: Sequence[str], where: str) -> Sequence[str]:

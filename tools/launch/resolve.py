@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import config as configs
 from common.errors import UsageError
-from common.paths import ROOT, run_name
+from common.paths import ROOT
 from common.train.launch import Hosts, Launch
 from engines import registry
 from tools import git
@@ -43,12 +45,13 @@ def resolve(
     overrides = (*overrides, *mesh_override(world))
     config = configs.load(recipe_dir, choice.hardware, overrides, steps)
     commit, dirty = git.head()
+    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())  # first in a run's name: names sort by it
     return Launch(
         recipe_dir=recipe_dir,
         config=config,
         engine=registry.name_for(choice.hardware),
         reason=choice.reason,
-        run=run_name(config.recipe, choice.hardware.name),
+        run=f"{started}-{config.recipe}-{choice.hardware.name}-{secrets.token_hex(2)}",
         out=out.expanduser().absolute(),
         nodes=choice.nodes,
         departures=tuple(map(key_of, config.departures())) if choice.hardware.is_cpu else (),

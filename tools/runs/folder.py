@@ -7,6 +7,7 @@ which has no numpy, reads runs too.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import statistics
@@ -20,7 +21,6 @@ from common import config as configs
 from common.config import Config
 from common.engine import BackendInfo
 from common.errors import MachineError, RecipeError, UsageError
-from common.files import is_locked
 from common.paths import find_recipe
 from common.train import metrics
 from common.train.manifest import FORMAT, NAME, Manifest
@@ -33,6 +33,18 @@ Record = dict[str, Any]
 Say = Callable[[str], None]
 WARM_UP = 5  # steps whose speed does not count: compilation, caches, the first touch of memory
 HISTORY = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens")  # of a step's record: all but its seconds
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process has the lock of a run's folder. Writes nothing: the folder may be somebody else's."""
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or one that may not be read
+        return False
+    return False
 
 
 @dataclass(frozen=True)

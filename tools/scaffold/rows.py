@@ -11,13 +11,14 @@ from common.config import Config
 from common.data import build
 from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
-from common.data.rows import groups_of, hold_out, read_rows, write_rows
+from common.data.rows import groups_of, hold_out, read_rows
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import bases
 from common.recipe import call, load_dataset
 from common.train.plan import check_prompts, refuse_too_long
 from tools.data import checks
+from tools.data.convert import record_of, write_rows
 from tools.plan.estimate import CHARACTERS_A_TOKEN
 from tools.scaffold.split import Split
 
@@ -39,7 +40,7 @@ def write(folder: Path, found: Split) -> None:
     write_rows(folder / SOURCE, found.rows)
     with (folder / PROMPTS).open("x", encoding="utf-8", newline="\n") as file:
         for row in found.asked:  # with the answer that was written for it, for whoever reads the file
-            record = {**row.record(), "prompt": row.prompt}
+            record = {**record_of(row), "prompt": row.prompt}
             file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     for row, again in zip(found.rows, read_rows(folder / SOURCE), strict=True):
         if row.messages != again.messages:
