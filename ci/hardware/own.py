@@ -55,6 +55,6 @@ def strangers(job: Job) -> list[int]:
     `end_own` came first: no container of this job is left, or it could not be ended, and there is no reset.
     """
     own, keys = job.record.get("process"), set(job.record["cards"])
-    cards = host.cards([node.path for node in detect.detect().nodes])
+    cards = host.cards([node.path for node in detect.nodes()])
     pids = [pid for card in cards if card.pci in keys for pid in card.holders]
     return [pid for pid in dict.fromkeys(pids) if process(pid) != own]

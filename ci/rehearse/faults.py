@@ -17,13 +17,13 @@ from typing import Any
 from ci.rehearse.ground import Ground
 from common.paths import ROOT
 from tests.doubles import machines
-from tools.machine import host
 
 HOLD = """
 import os, sys
-from tools.machine import lease
+from tools.machine import host, lease
 from tools.machine.lease import Owner
-with lease.taken(sys.argv[2:], Owner(sys.argv[1], os.getpid(), "somebody-elses-run")):
+keys = [card.key for card in host.cards(sys.argv[2:])]
+with lease.taken(keys, Owner(sys.argv[1], os.getpid(), "somebody-elses-run")):
     print("taken", flush=True)
     sys.stdin.read()
 """
@@ -64,8 +64,7 @@ def around(plant: Callable[[Ground], object]) -> Surroundings:
 @contextlib.contextmanager
 def held(ground: Ground) -> Iterator[None]:
     """Another process has the board's leases and its nodes open."""
-    cards = host.cards(ground.board.device_nodes, ground.root)
-    command = [sys.executable, "-c", HOLD, ground.board.name, *(card.key for card in cards)]
+    command = [sys.executable, "-c", HOLD, ground.board.name, *ground.board.device_nodes]
     environment = os.environ | ground.machine()
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

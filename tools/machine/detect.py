@@ -28,15 +28,6 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Detection:
-    """The board this machine shows (None: none of the table, or not just one), why, and every node found."""
-
-    hardware: Hardware | None
-    reason: str
-    nodes: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
 class Choice:
     """The hardware a run uses, the sentence that says why, and its device nodes on this machine."""
 
@@ -50,38 +41,24 @@ def system_root() -> Path:
     return Path(os.environ.get("RECIPES_SYSFS_ROOT") or "/")
 
 
-def detect(root: Path | None = None) -> Detection:
-    """Look at device nodes and the driver's sysfs; opens no device and needs no rights."""
-    nodes = _nodes(root or system_root())
-    if not nodes:
-        return Detection(None, "no /dev/tenstorrent/<N> node here", nodes)
-    found = f"found {_describe(nodes)}"
-    boards = {_largest(node.card, nodes) for node in nodes}
-    if None in boards:
-        return Detection(None, f"{found}, which is no board of hardware.yaml", nodes)
-    if len(boards) > 1:
-        return Detection(None, f"{found}: boards of several kinds, name one with HW=", nodes)
-    return Detection(boards.pop(), found, nodes)
-
-
-def choose(name: str | None, require_present: bool = True, root: Path | None = None) -> Choice:
+def choose(name: str | None, require_present: bool = True) -> Choice:
     """Return the hardware of a run: the named one, else the detected one, else cpu.
 
     A named board is never replaced: if its nodes are not here this raises MachineError, or says so in the
     reason with `require_present=False` (a dry run). An unknown name raises UsageError.
     """
     if not name:
-        return _default(detect(root))
+        return _detected(nodes())
     hw = get(name)
     if hw.is_cpu:
         return Choice(hw, f"{hw.name}: as named", ())
-    nodes = _nodes(root or system_root())
-    mine = _pick(hw, nodes)
+    found = nodes()
+    mine = _pick(hw, found)
     if mine:
         unread = "" if all(node.card for node in mine) else " (card type not readable, taken at its word)"
         return Choice(hw, f"{hw.name}: as named, found {_describe(mine)}{unread}", tuple(node.path for node in mine))
     wanted = f"{hw.nodes} node{'s' if hw.nodes > 1 else ''} of {' or '.join(hw.cards)} in /dev/tenstorrent"
-    looked = f"looked for {wanted}, found {_describe(nodes)}{_without_node(root or system_root(), nodes)}"
+    looked = f"looked for {wanted}, found {_describe(found)}{_without_node(found)}"
     if require_present:
         raise MachineError(
             f"{hw.name} was named but is not on this machine: {looked}",
@@ -91,36 +68,41 @@ def choose(name: str | None, require_present: bool = True, root: Path | None = N
     return Choice(hw, f"{hw.name}: as named, but not on this machine: {looked}", ())
 
 
-def _default(seen: Detection) -> Choice:
-    if seen.hardware is None:
-        return Choice(get("cpu"), f"cpu: HW is not set and {seen.reason}", ())
-    mine = tuple(node.path for node in _pick(seen.hardware, seen.nodes))
-    return Choice(seen.hardware, f"{seen.hardware.name}: HW is not set and {seen.reason}", mine)
+def _detected(found: tuple[Node, ...]) -> Choice:
+    """The one board that these nodes make up, else cpu; why."""
+    boards = {_largest(node.card, found) for node in found}
+    if not found:
+        why = "no /dev/tenstorrent/<N> node here"
+    elif None in boards:
+        why = f"found {_describe(found)}, which is no board of hardware.yaml"
+    elif len(boards) > 1:
+        why = f"found {_describe(found)}: boards of several kinds, name one with HW="
+    elif hw := boards.pop():
+        mine = tuple(node.path for node in _pick(hw, found))
+        return Choice(hw, f"{hw.name}: HW is not set and found {_describe(found)}", mine)
+    return Choice(get("cpu"), f"cpu: HW is not set and {why}", ())
 
 
-def _nodes(root: Path) -> tuple[Node, ...]:
-    folder = root / "dev/tenstorrent"
+def nodes() -> tuple[Node, ...]:
+    """Return the device nodes of this machine; opens no device and needs no rights."""
+    folder = system_root() / "dev/tenstorrent"
     # udev also makes by-id/ links: only numeric names are nodes.
     numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
-    return tuple(
-        Node(number, attribute(root, number, "tt_card_type"), attribute(root, number, "tt_serial"))
-        for number in numbers
-    )
+    return tuple(Node(number, attribute(number, "tt_card_type"), attribute(number, "tt_serial")) for number in numbers)
 
 
-def attribute(root: Path, number: int, name: str) -> str | None:
+def attribute(number: int, name: str) -> str | None:
     """What the driver says of node `number` in sysfs; None: it does not say."""
     try:
-        return (root / f"sys/class/tenstorrent/tenstorrent!{number}" / name).read_text("ascii").strip() or None
+        return (system_root() / f"sys/class/tenstorrent/tenstorrent!{number}" / name).read_text("ascii").strip() or None
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def _without_node(root: Path, nodes: tuple[Node, ...]) -> str:
+def _without_node(nodes: tuple[Node, ...]) -> str:
     """Cards that the driver lists but that have no device node (udev, or a container without --device)."""
-    known = {node.index for node in nodes}
-    listed = sorted(path.name for path in (root / "sys/class/tenstorrent").glob("tenstorrent!*"))
-    lost = [name for name in listed if name.partition("!")[2] not in {str(index) for index in known}]
+    known = {f"tenstorrent!{node.index}" for node in nodes}
+    lost = sorted({path.name for path in (system_root() / "sys/class/tenstorrent").glob("tenstorrent!*")} - known)
     return f"; sysfs lists {', '.join(lost)} without a node" if lost else ""
 
 

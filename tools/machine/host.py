@@ -44,20 +44,19 @@ class Card:
         return None if self.dma is None else self.dma.startswith("DMA")
 
 
-def cards(nodes: Sequence[str], root: Path | None = None) -> tuple[Card, ...]:
-    """The cards of these /dev/tenstorrent/<N> nodes."""
-    root = root or system_root()
-    return tuple(_card(root, node) for node in nodes)
+def cards(nodes: Sequence[str]) -> tuple[Card, ...]:
+    """Return the cards of these /dev/tenstorrent/<N> nodes."""
+    return tuple(map(_card, nodes))
 
 
-def _card(root: Path, node: str) -> Card:
-    number = int(Path(node).name)
+def _card(node: str) -> Card:
+    root, number = system_root(), int(Path(node).name)
     device = root / f"sys/class/tenstorrent/tenstorrent!{number}/device"  # a link to the PCI device
     dma = _read(device / "iommu_group/type") or "none" if device.exists() else None
     pids = _read(root / f"proc/driver/tenstorrent/{number}/pids") or ""
     holders = tuple(int(word) for word in pids.split() if word.isdecimal())
     pci = device.resolve().name if device.exists() else None
-    return Card(node, pci, attribute(root, number, "tt_fw_bundle_ver"), dma, holders)
+    return Card(node, pci, attribute(number, "tt_fw_bundle_ver"), dma, holders)
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,18 @@ class HugePages:
     mounted: bool
 
 
-def hugepages(root: Path | None = None) -> HugePages:
-    root = root or system_root()
+def hugepages() -> HugePages:
+    """Return what the kernel says of its huge pages."""
+    root = system_root()
     count = _read(root / "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages") or "0"
     mounts = (_read(root / "proc/mounts") or "").splitlines()
     mounted = any(line.split()[1:3] == [str(HUGEPAGES), "hugetlbfs"] and "pagesize=1024M" in line for line in mounts)
     return HugePages(int(count), mounted)
 
 
-def driver(root: Path | None = None) -> str | None:
-    """The version of the kernel's tenstorrent module; None where it is not loaded."""
-    return _read((root or system_root()) / "sys/module/tenstorrent/version")
+def driver() -> str | None:
+    """Return the version of the kernel's tenstorrent module; None where it is not loaded."""
+    return _read(system_root() / "sys/module/tenstorrent/version")
 
 
 def facts(nodes: Sequence[str]) -> dict[str, Any]:
