@@ -130,9 +130,8 @@ def header(lock: Lock, torch_missing: bool) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def make(lock: Lock, cpu_index: bool) -> str:
-    """The whole text of one lock file."""
-    old = lock.path.read_text() if lock.path.exists() else ""
+def make(lock: Lock, old: str, cpu_index: bool) -> str:
+    """The whole text of one lock file, which was `old`."""
     body = compile_lock(lock, old, cpu_index)
     if not lock.has_torch:
         return header(lock, torch_missing=False) + body
@@ -143,28 +142,19 @@ def make(lock: Lock, cpu_index: bool) -> str:
     return header(lock, torch_missing=block is None) + body
 
 
-def write(path: Path, text: str) -> str:
-    """Replaces the file if it differs; what happened, in words."""
-    if path.exists() and path.read_text() == text:
-        return "unchanged"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-    return "written"
-
-
 def main() -> None:
     os.chdir(ROOT)
-    locks = [lock for lock in LOCKS if lock.has_torch]
-    missing = [lock for lock in locks if not lock.path.exists() or torch_block(lock.path.read_text()) is None]
+    before = {lock: lock.path.read_text() if lock.path.exists() else "" for lock in LOCKS}
+    missing = [lock for lock, old in before.items() if lock.has_torch and torch_block(old) is None]
     cpu_index = bool(missing) and cpu_index_answers()
     if missing and not cpu_index:
         print(f"PyTorch's CPU index does not answer ({TORCH_INDEX}); going on without it", flush=True)
-    for lock in LOCKS:
-        text = make(lock, cpu_index)
+    for lock, old in before.items():
+        text = make(lock, old, cpu_index)
+        lock.path.write_text(text)
         count = len(re.findall(r"^[a-z0-9].*==", text, re.MULTILINE))
         torch = ", torch left out" if lock.has_torch and torch_block(text) is None else ""
-        print(f"{lock.path}: {count} packages{torch}, {write(lock.path, text)}", flush=True)
+        print(f"{lock.path}: {count} packages{torch}, {'unchanged' if text == old else 'written'}", flush=True)
 
 
 if __name__ == "__main__":

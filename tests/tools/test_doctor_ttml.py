@@ -47,12 +47,13 @@ def test_a_build_that_has_everything_is_told_as_it_is(tmp_path, generation):
     here, absent = (UNFUSED, FUSED) if generation == "B" else (FUSED, UNFUSED)
     assert statuses(found)[f"blocks/0/{here}/weight"] == "present"
     assert statuses(found)[f"blocks/0/{absent}/weight"] == "missing", "and that is no error: it is not required"
-    assert set(found.build) == {"tt-metal", "ttnn", "ttml", "projections"}
-    assert found.build["projections"] == ("not fused" if generation == "B" else f"fused: {FUSED}, mlp/w_gate_up")
+    assert set(found.build) == {"tt-metal", "ttnn", "ttml"}
 
 
 def test_projections_are_fused_one_by_one(tmp_path):
-    assert examined(tmp_path, fused=["gate_up"]).build["projections"] == "fused: mlp/w_gate_up"
+    found = statuses(examined(tmp_path, fused=["gate_up"]))
+    assert found["blocks/0/mlp/w_gate_up/weight"] == found[f"blocks/0/{UNFUSED}/weight"] == "present"
+    assert found["blocks/0/mlp/w1/weight"] == found[f"blocks/0/{FUSED}/weight"] == "missing"
 
 
 def test_without_a_device_parameters_cannot_be_told(tmp_path):
@@ -60,7 +61,6 @@ def test_without_a_device_parameters_cannot_be_told(tmp_path):
     found = examined(tmp_path, device=False, busy=True)
     assert verdicts(found) == {"ttml.build": True, "ttml.names": True, "ttml.model": None}
     assert statuses(found)["fc/weight"] == "cannot be told"
-    assert "projections" not in found.build
 
 
 def test_everything_that_an_older_build_lacks_is_named(tmp_path):
@@ -110,26 +110,6 @@ def test_a_device_in_use_is_a_finding_and_the_names_are_told_all_the_same(tmp_pa
 def test_a_ttml_that_is_none_is_one_message(tmp_path, switches, words):
     with pytest.raises(MachineError, match=words):
         examined(tmp_path, **switches)
-
-
-def test_signatures_are_told_as_the_build_declares_them(tmp_path):
-    with machine(tmp_path) as name:
-        importlib.import_module("ttml").core.clip_grad_norm = Bound()
-        found = {row["name"]: row["signature"] for row in examine_ttml(get(name), False).names}
-    assert found["ttml.optimizers.AdamWConfig.make(lr)"].startswith("(lr: ")
-    assert found["ttml.core.clip_grad_norm"] == "clip_grad_norm(parameters: object, max_norm: float) -> object"
-    assert found["ttml.ops.ReduceType.NONE"] is None
-    assert found["fc/weight"] is None
-
-
-class Bound:
-    """clip_grad_norm(parameters: object, max_norm: float) -> object
-
-    As nanobind documents a function."""
-
-    __signature__ = "none that inspect can read"
-
-    def __call__(self) -> None: ...
 
 
 # --- the verbs ------------------------------------------------------------------------------------------------------

@@ -36,57 +36,36 @@ class Inputs:
     ca_bundle: Path | None = None
 
 
-@dataclass(frozen=True)
-class Built:
-    """An image as the engine describes it."""
-
-    id: str
-    layers: tuple[str, ...]
-    size: int
-    base_size: int
-
-
-def build_and_record(target: str, lock: Json, inputs: Inputs, say: Say, *, no_cache: bool = False) -> Built:
+def build_and_record(target: str, lock: Json, inputs: Inputs, say: Say, *, no_cache: bool = False) -> None:
     """Build `target` in this checkout and remember it in docker/images.local.json.
 
     Raises MachineError where a pin is unknown, a wheel is missing, or the engine cannot build.
     """
     variables = build_variables(lock, target, inputs)
-    wheels = fill_wheelhouse(lock, target, inputs.wheelhouse, ROOT / "docker" / "wheelhouse", say)
-    built = build(target, variables, context=ROOT, no_cache=no_cache)
+    fill_wheelhouse(lock, target, inputs.wheelhouse, ROOT / "docker" / "wheelhouse", say)
+    image = build(target, variables, context=ROOT, no_cache=no_cache)
     record_local(
         target,
         {
-            "id": built.id,
+            "id": image["Id"],
             "lock_sha256": pins_sha256(lock, target),
             "base": variables[base_variable(target)],
             "commit": variables["COMMIT"],
             "created": utc_now(),
         },
     )
-    say(
-        f"{target}: {built.id}, {megabytes(built.size)} MB = base {megabytes(built.base_size)} + "
-        f"{megabytes(built.size - built.base_size)}; "
-        f"its {len(wheels)} wheels are {megabytes(unpacked(wheels))} MB unpacked"
-    )
-    return built
+    say(f"{target}: {image['Id']}, {image['Size'] / 1e6:.0f} MB")
 
 
-def build(
-    target: str, variables: dict[str, str], *, context: Path, no_cache: bool = False, tag: str = "local"
-) -> Built:
-    """One `docker buildx bake` of `target` with `context` as the checkout; the image it made."""
+def build(target: str, variables: dict[str, str], *, context: Path, no_cache: bool = False, tag: str = "local") -> Json:
+    """Run one `docker buildx bake` of `target` with `context` as the checkout; return the engine's image."""
     name = f"recipes-{target}:{tag}"
     options = ["--no-cache"] if no_cache else []
     bake(target, variables, *options, "--set", f"{target}.tags={name}", context=context)
-    image, base = inspect_image(name), inspect_image(variables[base_variable(target)])
+    image = inspect_image(name)
     if image is None:
         raise MachineError(f"the build ended well, but the engine has no image {name}", todo="docker buildx ls")
-    return Built(image["Id"], tuple(image["RootFS"]["Layers"]), image["Size"], base["Size"] if base else 0)
-
-
-def megabytes(size: int) -> int:
-    return round(size / 1e6)
+    return image
 
 
 # --- what the bake file is told -------------------------------------------------------------------------------------
@@ -106,7 +85,8 @@ def build_variables(lock: Json, target: str, inputs: Inputs) -> dict[str, str]:
         raise MachineError(
             f"{target} cannot be built: not every pin is known\n    " + "\n    ".join(unknown),
             where=str(LOCK),
-            todo=_way_to_pins(unknown),
+            todo="`recipe lock` reads what it can where the network is in reach; a base can also be named: "
+            f"BASE_IMAGE=image@sha256:... with Python 3.11, or {LOCAL_BASE}, which ci/engine.sh makes",
         )
     base = pins["base"]
     variables = {
@@ -126,15 +106,6 @@ def build_variables(lock: Json, target: str, inputs: Inputs) -> dict[str, str]:
             "OPENMPI_SHA256": pins["openmpi"]["deb_sha256"],
         }
     return variables
-
-
-def _way_to_pins(unknown: list[str]) -> str:
-    todo = "`recipe lock` reads what it can where the network is in reach"
-    if all(line.startswith("base.") for line in unknown):
-        todo += (
-            f"; or name a base with Python 3.11: BASE_IMAGE=image@sha256:..., or {LOCAL_BASE}, which ci/engine.sh makes"
-        )
-    return todo
 
 
 def _checked_base(base_image: str | None) -> str | None:
@@ -212,10 +183,3 @@ def _pip(command: list[str], requirements: Path) -> None:
             where=str(requirements),
             todo="check pip's index (TORCH_INDEX for torch), or name a folder that has them: WHEELHOUSE=folder",
         )
-
-
-def unpacked(wheels: list[Path]) -> int:
-    """Bytes of what is in the wheels."""
-    import zipfile
-
-    return sum(entry.file_size for wheel in wheels for entry in zipfile.ZipFile(wheel).infolist())

@@ -7,7 +7,6 @@ that caller, and nothing is lent.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from common.errors import MachineError
 from common.paths import home
 from tools.containers.spec import USER
+from tools.runs.folder import runs_in
 
 CACHES = ("bases", "corpora", "tokens", "tokenizers", "kernels", "hub")  # what a run writes below RECIPES_HOME
 
@@ -25,15 +25,8 @@ class EngineLost(MachineError):
 
 def candidates(out: Path, new: str, recipe: str) -> list[Path]:
     """Folders that a run of `recipe` may write to: its own new one, and unfinished ones that it may go on with."""
-    return [out / new, *(path.parent for path in out.glob("*/manifest.json") if _unfinished(path, recipe))]
-
-
-def _unfinished(manifest: Path, recipe: str) -> bool:
-    try:
-        values = json.loads(manifest.read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("recipe") == recipe and values.get("exit_reason") != "done"
+    mine = (run for run in runs_in(out) if run.fact("recipe") == recipe and run.fact("exit_reason") != "done")
+    return [out / new, *(run.folder for run in mine)]
 
 
 @contextlib.contextmanager

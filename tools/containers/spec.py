@@ -68,14 +68,10 @@ class Spec:
     cpus: str | None = None
     terminal: bool = False
 
-    @property
-    def user_name(self) -> str:
-        return f"{self.user[0]}:{self.user[1]}"
-
 
 def arguments_of(spec: Spec) -> list[str]:
     """Return what follows `docker create` or `docker run`; docker takes the values of `secret` from its environment."""
-    words = ["--name", spec.name, "--user", spec.user_name, "--workdir", str(ROOT), "--init", "--read-only"]
+    words = ["--name", spec.name, "--user", "{}:{}".format(*spec.user), "--workdir", str(ROOT), "--init", "--read-only"]
     words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
     words += ["--ipc", "host"]  # tt-umd's locks between processes lie in /dev/shm
     words += [word for outside, inside in spec.devices for word in ("--device", f"{outside}:{inside}:rw")]

@@ -40,7 +40,8 @@ def verify_contents(hw: Hardware, container: str | None, say: Say) -> None:
             where=image.reference,
             todo="stop it and launch again, so that it starts from this one",
         )
-    python = ["exec", container, "python"] if container else _in_a_container(image)
+    alone = ["run", "--rm", "--network", "none", "--entrypoint", "python", image.reference]
+    python = ["exec", container, "python"] if container else alone
     wrong = list(differences(image, described, pins_of(lock, hw.image), json.loads(docker(*python, "-c", INSTALLED))))
     if wrong:
         raise VerificationError(
@@ -50,10 +51,6 @@ def verify_contents(hw: Hardware, container: str | None, say: Say) -> None:
         )
     what = f"container {container}" if container else "image"
     say(f"{what}: {image.source} {image.reference} holds the lock's packages, at their versions; never root")
-
-
-def _in_a_container(image: Image) -> list[str]:
-    return ["run", "--rm", "--network", "none", "--entrypoint", "python", image.reference]
 
 
 def differences(image: Image, described: Json, pins: Json, installed: dict[str, str]) -> Iterator[str]:
@@ -98,8 +95,7 @@ def verify_layers(hw: Hardware, inputs: Inputs, say: Say) -> None:
             clone = Path(folder) / name
             _clone(clone, wheels)
             say(f"building {target} without a cache in {clone}")
-            built = build(target, variables, context=clone, no_cache=True, tag="verify")
-            layers.append(built.layers)
+            layers.append(build(target, variables, context=clone, no_cache=True, tag="verify")["RootFS"]["Layers"])
             docker("image", "rm", f"recipes-{target}:verify")
     if layers[0] != layers[1]:
         pairs = [f"{index}: {pair[0]} and {pair[1]}" for index, pair in enumerate(zip(*layers, strict=True))]

@@ -5,7 +5,6 @@ Nothing is changed or reset. What the machine itself lacks is tools/doctor/machi
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from typing import Any
 
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
-from engines.ttml import hf_map
 from engines.ttml.contract import ALL, contract, probe
 from engines.ttml.engine import open_ttml
 from engines.ttml.mesh import image_hint, prepare_environment
@@ -84,29 +82,15 @@ def examine_ttml(hw: Hardware, device: bool) -> Ttml:
     else:
         found.build = build.versions()
         found.findings.append(Diagnosis("ttml.build", True, f"API generation {build.generation}"))
-        model, parameters = _small_model(hw, found) if device else (Diagnosis("ttml.model", None, NO_DEVICE), None)
+        model, parameters = _small_model(hw) if device else (Diagnosis("ttml.model", None, NO_DEVICE), None)
     for row in contract(parameters):
         required = row["generations"] == ALL
-        more = {"required": required, "status": STATUS[row["found"]], "signature": signature_of(row["name"])}
-        found.names.append({**row, **more})
+        found.names.append({**row, "required": required, "status": STATUS[row["found"]]})
     found.findings += [_names(hw, found), model]
     return found
 
 
-def signature_of(name: str) -> str | None:
-    """Return how the build declares a function or class; a binding says it in its docstring, or not at all."""
-    value: Any = sys.modules.get(name.partition(".")[0])
-    for part in name.partition("(")[0].split(".")[1:]:
-        value = getattr(value, part, None)
-    if not callable(value):
-        return None
-    try:
-        return str(inspect.signature(value))
-    except (TypeError, ValueError):
-        return str(getattr(value, "__doc__", None) or "").partition("\n")[0] or None
-
-
-def _small_model(hw: Hardware, found: Ttml) -> tuple[Diagnosis, list[str] | None]:
+def _small_model(hw: Hardware) -> tuple[Diagnosis, list[str] | None]:
     """Return whether the small Llama has the parameters we map, and their names if it could be built."""
     names = None
     try:
@@ -115,14 +99,11 @@ def _small_model(hw: Hardware, found: Ttml) -> tuple[Diagnosis, list[str] | None
                 backend.build(ARCHITECTURE)
             finally:
                 names = list(backend.weights) or None
-            linears = hf_map.linears_of(backend.entries)
     except RecipeError as error:
         return Diagnosis("ttml.model", False, error.what, error.todo), names
     except Exception as error:  # what ttml raises has no common class
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Diagnosis("ttml.model", False, f"a small Llama cannot be built: {said}", image_hint(hw)), names
-    fused = [name for name in ("attention/qkv_linear", "mlp/w_gate_up") if name in linears]
-    found.build["projections"] = f"fused: {', '.join(fused)}" if fused else "not fused"
     return Diagnosis("ttml.model", True, f"a small Llama opens with {len(names or ())} parameters, all mapped"), names
 
 

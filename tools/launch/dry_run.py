@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from common.config import Config
@@ -38,7 +38,7 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
     yield f"device nodes: {', '.join(here.nodes) or 'none needed'}"
     yield f"{start_of(config)}; precision {precision}; {config.batch_equation}; mesh {config.device.mesh_shape}"
     yield from launch.warnings
-    lacking = list(lacks_contained(board) if contained else lacks(board, config)) + missing(config)
+    lacking = [*lacks(board, config, contained), *missing(config)]
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)
 
@@ -59,34 +59,21 @@ def image_of(board: Hardware) -> Image | None:
         return None
 
 
-def lacks_contained(board: Hardware) -> Iterator[str]:
-    """What a run in a container needs and this machine does not have."""
-    for needed in (lambda: detect.choose(board.name), lambda: image_for(board), check_engine):
-        try:
-            needed()
-        except MachineError as error:
-            yield error.what
-
-
-def lacks(board: Hardware, config: Config) -> Iterator[str]:
-    """What a run on this machine's own Python needs and this machine does not have."""
-    if not board.is_cpu:
-        from engines.ttml.limits import mesh_of
-
-        try:
-            detect.choose(board.name)
-        except RecipeError as error:
-            yield error.what
+def lacks(board: Hardware, config: Config, contained: bool) -> Iterator[str]:
+    """What a run needs and this machine does not have: in a container, or on this machine's own Python."""
+    needs: list[Callable[[], object]]
+    if contained:
+        needs = [lambda: detect.choose(board.name), lambda: image_for(board), check_engine]
+    elif board.is_cpu:
+        needs = [lambda: engine_for(board).refuse_launch(board, config)]
+    else:
+        mesh = config.device.mesh_shape or board.mesh_shape
+        needs = [lambda: detect.choose(board.name)]
+        needs += [lambda: find_descriptor(board, mesh)] if mesh != (1, 1) else []
         if importlib.util.find_spec("ttml") is None:
             yield "ttml, which is built with tt-metal (build_metal.sh --build-tt-train); no package index has it"
-        mesh = mesh_of(board, config)
-        if mesh != (1, 1):
-            try:
-                find_descriptor(board, mesh)
-            except RecipeError as error:
-                yield error.what
-    else:
+    for need in needs:
         try:
-            engine_for(board).refuse_launch(board, config)
+            need()
         except RecipeError as error:
             yield error.what
