@@ -200,7 +200,7 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
         overlay=shown(recipe_dir / "hw") if overlay else None,
         recipe_batch=batch if type(batch) is int else None,
     )
-    return _fit(config, hw)
+    return split_over_devices(config, hw)
 
 
 def load_resolved(path: Path) -> Config:
@@ -276,7 +276,7 @@ def _preset(folder: Path, stack: Sequence[Layer]) -> list[Layer]:
     return [layer]
 
 
-def _fit(config: Config, hw: Hardware) -> Config:
+def split_over_devices(config: Config, hw: Hardware) -> Config:
     """Fill in the mesh and the rows that a device holds at once. Raise UsageError where the batch does not divide."""
     device, training, places = config.device, config.training, config.where
     mesh = device.mesh_shape or ((1, 1) if device.enable_ddp is False else hw.mesh_shape)

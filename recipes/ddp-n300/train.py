@@ -7,7 +7,7 @@
 
 Nothing below knows how many devices there are: data parallel is `device_config.mesh_shape`, [1, N], and any recipe
 takes it. `batch_size` is the rows of a step of all devices together, and the loss is divided by the tokens of them all,
-so the number of devices changes no gradient. How: engines/cpu/ranks.py for processes on a CPU, ttml.py for chips.
+so the number of devices changes no gradient. How: engines/cpu/ranks.py for processes, engines/ttml/engine.py for chips.
 """
 
 from __future__ import annotations
