@@ -97,7 +97,7 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
         sync(run.folder)
     record_in(manifest, run.folder, record)
-    say(f"export of step {run.step} ({sizes(folder, dtype)}) {outcome.line()}")
+    say(f"export of step {run.step} ({dtype}) {outcome.line()}")
     if outcome.status == "failed":
         raise VerificationError(f"the export is not good: {outcome.reason}", where=str(folder), todo=TO_DO)
     return folder
@@ -164,15 +164,3 @@ def damaged(folder: Path, record: dict[str, Any]) -> str:
         if not path.is_file() or sha256_file(path) != sha256:
             return f"{name} is {'damaged' if path.is_file() else 'missing'}"
     return ""
-
-
-def sizes(folder: Path, dtype: str) -> str:
-    """Return `merged fp32 538 MB, adapter 20 MB`."""
-    weights = {
-        "merged": folder / "merged" / "model.safetensors",
-        "adapter": folder / "adapter" / "adapter_model.safetensors",
-    }
-    megabytes = {name: path.stat().st_size / 1e6 for name, path in weights.items() if path.is_file()}
-    return ", ".join(
-        f"{name} {dtype + ' ' if name == 'merged' else ''}{size:.3g} MB" for name, size in megabytes.items()
-    )
