@@ -20,6 +20,7 @@ from playwright.sync_api import sync_playwright
 from common.train import metrics
 from tests.support.run_folders import write_lines, write_run
 from tools.report import pages
+from tools.runs.folder import read_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -61,7 +62,8 @@ def written(tmp_path_factory) -> dict[str, Path]:
     runs = [whole, hostile, broken]
     found = {folder.name.split("-")[1]: pages.write_run(folder) for folder in runs}
     found["overview"], _ = pages.write_overview(out)
-    return found
+    records_ = [read_run(folder) for folder in runs]
+    return {**found, "comparison": pages.write_comparison(records_, out / "compare.html")}
 
 
 class Visit:
@@ -87,7 +89,7 @@ class Visit:
 
 def every_page(test: Any) -> Any:
     for name, values in {
-        "name": ("whole", "hostile", "broken", "overview"),
+        "name": ("whole", "hostile", "broken", "overview", "comparison"),
         "screen": tuple(SCREENS),
         "scheme": ("light", "dark"),
     }.items():

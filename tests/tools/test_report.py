@@ -197,6 +197,8 @@ def test_what_stands_in_data_and_config_is_shown_and_never_run(tmp_path, undrawn
     assert page.text.count("<script>alert(1)</script>") > 8
     pages.write_overview(tmp_path)
     Page((tmp_path / "report.html").read_text()).refuse_anything_active()
+    record = read_run(folder)
+    Page(pages.comparison_page([record, record], tmp_path)).refuse_anything_active()
 
 
 def test_the_policy_of_a_page_forbids_what_escaping_should_have_kept_out(tmp_path, undrawn):

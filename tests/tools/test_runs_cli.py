@@ -134,13 +134,16 @@ def test_another_seed_and_another_step_are_said(tmp_path):
     assert "evaluated after other steps (40, 30)" in said
 
 
-def test_the_command_prints_figures_config_and_verdict(tmp_path):
+def test_the_command_prints_figures_config_and_verdict_and_draws_a_page(tmp_path):
     base = write_run(tmp_path, "base")
     other = write_run(tmp_path, "other", better=0.02, overrides=("training_config.learning_rate=0.5",))
-    output = command("runs", "compare", base, other).output
+    output = command("runs", "compare", base, other, "--html", tmp_path / "page.html").output
     assert "training_config.learning_rate: " in output
     assert "| 0.5" in output
     assert "beyond the noise of the held-out rows" in output
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2
+    assert "training_config.learning_rate" in page
     found = json.loads(command("runs", "compare", base, other, "--json").output)
     assert found["verdicts"][0]["exceeds_noise"] is True
 

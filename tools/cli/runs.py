@@ -150,12 +150,14 @@ def show(run: Path) -> None:
 
 @runs.command()
 @click.argument("folders", metavar="RUN RUN...", type=RUN, nargs=-1, required=True)
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the curves, into this file.")
 @json_option
-def compare(folders: tuple[Path, ...], as_json: bool) -> None:
+def compare(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Compare runs with the first one: figures, config, and whether a gap is more than noise.
 
     Losses of other tokens, tokenizers or lengths are never compared; bits per byte are, on the same text.
     """
+    from tools.report import pages
     from tools.runs.compare import SEED_NOTE, config_table, verdict
     from tools.runs.folder import read_run
 
@@ -172,6 +174,8 @@ def compare(folders: tuple[Path, ...], as_json: bool) -> None:
             click.secho(f"\n{found.other.name} beside {records[0].name}:", bold=True)
             click.secho(found.sentence(), fg="yellow" if found.unlike else None)
         click.echo(f"\n{SEED_NOTE}")
+    if html:
+        click.echo(pages.write_comparison(records, html), err=as_json)
 
 
 @runs.command()

@@ -1,4 +1,4 @@
-"""Writes the pages: one for a run, one over all runs of a folder.
+"""Writes the pages: one for a run, one over all runs of a folder, one that compares some.
 
 A page is one file: no script, no picture, nothing fetched. Its Content-Security-Policy forbids all of that, so that
 not even a mistake in a template could run what stands in somebody's data.
@@ -52,6 +52,11 @@ def write_overview(out: Path) -> tuple[Path, int]:
     if not runs:
         raise UsageError("no runs there", where=str(out), todo="train one: recipe run NAME, or give --out FOLDER")
     return write(out / FILE, overview_page(runs, out)), len(runs)
+
+
+def write_comparison(runs: Sequence[RunFolder], path: Path) -> Path:
+    """Write the page that compares these runs, the first one being what the others are measured by."""
+    return write(path, comparison_page(runs, path.resolve().parent))
 
 
 def write(path: Path, text: str) -> Path:
@@ -112,6 +117,25 @@ def overview_page(runs: Sequence[RunFolder], out: Path) -> str:
         rows=[row(run, out.resolve()) for run in runs],
         groups=[overlay(group, f"group-{number}") for number, group in enumerate(alike[:GROUPS])],
         not_drawn=sum(len(group) for group in alike[GROUPS:]),
+        faults=[f"{run.name}: {fault}" for run in runs for fault in run.faults],
+    )
+
+
+def comparison_page(runs: Sequence[RunFolder], folder: Path) -> str:
+    """Return the page that compares runs with the first of them."""
+    from tools.runs import compare
+
+    base, *others = runs
+    return render(
+        "comparison.html",
+        title=f"{len(runs)} runs compared",
+        rows=[row(run, folder) for run in runs],
+        base=base,
+        verdicts=[compare.verdict(base, other) for other in others],
+        seed_note=compare.SEED_NOTE,
+        groups=[overlay(group, f"group-{number}") for number, group in enumerate(compare.groups(runs))],
+        config=compare.config_table(runs),
+        names=[run.name for run in runs],
         faults=[f"{run.name}: {fault}" for run in runs for fault in run.faults],
     )
 
