@@ -146,9 +146,9 @@ class Config(Section):
 
     def changes(self, other: Config) -> list[str]:
         """List what differs in `other`, a line for each key: `training_config.learning_rate: 0.0001 -> 0.0002`."""
-        old, new = dict(flatten(self.dump())), dict(flatten(other.dump()))
-        keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-        return [f"{dotted(key)}: {_text(old.get(key, _ABSENT))} -> {_text(new.get(key, _ABSENT))}" for key in keys]
+        old, new = ({key: _text(value) for key, value in flatten(config.dump())} for config in (self, other))
+        values = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in {**old, **new}}
+        return [f"{dotted(key)}: {was} -> {now}" for key, (was, now) in values.items() if was != now]
 
     def config_digest(self) -> str:
         """Return the sha256 over every value, for the record."""
@@ -220,11 +220,8 @@ def load_resolved(path: Path) -> Config:
 _STOP: tuple[Key, Key] = (("training_config", "max_steps"), ("training_config", "num_epochs"))
 _BATCH, _MICRO_BATCH = "training_config.batch_size", "training_config.micro_batch_size"
 _ACCUMULATION = "training_config.gradient_accumulation_steps"  # no key any more, and told apart from a typing mistake
-_CONVERSION: dict[str, Any] = {
-    "revision": None,
-    "format": "auto",
-    "map": {},
-}  # keys that were there
+# Keys of the data section that there were once, with what they said where nothing was to convert.
+_CONVERSION: dict[str, Any] = {"revision": None, "format": "auto", "map": {}}
 # Names that other training tools use, and ours.
 _SYNONYMS = {
     "lr": "training_config.learning_rate",
@@ -402,11 +399,8 @@ def _keys(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tupl
                 yield from _keys(kind, here)
 
 
-_ABSENT = object()
-
-
 def _text(value: Any) -> str:
-    return "(absent)" if value is _ABSENT else json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _sha256(tree: Mapping[str, Any]) -> str:

@@ -39,10 +39,8 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _keeps_its_rules(self) -> Self:
-        found = [
-            InitErrorDetails(
-                type=PydanticCustomError("rule", "{text}", {"text": text}), loc=tuple(key.split(".")), input=self
-            )
+        found: list[InitErrorDetails] = [
+            {"type": PydanticCustomError("rule", "{text}", {"text": text}), "loc": tuple(key.split(".")), "input": self}
             for key, text in self.mistakes()
         ]
         if found:

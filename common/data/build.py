@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +73,6 @@ class BuildReport:
             found.append(f"  and {len(self.cut) - CUTS_SHOWN} more")
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self)
-
 
 def read_splits(splits: Splits, config: Config, recipe_dir: Path) -> dict[str, list[Any]]:
     """Call a recipe's `splits`; return the rows, or the texts of a corpus, always under both names.
@@ -116,7 +112,7 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
     if len(dataset.train) < config.training.batch_size:
         raise DataError(
             f"{len(dataset.train)} training rows do not fill one batch of {config.training.batch_size}",
-            where=source_of(data),
+            where=str(data.corpus or data.source),
             todo="add rows, or lower training_config.batch_size",
         )
     return dataset
@@ -156,10 +152,6 @@ def rows_sha256(rows: Sequence[Row]) -> str:
         turns = [[turn.role, turn.content] for turn in row.messages]
         digest.update(json.dumps([Path(row.where).name, turns]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def source_of(data: Data) -> str:
-    return str(data.corpus or data.source)
 
 
 def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:

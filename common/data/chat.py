@@ -12,6 +12,7 @@ the file as it stands, and the ids are equal again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data.rows import Message, Row
+from common.data.rows import ROLES, Message, Row
 from common.data.tokens import Encoded
 from common.errors import DataError
 from common.files import read_json
@@ -31,9 +32,8 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from tokenizers import Tokenizer
 
-__all__ = ["ChatTokenizer", "Encoded"]
-
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+PROBE = {"system": "sysj", "user": "qzjq", "assistant": "ajzj"}  # words that no template writes itself
 # What a role marker looks like in this family's templates: <|user|>, </s>, [INST], ### Answer:
 MARKER_SHAPES = re.compile(r"<<[^<>\s]+>>|<\|?/?[^<>\s]+\|?>|\[/?[A-Z][A-Z_]+\]|#{2,} ?\w+:")
 
@@ -56,12 +56,15 @@ class ChatTokenizer:
         self._compiled = compile_template(template) if template else None
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         added = tokenizer.get_added_tokens_decoder()
-        self._special = {id for id, token in added.items() if token.special}
-        turn_end = self._find_turn_end()
+        own_text = self._own_text()
+        # The special token that closes an answer in the template may be another one than eos_token.
+        special = {id for id, token in added.items() if token.special}
+        turn_end = [id for id in self.encode_text(own_text[-1] if own_text else "") if id in special][:1]
         named = [tokenizer.token_to_id(self.tokens["eos_token"])] if "eos_token" in self.tokens else []
         stops = [id for id in [*named, *stop_ids, *turn_end] if id is not None]
         self.eos_ids = tuple(dict.fromkeys(stops))
-        markers = {token.content for token in added.values() if token.special} | self._written_markers()
+        markers = {added[id].content for id in special}
+        markers |= {marker for piece in own_text for marker in MARKER_SHAPES.findall(piece)}
         self._markers = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)) or r"(?!)")
 
     @classmethod
@@ -250,35 +253,18 @@ class ChatTokenizer:
                     todo="write the marker another way, for example with a space inside",
                 )
 
-    def _probe(self) -> list[str]:
-        """Return the template's own text around a question and its answer; empty where it refuses these two."""
-        if self._compiled is None:
-            return []
-        question, answer = "qzjq", "ajzj"
-        try:
-            text = self.render([Message("user", question), Message("assistant", answer)])
-            opened = self.render([Message("user", question)], answer_next=True)
-        except DataError:
-            return []
-        before, _, rest = text.partition(question)
-        between, _, after = rest.partition(answer)
-        return [before, between, after, opened.partition(question)[2]]
+    def _own_text(self) -> list[str]:
+        """Return what the template itself writes around the turns of a conversation; the last is behind an answer.
 
-    def _find_turn_end(self) -> list[int]:
-        """Return the special token that closes an answer in the template, where it is another one than eos_token."""
-        pieces = self._probe()
-        after = self.encode_text(pieces[2]) if pieces else []
-        return [id for id in after if id in self._special][:1]
-
-    def _written_markers(self) -> set[str]:
-        """Return the markers that the template writes as plain text (`<|user|>` in Zephyr's, `[INST]` in Llama-2's)."""
-        pieces = self._probe()
-        try:
-            before, _, after = self.render([Message("system", "sysj"), Message("user", "qzjq")]).partition("sysj")
-            pieces = [*pieces, before, after]
-        except DataError:  # no template, or one that knows no system message
-            pass
-        return {marker for piece in pieces for marker in MARKER_SHAPES.findall(piece)}
+        Empty where there is no template, or it refuses such a conversation.
+        """
+        pieces: list[str] = []
+        for roles in (ROLES, ROLES[1:]):  # some templates know no system message
+            turns = [Message(role, PROBE[role]) for role in roles]
+            with contextlib.suppress(DataError):
+                texts = self.render(turns[:-1], answer_next=True), self.render(turns)
+                pieces += [piece for text in texts for piece in re.split("|".join(PROBE.values()), text)]
+        return pieces
 
 
 def next_turn_at(text: str, start: int, turns: Sequence[Message]) -> int:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 SHOWN = 10  # problems that a message lists
+T = TypeVar("T")
 CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 
 
@@ -60,7 +61,7 @@ class Problem:
 
 def read_rows(path: Path) -> list[Row]:
     """Return all rows of a JSONL file. Raises DataError that lists every bad line, or says that there is no row."""
-    rows, problems = scan_rows(path)
+    rows, problems = scan(path, row_of)
     refuse(problems, path)
     if not rows:
         raise DataError(
@@ -69,17 +70,20 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def scan_rows(path: Path) -> tuple[list[Row], list[Problem]]:
-    """Return the usable rows of a JSONL file and every bad line. Raises DataError if it cannot be opened."""
-    rows, problems = [], []
+def scan(path: Path, read: Callable[[Mapping[str, Any], str], T]) -> tuple[list[T], list[Problem]]:
+    """Return what `read` makes of each line of a JSONL file and its place, and every bad line with its reason.
+
+    Raises DataError if the file cannot be opened.
+    """
+    found, problems = [], []
     for where, record in json_lines(path):
         try:
             if isinstance(record, Problem):
                 raise ValueError(record.reason)
-            rows.append(row_of(record, where))
+            found.append(read(record, where))
         except ValueError as fault:
             problems.append(Problem(where, str(fault)))
-    return rows, problems
+    return found, problems
 
 
 def row_of(record: Mapping[str, Any], where: str) -> Row:
@@ -101,20 +105,19 @@ def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
     """
     if not isinstance(source, str):
         return list(source)
-    path, prompts, problems = recipe_dir / source, [], []
-    for where, record in json_lines(path):
-        try:
-            if isinstance(record, Problem):
-                raise ValueError(record.reason)
-            if "prompt" not in record:
-                raise ValueError(f"no prompt; columns: {columns_of(record)}")
-            prompts.append(valid_text(record["prompt"], "prompt"))
-        except ValueError as fault:
-            problems.append(Problem(where, str(fault)))
+    path = recipe_dir / source
+    prompts, problems = scan(path, prompt_of)
     refuse(problems, path)
     if not prompts:
         raise DataError("no prompt in this file", where=str(path), todo='one object a line: {"prompt": ...}')
     return prompts
+
+
+def prompt_of(record: Mapping[str, Any], _where: str) -> str:
+    """Return the prompt of a record. Raises ValueError with the reason when it has none."""
+    if "prompt" not in record:
+        raise ValueError(f"no prompt; columns: {columns_of(record)}")
+    return valid_text(record["prompt"], "prompt")
 
 
 def refuse(problems: Sequence[Problem], path: Path | str) -> None:

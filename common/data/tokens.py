@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,9 @@ def write(
     beside them and must be JSON. Where the folder is there, another process was first, and its content is as good.
     """
     splits = {"train": EMPTY, "held_out": EMPTY, **splits}
-    length = needed_length(splits.values()) if length is None else length
+    if length is None:
+        sizes = np.concatenate([arrays.ends - arrays.starts for arrays in splits.values()])
+        length = round_up(int(sizes.max(initial=2)) - 1)  # n tokens are n - 1 predictions
     header = {
         "format": FORMAT,
         "source_key": source_key,
@@ -250,12 +252,6 @@ def pack(rows: list[Encoded]) -> Arrays:
 
 
 EMPTY = Arrays(np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-
-def needed_length(splits: Iterable[Arrays]) -> int:
-    """Return the smallest multiple of 32 that holds the n-1 predicted tokens of every row, at least 32."""
-    longest = max((int((arrays.ends - arrays.starts).max()) for arrays in splits if len(arrays.starts)), default=1)
-    return round_up(max(longest - 1, 1))
 
 
 def content_sha256(splits: Mapping[str, Arrays]) -> str:

@@ -82,7 +82,6 @@ class Watchdog:
         """End the watching for good. Closing twice is harmless."""
         self.end()
         self.closed.set()
-        self.timer.close()
 
     def _watch(self) -> None:
         watched, waited = None, 0.0
@@ -90,10 +89,8 @@ class Watchdog:
             step = self.step
             watched, waited = step, waited + TICK if step is not None and step == watched else 0.0
             if waited > self.allowed:
-                self._leave(f"{self._what(step or 0)}: no end after {waited:.0f} s, {self.allowed:.0f} were allowed")
-
-    def _what(self, step: int) -> str:
-        return f"stalled in step {step} (number {self.begun} of this process, {self.devices})"
+                which = f"step {step} (number {self.begun} of this process, {self.devices})"
+                self._leave(f"stalled in {which}: no end after {waited:.0f} s, {self.allowed:.0f} were allowed")
 
     def _leave(self, what: str) -> None:
         try:
@@ -125,8 +122,8 @@ class KernelTimer:
         self.works = hasattr(self.libc, "timer_create") and not self.libc.timer_create(
             self.CLOCK_MONOTONIC, event, ctypes.byref(self.timer)
         )
-        self.libc.signal.restype = ctypes.c_void_p
-        self.before = self._handle(ctypes.cast(self.libc._exit, ctypes.c_void_p)) if self.works else None
+        if self.works:
+            self.libc.signal(int(signal.SIGTRAP), self.libc._exit)
 
     def start(self, seconds: float) -> None:
         """End the process in so many seconds from now; 0: do not."""
@@ -134,14 +131,3 @@ class KernelTimer:
             whole, rest = divmod(seconds, 1)
             wait = (ctypes.c_long * 4)(0, 0, int(whole), int(rest * 1e9))  # struct itimerspec: no repetition
             self.libc.timer_settime(self.timer, 0, wait, None)
-
-    def close(self) -> None:
-        """Give the timer and the signal back. Closing twice is harmless."""
-        if self.works:
-            self.works = False
-            self.libc.timer_delete(self.timer)
-            self._handle(self.before)
-
-    def _handle(self, handler: ctypes.c_void_p | None) -> ctypes.c_void_p | None:
-        before = self.libc.signal(int(signal.SIGTRAP), handler)
-        return None if before is None else ctypes.c_void_p(before)

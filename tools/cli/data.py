@@ -45,7 +45,7 @@ def build(name: str, hw: str | None, overrides: Sequence[str], as_json: bool) ->
     _, dataset = tokens_of(open_recipe(name, hw, overrides))
     if as_json:
         hashes = {"tokens_sha256": dataset.tokens_sha256, "source_key": dataset.source_key}
-        show_json(dataset.report.to_dict() | hashes)
+        show_json(vars(dataset.report) | hashes)
         return
     for line in [*dataset.report.lines(), f"tokens sha256 {dataset.tokens_sha256}", str(dataset.folder)]:
         click.echo(line)
@@ -209,7 +209,7 @@ def rows_of_file(path: Path, pairs: Sequence[str], base: str | None) -> Seen:
 def rows_of_recipe(recipe: Launch) -> Seen:
     """Return the rows of a recipe with its prompts, tokenizer and config; where lines are bad, those alone."""
     from common.data.build import read_splits
-    from common.data.rows import scan_rows
+    from common.data.rows import row_of, scan
     from common.recipe import call, load_dataset
 
     config, folder = recipe.config, recipe.recipe_dir
@@ -217,7 +217,7 @@ def rows_of_recipe(recipe: Launch) -> Seen:
     assert config.model.base is not None, "what trains on rows has a base"
     source = folder / config.data.source
     cards = [source.parent, folder]
-    if problems := scan_rows(source)[1]:  # the recipe's own builder would stop at them
+    if problems := scan(source, row_of)[1]:  # the recipe's own builder would stop at them
         return Seen(source, cards, problems=problems)
     splits, prompts = load_dataset(folder)
     rows, asked = read_splits(splits, config, folder), call(prompts, config, folder)
@@ -230,7 +230,7 @@ def report_corpus(recipe: Launch, strict: bool, as_json: bool) -> None:
     info = dataset.info
     if as_json:
         keys = ("corpus", "vocab_size", "unknown")
-        show_json({**{key: info[key] for key in keys}, **dataset.report.to_dict()})
+        show_json({**{key: info[key] for key in keys}, **vars(dataset.report)})
     else:
         click.echo("\n".join(dataset.report.lines()))
         click.echo(f"held-out documents: {', '.join(info['corpus']['held_out']['documents'])}")
