@@ -15,6 +15,7 @@ from ci import lock as lock_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"), key=lambda path: path.name)
+OF_THE_BENCH = ROOT / "bench/requirements-trl.txt"
 PYTHONS = ("3.10", "3.11", "3.12")
 
 
@@ -51,7 +52,7 @@ def test_every_lock_is_there() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, OF_THE_BENCH], ids=lambda path: path.name)
 def test_every_requirement_is_pinned_by_hash(path: Path) -> None:
     for requirement, hashes in requirements(path).items():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][\w.+]*", requirement), requirement
@@ -59,7 +60,7 @@ def test_every_requirement_is_pinned_by_hash(path: Path) -> None:
         assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in hashes), requirement
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, OF_THE_BENCH], ids=lambda path: path.name)
 def test_a_lock_says_what_and_never_where_from(path: Path) -> None:
     text = path.read_text()
     for sign in (
