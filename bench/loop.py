@@ -26,10 +26,10 @@ import numpy as np
 from common.data.order import random_words
 from common.data.tokens import Arrays, Batch, TokenSplit
 from common.engine import BackendInfo, StepStats
-from common.paths import find_recipe
 from common.recipe import load
 from tools.data.fetch import fetch_pinned
 from tools.launch.resolve import resolve
+from tools.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 Array = np.ndarray[Any, Any]

@@ -23,7 +23,7 @@ from ci.command import run
 from common import config, hardware
 from common.errors import UsageError
 from common.hardware import Hardware
-from common.paths import RECIPES, find_recipe
+from tools.recipes import RECIPES, find_recipe
 from tools.results.schema import Measured, load
 
 NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")

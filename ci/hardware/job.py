@@ -13,7 +13,7 @@ from common import hardware
 from common.errors import RecipeError, UsageError
 from common.files import disk_errors, utc_now, write_json
 from common.hardware import Hardware
-from common.paths import find_recipe
+from tools.recipes import find_recipe
 from tools.runs.folder import runs_in
 
 FORMAT = 1  # of job.json

@@ -318,8 +318,13 @@ def _from_format_1(layer: Layer) -> None:
         layer.tree["training_config"] |= {"batch_size": at_once * parts, "micro_batch_size": rows}
 
 
-def _instead_of_accumulation(layer: Layer) -> str:
-    """Return what to write for `gradient_accumulation_steps`, beside the batch_size of the same layers."""
+def _instead_of(key: str, layer: Layer) -> str:
+    """Return what to write in place of a key that there was once; empty for any other key."""
+    if key.startswith("data_config.") and key.rpartition(".")[2] in _CONVERSION:
+        command = convert_command(layer.get("data_config"))
+        return f"is no key: training reads rows as JSONL, made once by `{command}` and named in data_config.source"
+    if key != _ACCUMULATION:
+        return ""
     at_once, parts, mesh = layer.get(_BATCH), layer.get(_ACCUMULATION), layer.get("device_config.mesh_shape")
     if not isinstance(mesh, list):
         mesh = hardware.get(layer.tree["hw"]).mesh_shape if "hw" in layer.tree else (1, 1)
@@ -328,16 +333,6 @@ def _instead_of_accumulation(layer: Layer) -> str:
         return rule
     new = f"{_BATCH}={at_once * parts}; {_MICRO_BATCH}={max(1, at_once // math.prod(mesh))}"
     return f"{rule}; batch_size: {at_once} x {parts} -> {new}"
-
-
-def _instead_of(key: str, layer: Layer) -> str:
-    """Return what to do in place of a key that there was once; empty for any other key."""
-    if key == _ACCUMULATION:
-        return _instead_of_accumulation(layer)
-    if key.startswith("data_config.") and key.rpartition(".")[2] in _CONVERSION:
-        command = convert_command(layer.get("data_config"))
-        return f"is no key: training reads rows as JSONL, made once by `{command}` and named in data_config.source"
-    return ""
 
 
 def _validate(layer: Layer, what: str) -> Config:

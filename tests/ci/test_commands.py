@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from common.paths import RECIPES, ROOT
+from common.paths import ROOT
 from tests.doubles.tiny_recipe import FINE_TUNE
 from tests.support.commands import House, NotHere, Shown, Wrong, pages, shown
+from tools.recipes import RECIPES
 
 COMMANDS = [command for page in pages() for command in shown(page)]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

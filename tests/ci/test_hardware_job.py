@@ -89,7 +89,7 @@ def host(tmp_path, monkeypatch) -> Host:
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("common.paths.RECIPES", FROM_SCRATCH.parent)
+    monkeypatch.setattr("tools.recipes.RECIPES", FROM_SCRATCH.parent)
 
     def examine(job: Job, name: str) -> list[Diagnosis]:
         """As `recipe doctor` in a process of its own would find it, of the board alone."""

@@ -8,8 +8,8 @@ from common import config as configs
 from common import hardware
 from common.data import texts
 from common.data.texts import Document, text_sha256
-from common.paths import RECIPES
 from common.recipe import load
+from tools.recipes import RECIPES
 
 OURS = [path.parent for path in sorted(RECIPES.glob("*/dataset.py")) if "clean_play" in path.read_text()]
 PLAY = "KING FOX\n\nby William Shakespeare\n\n\n\nACT I.\n\n\n\nFOX.\n  A word.  \n\nTHE END"

@@ -21,11 +21,12 @@ import click
 
 from common import config as configs
 from common.errors import MachineError, RecipeError, UsageError
-from common.paths import ROOT, find_recipe
+from common.paths import ROOT
 from tools.cli import main
 from tools.launch import dry_run
 from tools.launch.resolve import resolve
 from tools.machine import detect
+from tools.recipes import find_recipe
 
 FOLDERS = ("recipes", "docs", "docker", "bench", "ci")  # besides the pages of the root
 BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.paths import RECIPES
+from tools.recipes import RECIPES
 from tools.results.schema import DoubleOnly, load
 
 FOLDERS = sorted(path.parent for path in RECIPES.glob("*/config.yaml"))

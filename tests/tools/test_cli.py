@@ -22,12 +22,12 @@ from common.errors import (
     UsageError,
     VerificationError,
 )
-from common.paths import find_recipe
 from tests.doubles.machines import fake_host
 from tests.doubles.tiny_recipe import FINE_TUNE
 from tools.cli import main
 from tools.launch.after_run import train_here
 from tools.launch.resolve import resolve
+from tools.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "peft", "safetensors", "ttnn", "ttml", "numpy", "pydantic")
@@ -44,7 +44,7 @@ def recipe(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture(autouse=True)
 def own_recipes(monkeypatch) -> None:
-    monkeypatch.setattr("common.paths.RECIPES", FINE_TUNE.parent)
+    monkeypatch.setattr("tools.recipes.RECIPES", FINE_TUNE.parent)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_overrides_and_hardware_reach_the_config(recipe):
 
 
 def test_a_recipe_by_name_and_an_unknown_one(recipe, monkeypatch):
-    monkeypatch.setattr("common.paths.RECIPES", recipe.parent)
+    monkeypatch.setattr("tools.recipes.RECIPES", recipe.parent)
     assert "data built" in done("build", "foxes")
     with pytest.raises(UsageError, match="no recipe") as error:
         done("build", "foxs")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import MachineError, UsageError
-from common.paths import RECIPES
 from tests.support.run_folders import held, write_run
+from tools.recipes import RECIPES
 from tools.runs.folder import is_locked, is_run, read_run, runs_in
 
 

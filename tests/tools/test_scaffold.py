@@ -102,7 +102,7 @@ PAIRS = [
 def root(tmp_path, tiny_base, monkeypatch) -> Path:
     """A repository with two recipes: `parent` trains on rows, `tale` on a text."""
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("common.paths.RECIPES", tmp_path / "root/recipes")
+    monkeypatch.setattr("tools.recipes.RECIPES", tmp_path / "root/recipes")
     files = {
         "parent/config.yaml": ROWS_CONFIG.replace("BASE", str(tiny_base)),
         "parent/hw/cpu.yaml": "training_config:\n  batch_size: 8\n",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.errors import DataError, UsageError
-from common.paths import find_recipe
 from tools.cli.options import F, json_option, map_option, options_of_config
+from tools.recipes import find_recipe
 
 if TYPE_CHECKING:
     from rich.text import Text

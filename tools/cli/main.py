@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import click
 
 from common.errors import UsageError
-from common.paths import find_recipe
 from tools.cli.options import hw_option, json_option, map_option, options_of_config, out_option, steps_option
 from tools.launch.exit_codes import exit_code_of
+from tools.recipes import find_recipe
 
 
 class Verbs(click.Group):

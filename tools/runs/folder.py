@@ -21,9 +21,9 @@ from common import config as configs
 from common.config import Config
 from common.engine import BackendInfo
 from common.errors import MachineError, RecipeError, UsageError
-from common.paths import find_recipe
 from common.train import metrics
 from common.train.manifest import FORMAT, NAME, Manifest
+from tools.recipes import find_recipe
 
 if TYPE_CHECKING:
     from common.train.checkpoint import Checkpoint

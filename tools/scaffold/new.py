@@ -18,12 +18,13 @@ from pathlib import Path
 import yaml
 
 from common import config as configs
-from common import hardware, paths
+from common import hardware
 from common.config import Config
 from common.config.layers import shown, to_yaml
 from common.errors import DataError, UsageError
 from common.files import sha256_file
 from common.hardware import Hardware
+from tools import recipes
 from tools.data import convert
 from tools.data.licence import LICENCE_LINE, licence_of
 from tools.edit_yaml import remove_key, set_key
@@ -72,9 +73,9 @@ def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
             todo="lower-case letters, digits and single hyphens between them, a letter first, at most "
             f"{LONGEST_NAME} characters: support-tickets",
         )
-    target = paths.RECIPES / name
+    target = recipes.RECIPES / name
     refuse_existing(target)
-    source = paths.find_recipe(parent)
+    source = recipes.find_recipe(parent)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent.parent) as scratch:
         made, home, notes = Path(scratch) / name, Path(scratch) / "home", list[str]()
         shutil.copytree(source, made, ignore=left_behind(source))
@@ -138,7 +139,7 @@ def on_cpu(recipe: Path) -> Config:
 
 def recipes_of_rows() -> str:
     """Return what to do where a recipe that trains on rows is wanted."""
-    folders = sorted(path.parent for path in paths.RECIPES.glob("*/config.yaml"))
+    folders = sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
     names = " or ".join(path.name for path in folders if on_board(path).data.corpus is None)
     return f"fork a recipe that trains on rows: --from {names}"
 
