@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ci.hardware.commands import ended, kernel_log, recipe, snapshot
+from ci.hardware.commands import kernel_log, snapshot
 from ci.hardware.job import Job, say
 from ci.hardware.own import end_own
 from ci.hardware.preflight import examine
@@ -38,25 +37,13 @@ def rest(job: Job) -> None:
 
 
 def machine(job: Job) -> None:
+    """The kernel's log, what doctor finds, and the cards."""
+    kernel_log(job.out / "dmesg.txt")
     examine(job, "after")
     snapshot(job.out / "tt-smi-after.json")
 
 
-def kernel(job: Job) -> None:
-    kernel_log(job.out / "dmesg.txt")
-
-
-def report(job: Job) -> None:
-    """A run that hung or was killed has not written its own; drawing one needs more than a board's host has."""
-    if job.run is None or (job.run / "report.html").is_file():
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        say(f"no report.html: recipe report {job.run.name}, on any machine with the whole environment, makes it")
-        return
-    ended(recipe("report", str(job.run)), 120, job.out / "report.txt")
-
-
-GATHERED = {"the run's end": rest, "doctor": machine, "the kernel's log": kernel, "the report": report}
+GATHERED = {"the run's end": rest, "the machine": machine}
 
 
 def lighten(job: Job) -> Iterator[str]:

@@ -34,7 +34,7 @@ class Job:
 
     board: Hardware
     recipe: str
-    steps: int | None
+    steps: str  # as somebody typed it, for `recipe run` to read; empty: as the config says
     out: Path
     native: bool
     minutes: float
@@ -47,12 +47,9 @@ class Job:
             raise UsageError(f"{board.name} has no card", where="HW", todo="name a board; CPUs are tested by make test")
         recipe = asked("NAME")
         find_recipe(recipe)
-        steps, minutes = number("STEPS", None), number("TRAIN_MINUTES", TRAIN_MINUTES)
-        if steps is not None and (steps < 1 or steps % 1):
-            raise UsageError(f"STEPS={os.environ['STEPS']} is no number of steps")
-        out = Path(asked("OUT")).expanduser().absolute()
+        out, minutes = Path(asked("OUT")).expanduser().absolute(), os.environ.get("TRAIN_MINUTES") or TRAIN_MINUTES
         native = os.environ.get("CONTAINER") == "0"
-        return cls(board, recipe, None if steps is None else int(steps), out, native, minutes or TRAIN_MINUTES)
+        return cls(board, recipe, os.environ.get("STEPS", ""), out, native, float(minutes))
 
     @property
     def runs(self) -> Path:
@@ -116,16 +113,8 @@ def asked(name: str) -> str:
     """A variable that must be set. Raises UsageError."""
     value = os.environ.get(name)
     if not value:
-        raise UsageError(f"{name} is not set", todo="python -m pydoc ci.hardware says what the job takes")
+        raise UsageError(f"{name} is not set", todo="ci/hardware/README.md says what the job takes")
     return value
-
-
-def number(name: str, default: float | None) -> float | None:
-    text = os.environ.get(name)
-    try:
-        return float(text) if text else default
-    except ValueError:
-        raise UsageError(f"{name}={text} is no number") from None
 
 
 def say(line: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 from ci.hardware.job import Job, say
 from common.errors import MachineError
 from tools.containers import launcher
 from tools.containers.launcher import Container
-from tools.containers.spec import STOP_SECONDS, process
+from tools.containers.spec import process
 from tools.launch import stop
 from tools.machine import detect, host
 
@@ -30,16 +29,15 @@ def end_own(job: Job, now: bool = False) -> None:
 def ends(job: Job, running: stop.Native | Container) -> bool:
     """Ask the run to save and end, and wait; whether it did. Asked once more than `train` has, it would not save."""
     try:
-        if not job.record.get("asked"):
+        if job.record.get("asked"):
+            say(f"waiting for {running}, which was asked to end")
+            stop.wait(running)
+        else:
             stop.finish(running, now=False, say=say)
-            return True
-        say(f"waiting for {running}, which was asked to end")
-        until = time.monotonic() + STOP_SECONDS
-        while not running.ended() and time.monotonic() < until:
-            time.sleep(0.1)
     except MachineError as error:
         say(str(error))
-    return running.ended()
+        return False
+    return True
 
 
 def is_own(job: Job, running: stop.Native | Container) -> bool:

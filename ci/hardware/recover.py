@@ -37,7 +37,8 @@ def recover(job: Job) -> str:
     elif not unfit(job, "failed"):
         return "the run closed the board, and nothing is wrong with it: no reset"
     for attempt in range(1, RESETS + 1):
-        why = reset(job, attempt) or worded(unfit(job, f"after-reset-{attempt}"))
+        found = [] if (why := reset(job, attempt)) else unfit(job, f"after-reset-{attempt}")
+        why = why or "; ".join(f"{finding.id}: {finding.evidence}" for finding in found)
         if not why:
             return f"the board was reset ({attempt} of at most {RESETS} times), and nothing is wrong with it"
         say(f"after reset {attempt} of {RESETS}: {why}")
@@ -48,10 +49,6 @@ def unfit(job: Job, name: str) -> list[Diagnosis]:
     """What is wrong with the board itself, as preflight would find it: no reset makes room on a disk."""
     found = [*examine(job, name), snapshot(job.out / f"tt-smi-{name}.json")]
     return [finding for finding in found if finding.ok is False and finding.id in OF_THE_BOARD]
-
-
-def worded(found: list[Diagnosis]) -> str:
-    return "; ".join(f"{finding.id}: {finding.evidence}" for finding in found)
 
 
 def reset(job: Job, attempt: int) -> str:

@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def train(job: Job) -> str:
     """Raises Failed with the run's code where that is not 0."""
     words = ["run", job.recipe, "--hw", job.board.name, "--resume", "never", "--out", str(job.runs), *job.where]
-    words += ["--steps", str(job.steps)] if job.steps else []
+    words += ["--steps", job.steps] if job.steps else []
     say(f"+ recipe {' '.join(words)}")
     signals: list[int] = []
     path = job.out / "screen.txt"  # a file: at a pipe whose reader is killed, the run would break off when it speaks

@@ -85,6 +85,7 @@ def perform(ground: Ground, fault: Fault) -> Outcome:
     """Every step of the job that is due, as a workflow would run them."""
     environment = ground.environment(fault.switches, **fault.environment)
     failed = ("", 0)
+    fault.before(ground)
     with fault.during(ground):
         for step in STEPS:
             if not step.due(failed=bool(failed[1]), cancelled=False):

@@ -27,7 +27,6 @@ with lease.taken(keys, Owner(sys.argv[1], os.getpid(), "somebody-elses-run")):
     print("taken", flush=True)
     sys.stdin.read()
 """
-Surroundings = Callable[[Ground], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class Fault:
     code: int
     resets: int = 0
     quarantined: bool = False
-    during: Surroundings = lambda _ground: contextlib.nullcontext()
+    before: Callable[[Ground], object] = lambda _ground: None
+    during: Callable[[Ground], contextlib.AbstractContextManager[None]] = lambda _ground: contextlib.nullcontext()
     switches: Mapping[str, Any] = field(default_factory=dict)  # of the double
     environment: Mapping[str, str] = field(default_factory=dict)
     in_training: Callable[[subprocess.Popen[bytes], Ground], None] | None = None  # once the first step is done
@@ -48,17 +48,6 @@ class Fault:
     def verdict(self) -> str:
         """What the summary must say."""
         return f"FAILED in {self.phase}" if self.phase else "pass"
-
-
-def around(plant: Callable[[Ground], object]) -> Surroundings:
-    """Surroundings that are made before the job, and stay."""
-
-    @contextlib.contextmanager
-    def planted(ground: Ground) -> Iterator[None]:
-        plant(ground)
-        yield
-
-    return planted
 
 
 @contextlib.contextmanager
@@ -74,16 +63,9 @@ def held(ground: Ground) -> Iterator[None]:
         process.kill()
 
 
-def lose_a_card(ground: Ground) -> None:
-    machines.remove_card(ground.root, ground.board.nodes - 1)
-
-
 def old_firmware(ground: Ground) -> None:
+    """Have the driver say so of the first card."""
     machines.write(ground.root / "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "17.4.0\n")
-
-
-def reset_fails(ground: Ground) -> None:
-    machines.write(ground.folder / "reset-code", "1")
 
 
 def kill_the_run(_job: subprocess.Popen[bytes], ground: Ground) -> None:
@@ -104,13 +86,16 @@ HANGS: Mapping[str, Any] = {"hang_at_step": 3}
 IMPATIENT = {"RECIPES_STALL_SECONDS": "15"}
 FAULTS: Mapping[str, Fault] = {
     "busy-card": Fault("another process has the board", "preflight", 4, during=held),
-    "wrong-count": Fault("a card has gone from the bus", "preflight", 4, during=around(lose_a_card)),
-    "old-firmware": Fault("firmware 17.4.0", "preflight", 4, during=around(old_firmware)),
+    "wrong-count": Fault(
+        "a card has gone from the bus", "preflight", 4,
+        before=lambda ground: machines.remove_card(ground.root, ground.board.nodes - 1),
+    ),
+    "old-firmware": Fault("firmware 17.4.0", "preflight", 4, before=old_firmware),
     "failing-grade": Fault("the optimizer changes nothing", "grade", 6, switches={"no_update_from_step": 1}),
     "hung-step": Fault("step 3 never ends", "train", 5, resets=1, switches=HANGS, environment=IMPATIENT),
     "reset-fails": Fault(
         "step 3 never ends, and tt-smi cannot reset the board", "train", 5, resets=3, quarantined=True,
-        during=around(reset_fails), switches=HANGS, environment=IMPATIENT,
+        before=lambda ground: machines.write(ground.folder / "reset-code", "1"), switches=HANGS, environment=IMPATIENT,
     ),
     "killed-launcher": Fault("kill -9 to the run", "train", 5, resets=1, switches=HANGS, in_training=kill_the_run),
     "cancelled": Fault("the runner cancels the job", "train", 75, environment={"STEPS": "5000"}, in_training=cancel),

@@ -197,7 +197,6 @@ def unkillable(monkeypatch) -> InTheKernel:
     monkeypatch.setattr(stop, "going_on", lambda _say: [run])
     monkeypatch.setattr(own, "is_own", lambda _job, _running: True)
     monkeypatch.setattr(stop, "STOP_SECONDS", 0.2)
-    monkeypatch.setattr(own, "STOP_SECONDS", 0.2)
     return run
 
 
@@ -213,7 +212,8 @@ def test_what_the_phase_has_asked_to_end_is_not_asked_again_but_killed(host, unk
     with pytest.raises(MachineError):
         own.end_own(host.job(75, asked=True))
     assert unkillable.asked == 1
-    assert "which was asked to end\nkilling " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.index("which was asked to end\n") < said.index("\nkilling ")
 
 
 @pytest.mark.parametrize("recovered", [True, False])
@@ -706,8 +706,6 @@ def test_the_summary_begins_with_what_the_job_comes_to(host, phases, verdict, mo
         ({"HW": "cpu"}, "cpu has no card"),
         ({"HW": "n151"}, "did you mean n150"),
         ({"NAME": "tinylama"}, "no recipe called 'tinylama'"),
-        ({"STEPS": "many"}, "STEPS=many is no number"),
-        ({"STEPS": "0"}, "STEPS=0 is no number of steps"),
         ({"OUT": ""}, "OUT is not set"),
         ({"RECIPES_LAUNCH": '{"run": "x"}'}, "this is a container of a run"),
     ],

@@ -20,7 +20,6 @@ from common.paths import ROOT
 from tests.doubles.machines import pci
 
 pytestmark = [
-    pytest.mark.e2e,
     pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="ci/hardware.sh needs .venv: make setup"),
 ]
 CHEAP = ["busy-card", "wrong-count"]

@@ -77,6 +77,12 @@ def finish(job: Native | Container, now: bool, say: Say) -> None:
     """Ask the run to end, and wait for that."""
     say(f"{'killing' if now else 'stopping'} {job}")
     job.end(now)
+    wait(job)
+    say("it has ended; the same command goes on from its last checkpoint")
+
+
+def wait(job: Native | Container) -> None:
+    """Wait until a run that was asked to end has. Raises MachineError where it takes too long."""
     until = time.monotonic() + STOP_SECONDS
     while not job.ended():
         if time.monotonic() > until:
@@ -86,7 +92,6 @@ def finish(job: Native | Container, now: bool, say: Say) -> None:
                 todo="wait, or end it without saving: recipe stop --now; on a board look at `recipe doctor` then",
             )
         time.sleep(0.1)
-    say("it has ended; the same command goes on from its last checkpoint")
 
 
 def going_on(say: Say) -> list[Native | Container]:
