@@ -50,8 +50,26 @@ def options(target: str, repository: str, generator: str) -> list[str]:
     return ["--builder", BUILDER, *(word for setting in settings for word in ("--set", f"{target}.{setting}"))]
 
 
-def push(target: str, repository: str) -> str:
-    """The digest of `target` as pushed. Raises MachineError for an unknown pin, VerificationError for other layers."""
+@click.group()
+def main() -> None:
+    """Push an image, or record what was pushed."""
+
+
+TARGET = click.argument("target", envvar="TARGET")
+REPOSITORY = click.option(
+    "--repository", envvar="REPOSITORY", required=True, type=str.lower,
+    help="ghcr.io/owner/name, without a tag; made lower case, as registries want it.",
+)  # fmt: skip
+
+
+@main.command()
+@TARGET
+@REPOSITORY
+def push(target: str, repository: str) -> None:
+    """Push by digest, and print `digest=...` as a workflow's output.
+
+    Raises MachineError for an unknown pin, VerificationError for other layers.
+    """
     lock = read_lock()
     variables = build_variables(lock, target, Inputs())
     buildkit, generator = tool(lock, "buildkit"), tool(lock, "sbom_generator")
@@ -71,7 +89,7 @@ def push(target: str, repository: str) -> str:
     finally:
         docker("buildx", "rm", BUILDER)
     same_layers(f"{repository}@{digest}", proved)
-    return digest
+    click.echo(f"digest={digest}")
 
 
 def same_layers(reference: str, proved: Json) -> None:
@@ -87,41 +105,19 @@ def same_layers(reference: str, proved: Json) -> None:
         )
 
 
-def record(target: str, repository: str, digest: str, date: str) -> None:
-    """Write a published target into the lock. Raises UsageError for a digest that is none."""
+@main.command()
+@TARGET
+@REPOSITORY
+@click.option("--digest", envvar="DIGEST", required=True)
+def record(target: str, repository: str, digest: str) -> None:
+    """Write repository, digest and today's date into the lock. Raises UsageError for a digest that is none."""
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
         raise UsageError(f"not a digest: {digest!r}", where="--digest / DIGEST")
     lock = read_lock()
     entry = target_of(lock, target)
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     lock["targets"][target] = {"pins": entry["pins"], "repository": repository, "digest": digest, "date": date}
     write_json(LOCK, lock)
-
-
-@click.group()
-def main() -> None:
-    """Push an image, or record what was pushed."""
-
-
-@main.command("push")
-@click.argument("target", envvar="TARGET")
-@click.option(
-    "--repository",
-    envvar="REPOSITORY",
-    required=True,
-    help="ghcr.io/owner/name, without a tag; made lower case, as registries want it.",
-)
-def push_command(target: str, repository: str) -> None:
-    """Push by digest, and print `digest=...` as a workflow's output."""
-    click.echo(f"digest={push(target, repository.lower())}")
-
-
-@main.command("record")
-@click.argument("target", envvar="TARGET")
-@click.option("--repository", envvar="REPOSITORY", required=True)
-@click.option("--digest", envvar="DIGEST", required=True)
-def record_command(target: str, repository: str, digest: str) -> None:
-    """Write repository, digest and today's date into the lock."""
-    record(target, repository.lower(), digest, datetime.datetime.now(datetime.timezone.utc).date().isoformat())
 
 
 if __name__ == "__main__":

@@ -259,7 +259,11 @@ def test_two_builders_are_compared() -> None:
         assert done.returncode == code, done.stderr
 
 
-def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def publish(*words: str) -> None:
+    publish_image.main([*words, "--repository", "R/x"], standalone_mode=False)
+
+
+def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     lock = copy.deepcopy(images.read_lock())
     said: list[Any] = []
     proved: Any = {"RootFS": {"Layers": ["base", "ours"]}}
@@ -275,14 +279,15 @@ def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytes
     monkeypatch.setattr(publish_image, "fill_wheelhouse", lambda *_: [])
     monkeypatch.setattr(publish_image, "inspect_image", lambda name: pushed if "@" in name else proved)
     with pytest.raises(MachineError, match="not every pin is known"):
-        publish_image.push("cpu", "r/x")
+        publish("push", "cpu")
     lock["pins"]["cpu"]["base"] = {"image": "python", "digest": DIGEST}
     with pytest.raises(MachineError, match="buildkit has no digest"):
-        publish_image.push("cpu", "r/x")
+        publish("push", "cpu")
     for pin in lock["tools"].values():
         pin["digest"] = DIGEST
     monkeypatch.setattr(build, "inspect_image", lambda name: {})
-    assert publish_image.push("cpu", "r/x") == DIGEST
+    publish("push", "cpu")
+    assert capsys.readouterr().out.endswith(f"digest={DIGEST}\n")
     assert (
         "cpu.output=type=image,name=r/x,push=true,push-by-digest=true,name-canonical=true,oci-mediatypes=true" in said
     )
@@ -290,7 +295,7 @@ def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytes
     assert "cpu.attest=type=provenance,mode=max" in said
     proved = {"RootFS": {"Layers": ["base", "others"]}}
     with pytest.raises(VerificationError, match="other layers than what was verified"):
-        publish_image.push("cpu", "r/x")
+        publish("push", "cpu")
 
 
 def test_what_was_published_is_in_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,10 +303,11 @@ def test_what_was_published_is_in_the_lock(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(module, "LOCK", tmp_path / "lock.json")
     shutil.copy(ROOT / "docker/images.lock.json", tmp_path / "lock.json")
     with pytest.raises(UsageError, match="not a digest"):
-        publish_image.record("cpu", "r/x", "", "2026-11-23")
-    publish_image.record("cpu", "r/x", DIGEST, "2026-11-23")
+        publish("record", "cpu", "--digest", "")
+    publish("record", "cpu", "--digest", DIGEST)
     target = images.target_of(images.read_lock(), "cpu")
-    assert target == {"pins": "cpu", "repository": "r/x", "digest": DIGEST, "date": "2026-11-23"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", target.pop("date"))
+    assert target == {"pins": "cpu", "repository": "r/x", "digest": DIGEST}
 
 
 @pytest.mark.parametrize(
