@@ -55,7 +55,7 @@ def generate(target: Path, prompts: tuple[str, ...], base: bool, seed: int, **sa
     """Talk to a run, or to any Hugging Face Llama folder."""
     from tools.generate.chat import talk
 
-    talk(target, prompts, base=base, seed=seed, sampling={k: v for k, v in sampling.items() if v is not None})
+    talk(target, prompts, base=base, seed=seed, sampling=sampling)
 
 
 @click.command()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tools.export.check import ExportCheck
 from tools.export.hf_folder import base_for_peft
 from tools.runs.folder import at_step
 from tools.runs.trained import TrainedRun
+from tools.templates import render
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -27,27 +27,12 @@ TEMPLATES = Path(__file__).with_name("templates")
 def merged_card(run: TrainedRun, dtype: str, outcome: ExportCheck) -> str:
     """Return the README.md of export/merged."""
     name = "scratch" if run.base.initial else "merged"
-    return render(name, {**facts(run, outcome), "library": "transformers", "dtype": dtype})
+    return render(TEMPLATES / f"{name}.md.j2", **facts(run, outcome), library="transformers", dtype=dtype)
 
 
 def adapter_card(run: TrainedRun, outcome: ExportCheck) -> str:
     """Return the README.md of export/adapter."""
-    return render("adapter", {**facts(run, outcome), "library": "peft"})
-
-
-def render(name: str, values: Mapping[str, Any]) -> str:
-    """Fill a template; a name it uses and nobody gives is an error, not an empty place."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["tojson"] = python_text
-    return environment.get_template(f"{name}.md.j2").render(values)
+    return render(TEMPLATES / "adapter.md.j2", **facts(run, outcome), library="peft")
 
 
 def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
@@ -92,7 +77,7 @@ def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
         "commit": f"`{commit}`{', with changes' if manifest.git_dirty else ''}" if commit else None,
         "training_digest": run.checkpoint.state["training_digest"][:16],
         "tokens_sha256": manifest.data.tokens_sha256[:16],
-        "prompt": prompt,
+        "prompt": python_text(prompt),
         "example": example,
         "system_turn": f'{{"role": "system", "content": {python_text(system)}}}, ' if system else "",
     }

@@ -10,7 +10,6 @@ import numpy as np
 
 from common import config as configs
 from common import hardware
-from common.config import Config
 from common.data.order import steps_for
 from common.errors import RecipeError
 from common.train.console import clock
@@ -220,26 +219,24 @@ def data_rows(run: RunFolder) -> list[tuple[str, str]]:
     return [*found, ("tokenizer sha256", str(run.facts.get("tokenizer_sha256", "not recorded")))]
 
 
-def resolved_as(config: Config, run: RunFolder) -> Config:
-    """Return `config` with what it leaves open decided as this run decided it, so that the two can be compared."""
-    training, rows = config.training, run.fact("data", "rows", "train")
-    if training.precision == "auto" and run.known_config:
-        config = config.with_values(**{"training.precision": run.known_config.training.precision})
-    if training.max_steps is None and training.num_epochs and rows:
-        steps = steps_for(training.num_epochs, rows, config.training.batch_size)
-        config = config.with_values(**{"training.max_steps": steps})
-    return config
-
-
 def config_changes(run: RunFolder) -> tuple[list[str], str]:
-    """Return what differs from the recipe as it stands here now, a line a key; and why that cannot be said, if so."""
-    if run.known_config is None:
+    """Return what differs from the recipe as it stands here now, a line a key; and why that cannot be said, if so.
+
+    What the recipe leaves open is taken as this run decided it.
+    """
+    if (config := run.known_config) is None:
         return [], "the run's config cannot be read"
     try:
-        default = configs.load(run.recipe_dir, hardware.get(run.known_config.hw))
+        recipe = configs.load(run.recipe_dir, hardware.get(config.hw))
     except RecipeError as error:
         return [], f"the recipe cannot be read here: {error.what}"
-    return resolved_as(default, run).changes(run.known_config), ""
+    training, rows = recipe.training, run.fact("data", "rows", "train")
+    if training.precision == "auto":
+        recipe = recipe.with_values(**{"training.precision": config.training.precision})
+    if training.max_steps is None and training.num_epochs and rows:
+        steps = steps_for(training.num_epochs, rows, training.batch_size)
+        recipe = recipe.with_values(**{"training.max_steps": steps})
+    return recipe.changes(config), ""
 
 
 def ran(run: RunFolder) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UsageError
 from common.files import disk_errors, write_atomic
 from tools.runs.folder import RunFolder, read_run, runs_in
+from tools.templates import render
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -80,7 +81,9 @@ def run_page(run: RunFolder) -> str:
     shown, left_out = facts.samples(run)
     changes, no_changes = facts.config_changes(run)
     return render(
-        "run.html",
+        TEMPLATES / "run.html",
+        html=True,
+        generator=OURS,
         run=run,
         title=run.name,
         outcome=facts.OUTCOMES.get(run.state, "How it ended is not recorded."),
@@ -111,7 +114,9 @@ def overview_page(runs: Sequence[RunFolder], out: Path) -> str:
 
     alike = groups(runs)
     return render(
-        "overview.html",
+        TEMPLATES / "overview.html",
+        html=True,
+        generator=OURS,
         title=f"{len(runs)} runs",
         out=out,
         rows=[row(run, out.resolve()) for run in runs],
@@ -219,16 +224,3 @@ def card(path: Path) -> Markup | None:
     html = markdown.renderer.render(tokens, markdown.options, {})
     box = '<div class="scroll" tabindex="0" role="region" aria-label="Answers before and after"><table>'
     return Markup(html.replace("<table>", box).replace("</table>", "</table></div>"))
-
-
-def render(template: str, **values: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(generator=OURS, **values)
