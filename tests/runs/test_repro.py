@@ -80,7 +80,7 @@ def test_a_run_of_format_1_gets_its_split_back_from_the_code_of_now(done, tmp_pa
     path.write_text(text.replace("micro_batch_size: 4", "gradient_accumulation_steps: 2"))
     found = repro.prepare(read_run(edit(run, overrides=["training_config.batch_size=2"])), ROOT, print)
     for setting in ("training_config.batch_size=4", "training_config.micro_batch_size=2"):
-        assert setting in found.sets
+        assert setting in found.settings
 
 
 def test_with_one_row_changed_nothing_is_trained(done, recipe, clean, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from common.data import texts
-from common.errors import DataError
 from common.train.console import clock
 from common.train.evaluate import HeldOut
 from tools.export.check import ExportCheck
@@ -42,7 +41,7 @@ def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
     steps = [record for record in run.steps if record["step"] <= run.step]
     prompt, example = example_of(run)
     system = config.data.system_prompt
-    rows = rows_of(run)
+    rows = manifest.data.rows
     commit = manifest.git_commit
     return {
         "recipe": config.recipe,
@@ -134,14 +133,6 @@ def example_of(run: TrainedRun) -> tuple[str, tuple[str, str] | None]:
 def quoted(text: str) -> str:
     """Return the text as a Markdown quotation."""
     return "\n".join(f"> {line}".rstrip() for line in (text or "(nothing)").splitlines())
-
-
-def rows_of(run: TrainedRun) -> dict[str, int | str]:
-    try:
-        dataset = run.dataset()
-    except DataError:
-        return {"train": "an unknown number of", "held_out": "an unknown number of"}
-    return {"train": len(dataset.train), "held_out": len(dataset.held_out)}
 
 
 def local(run: TrainedRun) -> bool:

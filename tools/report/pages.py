@@ -80,10 +80,8 @@ def run_page(run: RunFolder) -> str:
     main, *others = facts.panels(run)
     shown, left_out = facts.samples(run)
     changes, no_changes = facts.config_changes(run)
-    return render(
-        TEMPLATES / "run.html",
-        html=True,
-        generator=OURS,
+    return filled(
+        "run.html",
         run=run,
         title=run.name,
         outcome=facts.OUTCOMES.get(run.state, "How it ended is not recorded."),
@@ -113,10 +111,8 @@ def overview_page(runs: Sequence[RunFolder], out: Path) -> str:
     from tools.runs.compare import groups
 
     alike = groups(runs)
-    return render(
-        TEMPLATES / "overview.html",
-        html=True,
-        generator=OURS,
+    return filled(
+        "overview.html",
         title=f"{len(runs)} runs",
         out=out,
         rows=[row(run, out.resolve()) for run in runs],
@@ -131,7 +127,7 @@ def comparison_page(runs: Sequence[RunFolder], folder: Path) -> str:
     from tools.runs import compare
 
     base, *others = runs
-    return render(
+    return filled(
         "comparison.html",
         title=f"{len(runs)} runs compared",
         rows=[row(run, folder) for run in runs],
@@ -224,3 +220,7 @@ def card(path: Path) -> Markup | None:
     html = markdown.renderer.render(tokens, markdown.options, {})
     box = '<div class="scroll" tabindex="0" role="region" aria-label="Answers before and after"><table>'
     return Markup(html.replace("<table>", box).replace("</table>", "</table></div>"))
+
+
+def filled(template: str, **values: Any) -> str:
+    return render(TEMPLATES / template, html=True, generator=OURS, **values)

@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,31 @@ from tools.runs.trained import find_base
 
 @dataclass(frozen=True)
 class Again:
-    """Where and how to run it again: the root of the code, the recipe there, and the options of `recipe run`."""
+    """What is run again: the root of the code, the recipe there, its board and settings, and its steps."""
 
     root: Path
     recipe: Path
-    options: tuple[str, ...]
-    sets: tuple[str, ...]
+    settings: tuple[str, ...]
+    steps: tuple[str, ...]
 
-    def call(self, *words: str) -> list[str]:
-        """Return the command line of `recipe` with `words`, for a process in `root`."""
+    def run(self, *verb: str, options: Sequence[str], quiet: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a verb of `recipe` on it in a process of its own; what it prints is kept where `quiet`.
+
+        It has our environment, without a board of its own, and the code of `root` before any installed one.
+        """
         # Commits that have no tools/ yet have the command in common/.
         module = "tools.cli" if (self.root / "tools" / "cli").is_dir() else "common"
-        return [sys.executable, "-m", module, *words]
+        words = [sys.executable, "-m", module, *verb, str(self.recipe), *self.settings, *options]
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "HW": ""}
+        return subprocess.run(words, cwd=self.root, capture_output=quiet, text=True, check=False, env=environment)
+
+    def answer(self, *verb: str, options: Sequence[str]) -> str:
+        """Return what a verb prints. Its error is passed on as ours."""
+        done = self.run(*verb, options=options)
+        if done.returncode:
+            kind = {2: UsageError, 3: DataError}.get(done.returncode, MachineError)
+            raise kind(f"the recipe does not resolve any more: {done.stderr.strip().removeprefix('error: ')}")
+        return done.stdout
 
 
 def repro(folder: Path, out: Path, say: Say) -> Path:
@@ -113,9 +126,8 @@ def prepare(run: RunFolder, root: Path, say: Say) -> Again:
     recipe = run.recipe_dir
     if recipe.parent.name == "recipes" and (root / "recipes" / recipe.name / "config.yaml").is_file():
         recipe = root / "recipes" / recipe.name  # of the run's commit, not of now
-    options: tuple[str, ...] = ("--hw", manifest.hw, "--steps", str(manifest.steps))
-    sets = tuple(word for override in manifest.overrides for word in ("--set", override))
-    again = Again(root, recipe, options, sets)
+    asked = tuple(word for override in manifest.overrides for word in ("--set", override))
+    again = Again(root, recipe, ("--hw", manifest.hw, *asked), ("--steps", str(manifest.steps)))
     changes = settings_to_restore(run, again)
     if changes:
         say(f"restored from config.resolved.yaml: {', '.join(changes)}")
@@ -124,14 +136,13 @@ def prepare(run: RunFolder, root: Path, say: Say) -> Again:
         changes |= {"device_config.compile": "always" if engine.compiled else "never"}
     more = tuple(word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}"))
     if manifest.exit_reason != "done" and run.last_step < manifest.steps:
-        options += ("--stop-at", str(run.last_step))
-    return Again(root, recipe, options, (*sets, *more))
+        again = replace(again, steps=(*again.steps, "--stop-at", str(run.last_step)))
+    return replace(again, settings=(*again.settings, *more))
 
 
 def settings_to_restore(run: RunFolder, again: Again) -> dict[str, Any]:
     """Return the keys that the recipe resolves to another value than the run had, with the run's value."""
-    words = again.call("config", "show", str(again.recipe), *again.options, *again.sets)
-    now = yaml.safe_load(answer(again, words))
+    now = yaml.safe_load(again.answer("config", "show", options=again.steps))
     # The code of the run's own commit reads the keys of its time; that of now reads those of now.
     text = run.config.to_yaml() if again.root == ROOT else (run.folder / "config.resolved.yaml").read_text("utf-8")
     then = yaml.safe_load(text)
@@ -144,20 +155,6 @@ def settings_to_restore(run: RunFolder, again: Again) -> dict[str, Any]:
         for key, value in values.items()
         if now[section].get(key) != value and key not in ("max_steps", "num_epochs")
     }
-
-
-def answer(again: Again, words: list[str]) -> str:
-    """Return what one of our own commands prints, run in the tree of the code. Its error is passed on as ours."""
-    done = subprocess.run(words, cwd=again.root, capture_output=True, text=True, check=False, env=environment(again))
-    if done.returncode:
-        kind = {2: UsageError, 3: DataError}.get(done.returncode, MachineError)
-        raise kind(f"the recipe does not resolve any more: {done.stderr.strip().removeprefix('error: ')}")
-    return done.stdout
-
-
-def environment(again: Again) -> dict[str, str]:
-    """Return our environment, without a board of its own, and with the code of `root` before any installed one."""
-    return {**os.environ, "PYTHONPATH": str(again.root), "HW": ""}
 
 
 def lost_environment(run: RunFolder, root: Path) -> Iterator[str]:
@@ -198,9 +195,8 @@ def image_here(run: RunFolder) -> str | None:
 
 def check_data(run: RunFolder, again: Again) -> None:
     """Raise DataError where the recipe of now makes other tokens than the run was trained on."""
-    options = again.options[: again.options.index("--steps")]
-    built = answer(again, again.call("data", "build", str(again.recipe), *options, *again.sets, "--json"))
-    now, then = json.loads(built)["tokens_sha256"], run.manifest.data.tokens_sha256
+    built = json.loads(again.answer("data", "build", options=["--json"]))
+    now, then = built["tokens_sha256"], run.manifest.data.tokens_sha256
     if now != then:
         raise DataError(
             f"the data changed since the run: its tokens had sha256 {then[:12]}..., now {now[:12]}...; nothing was run",
@@ -213,9 +209,8 @@ def train(again: Again, out: Path, where: str) -> Path:
     """Train by `recipe run` in a process of its own, on this screen; return the new run's folder."""
     out = out.absolute()
     before = set(out.glob("*/manifest.json"))
-    options = (*again.options, *again.sets, where, "--resume", "never", "--out", str(out))
-    words = again.call("run", str(again.recipe), *options)
-    code = subprocess.run(words, cwd=again.root, check=False, env=environment(again)).returncode
+    options = (*again.steps, where, "--resume", "never", "--out", str(out))
+    code = again.run("run", options=options, quiet=False).returncode
     new = sorted(set(out.glob("*/manifest.json")) - before)
     if code not in (0, Stopped.code) or not new:
         raise TrainingError(f"the run ended with code {code} this time; its own message is above", where=str(out))
