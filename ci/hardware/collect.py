@@ -49,9 +49,9 @@ GATHERED = {"the run's end": rest, "the machine": machine}
 def lighten(job: Job) -> Iterator[str]:
     """Move the largest files of OUT elsewhere until ROOM_MB are not exceeded; say which, and where they are."""
     folder, stays = aside(job)
-    files = sorted((path for path in job.out.rglob("*") if path.is_file()), key=size, reverse=True)
-    total = sum(map(size, files))
-    for path in files:
+    sizes = {path: path.lstat().st_size for path in job.out.rglob("*") if path.is_file()}
+    total = sum(sizes.values())
+    for path, size in sorted(sizes.items(), key=lambda each: each[1], reverse=True):
         if total <= ROOM_MB * 1e6:
             return
         name = path.relative_to(job.out)
@@ -62,8 +62,8 @@ def lighten(job: Job) -> Iterator[str]:
         except OSError as error:
             yield f"{name} is too large, and cannot be moved to {place.parent}: {os.strerror(error.errno or 0)}"
             return
-        total -= size(place)
-        yield f"{name} ({size(place) / 1e6:.0f} MB, now in {place.parent}{stays})"
+        total -= size
+        yield f"{name} ({size / 1e6:.0f} MB, now in {place.parent}{stays})"
 
 
 def aside(job: Job) -> tuple[Path, str]:
@@ -72,7 +72,3 @@ def aside(job: Job) -> tuple[Path, str]:
         began = utc_now().replace(":", "")
         return Path(named).expanduser().absolute() / f"{job.board.name}-{began}", ""
     return job.out.with_name(f"{job.out.name}.left-out"), ", and only as long as this checkout is kept"
-
-
-def size(path: Path) -> int:
-    return path.lstat().st_size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 
+from common.errors import MachineError
 from common.files import sha256_file, write_json
 from common.paths import ROOT
+from tools.containers.docker import docker
 from tools.containers.images import LOCK, Json, read_lock
 from tools.git import git
 
@@ -49,7 +50,10 @@ def _learn(pin: Json, key: str, value: str | None, say: Say) -> None:
 
 def base_digest(image: str) -> str | None:
     """The digest that a registry has for `image` now, or None where none answers."""
-    said = _run("docker", "buildx", "imagetools", "inspect", image)
+    try:
+        said = docker("buildx", "imagetools", "inspect", image, seconds=SECONDS)
+    except MachineError:
+        return None
     found = re.search(r"^Digest:\s+(sha256:[0-9a-f]{64})$", said, re.MULTILINE)
     return found[1] if found else None
 
@@ -59,10 +63,3 @@ def commit_of_tag(tag: str) -> str | None:
     said = git("ls-remote", TT_METAL, f"refs/tags/{tag}", f"refs/tags/{tag}^{{}}", seconds=SECONDS).stdout
     commits = re.findall(r"^([0-9a-f]{40})\t", said, re.MULTILINE)
     return commits[-1] if commits else None  # an annotated tag lists itself first, its commit second
-
-
-def _run(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

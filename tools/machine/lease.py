@@ -51,8 +51,8 @@ def taken(keys: Sequence[str], owner: Owner) -> Iterator[None]:
             file = files.enter_context(_open(path_of(key)))
             if not _lock(file):
                 raise busy(owner.board, str(_read(file) or "another process"))
-            _write(file, owner)
-            files.callback(_clear, file)
+            _write(file, json.dumps(dataclasses.asdict(owner)))
+            files.callback(_write, file, "")
         yield
 
 
@@ -130,16 +130,11 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _write(file: IO[str], owner: Owner) -> None:
+def _write(file: IO[str], text: str) -> None:
     file.seek(0)
     file.truncate()
-    json.dump(dataclasses.asdict(owner), file)
+    file.write(text)
     file.flush()
-
-
-def _clear(file: IO[str]) -> None:
-    file.seek(0)
-    file.truncate()
 
 
 def _read(file: IO[str]) -> Owner | None:
