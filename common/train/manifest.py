@@ -138,12 +138,8 @@ class Manifest(Environment):
     export: ExportFacts | None = None
 
     def save(self, folder: Path) -> None:
-        """Write the manifest of the run in `folder`, whole."""
-        write_json(folder / NAME, self.as_json())
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the keys that were set, as JSON has them."""
-        return {"format": FORMAT, **self.model_dump(mode="json", exclude_unset=True)}
+        """Write the keys that were set as the manifest of the run in `folder`, whole."""
+        write_json(folder / NAME, {"format": FORMAT, **self.model_dump(mode="json", exclude_unset=True)})
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
