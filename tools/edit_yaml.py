@@ -52,12 +52,16 @@ def remove_key(text: str, key: str) -> str:
 
 
 def line_after(node: yaml.Node, lines: Sequence[str]) -> int:
-    """Return the index of the line after a value; comments and empty lines that follow it are not its own."""
-    in_line = (
-        node.flow_style if isinstance(node, yaml.CollectionNode) else getattr(node, "style", None) not in ("|", ">")
-    )
-    after = min(node.end_mark.line + bool(in_line), len(lines))
-    while not lines[after - 1].strip() or lines[after - 1].lstrip().startswith("#"):
+    """Return the index of the line after a value; comments and empty lines that follow it are not its own.
+
+    A section ends where its last value does (its own end mark stands behind the comments). A block of text, `|` or `>`,
+    ends at the start of a line, unless the file ends without one; its lines may begin with #.
+    """
+    while isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
+        node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    is_block = isinstance(node, yaml.ScalarNode) and node.style in ("|", ">")
+    after = min(node.end_mark.line + (not is_block or node.end_mark.column > 0), len(lines))
+    while not lines[after - 1].strip():
         after -= 1
     return after
 
@@ -77,6 +81,9 @@ def _path(text: str, parts: Sequence[str], flow: bool) -> list[Pair]:
 
 def _opened(text: str, parts: Sequence[str]) -> tuple[list[str], list[Pair]]:
     """The lines of a text in which no section of a key stands in one line, `{b: 1}`, and the pairs that lead to it."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(root, yaml.MappingNode) and root.flow_style:  # JSON, say
+        text = to_yaml(read_override(f"all={text[root.start_mark.index : root.end_mark.index]}").tree["all"])
     while True:
         lines, found = text.splitlines(), _path(text, parts, flow=False)
         section = found[-1][1] if found else None

@@ -33,6 +33,8 @@ from common.config.schema import (
     Section,
     Training,
     convert_command,
+    converted_name,
+    is_converted,
 )
 from common.errors import UsageError
 from common.hardware import Hardware
@@ -220,7 +222,8 @@ def load_resolved(path: Path) -> Config:
 _STOP: tuple[Key, Key] = (("training_config", "max_steps"), ("training_config", "num_epochs"))
 _BATCH, _MICRO_BATCH = "training_config.batch_size", "training_config.micro_batch_size"
 _ACCUMULATION = "training_config.gradient_accumulation_steps"  # no key any more, and told apart from a typing mistake
-# Keys of the data section that there were once, with what they said where nothing was to convert.
+# Keys of the data section that there were once, with what they said where nothing was to convert: a training's digest
+# still has them.
 _CONVERSION: dict[str, Any] = {"revision": None, "format": "auto", "map": {}}
 # Names that other training tools use, and ours.
 _SYNONYMS = {
@@ -305,12 +308,13 @@ def split_over_devices(config: Config, hw: Hardware) -> Config:
 def _from_format_1(layer: Layer) -> None:
     """Rewrite the config of a run made before format 2.
 
-    `batch_size` was one micro-batch of all devices together, and the data section had keys of conversion, which are
-    left out where they say nothing.
+    `batch_size` was one micro-batch of all devices together, and training itself converted rows of other forms.
     """
     data = layer.tree.get("data_config", {})
-    for name in [name for name, nothing in _CONVERSION.items() if data.get(name, ...) == nothing]:
-        del data[name]
+    for name in _CONVERSION:
+        data.pop(name, None)
+    if is_converted(source := str(data.get("source") or "")):
+        data["source"] = converted_name(source)
     at_once, parts = layer.get(_BATCH), layer.get(_ACCUMULATION)
     if isinstance(at_once, int) and isinstance(parts, int):
         rows = at_once // math.prod(layer.get("device_config.mesh_shape") or (1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -204,15 +205,26 @@ class Tokenizer(Section):
 CONVERTED = (".csv", ".tsv", ".parquet", ".txt", ".md", ".json")  # forms that `recipe data convert` reads
 
 
+def is_converted(source: str) -> bool:
+    """Return whether rows of `source` have to be converted before anything is trained on them."""
+    return source.startswith("hub:") or source.lower().endswith(CONVERTED)
+
+
+def converted_name(source: str) -> str:
+    """Return the name of the JSONL file that rows of `source` are converted to."""
+    stem = source.rpartition("/")[2] if source.startswith("hub:") else source.removesuffix(PurePath(source).suffix)
+    return f"{stem}{'-rows' if source == f'{stem}.jsonl' else ''}.jsonl"
+
+
 def convert_command(data: Mapping[str, Any]) -> str:
     """Return the command that makes JSONL rows of a data_config's source, its `format`, `map` and `revision`."""
     source, mapping = str(data.get("source") or "SOURCE"), data.get("map")
-    stem = source.rpartition("/")[2] if source.startswith("hub:") else source.removesuffix(PurePath(source).suffix)
-    words = ["recipe data convert", source, f"{stem}{'-rows' if source == f'{stem}.jsonl' else ''}.jsonl"]
-    words += [f"--format {data['format']}"] if data.get("format") else []
-    words += [f"--map {name}={column}" for name, column in mapping.items()] if isinstance(mapping, Mapping) else []
-    words += [f"--revision {data['revision']}"] if data.get("revision") else []
-    return " ".join(words)
+    words = ["recipe", "data", "convert", source, converted_name(source)]
+    words += ["--format", str(data["format"])] if data.get("format") else []
+    for name, column in mapping.items() if isinstance(mapping, Mapping) else ():
+        words += ["--map", f"{name}={column}"]
+    words += ["--revision", str(data["revision"])] if data.get("revision") else []
+    return shlex.join(words)
 
 
 class Data(Section):
@@ -238,8 +250,7 @@ class Data(Section):
     """Train on every token, prompts too."""
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
-        source = (self.source or "").lower()
-        if source.startswith("hub:") or source.endswith(CONVERTED):
+        if is_converted(self.source or ""):
             yield "source", f"training reads rows as JSONL: {convert_command({'source': self.source})}"
         if (self.source is None) == (self.corpus is None):
             yield "corpus", "exactly one of source (rows) and corpus (plain text) must be set"

@@ -1,6 +1,6 @@
 """The life of a run, as a recipe's loop sees it.
 
-`open_run` resolves the launch, makes or reopens the run folder, opens the engine and restores the state; whatever ends
+`open_run` plans the launch, makes or reopens the run folder, opens the engine and restores the state; whatever ends
 the run, the engine is closed and the manifest says how it ended.
 """
 

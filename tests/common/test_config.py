@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -536,6 +537,9 @@ def test_a_file_of_format_1_is_read_as_the_same_training(recipe, tmp_path):
     text = config.to_yaml().replace("format: 2", "format: 1", 1).replace("batch_size: 32", "batch_size: 16", 1)
     path.write_text(text.replace("micro_batch_size: 8", "gradient_accumulation_steps: 2", 1))
     assert load_resolved(path) == config
+    converted = 'source: "data/my rows.csv"\n  format: csv\n  map: {prompt: ask}'
+    path.write_text(re.sub(r"source: \S+", converted, path.read_text()))
+    assert load_resolved(path).data.source == "data/my rows.jsonl"
     path.write_text("format: 1\n")
     with pytest.raises(UsageError, match="is required"):
         load_resolved(path)

@@ -68,7 +68,7 @@ def install(python: str, lock: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=[pytest.param(version, marks=pytest.mark.slow) for version in PYTHONS])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/real_ttnn.py reports."""
+    """What tests/engines/real_ttnn.py reports."""
     python, folder = environment(request.param), tmp_path_factory.mktemp("ttnn")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TT_"))}
     done = subprocess.run(

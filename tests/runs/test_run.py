@@ -619,3 +619,39 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(go, monkeypatch):
     records = metrics.read(folder / "metrics.jsonl")
     expected = [(k, v, r["step"]) for r in records for k, v in r.items() if k != "step"]
     assert events == [*expected, ("closed", 0, 0)]
+
+
+# --- between the training and the end -----------------------------------------------------------------------------
+
+
+def test_a_run_that_cannot_be_opened_says_why_and_not_that_it_has_no_page(recipe, tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("common.train.opening.write_atomic", full)
+    with pytest.raises(MachineError, match="No space left on device"):
+        run_tiny(recipe, tmp_path)
+
+
+def test_what_fails_right_after_the_training_is_recorded(recipe, tmp_path, monkeypatch):
+    def changed(folder: Path, say: object) -> None:
+        raise MachineError("the base changed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.runs.trained.read", changed)
+        with pytest.raises(MachineError, match="the base changed"):
+            run_tiny(recipe, tmp_path)
+    (folder,) = folders(tmp_path)
+    assert manifest(folder)["exit_reason"] == "failed: the base changed"
+    assert run_tiny(recipe, tmp_path, resume="auto") == folder
+    assert manifest(folder)["exit_reason"] == "done"
+
+
+def test_a_training_without_its_end_is_not_done(recipe, tmp_path):
+    script = recipe / "train.py"
+    script.write_text(script.read_text().replace("run.finish()", "return"))
+    with pytest.raises(UsageError, match=r"train\(\) ended before the training did"):
+        run_tiny(recipe, tmp_path)
+    (folder,) = folders(tmp_path)
+    assert manifest(folder)["exit_reason"].startswith("failed: train() ended")
+    assert not (folder / "export").exists()

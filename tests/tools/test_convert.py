@@ -191,6 +191,14 @@ def test_what_was_read_is_pinned_beside_the_rows(tmp_path):
     }
 
 
+def test_a_file_in_the_place_of_the_pins_is_not_overwritten(tmp_path):
+    mine = text_file(tmp_path, "out.jsonl.source.yaml", "my notes\n")
+    with pytest.raises(UsageError, match="the output file exists"):
+        converted(text_file(tmp_path, "a.csv", "prompt,response\na,b\n"), tmp_path)
+    assert mine.read_text() == "my notes\n"
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_mapping_with_a_system_text(tmp_path):
     source = text_file(tmp_path, "a.jsonl", json.dumps({"Frage": "q", "reply": "a", "rules": "s", "n": 1}))
     [row] = converted(source, tmp_path, mapping={"prompt": "Frage", "response": "reply", "system": "rules"})

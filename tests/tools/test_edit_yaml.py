@@ -37,3 +37,14 @@ def test_flow_style_is_written_out_where_it_has_to_be():
     assert found == "# head\na:\n  b: 0.001\n  c: 3                            # three\n"
     nested = "a:\n  b: 1  # one\n  c: {d: 1, e: {f: 2}}  # goes\ng: {h: 1}\n"
     assert remove_key(nested, "a.c.e.f") == "a:\n  b: 1  # one\n  c:\n    d: 1\ng: {h: 1}\n"
+
+
+def test_a_line_that_begins_with_a_hash_is_text_inside_of_a_block():
+    text = "a:\n  b: |\n    one\n    # two\n# about c\nc: 1\n"
+    assert set_key(text, "a.d", 2) == "a:\n  b: |\n    one\n    # two\n  d: 2\n# about c\nc: 1\n"
+    assert set_key("a:\n  b: |\n    one\n    # two", "a.d", 2) == "a:\n  b: |\n    one\n    # two\n  d: 2\n"
+
+
+def test_a_file_of_json_becomes_block_style():
+    assert set_key('{"a": {"b": 1},\n "c": "x"}\n', "a.b", 2) == "a:\n  b: 2\nc: x\n"
+    assert remove_key('{"a": {"b": 1}, "c": 2}\n', "a.b") == "c: 2\n"

