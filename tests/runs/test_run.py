@@ -24,7 +24,8 @@ from common.train.run import Run
 from engines.cpu.engine import TorchCPU
 from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.runs import folders, log, manifest, outcome, run_tiny
-from tools.launch.after_run import STEPS, after_run
+from tools.launch.after_run import STEPS, after_run, train_here
+from tools.launch.resolve import resolve
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds"]
 EVAL_KEYS = ["step", "eval_loss", "eval_loss_se", "eval_tokens"]
@@ -630,7 +631,7 @@ def test_a_run_that_cannot_be_opened_says_why_and_not_that_it_has_no_page(recipe
 
     monkeypatch.setattr("common.train.opening.write_atomic", full)
     with pytest.raises(MachineError, match="No space left on device"):
-        run_tiny(recipe, tmp_path)
+        train_here(resolve(recipe, hw="cpu", out=tmp_path))
 
 
 def test_what_fails_right_after_the_training_is_recorded(recipe, tmp_path, monkeypatch):

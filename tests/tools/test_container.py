@@ -182,12 +182,11 @@ def test_threads_are_those_of_a_native_run(monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch) -> Callable[..., Any]:
-    """What `recipe WORDS` would launch natively: the Launch that the recipe's train script gets."""
+    """What `recipe WORDS` would launch natively: the Launch that the training processes get."""
 
     def run(*words: str) -> Launch:
         seen: list[Launch] = []
-        script = type("Script", (), {"train": staticmethod(seen.append)})
-        monkeypatch.setattr("common.recipe.load", lambda folder, name: script)
+        monkeypatch.setattr("tools.launch.run.in_processes", lambda launch, _job, _say: seen.append(launch) or 0)
         monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda config, say: None)
         monkeypatch.setattr(sys, "argv", ["recipe", *words])
         with pytest.raises(SystemExit) as ended:
