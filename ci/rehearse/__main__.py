@@ -75,7 +75,7 @@ def main() -> int:
             ground = prepare(folder, board)
             record_figures(ground)
             say("recorded as its figures: those of a training by the double, within what another seed does to them")
-            return report(perform(ground, FAULTS.get(name, NOTHING)), FAULTS.get(name, NOTHING))
+            return print_outcome(perform(ground, FAULTS.get(name, NOTHING)), FAULTS.get(name, NOTHING))
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -118,7 +118,7 @@ def run(ground: Ground, step: Step, environment: Mapping[str, str], fault: Fault
     return code
 
 
-def report(outcome: Outcome, fault: Fault) -> int:
+def print_outcome(outcome: Outcome, fault: Fault) -> int:
     """Print what came of the job, and whether the fault must come to that; the rehearsal's exit code."""
     say(f"\nthe job: {outcome}")
     say(f"tt-smi was asked to reset: {'; '.join(outcome.resets) or 'nothing'}")

@@ -18,7 +18,7 @@ def learning_rate(step: int, training: Training) -> float:
     A linear warm-up reaches the peak at its last step; from there `linear` and `cosine` (Loshchilov and Hutter,
     2017, one cycle) fall to min_lr_ratio x peak at the last step of the run.
     """
-    assert training.max_steps is not None, "the config must be resolved"
+    assert training.max_steps is not None, "a run's plan sets it (common/train/plan.py, with_steps)"
     peak, scheduler = training.learning_rate, training.scheduler
     warmup = warmup_steps(training)
     if step <= warmup:

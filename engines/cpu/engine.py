@@ -205,7 +205,7 @@ class TorchCPU:
                         nll = self.parallel_objective(batch)
                     else:  # every rank has to take part in the sum: one without a supervised token adds zeros
                         nll = self.parallel_objective(supervise_first_token(batch)) * 0
-                    loss = nll / supervised
+                    loss = nll / supervised  # sum of -log p(label) (cross_entropy.py) / supervised tokens of the step
                 loss.backward()
             total += loss.detach()
 

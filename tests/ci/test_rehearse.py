@@ -56,7 +56,7 @@ def test_a_fault_before_training_is_refused_and_nothing_is_reset(bare, tmp_path,
     said = capfd.readouterr().out
     assert {"busy-card": "where: board.owner", "wrong-count": "where: board.nodes"}[name] in said
     assert "recover: this job did not come to train on the board: it is left as it is" in said
-    assert rehearsal.report(outcome, FAULTS[name]) == 4
+    assert rehearsal.print_outcome(outcome, FAULTS[name]) == 4
     assert "RED: preflight ended with 4\nas it must be" in capfd.readouterr().out
 
 
@@ -91,7 +91,7 @@ def test_every_other_fault_is_red_in_its_phase_and_recovered_from(recorded, tmp_
     outcome = rehearsal.perform(ground, FAULTS[name])
     assert outcome.is_that_of(FAULTS[name])
     assert set(outcome.resets) <= {f"-r {pci(0)}"}
-    assert rehearsal.report(outcome, FAULTS[name]) == FAULTS[name].code
+    assert rehearsal.print_outcome(outcome, FAULTS[name]) == FAULTS[name].code
     if name == "hung-step":
         assert "one of the devices stopped answering the others" in (ground.out / "summary.md").read_text()
     if name == "reset-fails":
@@ -99,7 +99,7 @@ def test_every_other_fault_is_red_in_its_phase_and_recovered_from(recorded, tmp_
 
 
 def test_a_fault_that_is_not_caught_is_our_bug(bare, capsys):
-    assert rehearsal.report(rehearsal.Outcome(("", 0), [], None, None, "pass"), FAULTS["hung-step"]) == 1
+    assert rehearsal.print_outcome(rehearsal.Outcome(("", 0), [], None, None, "pass"), FAULTS["hung-step"]) == 1
     assert "NOT as it must be, which is: train ends with 5, 1 resets" in capsys.readouterr().out
 
 
@@ -116,7 +116,7 @@ def test_a_fault_that_is_not_caught_is_our_bug(bare, capsys):
 def test_green_is_a_pass_without_reset_or_quarantine(capsys, resets, next_preflight, verdict, code):
     quarantine = "why" if next_preflight else None
     outcome = rehearsal.Outcome(("", 0), resets, quarantine, next_preflight, verdict)
-    assert rehearsal.report(outcome, NOTHING) == code
+    assert rehearsal.print_outcome(outcome, NOTHING) == code
     assert ("NOT as it must be" in capsys.readouterr().out) is bool(code)
 
 

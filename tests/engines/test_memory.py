@@ -149,7 +149,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 def text_of(recipe: Path, board: str, *overrides: str, steps: int | None = None) -> str:
     said: list[str] = []
-    estimate.report(recipe, board, overrides, steps, False, said.append)
+    estimate.print_outlook(recipe, board, overrides, steps, False, said.append)
     return "\n".join(said)
 
 

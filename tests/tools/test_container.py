@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -302,6 +303,26 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
     with pytest.raises(ownership.EngineLost), ownership.lent(ownership.candidates(out, "new", "r")):
         raise ownership.EngineLost("and its container may write on")
     assert "open/manifest.json" in of(1000), "until the container is cleared away"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else for a moment")
+def test_a_folder_that_somebody_else_owns_is_refused_before_the_container_starts(launched, monkeypatch):
+    with tempfile.TemporaryDirectory() as place:  # not tmp_path, into which only its owner may look
+        Path(place).chmod(0o755)
+        out = Path(place) / "runs"
+        out.mkdir(mode=0o755)
+        for name in ("home", "cache"):
+            (Path(place) / name).mkdir()
+            (Path(place) / name).chmod(0o777)
+        monkeypatch.setenv("RECIPES_HOME", str(Path(place) / "home"))
+        found = launched("run", str(RECIPE), "--hw", "cpu", "--no-container", "--out", str(out))
+        os.seteuid(65534)
+        try:
+            with pytest.raises(MachineError, match="Permission denied") as caught, launcher.folders(found):
+                pass
+        finally:
+            os.seteuid(0)
+    assert caught.value.where == str(out)
 
 
 # --- what can go wrong ----------------------------------------------------------------------------------------------

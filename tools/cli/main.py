@@ -246,6 +246,6 @@ def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_
 @json_option
 def plan(name: str, hw: str | None, overrides: tuple[str, ...], steps: int | None, as_json: bool) -> None:
     """Say what a run would need: memory by component, batches, padding, disk and time. Downloads nothing."""
-    from tools.plan.estimate import report
+    from tools.plan.estimate import print_outlook
 
-    report(find_recipe(name), hw, overrides, steps, as_json, click.echo)
+    print_outlook(find_recipe(name), hw, overrides, steps, as_json, click.echo)

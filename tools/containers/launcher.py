@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -52,7 +53,14 @@ def wanted(container: bool | None, hw: Hardware) -> bool:
 
 
 def launch(found: Launch, say: Say) -> int:
-    """Run a launch in its board's image; return the exit code."""
+    """Run a launch in its board's image; return the exit code.
+
+    What refuses a run before its container starts, in this order: the board is not here (tools/machine/detect.py, in
+    `resolve`), several hosts (tools/launch/run.py), no image or one of other pins (`image_for`), no memory for DMA, no
+    engine that can be used (`check_engine`), a base or corpus that cannot be fetched, a board in use (lease.py,
+    `refuse_orphan`), an image that is not the locked one (`fetch`), a folder that the run's user cannot write
+    (`folders`; of a root caller: ownership.py). What Docker itself says then is explained by common/known_errors.yaml.
+    """
     say(f"{found.recipe_dir.name} in a container, on {found.reason}")
     image = image_for(found.hw)
     found = with_image(found, image)
@@ -84,6 +92,8 @@ def folders(found: Launch) -> Iterator[list[Path]]:
     with disk_errors("make the folders of a run", found.out):
         for folder in (*writable_of(found), *ownership.caches()):
             folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK, effective_ids=True):  # a folder that was there may be somebody else's
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     if os.getuid() != 0:
         yield []
         return

@@ -79,7 +79,7 @@ class Outlook:
         return "no" if share > 1 else "tight" if share > TIGHT else "yes"
 
 
-def report(
+def print_outlook(
     recipe: Path,
     hw: str | None,
     overrides: Sequence[str],
