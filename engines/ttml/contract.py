@@ -59,11 +59,11 @@ _OPTIMIZERS = "ttml.optimizers."
 NEEDS: tuple[Need, ...] = (
     *_needs("opening the mesh", "ttml.Mesh ttml.open_device_mesh"),
     *_needs("closing it", f"{_CONTEXT}close_device"),
-    *_needs("closing it, and forgetting it", "ttml.close_device_mesh", LATE),
+    *_needs("closing it, and forgetting it", "ttml.close_device_mesh ttml.core.distributed.disable_fabric", LATE),
+    *_needs("naming a descriptor after the first touch of the devices", "ttml.reset_metal_env", NEW),
     *_needs("counting devices", "ttnn.get_num_devices", LATE),
     *_needs("the process-wide context", f"{_CONTEXT}get_instance {_CONTEXT}get_device {_CONTEXT}reset_graph"),
     *_needs("dropout and stochastic rounding", f"{_CONTEXT}set_seed"),
-    *_needs("telling a newer build", f"{_CONTEXT}get_generator_state", NEW),
     *_needs("evaluation without a graph", f"{_CONTEXT}set_gradient_mode"),
     *_needs("evaluation without a graph", "ttml.autograd.GradMode.ENABLED ttml.autograd.GradMode.DISABLED"),
     *_needs("tensors in", f"{_TENSOR}from_numpy {_TENSOR}set_value {_TENSOR}get_value"),

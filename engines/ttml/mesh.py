@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from common.errors import MachineError
@@ -19,7 +20,12 @@ UPSTREAM = Path("tt_metal/fabric/mesh_graph_descriptors")  # under tt-metal's fo
 
 
 def prepare_environment(hw: Hardware, mesh: tuple[int, int]) -> None:
-    """Set the variables that `mesh` on `hw` needs and that are not set. Raises MachineError where one is wrong."""
+    """Set the variables that `mesh` on `hw` needs and that are not set. Raises MachineError where one is wrong.
+
+    tt-metal copies the descriptor when the process first touches the cluster, which counting the devices does, and
+    never looks again; a mesh whose descriptor is named later waits 10 s for its routers and fails ("Fabric Router
+    Sync: Timeout"). So what opens one device first and several later calls this with the larger mesh before either.
+    """
     root = os.environ.get(ROOT) or os.environ.get(HOME)
     if root:
         if not Path(root).is_dir():
@@ -32,7 +38,12 @@ def prepare_environment(hw: Hardware, mesh: tuple[int, int]) -> None:
     if mesh != (1, 1):
         path = find_descriptor(hw, mesh)
         check_descriptor(path, mesh)
-        os.environ[DESCRIPTOR] = str(path)
+        if os.environ.get(DESCRIPTOR) != str(path):
+            os.environ[DESCRIPTOR] = str(path)
+            # Of tt-metal since about October 2026 (docstring of reset_metal_env in tt-train's _mesh.py): the next touch
+            # of the cluster reads the variable again. It closes what is open, and nothing is: a mesh is opened later.
+            if reset := getattr(sys.modules.get("ttml"), "reset_metal_env", None):
+                reset()
 
 
 def find_descriptor(hw: Hardware, mesh: tuple[int, int]) -> Path:

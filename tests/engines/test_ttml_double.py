@@ -591,6 +591,45 @@ def test_a_mesh_without_its_descriptor_opens_and_hangs_in_the_second_step(
         data_parallel(1, ttml.sync_gradients, by_axis())
 
 
+def test_a_descriptor_named_after_the_cluster_was_touched_is_never_seen(
+    pair: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting the devices is a touch. Newer builds can be told to look again."""
+    import ttnn
+
+    named = os.environ["TT_MESH_GRAPH_DESC_PATH"]
+    monkeypatch.delenv("TT_MESH_GRAPH_DESC_PATH")
+    assert ttnn.get_num_devices() == 2
+    monkeypatch.setenv("TT_MESH_GRAPH_DESC_PATH", named)
+    with pytest.raises(RuntimeError, match="Fabric Router Sync: Timeout"):
+        open_mesh((1, 2))
+    with doubles("C", devices=2):
+        import ttml
+
+        monkeypatch.delenv("TT_MESH_GRAPH_DESC_PATH")
+        open_mesh()
+        ttml.close_device_mesh()
+        monkeypatch.setenv("TT_MESH_GRAPH_DESC_PATH", named)
+        with pytest.raises(RuntimeError, match="Fabric Router Sync: Timeout"):
+            open_mesh((1, 2))
+        ttml.reset_metal_env()
+        open_mesh((1, 2))
+
+
+def test_one_device_with_the_fabric_armed_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first builds with named meshes have no close_device_mesh, and there nothing disarms it unasked."""
+    describe(tmp_path, monkeypatch)
+    with doubles(devices=2, without=["close_device_mesh"]):
+        import ttml
+
+        open_mesh((1, 2))
+        context().close_device()
+        with pytest.raises(RuntimeError, match="Fabric Router Sync: Timeout"):
+            open_mesh()
+        ttml.core.distributed.disable_fabric()
+        open_mesh()
+
+
 @pytest.mark.parametrize("text", [DESCRIPTOR.format("1, 2") * 2, "dims are not written here"])
 def test_a_descriptor_that_cannot_be_read_is_no_error(pair: None, text: str) -> None:
     Path(os.environ["TT_MESH_GRAPH_DESC_PATH"]).write_text(text)

@@ -24,8 +24,8 @@ from common.hardware import get
 from common.model.bases import resolve
 from common.model.init import uniform
 from common.train import checkpoint
-from engines.ttml.engine import open_ttml
-from tests.support.boards import TIES, board, board_config, machine
+from engines.ttml.engine import open_ttml, refuse_without_ttml
+from tests.support.boards import DESCRIPTOR, TIES, board, board_config, machine
 from tests.support.engines import config_for, engine, fingerprint, make_batch, state_of
 from tools.verify.tiny_base import write_tiny_base
 
@@ -477,6 +477,37 @@ def test_the_devices_are_closed_on_every_exit(tmp_path, tiny_base, without):
                     raise trouble
             assert backend.context._device is None
             backend.close()
+
+
+@pytest.mark.parametrize(
+    ("generation", "without"), [("B", ["close_device_mesh"]), ("B", []), ("C", [])], ids=["early B", "B", "C"]
+)
+def test_one_device_several_and_one_again_open_in_one_process(tmp_path, tiny_base, generation, without):
+    """Leave out disable_fabric in close: on early builds the last of them hangs."""
+    with machine(tmp_path, 2, generation, without=without) as name:
+        for mesh in ((1, 1), (1, 2), (1, 1)):
+            config = board_config(tiny_base, hw=name, device__mesh_shape=mesh)
+            with open_ttml(get(name), config) as backend:
+                assert backend.devices == mesh[1]
+
+
+@pytest.mark.parametrize("generation", ["B", "C"])
+def test_a_found_descriptor_is_named_before_the_first_touch_or_once_more(tmp_path, tiny_base, generation):
+    """The board's own file, which nobody named. Take away `reset` in prepare_environment: C fails as B must."""
+    folder = tmp_path / "tt_metal/fabric/mesh_graph_descriptors"
+    folder.mkdir(parents=True)
+    (folder / "n300_mesh_graph_descriptor.textproto").write_text(DESCRIPTOR.format(devices=2))
+    one, two = (board_config(tiny_base, hw="n300", device__mesh_shape=(1, n)) for n in (1, 2))
+    for first, late in ((two, False), (one, True)):
+        with machine(tmp_path, 2, generation) as name:
+            del os.environ["TT_MESH_GRAPH_DESC_PATH"]
+            os.environ["TT_METAL_RUNTIME_ROOT"] = str(tmp_path)
+            refuse_without_ttml(get(name), first)
+            with open_ttml(get(name), one):
+                pass
+            refused = pytest.raises(MachineError, match="Fabric Router Sync: Timeout")
+            with refused if late and generation == "B" else contextlib.nullcontext(), open_ttml(get(name), two):
+                pass
 
 
 def test_a_signal_closes_the_devices(tmp_path, tiny_base):

@@ -17,7 +17,7 @@ from common.data.tokens import Batch
 from engines.ttml.engine import TTML
 from tests.doubles.machines import MACHINES, fake_machine
 from tests.doubles.tiny_recipe import FROM_SCRATCH, tiny_scratch
-from tests.support.boards import machine
+from tests.support.boards import DESCRIPTOR, machine
 from tests.support.engines import make_batch
 from tests.support.shipped import that_name
 from tools.cli import main
@@ -34,12 +34,17 @@ def verify(tmp_path, monkeypatch, capsys) -> Verify:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug, and the disk is slow
     overrides = [word for text in tiny_scratch(tmp_path / "play.txt") for word in ("--set", text)]
 
-    def command(*options: str, recipe: Path = FROM_SCRATCH, **faults: Any) -> tuple[int, str]:
+    def command(
+        *options: str, recipe: Path = FROM_SCRATCH, generation: str = "C", named: bool = True, **faults: Any
+    ) -> tuple[int, str]:
         words = ["recipe", "verify", "ddp", "--recipe", str(recipe), "--hw", "n300", "--steps", "3"]
         words += [*overrides, *options]
         monkeypatch.setattr(sys, "argv", words)
-        with machine(tmp_path, 2, "C", **faults), pytest.raises(SystemExit) as ended:
-            main.main()
+        with machine(tmp_path, 2, generation, **faults):
+            if not named:
+                del os.environ["TT_MESH_GRAPH_DESC_PATH"]
+            with pytest.raises(SystemExit) as ended:
+                main.main()
         said = capsys.readouterr()
         return int(ended.value.code or 0), said.out + said.err
 
@@ -58,6 +63,20 @@ def test_two_chips_train_as_one(verify, recipe):
     assert "PASS: the same bits on 2 devices after each of 3 steps" in said
     assert "PASS: the devices' parameters differ after step 1" in said
     assert "strong scaling, one batch for all:" in said
+
+
+def test_a_descriptor_that_nobody_named_is_known_before_the_one_device_is_opened(verify, tmp_path, monkeypatch):
+    """As on a board outside of its image. Take refuse_launch out of Comparison: the two devices never find each other.
+
+    Generation B, as no later one needs it: those can be told to look again.
+    """
+    folder = tmp_path / "tt_metal/fabric/mesh_graph_descriptors"
+    folder.mkdir(parents=True)
+    (folder / "n300_mesh_graph_descriptor.textproto").write_text(DESCRIPTOR.format(devices=2))
+    monkeypatch.setenv("TT_METAL_RUNTIME_ROOT", str(tmp_path))
+    code, said = verify("--json", generation="B", named=False)
+    assert code == 0, said
+    assert verdicts(said) == dict.fromkeys(LINES, "pass")
 
 
 def test_json_has_every_line_and_figure(verify):

@@ -76,6 +76,8 @@ class Comparison:
         self.engine = engine_for(self.hw)
         self.config = self.config_for(None)
         self.devices = self.config.device.devices
+        # The larger mesh first: a board's library looks at how its devices are wired only once, at the first touch.
+        self.engine.refuse_launch(self.hw, self.config)
         fetch_pinned(launch.config, say)
         prepared = prepare(launch, load_dataset(launch.recipe_dir)[0])
         self.base: Base = prepared[0]

@@ -16,7 +16,7 @@ if _switches.NEEDS_RUNTIME_ROOT and not Path(os.environ.get("TT_METAL_RUNTIME_RO
     raise RuntimeError("TT_FATAL: Root directory is not set: set TT_METAL_RUNTIME_ROOT to the root of tt-metal")
 
 from . import autograd, core, init, models, modules, ops, optimizers
-from ._mesh import Mesh, close_device_mesh, maybe_mesh, mesh, open_device_mesh, sync_gradients
+from ._mesh import Mesh, close_device_mesh, maybe_mesh, mesh, open_device_mesh, reset_metal_env, sync_gradients
 from ._parameters import NamedParameters
 from .sharding import Sharding
 
@@ -36,6 +36,7 @@ __all__ = [
     "open_device_mesh",
     "ops",
     "optimizers",
+    "reset_metal_env",
     "sync_gradients",
 ]
 
@@ -58,5 +59,6 @@ def _leave_out(dotted: str) -> None:
         delattr(target, name)
 
 
-for _name in _switches.WITHOUT:
+_newer = ["reset_metal_env", "core.distributed.release_metal_env"]
+for _name in [*_switches.WITHOUT, *(_newer if _switches.GENERATION == "B" else [])]:
     _leave_out(_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import ttnn
+from ttnn import _metal_env
 
 from . import _strict
 from ._fabric import Fabric
@@ -13,13 +14,17 @@ from .autograd import AutoContext
 
 
 def enable_fabric(num_devices: int) -> None:
-    """Arm the interconnect; reads TT_MESH_GRAPH_DESC_PATH, and says nothing when that is missing or wrong."""
+    """Arm the interconnect; says nothing where the descriptor that is known is missing or wrong."""
     if _strict.integer("enable_fabric", num_devices) > 1:
         AutoContext.get_instance()._fabric = Fabric()
 
 
 def disable_fabric() -> None:
     AutoContext.get_instance()._fabric = None
+
+
+def release_metal_env() -> None:
+    _metal_env.release()
 
 
 def shard_tensor_to_mesh_mapper(

@@ -6,6 +6,10 @@ import os
 import re
 from pathlib import Path
 
+from ttnn import _metal_env
+
+ROUTERS = "TT_THROW: Fabric Router Sync: Timeout after 10000 ms on Device 0"
+
 _DIMS = re.compile(r"device_topology\s*\{[^}]*dims\s*:\s*\[([\d\s,]+)\]")
 
 
@@ -16,9 +20,19 @@ def descriptor_dims(text: str) -> list[int] | None:
 
 
 class Fabric:
-    """Armed before the devices are opened. `dims`: those of the descriptor that was set then; None without one."""
+    """Armed before the devices are opened. `dims`: of the descriptor that the process knows; None without one."""
 
     def __init__(self) -> None:
-        path = os.environ.get("TT_MESH_GRAPH_DESC_PATH")
+        path = _metal_env.descriptor()
         self.dims = descriptor_dims(Path(path).read_text()) if path and Path(path).is_file() else None
+        self.late = path != os.environ.get("TT_MESH_GRAPH_DESC_PATH")
         self.syncs = 0
+
+    def connect(self, devices: int) -> None:
+        """Wait for the routers of the devices that are opened: in vain where they lie otherwise than is known.
+
+        That is so where the descriptor was named after the first touch of the cluster, and for one device alone
+        (tt-metal 55519). It ends after 10 s with this error, and on a board with devices that need a reset.
+        """
+        if devices == 1 or self.late:
+            raise RuntimeError(ROUTERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -69,6 +70,13 @@ def close_device_mesh() -> None:
     global _mesh
     AutoContext.get_instance().close_device()
     _mesh = None
+
+
+def reset_metal_env() -> None:
+    """Close the devices and forget what is known of the cluster: the next mesh may have another descriptor."""
+    close_device_mesh()
+    gc.collect()
+    _distributed.release_metal_env()
 
 
 def maybe_mesh() -> Mesh | None:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import ttnn
-from ttnn import _switches
+from ttnn import _metal_env, _switches
 
 from . import _strict
 from ._fabric import Fabric
@@ -102,7 +102,7 @@ class AutoContext:
         return cls._instance
 
     def open_device(self, mesh_shape: Any = None, device_ids: Any = None) -> None:
-        """Raises when a device is open, more are asked than present, or another process holds them.
+        """Raises when a device is open, more are asked than present, another process holds them, or the fabric fails.
 
         On a board the last one waits for the lock, saying so again and again; here it gives up at once.
         """
@@ -121,11 +121,16 @@ class AutoContext:
                 f"TT_THROW: Requested mesh is too big and is not rotatable: MeshShape({shape}) and SystemMesh "
                 f"MeshShape([1, {_switches.DEVICES}]), offset MeshCoordinate([0, 0])"
             )
+        _metal_env.descriptor()
+        if self._fabric is not None:
+            self._fabric.connect(device.get_num_devices())
         self._device = device
 
     def close_device(self) -> None:
-        """Drops the device and disarms the fabric; calling it again is harmless."""
-        self._device = self._fabric = self._parallelism = None
+        """Drops the device; calling it again is harmless. Disarms the fabric where builds have close_device_mesh."""
+        self._device = self._parallelism = None
+        if "close_device_mesh" not in _switches.WITHOUT:
+            self._fabric = None
         self.reset_graph()
 
     def get_device(self) -> ttnn.MeshDevice:

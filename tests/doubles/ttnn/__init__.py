@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from . import _switches
+from . import _metal_env, _switches
 
 
 class Layout(enum.Enum):
@@ -59,7 +59,8 @@ class MeshDevice:
 
 
 def get_num_devices() -> int:
-    """Devices that the machine has, open or not."""
+    """Devices that the machine has, open or not. Touches the cluster."""
+    _metal_env.descriptor()
     return _switches.DEVICES
 
 
