@@ -83,7 +83,6 @@ NEEDS: tuple[Need, ...] = (
     *_needs("tied embeddings", "ttml.models.WeightTyingType.Enabled ttml.models.WeightTyingType.Disabled"),
     *_arguments("gradient checkpointing", f"{_LLAMA}LlamaConfig", "runner_type"),
     *_needs("gradient checkpointing", "ttml.models.RunnerType.Default ttml.models.RunnerType.MemoryEfficient"),
-    *_arguments("telling a newer build", f"{_LLAMA}LlamaConfig", "embedding_placement", NEW),
     *_needs("LoRA", "ttml.modules.LoraModel"),
     *_arguments("LoRA", "ttml.modules.LoraConfig", "rank alpha target_modules lora_dropout"),
     *_needs("choosing what is trained", f"ttml.NamedParameters {_TENSOR}get_requires_grad {_TENSOR}set_requires_grad"),
@@ -105,17 +104,23 @@ NEEDS: tuple[Need, ...] = (
 
 @dataclass(frozen=True)
 class Build:
-    """What this ttml is, found by looking. `has`: of what not every build has. Fusing shows in a model's parameters."""
+    """What this ttml is, found by looking. `has`: the names it has of those that not every build has.
 
-    generation: str
+    No one label: what distinguishes builds came one by one, and how projections are fused shows in a model's
+    parameters alone (`BackendInfo.versions["ttml linears"]`).
+    """
+
     has: frozenset[str]
     commit: str
     ttnn: str
 
     def versions(self) -> dict[str, str]:
-        """For the manifest."""
-        features = f"API generation {self.generation}, with {', '.join(sorted(self.has)) or 'nothing more'}"
-        return {"tt-metal": self.commit, "ttnn": self.ttnn, "ttml": features}
+        """Return what the manifest says of it."""
+        return {"tt-metal": self.commit, "ttnn": self.ttnn, "ttml": self.features}
+
+    @property
+    def features(self) -> str:
+        return f"with {', '.join(sorted(self.has)) or 'what every build has'}"
 
 
 def contract(parameters: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -186,8 +191,7 @@ def probe(hw: Hardware, devices: int) -> Build:
         )
     _refuse_too_few(ttnn, devices, hw)
     has = frozenset(row["name"] for row in rows if row["found"] and row["name"] not in required)
-    newer = any(need.generations == NEW and need.name in has for need in NEEDS)
-    return Build(NEW if newer else "B", has, _commit(), _version("ttnn"))
+    return Build(has, _commit(), _version("ttnn"))
 
 
 def _import(name: str, hw: Hardware) -> Any:

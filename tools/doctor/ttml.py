@@ -81,7 +81,7 @@ def examine_ttml(hw: Hardware, device: bool) -> Ttml:
         model = Diagnosis("ttml.model", None, "not looked at: the build is refused")
     else:
         found.build = build.versions()
-        found.findings.append(Diagnosis("ttml.build", True, f"API generation {build.generation}"))
+        found.findings.append(Diagnosis("ttml.build", True, build.features))
         model, parameters = _small_model(hw) if device else (Diagnosis("ttml.model", None, NO_DEVICE), None)
     for row in contract(parameters):
         required = row["generations"] == ALL
