@@ -2,7 +2,7 @@
 # ci/with-base.sh COMMAND...: runs a command that builds images, with BASE_IMAGE naming a base that can be had here.
 #
 #   BASE_IMAGE, where it is set and an engine answers
-#   the base of docker/images.lock.json, once that has a digest
+#   the base of docker/images.lock.json, where the engine has it or a registry gives it
 #   else recipes-base:bookworm, made by ci/engine.sh (as root) from Debian's signed packages; the engine too, if need be
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,8 +11,12 @@ locked=$(python3 -c 'import json
 base = json.load(open("docker/images.lock.json"))["pins"]["cpu"]["base"]
 print("%(image)s@%(digest)s" % base if base["digest"] else "")')
 
-if ! docker info >/dev/null 2>&1 || [ -z "${BASE_IMAGE:-$locked}" ]; then
-    echo "base: docker/images.lock.json has no digest of one, or no engine answers; making one of Debian's packages"
+can_be_had() { # IMAGE: fetched if need be; Docker itself gives up on a registry that does not answer
+    [ -n "$1" ] && { docker image inspect "$1" >/dev/null 2>&1 || docker pull --quiet "$1" >/dev/null; }
+}
+
+if ! docker info >/dev/null 2>&1 || { [ -z "${BASE_IMAGE:-}" ] && ! can_be_had "$locked"; }; then
+    echo "base: no engine answers, or it cannot get ${locked:-a base: the lock has none}; making one of Debian's packages"
     as_root=()
     [ "$(id -u)" = 0 ] || as_root=(sudo)
     "${as_root[@]}" ci/engine.sh

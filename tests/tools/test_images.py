@@ -38,9 +38,47 @@ def unexplained(value: Any, path: str = "lock") -> Iterator[str]:
             yield from unexplained(inner, f"{path}.{key}")
 
 
+def forget(lock: Any, *places: str) -> Any:
+    """Return a copy of a lock where these pins ("ttml.base.digest") are null, with a reason."""
+    lock = copy.deepcopy(lock)
+    for place in places:
+        pins, name, key = place.split(".")
+        lock["pins"][pins][name] |= {key: None, "built": False, "reason": "nobody read it"}
+    return lock
+
+
+NULLS = ("ttml.base.digest", "ttml.apt_snapshot.timestamp", "ttml.tt_metal.commit")
+
+
+@pytest.mark.parametrize("target", LOCK["targets"])
+def test_every_target_can_be_planned_from_its_pins(target: str) -> None:
+    assert images.unknown_pins(LOCK, target) == []
+    variables = build.build_variables(LOCK, target, Inputs())
+    assert set(variables) <= set(re.findall(r'^variable "(\w+)"', BAKE, re.MULTILINE))
+    assert [name for name, value in variables.items() if not value] == ["CA_BUNDLE"]
+    assert re.fullmatch(r"[\w.:-]+@sha256:[0-9a-f]{64}", variables[build.base_variable(target)])
+
+
+def test_each_pin_names_its_source() -> None:
+    pins = [*LOCK["tools"].values(), *(pin for group in LOCK["pins"].values() for pin in group.values())]
+    sourceless = [pin for pin in pins if not pin.get("source")]
+    assert all(name.startswith("requirements/") for pin in sourceless for name in pin), (
+        "those are files of this checkout"
+    )
+
+
+def test_an_image_stays_of_its_pins_when_a_source_is_reworded() -> None:
+    lock = copy.deepcopy(LOCK)
+    lock["pins"]["ttml"]["base"] |= {"source": "another page", "built": True}
+    assert images.pins_sha256(lock, "n150") == images.pins_sha256(LOCK, "n150")
+    lock["pins"]["ttml"]["openmpi"]["deb_sha256"] = "b" * 64
+    assert images.pins_sha256(lock, "n150") != images.pins_sha256(LOCK, "n150")
+
+
 def test_a_null_stands_beside_built_false_and_its_reason() -> None:
     assert list(unexplained(LOCK)) == []
-    planted = copy.deepcopy(LOCK)
+    planted = forget(LOCK, *NULLS)
+    assert list(unexplained(planted)) == []
     del planted["pins"]["ttml"]["tt_metal"]["built"]
     planted["targets"]["cpu"]["reason"] = ""
     planted["pins"]["ttml"]["sfpi"]["deb_sha256"] = None
@@ -239,32 +277,19 @@ def test_another_format_is_refused_by_name(place: Path) -> None:
 @pytest.mark.parametrize("board", ["n150", "galaxy"])
 def test_a_build_names_every_pin_that_is_not_known(board: str) -> None:
     with pytest.raises(MachineError) as error:
-        build.build_variables(LOCK, board, Inputs())
-    assert re.findall(r"^    (\S+): ", str(error.value), re.MULTILINE) == [
-        "base.digest",
-        "apt_snapshot.timestamp",
-        "tt_metal.commit",
-    ]
+        build.build_variables(forget(LOCK, *NULLS), board, Inputs())
+    assert re.findall(r"^    (\S+): ", str(error.value), re.MULTILINE) == [null.removeprefix("ttml.") for null in NULLS]
 
 
-def test_a_base_that_is_given_replaces_the_unknown_one_and_no_other_pin() -> None:
+def test_a_base_that_is_given_replaces_the_locked_one_and_no_other_pin() -> None:
     base = f"example.org/python@{DIGEST}"
     assert build.build_variables(LOCK, "cpu", Inputs(base_image=base))["CPU_BASE"] == base
+    lock = forget(LOCK, "cpu.base.digest", *NULLS)
+    assert build.build_variables(lock, "cpu", Inputs(base_image=base))["CPU_BASE"] == base
     with pytest.raises(MachineError, match=r"base\.digest(?s:.*)BASE_IMAGE="):
-        build.build_variables(LOCK, "cpu", Inputs())
+        build.build_variables(lock, "cpu", Inputs())
     with pytest.raises(MachineError, match=r"known\n    apt_snapshot.timestamp"):
-        build.build_variables(LOCK, "n150", Inputs(base_image=base))
-
-
-def test_with_every_pin_known_the_bake_file_gets_them_all() -> None:
-    lock = copy.deepcopy(LOCK)
-    lock["pins"]["ttml"]["base"]["digest"] = DIGEST
-    lock["pins"]["ttml"]["apt_snapshot"]["timestamp"] = "20261101T000000Z"
-    lock["pins"]["ttml"]["tt_metal"]["commit"] = "c" * 40
-    variables = build.build_variables(lock, "n150", Inputs())
-    assert variables["TTML_BASE"] == f"ubuntu:22.04@{DIGEST}"
-    assert set(variables) <= set(re.findall(r'^variable "(\w+)"', BAKE, re.MULTILINE))
-    assert all(value for name, value in variables.items() if name != "CA_BUNDLE")
+        build.build_variables(lock, "n150", Inputs(base_image=base))
 
 
 def test_requirements_that_the_lock_does_not_know_are_refused() -> None:
@@ -366,15 +391,18 @@ def test_an_image_that_is_gone_or_another_one_is_said(command: Path, source: Any
 
 def test_lock_reads_what_the_network_has_and_keeps_the_rest(place: Path, command: Path) -> None:
     said: list[str] = []
+    nulls = forget(LOCK, "cpu.base.digest", *NULLS)
+    write(place, nulls)
     image_lock.renew(said.append)
-    assert json.loads((place / "images.lock.json").read_text()) == LOCK
-    assert said[-1].endswith("images.lock.json: unchanged")
+    assert json.loads((place / "images.lock.json").read_text()) == nulls
+    assert said[-1].endswith("images.lock.json: written")
     script(command, "docker", f"echo 'Name: x'; echo 'Digest:    {DIGEST}'")
     script(command, "git", f"printf '{'1' * 40}\\trefs/tags/v0\\n{'2' * 40}\\trefs/tags/v0^{{}}\\n'")
     image_lock.renew(said.append)
     lock = images.read_lock()
     pins = lock["pins"]["ttml"]
-    assert (pins["base"], pins["tt_metal"]["commit"]) == ({"image": "ubuntu:22.04", "digest": DIGEST}, "2" * 40)
+    assert (pins["base"]["digest"], pins["tt_metal"]["commit"]) == (DIGEST, "2" * 40)
+    assert re.fullmatch(r"read by `recipe lock` on \d{4}-\d\d-\d\d", pins["base"]["source"])
     assert images.unknown_pins(lock, "cpu") == []
     assert [line.partition(":")[0] for line in images.unknown_pins(lock, "n150")] == ["apt_snapshot.timestamp"]
     assert list(unexplained(lock)) == []

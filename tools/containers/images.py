@@ -21,6 +21,7 @@ from common.paths import ROOT
 LOCK = ROOT / "docker" / "images.lock.json"
 LOCAL = ROOT / "docker" / "images.local.json"
 FORMAT = 1
+WORDS = {"built", "reason", "source"}  # of a pin: where it was read or why it is null, nothing that an image is made of
 Json = dict[str, Any]
 
 
@@ -90,8 +91,9 @@ def requirements_of(pins: Json) -> dict[str, str]:
 
 
 def pins_sha256(lock: Json, target: str) -> str:
-    """One hash over all pins of a target: its image's label, and what a run's manifest says."""
-    text = json.dumps(pins_of(lock, target), sort_keys=True, separators=(",", ":"))
+    """Return one hash over all pins of a target, without the words on them: its image's label, in a run's manifest."""
+    pins = {name: {key: pin[key] for key in pin if key not in WORDS} for name, pin in pins_of(lock, target).items()}
+    text = json.dumps(pins, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

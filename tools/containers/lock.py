@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 
 from common.errors import MachineError
-from common.files import sha256_file, write_json
+from common.files import sha256_file, utc_now, write_json
 from common.paths import ROOT
 from tools.containers.docker import docker
-from tools.containers.images import LOCK, Json, read_lock
+from tools.containers.images import LOCK, WORDS, Json, read_lock
 from tools.git import git
 
 TT_METAL = "https://github.com/tenstorrent/tt-metal.git"
@@ -43,8 +43,9 @@ def _learn(pin: Json, key: str, value: str | None, say: Say) -> None:
         say(f"{name}: its {key} cannot be read from here; {'kept' if pin[key] else 'still unknown'}")
         return
     pin[key] = value
-    pin.pop("built", None)
-    pin.pop("reason", None)
+    for word in WORDS:
+        pin.pop(word, None)
+    pin["source"] = f"read by `recipe lock` on {utc_now()[:10]}"
     say(f"{name}: {key} {value}")
 
 
