@@ -4,7 +4,7 @@
 
 MAIN_RECIPE := tinyllama-finetune
 TEST_WORKERS ?= 2
-OF_RUN := HW STEPS STOP_AT RESUME SET CONTAINER DRY OUT WORLD
+OF_RUN := HW STEPS STOP_AT RESUME SET CONTAINER BUILD DRY OUT WORLD
 PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 FAST := tests/common tests/engines tests/tools tests/recipes tests/runs/test_tiny_run.py
 
@@ -12,7 +12,7 @@ FAST := tests/common tests/engines tests/tools tests/recipes tests/runs/test_tin
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME STEPS STOP_AT SET RESUME DRY OUT WORLD UPGRADE FAULT FROM DATA MAP ARGS
+FROM_COMMAND_LINE := NAME STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE FAULT FROM DATA MAP ARGS
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))

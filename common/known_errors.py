@@ -34,11 +34,11 @@ def table() -> tuple[KnownError, ...]:
     return tuple(KnownError(**row) for row in tree["errors"])
 
 
-def match(text: str, where: str | None = None) -> KnownError | None:
+def match(text: str, *where: str) -> KnownError | None:
     """Return the first row whose pattern is in `text`, or None.
 
-    `where` asks the rows of one source alone ("ttml", "docker"); without it, `text` is a line of a run's log.
+    `where` asks the rows of these sources alone ("ttml", "docker"); without it, `text` is a line of a run's log.
     """
-    asked = IN_A_LOG if where is None else (where,)
+    asked = where or IN_A_LOG
     rows = (row for row in table() if row.where in asked and row.text)
     return next((row for row in rows if re.search(str(row.text), text, re.IGNORECASE)), None)

@@ -319,16 +319,6 @@ def test_dry_run_trains_nothing(command, monkeypatch):
     assert f"--set {seed}" in printed
 
 
-def test_a_container_without_an_image_says_how_to_make_one(command, monkeypatch):
-    from tools.containers import images
-
-    monkeypatch.setattr(images, "read_local", dict)
-    code, _, err = command("run", "fine_tune", "--hw", "cpu", "--container")
-    assert code == 4
-    assert "no image for cpu" in err
-    assert "image" in err.partition("to do: ")[2]
-
-
 def test_several_hosts_are_no_matter_for_a_container(command):
     code, _, err = command("run", "fine_tune", "--hw", "cpu-x2", "--container", "--nnodes", "2")
     assert code == 2

@@ -85,6 +85,7 @@ def main() -> None:
     help="With --resume PATH: go on with another training or data; recorded.",
 )
 @click.option("--container/--no-container", default=None, help="In the pinned image, or on this machine's Python.")
+@click.option("--build", is_flag=True, help="Build the image first where there is none, without asking.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and what it lacks here; run nothing.")
 @out_option
 @click.option(
@@ -100,6 +101,7 @@ def run(
     /,
     name: str,
     container: bool | None,
+    build: bool,
     dry_run: bool,
     nnodes: int,
     rdzv_endpoint: str | None,
@@ -132,7 +134,7 @@ def run(
         return 0
     from tools.launch.run import run as run_launch
 
-    return run_launch(launch, container)
+    return run_launch(launch, container, build)
 
 
 @recipe.command()

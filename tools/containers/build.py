@@ -35,6 +35,19 @@ class Inputs:
     wheelhouse: Path | None = None
     ca_bundle: Path | None = None
 
+    @classmethod
+    def of_environment(cls) -> Inputs:
+        """Return what BASE_IMAGE, WHEELHOUSE and CA_BUNDLE name: for a build that a run asks for.
+
+        Raises UsageError for a file or folder that is not there.
+        """
+        values = {name: os.environ.get(name) or None for name in ("BASE_IMAGE", "WHEELHOUSE", "CA_BUNDLE")}
+        paths = {name: Path(value) for name, value in values.items() if value and name != "BASE_IMAGE"}
+        for name, path in paths.items():
+            if not path.exists():
+                raise UsageError(f"{name} names what is not there", where=str(path))
+        return cls(values["BASE_IMAGE"], paths.get("WHEELHOUSE"), paths.get("CA_BUNDLE"))
+
 
 def build_and_record(target: str, lock: Json, inputs: Inputs, say: Say, *, no_cache: bool = False) -> None:
     """Build `target` in this checkout and remember it in docker/images.local.json.

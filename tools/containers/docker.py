@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common import known_errors
 from common.errors import MachineError
-from tools.containers.images import Image, Json
+from tools.containers.images import Image, Json, log_of
+from tools.containers.progress import watched
 
 ANSWER_SECONDS = 60  # for what an engine does at once even on a busy machine: one that hangs is as good as none
 
@@ -62,6 +64,16 @@ def check_engine() -> str:
     return str(info["ServerVersion"])
 
 
+def disk() -> tuple[Path, float] | None:
+    """Return the folder in which the engine keeps its layers, and the free bytes there.
+
+    None where that folder is on another machine, as with Docker Desktop or a DOCKER_HOST elsewhere.
+    """
+    info: Json = json.loads(docker("info", "--format", "{{json .}}", seconds=ANSWER_SECONDS))
+    folder = Path(info.get("DockerRootDir") or "/nowhere")
+    return (folder, shutil.disk_usage(folder).free) if folder.is_dir() else None
+
+
 def inspect_image(reference: str) -> Json | None:
     """Return the engine's description of an image, or None where it does not have it."""
     done = _run(("image", "inspect", reference))
@@ -109,17 +121,27 @@ def fetch(image: Image, say: Callable[[str], None]) -> None:
 
 
 def bake(target: str, variables: Mapping[str, str], *options: str, context: Path) -> None:
-    """Run `docker buildx bake TARGET` in `context`, its progress on this terminal. Raises MachineError if it fails."""
+    """Run `docker buildx bake TARGET` in `context`, its steps on this terminal and all of its output in a log.
+
+    Raises MachineError where it fails, with what is known of its last words; KeyboardInterrupt where a signal ended it,
+    which leaves the engine the layers of every step that was done.
+    """
     docker("buildx", "version")
-    command = ["docker", "buildx", "bake", "--file", "docker/docker-bake.hcl", *options, target]
-    # SOURCE_DATE_EPOCH of the caller would be taken for the bake file's variable, and make other layers.
+    command = ["docker", "buildx", "bake", "--progress", "plain", "--file", "docker/docker-bake.hcl", *options, target]
+    # SOURCE_DATE_EPOCH of the caller would be taken for the bake file's variable, and make other layers. From buildx
+    # 0.20 on, bake asks at the terminal whether a secret outside of the context may be read, as CA_BUNDLE's mostly is.
     environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
-    if subprocess.run(command, cwd=context, env={**environment, **variables}, check=False).returncode:
-        room = shutil.disk_usage("/").free // 2**30
+    environment |= {"BUILDX_BAKE_ENTITLEMENTS_FS": "0", **variables}
+    log = log_of(target)
+    code, last_words = watched(command, context, environment, log)
+    if code:
+        sys.stderr.write(last_words)
+        known = known_errors.match(" ".join(last_words.split()), "build", "docker")
         raise MachineError(
-            f"the build of {target} failed; the step and its last words are above",
-            where="docker/Dockerfile",
-            todo=f"mend what it names and run the same command again ({room} GiB are free on /; a build takes 6)",
+            f"the build of {target} failed" + (f": {known.means}" if known else "; its last words are above"),
+            where=str(log),
+            todo=f"{known.answer if known else 'mend what it names'}; the same command then goes on with the steps "
+            "that are done",
         )
 
 

@@ -25,6 +25,10 @@ WORDS = {"built", "reason", "source"}  # of a pin: where it was read or why it i
 Json = dict[str, Any]
 
 
+class NoImage(MachineError):
+    """There is no image of a board for the pins of today; building one here ends that."""
+
+
 @dataclass(frozen=True)
 class Image:
     """An image to run. `reference` is what `docker run` takes: `repository@sha256:...` or a local image id."""
@@ -38,25 +42,31 @@ class Image:
 def image_for(hw: Hardware) -> Image:
     """The image of a board: the published one, else the one built here from the pins of today.
 
-    Asks no engine and no network. Raises MachineError where there is none, or where the local one was built from
+    Asks no engine and no network. Raises NoImage where there is none, or where the one that there is was made from
     other pins.
     """
     lock = read_lock()
     entry = target_of(lock, hw.image)
     pins = pins_sha256(lock, hw.image)
-    if entry["digest"] is not None:
+    if entry["digest"] is not None and entry["lock_sha256"] == pins:
         return Image(hw.image, f"{entry['repository']}@{entry['digest']}", "published", pins)
-    todo = f"make image HW={hw.name}"
     local = read_local().get(hw.image)
-    if local is None:
-        raise MachineError(f"no image for {hw.name}: none is published, none was built here", where=hw.image, todo=todo)
-    if local["lock_sha256"] != pins:
-        raise MachineError(
+    if local is not None and local["lock_sha256"] == pins:
+        return Image(hw.image, local["id"], "local", pins)
+    todo = f"make image HW={hw.name}"
+    if local is not None:
+        raise NoImage(
             f"the image of {hw.name} was built here on {local['created']} from other pins than today's",
             where=str(LOCAL),
             todo=todo,
         )
-    return Image(hw.image, local["id"], "local", pins)
+    if entry["digest"] is not None:
+        raise NoImage(
+            f"the image of {hw.name} was published on {entry['date']} from other pins than today's",
+            where=str(LOCK),
+            todo=todo,
+        )
+    raise NoImage(f"no image for {hw.name}: none is published, none was built here", where=hw.image, todo=todo)
 
 
 # --- the lock -------------------------------------------------------------------------------------------------------
@@ -117,6 +127,11 @@ def read_local() -> Json:
     """Images built on this machine by target: {id, lock_sha256, base, commit, created}."""
     images: Json = _read(LOCAL)["images"] if LOCAL.exists() else {}
     return images
+
+
+def log_of(target: str) -> Path:
+    """Return the file that has all the output of a target's last build."""
+    return LOCAL.with_name(f"build-{target}.log")
 
 
 def record_local(target: str, built: Json) -> None:

@@ -21,9 +21,9 @@ from common.files import disk_errors
 from common.hardware import Hardware
 from common.signals import handled
 from common.train.launch import Launch
-from tools.containers import ownership
-from tools.containers.docker import ANSWER_SECONDS, check_engine, docker, explained, fetch
-from tools.containers.images import Image, Json, image_for
+from tools.containers import offer, ownership
+from tools.containers.docker import ANSWER_SECONDS, check_engine, docker, explained, fetch, inspect_image
+from tools.containers.images import Image, Json, NoImage, image_for
 from tools.containers.spec import (
     LABEL,
     LABELS,
@@ -52,23 +52,26 @@ def wanted(container: bool | None, hw: Hardware) -> bool:
     return not hw.is_cpu if container is None else container
 
 
-def launch(found: Launch, say: Say) -> int:
-    """Run a launch in its board's image; return the exit code.
+def launch(found: Launch, say: Say, *, build: bool = False) -> int:
+    """Run a launch in its board's image, which is built first where there is none; return the exit code.
+
+    `build` says yes to that build; without it a person at a terminal is asked, once.
 
     What refuses a run before its container starts, in this order: the board is not here (tools/machine/detect.py, in
-    `resolve`), several hosts (tools/launch/run.py), no image or one of other pins (`image_for`), no memory for DMA, no
-    engine that can be used (`check_engine`), a base or corpus that cannot be fetched, a board in use (lease.py,
-    `refuse_orphan`), an image that is not the locked one (`fetch`), a folder that the run's user cannot write
-    (`folders`; of a root caller: ownership.py). What Docker itself says then is explained by common/known_errors.yaml.
+    `resolve`), several hosts and a host that is not ready (tools/launch/run.py), no engine that can be used
+    (`check_engine`), no image and none to be built (offer.py), a base or corpus that cannot be fetched, a build that
+    fails, a board in use (lease.py, `refuse_orphan`), an image that is not the locked one (`fetch`), a folder that the
+    run's user cannot write (`folders`; of a root caller: ownership.py). What Docker itself says then is explained by
+    common/known_errors.yaml.
     """
     say(f"{found.recipe_dir.name} in a container, on {found.reason}")
-    image = image_for(found.hw)
-    found = with_image(found, image)
-    refuse_no_memory(found)
     for name, value in users_environment().items():
         say(f"as you have set it: {name}={value}")
     check_engine()
+    image = image_or_consent(found.hw, build, say)
     fetch_pinned(found.config, say)  # this machine knows its index, proxies and keys; no image does
+    image = image or offer.build_it(found.hw, say)
+    found = with_image(found, image)
     keys = [card.key for card in host.cards(found.nodes)]
     with lease.taken(keys, Owner(found.hw.name, os.getpid(), found.run, f"recipes-{found.run}")):
         remove_ended()
@@ -76,6 +79,18 @@ def launch(found: Launch, say: Say) -> int:
         fetch(image, say)
         with folders(found) as lent:
             return follow(spec_of(found, lent))
+
+
+def image_or_consent(hw: Hardware, build: bool, say: Say) -> Image | None:
+    """Return the board's image, or None where there is none and it is to be built. Raises MachineError."""
+    try:
+        image = image_for(hw)
+        if image.source == "local" and inspect_image(image.reference) is None:
+            raise NoImage(f"the image of {hw.name} is gone from the Docker engine", where=image.reference)
+    except NoImage as lack:
+        offer.accept(hw, lack, build, say)
+        return None
+    return image
 
 
 def with_image(found: Launch, image: Image | None) -> Launch:
@@ -100,17 +115,6 @@ def folders(found: Launch) -> Iterator[list[Path]]:
     lent = ownership.candidates(found.out, found.run, found.config.recipe)
     with ownership.lent(lent):
         yield lent
-
-
-def refuse_no_memory(found: Launch) -> None:
-    """Raise MachineError where a board's DMA needs huge pages, and none are mounted."""
-    untranslated = [card.node for card in host.cards(found.nodes) if card.translated is False]
-    if untranslated and not host.hugepages().mounted:
-        raise MachineError(
-            f"{found.hw.name} needs 1 GiB huge pages, as no IOMMU translates its DMA, and none are mounted",
-            where=str(host.HUGEPAGES),
-            todo="recipe doctor says how to set them up",
-        )
 
 
 # --- containers of ours ---------------------------------------------------------------------------------------------

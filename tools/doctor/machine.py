@@ -66,6 +66,13 @@ def examine(choice: Choice, container: bool | None = None) -> list[Diagnosis]:
     return [finding for check in checks for finding in check(machine)]
 
 
+def refuse_unready(choice: Choice) -> None:
+    """Raise MachineError, with every finding, where a board's nodes, driver, firmware or memory for DMA do not do."""
+    if not choice.hardware.is_cpu:
+        machine = Machine(choice.hardware, choice.nodes, contained=True)
+        findings.end([finding for check in HOST for finding in check(machine)])
+
+
 def attempt(id: str, look: Callable[[], str], untold: bool = False) -> Diagnosis:
     """Return the diagnosis of `look`: what it returns, or the error it raises; `untold` where that is no fault."""
     try:
@@ -262,5 +269,6 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-BOARD: tuple[Check, ...] = (nodes, driver, firmware, memory, owner, descriptor)
+HOST: tuple[Check, ...] = (nodes, driver, firmware, memory)
+BOARD: tuple[Check, ...] = (*HOST, owner, descriptor)
 ANY: tuple[Check, ...] = (engine, image, pins, disk, python, lock, ttml)

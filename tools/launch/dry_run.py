@@ -14,11 +14,12 @@ from common.model import llama
 from common.train.launch import Launch
 from engines.registry import engine_for
 from engines.ttml.mesh import find_descriptor
-from tools.containers import launcher
+from tools.containers import launcher, offer
 from tools.containers.docker import check_engine
 from tools.containers.images import Image, image_for
-from tools.containers.spec import arguments_of, spec_of
+from tools.containers.spec import NOT_BUILT, arguments_of, spec_of
 from tools.data.fetch import missing
+from tools.doctor.machine import refuse_unready
 from tools.machine import detect
 
 
@@ -35,6 +36,9 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
         spec = spec_of(launcher.with_image(here, image_of(board)))
         words = ["docker", "run", "--rm", *arguments_of(spec)]
         yield f"in the container: {shlex.join(words)}"
+        if spec.image == NOT_BUILT:
+            yield "its image would be built first: asked at a terminal, else by BUILD=1 (--build)"
+            yield from (f"  {line}" for line in offer.outlook(board))
     yield f"device nodes: {', '.join(here.nodes) or 'none needed'}"
     yield f"{start_of(config)}; precision {precision}; {config.batch_equation}; mesh {config.device.mesh_shape}"
     yield from launch.warnings
@@ -63,7 +67,8 @@ def lacks(board: Hardware, config: Config, contained: bool) -> Iterator[str]:
     """What a run needs and this machine does not have: in a container, or on this machine's own Python."""
     needs: list[Callable[[], object]]
     if contained:
-        needs = [lambda: detect.choose(board.name), lambda: image_for(board), check_engine]
+        here = detect.choose(board.name, require_present=False)
+        needs = [lambda: refuse_unready(here), lambda: image_for(board), check_engine]
     elif board.is_cpu:
         needs = [lambda: engine_for(board).refuse_launch(board, config)]
     else:

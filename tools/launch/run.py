@@ -8,16 +8,19 @@ from common.errors import UsageError
 from common.train.launch import Launch
 from tools.containers import launcher
 from tools.data.fetch import fetch_pinned
+from tools.doctor.machine import refuse_unready
 from tools.launch.processes import in_processes
 from tools.machine import lease
+from tools.machine.detect import Choice
 
 
-def run(launch: Launch, container: bool | None) -> int:
-    """Train in the board's image or here, as `container` says; return the exit code."""
+def run(launch: Launch, container: bool | None, build: bool = False) -> int:
+    """Train in the board's image or here, as `container` says; return the exit code. `build`: the image, if need be."""
     if launcher.wanted(container, launch.hw):
         if launch.hosts.number > 1:
             raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
-        return launcher.launch(launch, click.echo)
+        refuse_unready(Choice(launch.hw, launch.reason, launch.nodes))
+        return launcher.launch(launch, click.echo, build=build)
     fetch_pinned(launch.config, click.echo)
     with lease.of_board(launch.hw, launch.nodes, launch.recipe_dir.name):
         return run_here(launch)

@@ -1,0 +1,267 @@
+"""A run whose image is neither published nor built: what is said, what is asked, what is built, and what comes of it.
+
+The `docker` command is a double, the board a faked one; `make test-containers` does the same on an engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.paths import ROOT
+from tests.doubles.machines import fake_host
+from tests.doubles.tiny_recipe import FROM_SCRATCH
+from tools.containers import images
+
+DIGEST = "sha256:" + "a" * 64
+ID = "sha256:" + "b" * 64
+SECONDS = 60
+
+
+def lock_of_today(**target: Any) -> dict[str, Any]:
+    """The lock of this repository; `target` are facts of n150's published image."""
+    lock = copy.deepcopy(images.read_lock())
+    lock["targets"]["n150"] |= target
+    return lock
+
+
+@dataclass
+class Bench:
+    """A machine with an n150, an engine that has no image, and a recipe that needs no download."""
+
+    folder: Path
+
+    @property
+    def double(self) -> Path:
+        """What the double of docker is told, and what it was asked."""
+        return self.folder / "double"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "build-n150.log").read_text()
+
+    def asked(self, verb: str) -> list[str]:
+        calls = self.double / "calls"
+        return [line for line in calls.read_text().splitlines() if line.startswith(verb)] if calls.exists() else []
+
+    def command(self, *words: str) -> list[str]:
+        run = ["run", str(FROM_SCRATCH), "--hw", "n150", "--out", str(self.folder / "runs")]
+        corpus = f"data_config.corpus={self.folder / 'corpus.txt'}"
+        return [sys.executable, "-m", "tests.support.own_images", str(self.folder), *run, "--set", corpus, *words]
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TT_", "RECIPES_"))}
+        return kept | {
+            "PATH": f"{ROOT / 'tests/doubles'}{os.pathsep}{os.environ['PATH']}",
+            "DOUBLE": str(self.double),
+            "RECIPES_SYSFS_ROOT": str(self.folder / "machine"),
+            "RECIPES_HOME": str(self.folder / "home"),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run it as a script would: nobody is at a terminal."""
+        return subprocess.run(
+            self.command(*words), cwd=ROOT, env=self.environment() | environment,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=SECONDS,
+        )  # fmt: skip
+
+    def at_a_terminal(self, answer: str, *words: str) -> tuple[int, str]:
+        """Run it on a terminal and answer the first question; its exit code and what the screen had."""
+        process, terminal = pty.fork()
+        if not process:
+            os.chdir(ROOT)
+            os.execve(sys.executable, self.command(*words), self.environment())
+        said, answered, deadline = "", False, time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.1)[0]:
+                try:
+                    said += os.read(terminal, 65536).decode()
+                except OSError:  # the process has ended
+                    break
+            if "[y/N]" in said and not answered:
+                answered = bool(os.write(terminal, answer.encode()))
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        os.close(terminal)
+        return code, said
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    bench = Bench(tmp_path)
+    fake_host(tmp_path / "machine", "n150")
+    (tmp_path / "corpus.txt").write_text("to be or not to be\n" * 400)
+    bench.double.mkdir()
+    info = {"ServerVersion": "28.0", "SecurityOptions": [], "DockerRootDir": "/on/another/machine"}
+    (bench.double / "info").write_text(json.dumps(info))
+    lock = lock_of_today()
+    (tmp_path / "images.lock.json").write_text(json.dumps(lock))
+    (bench.double / "build").write_text(image(images.pins_sha256(lock, "n150")))
+    (bench.double / "end").write_text("0")
+    return bench
+
+
+def image(pins: str) -> str:
+    """What `docker image inspect` prints of an image built from these pins."""
+    return json.dumps([{"Id": ID, "RepoDigests": [], "Size": 4e9, "Config": {"Labels": {"recipes.lock": pins}}}])
+
+
+NO_IMAGE = "no image for n150: none is published, none was built here"
+
+
+def test_without_a_terminal_nothing_is_built_and_the_word_is_named(bench: Bench) -> None:
+    done = bench.run()
+    assert done.returncode == 4
+    assert f"error: {NO_IMAGE}, and nobody is at a terminal" in done.stderr
+    for words in (
+        "tt-metal v0.81.1",
+        "11 minutes on 32 cores, 30 to 60 on few (reported",
+        "10 GB",
+        "BUILD=1 (--build)",
+    ):
+        assert words in done.stderr
+    assert not bench.asked("buildx bake")
+
+
+def test_the_word_builds_it_and_trains_by_one_command(bench: Bench) -> None:
+    done = bench.run("--build")
+    assert done.returncode == 0, done.stderr
+    assert f"{NO_IMAGE}: it is built now" in done.stdout
+    assert "#9 [ttml-builder 1/2] RUN compile" in done.stderr, "its progress is seen"
+    assert "#9 DONE 1.0s" in bench.log
+    assert len(bench.asked("buildx bake")) == len(bench.asked("start")) == 1
+    assert ID in bench.asked("create")[0]
+    again = bench.run()
+    assert again.returncode == 0, again.stderr
+    assert len(bench.asked("buildx bake")) == 1, "what was built is taken"
+
+
+def test_a_person_is_asked_once(bench: Bench) -> None:
+    code, said = bench.at_a_terminal("n\n")
+    assert (code, bench.asked("buildx bake")) == (4, [])
+    assert "30 to 60 on few" in said.partition("[y/N]")[0], "before the question, not after it"
+    assert "nothing was built" in said
+    code, said = bench.at_a_terminal("y\n")
+    assert (code, said.count("[y/N]")) == (0, 1), said
+    assert len(bench.asked("start")) == 1
+
+
+def test_ctrl_c_at_the_question_is_no(bench: Bench) -> None:
+    code, said = bench.at_a_terminal("\x03")
+    assert (code, bench.asked("buildx bake")) == (130, []), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_build_and_the_next_call_goes_on(bench: Bench, number: int) -> None:
+    (bench.double / "hold").touch()
+    with (bench.folder / "screen").open("w") as screen:
+        process = subprocess.Popen(
+            bench.command("--build"), cwd=ROOT, env=bench.environment(), stdout=screen, stderr=subprocess.STDOUT
+        )
+    deadline = time.monotonic() + SECONDS
+    while not (bench.double / "building").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, (bench.folder / "screen").read_text()
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(SECONDS) == 130
+    assert (bench.double / "ended").read_text() == "cancelled\n", "the build was told, and waited for"
+    assert "goes on with the steps that are done" in (bench.folder / "screen").read_text()
+    assert not bench.asked("create")
+    (bench.double / "hold").unlink()
+    assert bench.run("--build").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("last_words", "means"),
+    [
+        ("curl: (60) SSL certificate problem: unable to get local issuer certificate", "CA_BUNDLE=file"),
+        ("write /var/lib/docker/x: no space left on device", "docker system df"),
+        ("something that nobody has heard of", "its last words are above"),
+    ],
+)
+def test_a_build_that_fails_says_where_its_log_is_and_what_is_known(bench: Bench, last_words: str, means: str) -> None:
+    (bench.double / "broken").write_text(f"#9 12.3 {last_words}\n#9 ERROR: exit code: 1\n")
+    done = bench.run("--build")
+    assert done.returncode == 4
+    assert (str(bench.folder / "build-n150.log") in done.stderr, last_words in bench.log) == (True, True)
+    assert last_words in done.stderr
+    assert means in done.stderr.partition("error: ")[2]
+    assert not bench.asked("create")
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_asked(bench: Bench) -> None:
+    small = bench.folder / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "small", str(small)], check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    info = json.loads((bench.double / "info").read_text())
+    (bench.double / "info").write_text(json.dumps(info | {"DockerRootDir": str(small)}))
+    try:
+        done = bench.run("--build")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert done.returncode == 4
+    assert "takes 26 GB of disk: 0 GB are free" in done.stderr
+    assert str(small) in done.stderr
+    assert not bench.asked("buildx")
+
+
+def test_an_image_of_other_pins_is_built_anew(bench: Bench) -> None:
+    built = {"id": "sha256:old", "lock_sha256": "0" * 64, "created": "2026-11-01T00:00:00Z"}
+    (bench.folder / "images.local.json").write_text(json.dumps({"format": 1, "images": {"n150": built}}))
+    assert "was built here on 2026-11-01T00:00:00Z from other pins" in bench.run().stderr
+    done = bench.run("--build")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((bench.folder / "images.local.json").read_text())["images"]["n150"]["id"] == ID
+
+
+def test_an_image_that_the_engine_has_lost_is_built_again(bench: Bench) -> None:
+    assert bench.run("--build").returncode == 0
+    (bench.double / "image").unlink()
+    assert "the image of n150 is gone from the Docker engine" in bench.run().stderr
+    assert bench.run("--build").returncode == 0
+
+
+def test_a_published_image_is_pulled_by_its_digest_and_nothing_is_built(bench: Bench) -> None:
+    pins = images.pins_sha256(images.read_lock(), "n150")
+    reference = f"registry.example/recipes@{DIGEST}"
+    of = {"repository": "registry.example/recipes", "digest": DIGEST, "date": "2026-11-30", "lock_sha256": pins}
+    (bench.folder / "images.lock.json").write_text(json.dumps(lock_of_today(**of)))
+    (bench.double / "registry").write_text(json.dumps([json.loads(image(pins))[0] | {"RepoDigests": [reference]}]))
+    done = bench.run()
+    assert done.returncode == 0, done.stderr
+    assert bench.asked("pull") == [f"pull --quiet {reference} "]
+    assert not bench.asked("buildx")
+
+
+def test_a_host_that_is_not_ready_is_said_before_an_hour_of_building(bench: Bench) -> None:
+    shutil.rmtree(bench.folder / "machine/sys/module")
+    done = bench.run("--build")
+    assert done.returncode == 4
+    assert "the kernel module tenstorrent is not loaded" in done.stderr
+    assert "where: board.driver" in done.stderr
+    assert not bench.asked("buildx")
+
+
+def test_a_dry_run_says_what_would_be_built(bench: Bench) -> None:
+    done = bench.run("--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "its image would be built first: asked at a terminal, else by BUILD=1 (--build)\n  to build: tt-metal" in (
+        done.stdout
+    )
+    assert f"  {NO_IMAGE}" in done.stdout
+    assert not bench.asked("buildx")

@@ -1,0 +1,100 @@
+"""An image that a run needs and this machine lacks: what building it would take, the one question, and the build."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+
+from common.errors import MachineError
+from common.hardware import Hardware
+from tools.containers import docker
+from tools.containers.build import Inputs, build_and_record, build_variables
+from tools.containers.images import Image, NoImage, image_for, pins_of, read_lock
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a build takes, in words, and the gigabytes of the engine's disk without which it is not begun."""
+
+    time: str
+    disk: str
+    gigabytes: int
+
+
+# Measured here: docker/README.md, "The same layers twice". The build keeps the packages' stage beside the image.
+CPU = Cost("one to two minutes on two cores, once its packages are downloaded", "an image of 1.5 GB", 6)
+# None of it measured by us. Reported: 684 s on 32 cores, by the README of a fork of tt-metal (October 2026), and 30 to
+# 60 minutes on few; a built tree of 8 to 10 GB; images by upstream of 4.3 GB (release: libraries alone) and 12.7 GB
+# (release-models: the whole tree). Of ours the builder's stage is like the second, and what runs, like the first, is
+# there three times while it is put together: 12.7 + 3 x 4.3.
+BOARD = Cost(
+    "11 minutes on 32 cores, 30 to 60 on few (reported by others; never timed by us)",
+    "a tree of about 10 GB and an image of 4 to 5 (reported)",
+    26,
+)
+
+
+def cost_of(hw: Hardware) -> Cost:
+    """Return what building a board's image takes, with nothing of it done yet."""
+    return CPU if hw.is_cpu else BOARD
+
+
+def outlook(hw: Hardware) -> list[str]:
+    """Return in words what a build of the board's image would make, of what, how long that takes and how much disk."""
+    pins, cost = pins_of(read_lock(), hw.image), cost_of(hw)
+    source = f"tt-metal {pins['tt_metal']['tag']} with tt-train, from source" if "tt_metal" in pins else "packages"
+    return [
+        f"to build: {source}, by the pins of docker/images.lock.json (target {hw.image} of docker/docker-bake.hcl)",
+        f"how long: {cost.time}; less where an earlier build, or another board's, left its steps",
+        f"how much: {cost.disk}; {cost.gigabytes} GB free are asked for",
+    ]
+
+
+def accept(hw: Hardware, lack: NoImage, build: bool, say: Say) -> None:
+    """Return where the board's image is to be built: by `build`, or by a person at this terminal, who is asked.
+
+    Raises MachineError where its pins or the engine's disk do not do, where the answer is no, and where nobody can be
+    asked.
+    """
+    refuse_unbuildable(hw, lack)
+    if build:
+        say(f"{lack.what}: it is built now")
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        say(lack.what)
+    else:
+        raise MachineError(
+            "\n    ".join([f"{lack.what}, and nobody is at a terminal to be asked", *outlook(hw)]),
+            where=lack.where,
+            todo=f"BUILD=1 (--build) builds it first and goes on; make image HW={hw.name} builds it alone",
+        )
+    for line in outlook(hw):
+        say(f"  {line}")
+    if not build and not click.confirm("build it now, and go on with the run?"):
+        raise MachineError("nothing was built", where=lack.where, todo=f"make image HW={hw.name} builds it alone")
+
+
+def refuse_unbuildable(hw: Hardware, lack: NoImage) -> None:
+    """Raise MachineError where the pins of a board's image do not do, or the engine's disk, so far as it is seen."""
+    try:
+        build_variables(read_lock(), hw.image, Inputs.of_environment())
+    except MachineError as error:
+        raise MachineError(f"{lack.what}, and {error.what}", where=error.where, todo=error.todo) from error
+    disk, needed = docker.disk(), cost_of(hw).gigabytes
+    if disk and disk[1] < needed * 1e9:
+        raise MachineError(
+            f"{lack.what}, and to build one takes {needed} GB of disk: {disk[1] / 1e9:.0f} GB are free",
+            where=f"{disk[0]}, where the Docker engine keeps its layers",
+            todo="make room there (docker system df shows what takes it), or build on another machine and publish: "
+            f"recipe image publish {hw.name} --to REPOSITORY",
+        )
+
+
+def build_it(hw: Hardware, say: Say) -> Image:
+    """Build the board's image and return it. Raises MachineError where that fails, with the log's path."""
+    build_and_record(hw.image, read_lock(), Inputs.of_environment(), say)
+    return image_for(hw)

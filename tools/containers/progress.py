@@ -1,0 +1,77 @@
+"""What a person sees of an image's build, which may take an hour: its steps, a sign of life, and a log of it all."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from common.signals import handled
+
+SIGN_OF_LIFE = 30.0  # seconds: of an hour's build that is a page or two
+LAST_WORDS = 40  # lines: BuildKit repeats the failing step's own end, and the lines of the Dockerfile
+STEP = re.compile(r"#\d+ \[(?!internal\])")  # `#9 [ttml-builder 4/8] RUN ...`, as `--progress plain` prints it
+OVER = re.compile(r"#\d+ (DONE \d|CACHED|ERROR|CANCELED)")
+WIDTH = 110
+
+
+def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> tuple[int, str]:
+    """Run a build in `folder`, its output in `log` and its steps on stderr; return its exit code and its last words.
+
+    The first signal asks the build to end, and the third kills it; raises KeyboardInterrupt once it has.
+    """
+    heard: list[int] = []
+    last: deque[str] = deque(maxlen=LAST_WORDS)
+    print(f"its whole output: {log}", file=sys.stderr, flush=True)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, cwd=folder, env=environment, start_new_session=True, text=True, encoding="utf-8", errors="replace",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as client,
+    ):  # fmt: skip
+
+        def hear(number: int, _frame: FrameType | None) -> None:
+            heard.append(number)
+            client.send_signal(signal.SIGINT if len(heard) < 3 else signal.SIGKILL)
+
+        with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), hear):
+            screen = Screen(sys.stderr)
+            assert client.stdout is not None
+            for line in client.stdout:
+                file.write(line)
+                file.flush()
+                last.append(line)
+                screen.show(line.rstrip("\n"))
+            code = client.wait()
+    if heard:
+        print("the build was interrupted; the same command goes on with the steps that are done", file=sys.stderr)
+        raise KeyboardInterrupt
+    return code, "".join(last)
+
+
+class Screen:
+    """The lines of a build that are worth a person's time: steps that begin and end, else one now and then."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+        self.began = self.said = time.monotonic()
+        self.steps: set[str] = set()
+
+    def show(self, line: str) -> None:
+        """Print a line of `--progress plain` if it begins or ends a step, or if nothing was printed for a while."""
+        number = line.partition(" ")[0]
+        if STEP.match(line):
+            self.steps.add(number)
+        elif not (OVER.match(line) and number in self.steps) and time.monotonic() - self.said < SIGN_OF_LIFE:
+            return
+        self.said = time.monotonic()
+        minutes, seconds = divmod(int(self.said - self.began), 60)
+        print(f"{minutes:3d}:{seconds:02d} {line[:WIDTH]}", file=self.out, flush=True)
