@@ -28,7 +28,8 @@ class Hardware:
     chips: int
     nodes: int
     cards: tuple[str, ...]
-    minimum_firmware: str | None
+    validated_firmware: str | None
+    validated_driver: str | None
     dram_gib_per_chip: float | None
     mesh_shape: tuple[int, int]
     mesh_graph_descriptor: str | None

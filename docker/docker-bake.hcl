@@ -85,12 +85,18 @@ target "board" {
     board = [
       { name = "n150", arch = "wormhole_b0", descriptor = "" },
       { name = "n300", arch = "wormhole_b0", descriptor = "n300_mesh_graph_descriptor" },
+      { name = "n300x2", arch = "wormhole_b0", descriptor = "n300x2_1x4" },
       { name = "t3k", arch = "wormhole_b0", descriptor = "t3k_1x8" },
       { name = "p100", arch = "blackhole", descriptor = "" },
       { name = "p150", arch = "blackhole", descriptor = "" },
+      { name = "p150x2", arch = "blackhole", descriptor = "p150_x2_mesh_graph_descriptor" },
+      { name = "p150x4", arch = "blackhole", descriptor = "p150x4_1x4" },
+      { name = "p150x8", arch = "blackhole", descriptor = "p150x8_1x8" },
       { name = "p300c", arch = "blackhole", descriptor = "p300_mesh_graph_descriptor" },
       { name = "qb2", arch = "blackhole", descriptor = "qb2_1x4" },
       { name = "galaxy", arch = "wormhole_b0", descriptor = "galaxy_1x32" },
+      { name = "galaxy-bh", arch = "blackhole", descriptor = "galaxy_bh_1x32" },
+      { name = "galaxy-cf", arch = "blackhole", descriptor = "galaxy_bh_1x32" },
     ]
   }
   name     = board.name

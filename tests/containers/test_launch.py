@@ -24,7 +24,7 @@ from common.errors import MachineError
 from common.paths import ROOT
 from common.train import metrics
 from tests.containers.conftest import docker
-from tests.doubles.machines import fake_host, pci, real_nodes
+from tests.doubles.machines import DRIVER, FIRMWARE, fake_host, pci, real_nodes
 from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.runs import folders, manifest, outcome
 from tools.containers import launcher
@@ -254,9 +254,9 @@ def test_a_board_runs_in_its_image_by_itself(board, board_image):
     (folder,) = folders(board.runs)
     assert manifest(folder)["backend"]["backend"] == "ttml"
     facts = manifest(folder)["host"]
-    assert facts["driver"] == "2.10.0"
+    assert facts["driver"] == DRIVER
     assert facts["pci"] == [pci(0)]
-    assert facts["firmware"] == ["19.13.1"]
+    assert facts["firmware"] == [FIRMWARE]
     assert "in a container, on n150" in said
     assert lease.path_of(pci(0)).name == "recipes-0000:01:00.0.lock"
 

@@ -11,17 +11,23 @@ from pathlib import Path
 
 from common.hardware import get
 
-DRIVER, FIRMWARE = "2.10.0", "19.13.1"
-# The cards of each board as its driver names them, one per node.
+DRIVER, FIRMWARE = "2.11.0", "19.16.0"
+# The cards of each board as its driver names them, one per node; what stands behind `unknown` is their PCI subsystem.
 MACHINES = {
     "n150": ["n150"],
     "n300": ["n300"],
+    "n300x2": ["n300"] * 2,
     "t3k": ["n300"] * 4,
     "p100": ["p100a"],
     "p150": ["p150b"],
+    "p150x2": ["p150a"] * 2,
+    "p150x4": ["p150c"] * 4,
+    "p150x8": ["p150b"] * 8,
     "p300c": ["p300c"] * 2,
     "qb2": ["p300c"] * 4,
     "galaxy": ["galaxy-wormhole"] * 32,
+    "galaxy-bh": ["galaxy-blackhole"] * 32,
+    "galaxy-cf": ["unknown-0x0202"] * 32,
 }
 
 
@@ -32,8 +38,13 @@ def fake_machine(root: Path, cards: Sequence[str | None], serials: Sequence[str]
         (root / f"dev/tenstorrent/{index}").touch()
         folder = root / f"sys/class/tenstorrent/tenstorrent!{index}"
         folder.mkdir(parents=True)
+        device = root / f"sys/devices/{pci(index)}"
+        device.mkdir(parents=True)
+        (folder / "device").symlink_to(device)
         if card:
-            (folder / "tt_card_type").write_text(f"{card}\n")
+            word, _, subsystem = card.partition("-0x")
+            (folder / "tt_card_type").write_text(f"{word}\n")
+            write(device / "subsystem_device", f"0x{subsystem or '0040'}\n")
         if serials:
             (folder / "tt_serial").write_text(f"{serials[index]}\n")
     return root
@@ -48,8 +59,7 @@ def fake_host(root: Path, board: str, *, dma: str | None = "DMA-FQ", hugepages: 
     for index in range(get(board).nodes):
         folder = root / f"sys/class/tenstorrent/tenstorrent!{index}"
         device = root / f"sys/devices/{pci(index)}"
-        (device / "iommu_group").mkdir(parents=True)
-        (folder / "device").symlink_to(device)
+        (device / "iommu_group").mkdir()
         (folder / "tt_fw_bundle_ver").write_text(f"{FIRMWARE}\n")
         if dma:
             (device / "iommu_group/type").write_text(f"{dma}\n")

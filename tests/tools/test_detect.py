@@ -30,7 +30,7 @@ def test_every_board_is_detected_and_chosen(name, tmp_path, monkeypatch):
     unset, named = detect.choose(None), detect.choose(name)
     assert unset.hardware == named.hardware == hardware.get(name)
     assert unset.nodes == named.nodes == hardware.get(name).device_nodes
-    assert MACHINES[name][0] in unset.reason
+    assert f"{len(MACHINES[name])} x {MACHINES[name][0]}" in unset.reason
     assert "HW is not set" in unset.reason
     assert "as named" in named.reason
 
@@ -67,20 +67,101 @@ def test_a_machine_without_cards_trains_on_cpu_and_says_why(tmp_path, choose):
     ("cards", "name", "why"),
     [
         (["n150"] * 3, "n150", "3 x n150"),  # the largest board that they make up
-        (["n300"] * 3, "n300", "3 x n300"),
-        (["p150a", "p150b"], "p150", "1 x p150a, 1 x p150b"),
+        (["n300"] * 3, "n300x2", "found 3 x n300 at /dev/tenstorrent/0 to 2 (for fewer of them: HW=n300)"),
+        (["n300"] * 5, "t3k", "(for fewer of them: HW=n300 or HW=n300x2)"),
+        (["p150a", "p150b"], "p150x2", "1 x p150a, 1 x p150b"),
+        (["p150b"] * 7, "p150x4", "7 x p150b"),
         (["p300c"] * 3, "p300c", "3 x p300c"),
-        (["p300c"], "cpu", "no board"),  # half a card
-        (["galaxy-blackhole"] * 32, "cpu", "no board"),
-        ([None], "cpu", "unknown type"),
-        (["n150", "p150a"], "cpu", "several kinds"),
+        (["p300b"] * 4, "qb2", "4 x p300b"),
+        (["n300 L"], "n300", "1 x n300"),  # tt-smi's words
+        (["bh-scrappy"], "p100", "bh-scrappy"),
+        (["tt-galaxy-wh L"] * 32, "galaxy", "32 x tt-galaxy-wh"),
+        (["tt-galaxy-bh"] * 32, "galaxy-bh", "32 x tt-galaxy-bh"),
     ],
 )
-def test_machines_that_are_no_single_board(cards, name, why, tmp_path, choose):
+def test_cards_of_one_kind_are_the_largest_board_that_they_make_up(cards, name, why, tmp_path, choose):
     choice = choose(fake_machine(tmp_path, cards), None)
     assert choice.hardware.name == name
     assert why in choice.reason
     assert len(choice.nodes) == hardware.get(name).nodes
+
+
+@pytest.mark.parametrize(
+    ("cards", "why", "todo"),
+    [
+        (["p300c"], "p300c is a part of p300c, which has 2 nodes", "train on the CPU twin: HW=cpu"),
+        (["galaxy-wormhole"] * 8, "galaxy-wormhole is a part of galaxy, which has 32 nodes", "HW=cpu"),
+        (["unknown-0x0303"], "unknown-0x0303 is in no row of common/hardware.yaml", "HW=cpu"),
+        (["unknown"], "unknown-0x0040 is in no row", "HW=cpu"),
+        (["p800x"], "p800x is in no row", "HW=cpu"),
+        ([None], "the driver does not say of what type a card is", "name the board: HW=<its name"),
+        (["n150", "p150a"], "boards of several kinds", "name the board: HW=n150 or HW=p150; or"),
+        (["n150", "p300c"], "p300c is a part of p300c", "name the board: HW=n150; or"),
+    ],
+)
+@pytest.mark.parametrize("require_present", [True, False])
+def test_cards_that_are_no_board_are_never_answered_with_a_cpu(cards, why, todo, require_present, tmp_path, choose):
+    root = fake_machine(tmp_path, cards)
+    with pytest.raises(MachineError) as error:
+        choose(root, None, require_present=require_present)
+    assert "HW is not set" in error.value.what
+    assert why in error.value.what
+    assert todo in str(error.value.todo)
+    assert choose(root, "cpu").hardware.is_cpu
+
+
+# --- TT_VISIBLE_DEVICES: tt-umd's docs/TT_VISIBLE_DEVICES.md --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "indices"),
+    [
+        ("0", [0]),
+        ("3,1", [1, 3]),
+        (" 1 , 1 ", [1]),
+        ("0000:02:00.0", [1]),
+        ("0000:0", [0, 1, 2, 3]),  # a part of an address takes every node that has it
+        ("03:00.0,2", [2]),  # the same card twice
+        ("", []),
+    ],
+)
+def test_what_tt_visible_devices_leaves(words, indices, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(fake_machine(tmp_path, ["n300"] * 4)))
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", words)
+    assert [node.index for node in detect.nodes()] == indices
+
+
+@pytest.mark.parametrize("words", ["4", "n150", "0000:99:00.0", "0,x", "-1", "0:g"])
+def test_a_device_that_is_not_here_is_refused_by_its_name(words, tmp_path, choose, monkeypatch):
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", words)
+    root = fake_machine(tmp_path, ["n300"] * 4)
+    for name in (None, "n300"):
+        with pytest.raises(MachineError, match="is no device of this machine") as error:
+            choose(root, name)
+        assert error.value.where == f"TT_VISIBLE_DEVICES={words}"
+        assert "3 is /dev/tenstorrent/3 (0000:04:00.0)" in str(error.value.todo)
+
+
+def test_numbers_count_the_nodes_that_are_here(tmp_path, choose, monkeypatch):
+    root = fake_machine(tmp_path, ["n150", "p150a", "n150"])
+    (root / "dev/tenstorrent/0").unlink()
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", "1")
+    choice = choose(root, None)
+    assert (choice.hardware.name, choice.nodes) == ("n150", ("/dev/tenstorrent/2",))
+    assert "as far as TT_VISIBLE_DEVICES=1 lets see" in choice.reason
+
+
+def test_a_board_is_detected_named_and_missed_among_what_is_visible(tmp_path, choose, monkeypatch):
+    root = fake_machine(tmp_path, ["n300"] * 4)
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", "1,3")
+    assert choose(root, None).hardware.name == "n300x2"
+    assert choose(root, "n300").nodes == ("/dev/tenstorrent/1",)
+    with pytest.raises(MachineError, match=r"found 2 x n300 .*, as far as TT_VISIBLE_DEVICES=1,3 lets see"):
+        choose(root, "t3k")
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", "")
+    choice = choose(root, None)
+    assert choice.hardware.name == "cpu"
+    assert "TT_VISIBLE_DEVICES=" in choice.reason
 
 
 def test_one_card_of_a_quietbox_is_one_card(tmp_path, choose):

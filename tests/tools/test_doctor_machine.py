@@ -18,11 +18,12 @@ from tests.doubles.machines import MACHINES, descriptor, fake_host, pci, remove_
 from tools.cli import main
 from tools.containers import images
 from tools.doctor import machine as doctor_host
-from tools.doctor.machine import numbers
-from tools.machine import lease
+from tools.doctor.findings import Diagnosis
+from tools.doctor.machine import bundle, numbers
+from tools.machine import host, lease
 from tools.machine.lease import Owner
 
-LINES = ["t3k", "qb2", "galaxy", "n300", "p300c"]
+LINES = [board for board in MACHINES if get(board).chips > 1]
 
 
 @pytest.fixture
@@ -35,6 +36,9 @@ def doctor(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, dict[str, 
     ]  # what this Python has: a test of its own
     monkeypatch.setattr(doctor_host, "ANY", own)
     monkeypatch.delenv("RECIPES_LAUNCH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write(tmp_path / "home/.tenstorrent-venv/bin/tt-smi", "#!/bin/sh\n")
+    (tmp_path / "home/.tenstorrent-venv/bin/tt-smi").chmod(0o755)
 
     def run(
         board: str, root: Path, mesh: str | None = None, options: Sequence[str] = ()
@@ -57,35 +61,85 @@ def wrong(findings: dict[str, Any]) -> list[str]:
     return [id for id, item in findings.items() if item["ok"] is False]
 
 
+def warned(findings: dict[str, Any]) -> list[str]:
+    return [id for id, item in findings.items() if item["warning"]]
+
+
 @pytest.mark.parametrize("board", MACHINES)
 def test_a_healthy_machine_is_green_for_every_board(doctor, tmp_path, board):
     code, found, err = doctor(board, fake_host(tmp_path / "root", board))
-    assert (code, wrong(found), err) == (0, [], "")
-    told = {"board.nodes", "board.driver", "board.firmware", "board.memory", "board.owner", "engine.answers"}
+    assert (code, wrong(found), warned(found), err) == (0, [], [], "")
+    told = {"board.nodes", "board.driver", "board.firmware", "board.memory", "board.owner", "board.tt-smi"}
     assert all(found[id]["ok"] for id in told | ({"board.descriptor"} if board in LINES else set()))
 
 
-def test_hugepages_in_place_of_an_iommu_are_green_too(doctor, tmp_path):
-    code, found, _ = doctor("t3k", fake_host(tmp_path / "root", "t3k", dma="identity", hugepages=4, mounted=True))
+PAGES = {"n150": 4, "n300": 4, "n300x2": 8, "t3k": 16, "p300c": 8, "qb2": 16, "p150x8": 32, "galaxy": 128}
+
+
+@pytest.mark.parametrize("board", PAGES)
+def test_four_hugepages_a_node_in_place_of_an_iommu_are_green_too(doctor, tmp_path, board):
+    root = fake_host(tmp_path / "root", board, dma="identity", hugepages=PAGES[board], mounted=True)
+    code, found, _ = doctor(board, root)
     assert code == 0
-    assert "4 huge pages" in found["board.memory"]["evidence"]
+    assert f"{PAGES[board]} huge pages of 1 GiB, {PAGES[board]} are needed" in found["board.memory"]["evidence"]
+    pages(root, PAGES[board] - 3)
+    code, found, _ = doctor(board, root)
+    assert (code, wrong(found)) == (4, ["board.memory"])
+    assert f"{PAGES[board] - 3} huge pages" in found["board.memory"]["evidence"]
+    assert f"hugepages={PAGES[board]}," in found["board.memory"]["cure"]
 
 
-def own_pids(root: Path) -> None:
-    write(root / "proc/driver/tenstorrent/0/pids", "1\n")
+@pytest.mark.parametrize(
+    ("line", "mounted"),
+    [
+        ("nodev /dev/hugepages-1G hugetlbfs rw,relatime,mode=777,pagesize=1024M 0 0", True),
+        ("hugetlbfs /dev/hugepages-1G hugetlbfs rw,pagesize=1G,mode=777 0 0", True),
+        ("nodev /dev/hugepages-1G hugetlbfs pagesize=1048576K 0 0", True),
+        ("none /dev/hugepages-1G hugetlbfs rw,pagesize=1024M 0 0", False),  # a source that tt-umd does not look at
+        ("nodev /dev/hugepages-1G hugetlbfs rw,pagesize=2M 0 0", False),
+        ("nodev /dev/hugepages-1G hugetlbfs rw 0 0", False),
+        ("nodev /dev/hugepages hugetlbfs rw,pagesize=1G 0 0", False),
+    ],
+)
+def test_a_mount_is_told_as_tt_umd_tells_it(doctor, tmp_path, line, mounted):
+    root = fake_host(tmp_path / "root", "n150", dma=None, hugepages=4)
+    write(root / "proc/mounts", f"proc /proc proc rw 0 0\n{line}\n")
+    assert wrong(doctor("n150", root)[1]) == ([] if mounted else ["board.memory"])
+
+
+def own_pids(root: Path, pids: str = "1\n") -> None:
+    write(root / "proc/driver/tenstorrent/0/pids", pids)
 
 
 FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "missing node": ("n150", lambda root: remove_node(root, 0), "board.nodes", "tenstorrent!0 without a node"),
     "wrong count": ("qb2", lambda root: remove_card(root, 3), "board.nodes", "found 3 x p300c"),
     "another board": ("n150", lambda root: write(card(root), "n300\n"), "board.nodes", "found 1 x n300"),
+    "a board that is in no table": (
+        "p150",
+        lambda root: write(card(root), "unknown\n"),
+        "board.nodes",
+        "unknown-0x0040",
+    ),
     "no driver": ("n150", lambda root: shutil.rmtree(root / "sys/module"), "board.driver", "not loaded"),
     "old driver": ("n150", lambda root: write(root / "sys/module/tenstorrent/version", "1.34"), "board.driver", "1.34"),
-    "old firmware": ("p150", lambda root: write(firmware(root), "18.4.9"), "board.firmware", "0 has 18.4.9"),
+    "old firmware": ("p150", lambda root: write(firmware(root), "18.9.0.0"), "board.firmware", "0 has 18.9.0.0; tt-m"),
+    "firmware from before 18": (
+        "n150",
+        lambda root: write(firmware(root), "80.17.0.0"),
+        "board.firmware",
+        "80.x is old",
+    ),
     "no huge pages": ("n150", lambda root: pages(root, 0), "board.memory", "0 huge pages"),
-    "too few huge pages": ("t3k", lambda root: pages(root, 3), "board.memory", "3 huge pages"),
     "one card passed through": ("qb2", lambda root: write(group(root), "identity"), "board.memory", "some cards"),
-    "a busy card": ("n150", own_pids, "board.owner", "/dev/tenstorrent/0 by process 1"),
+    "a busy card": ("n150", own_pids, "board.owner", "/dev/tenstorrent/0 by process 1 ("),
+    "busy twice over": (
+        "n150",
+        lambda root: own_pids(root, "1\n1\n"),
+        "board.owner",
+        "in use: /dev/tenstorrent/0 by pro",
+    ),
+    "a card of another container": ("n150", lambda root: own_pids(root, "0\n"), "board.owner", "another PID namespace"),
 }
 
 
@@ -106,7 +160,7 @@ def pages(root: Path, count: int) -> None:
     for file in root.glob("sys/devices/*/iommu_group/type"):
         file.unlink()
     write(root / "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", f"{count}\n")
-    write(root / "proc/mounts", "none /dev/hugepages-1G hugetlbfs rw,pagesize=1024M 0 0\n")
+    write(root / "proc/mounts", "nodev /dev/hugepages-1G hugetlbfs rw,pagesize=1024M 0 0\n")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -120,6 +174,77 @@ def test_each_planted_fault_is_named_and_alone(doctor, tmp_path, fault):
     assert words in found[id]["evidence"]
     assert found[id]["cure"]
     assert id in err
+
+
+def test_a_process_that_has_a_card_open_twice_is_named_once(doctor, tmp_path):
+    root = fake_host(tmp_path / "root", "n150")
+    own_pids(root, "1\n1\n0\n0\n")
+    _, found, _ = doctor("n150", root)
+    assert found["board.owner"]["evidence"].count("process 1 ") == 1
+    assert found["board.owner"]["evidence"].count("another PID namespace") == 1
+    assert "process 0" not in found["board.owner"]["evidence"]
+
+
+def no_smi(root: Path) -> None:
+    (root.parent / "home/.tenstorrent-venv/bin/tt-smi").unlink()
+
+
+UNTESTED: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
+    "firmware": (
+        "p150",
+        lambda root: write(firmware(root), "19.8.0.0"),
+        "board.firmware",
+        "validates p150 with 19.8.1",
+    ),
+    "firmware of an n150": (
+        "n150",
+        lambda root: write(firmware(root), "18.10.0.0"),
+        "board.firmware",
+        "n150 with 19.15.0",
+    ),
+    "driver": ("galaxy", lambda root: write(root / "sys/module/tenstorrent/version", "2.7.1"), "board.driver", "2.8.0"),
+    "no tt-smi": ("n150", no_smi, "board.tt-smi", "could not be reset"),
+}
+
+
+@pytest.mark.parametrize("what", UNTESTED)
+def test_what_nobody_tested_is_a_warning_that_fails_nothing(doctor, tmp_path, what):
+    board, plant, id, words = UNTESTED[what]
+    root = fake_host(tmp_path / "root", board)
+    plant(root)
+    code, found, err = doctor(board, root)
+    assert (code, wrong(found), warned(found), err) == (0, [], [id], "")
+    assert words in found[id]["evidence"]
+    assert found[id]["cure"]
+
+
+def test_a_driver_that_no_guide_names_for_a_wormhole_card_is_no_warning(doctor, tmp_path):
+    root = fake_host(tmp_path / "root", "n150")
+    write(root / "sys/module/tenstorrent/version", "2.0.0")
+    assert warned(doctor("n150", root)[1]) == []
+
+
+def test_a_warning_is_shown_to_people_with_its_cure():
+    finding = Diagnosis("board.firmware", True, "old", "renew it", warning=True)
+    assert list(finding.lines()) == ["warning: board.firmware: old", "  to do: renew it"]
+    assert list(Diagnosis("board.firmware", True, "new", "renew it").lines()) == ["ok: board.firmware: new"]
+
+
+def test_tt_smi_is_found_on_path_then_where_the_installer_puts_it(tmp_path, monkeypatch):
+    places = {name: tmp_path / name / "bin/tt-smi" for name in ("path", "home/.tenstorrent-venv", "elsewhere")}
+    for place in places.values():
+        write(place, "#!/bin/sh\n")
+        place.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TT_NEW_VENV_LOCATION", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path/bin"))
+    assert host.tt_smi() == str(places["path"])
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert host.tt_smi() == str(places["home/.tenstorrent-venv"])
+    monkeypatch.setenv("TT_NEW_VENV_LOCATION", str(tmp_path / "elsewhere"))
+    assert host.tt_smi() == str(places["elsewhere"])
+    places["elsewhere"].unlink()
+    assert host.tt_smi() is None
 
 
 def test_a_descriptor_of_another_mesh_is_a_fault(doctor, tmp_path):
@@ -204,3 +329,8 @@ def test_a_pin_of_another_python_lock_is_a_fault(doctor, tmp_path, monkeypatch):
 def test_versions_are_compared_by_their_numbers(text, expected):
     assert numbers(text) == expected
     assert numbers("2.10") > numbers("2.9.1")
+
+
+def test_bundles_are_compared_by_their_age():
+    shuffled = ["19.8.1", "18.10.0.0", "80.17.0.0", "19.15.0.0", "18.3.0"]
+    assert sorted(shuffled, key=bundle) == ["80.17.0.0", "18.3.0", "18.10.0.0", "19.8.1", "19.15.0.0"]

@@ -114,7 +114,7 @@ def test_the_wheel_of_ttnn_is_the_one_that_the_names_are_checked_against() -> No
 
 def test_every_board_has_a_target_with_the_facts_of_the_table() -> None:
     assert set(LOCK["targets"]) == {board.image for board in hardware.table().values()}
-    rows = re.findall(r'\{ name = "(\w+)", arch = "(\w+)", descriptor = "(\w*)" \}', BAKE)
+    rows = re.findall(r'\{ name = "([\w-]+)", arch = "(\w+)", descriptor = "(\w*)" \}', BAKE)
     assert {name: (arch, descriptor) for name, arch, descriptor in rows} == {
         board.name: (board.arch, board.mesh_graph_descriptor or "")
         for board in hardware.table().values()

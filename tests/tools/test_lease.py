@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import MachineError
+from common.hardware import get
+from tests.doubles.machines import fake_host, write
 from tools.machine import lease
 from tools.machine.lease import Owner
 
@@ -61,6 +63,17 @@ def test_a_second_owner_is_told_who_has_the_board(holder):
     assert "recipe stop --hw qb2" in said
     assert lease.held("0000:03:00.0") is None, "what was taken before the refusal is given back"
     take("0000:03:00.0")
+
+
+def test_who_has_a_card_open_without_a_lease_is_named_in_words(root):
+    nodes = get("n300x2").device_nodes
+    fake_host(root, "n300x2")
+    write(root / "proc/driver/tenstorrent/0/pids", f"{os.getpid()}\n0\n")
+    write(root / "proc/driver/tenstorrent/1/pids", f"{os.getpid()}\n{os.getpid()}\n")
+    with pytest.raises(MachineError) as refused, lease.of_board(get("n300x2"), nodes, "a-run"):
+        pass
+    assert refused.value.what.count(f"process {os.getpid()} (") == 1
+    assert "a process of another PID namespace" in refused.value.what
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

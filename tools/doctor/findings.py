@@ -16,16 +16,24 @@ VERDICTS = {True: "ok", False: "WRONG", None: "cannot be told"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that was looked at. `ok` is None where it cannot be told; `cure` says what to do where it is not."""
+    """One thing that was looked at. `ok` is None where it cannot be told; `cure` says what to do where it is not.
+
+    A `warning` is ok, nothing fails by it, and is shown with its cure all the same: it works, but nobody tested it.
+    """
 
     id: str
     ok: bool | None
     evidence: str
     cure: str | None = None
+    warning: bool = False
+
+    @property
+    def verdict(self) -> str:
+        return "warning" if self.ok and self.warning else VERDICTS[self.ok]
 
     def lines(self) -> Iterator[str]:
-        yield f"{VERDICTS[self.ok]}: {self.id}: {self.evidence}"
-        if self.cure and not self.ok:
+        yield f"{self.verdict}: {self.id}: {self.evidence}"
+        if self.cure and (self.warning or not self.ok):
             yield f"  to do: {self.cure}"
 
 

@@ -24,11 +24,14 @@ from tools.doctor.findings import Diagnosis
 from tools.machine import detect, host, lease
 from tools.machine.detect import Choice
 
-MINIMUM_DRIVER = "2.0.0"  # tt-umd refuses older ones
+MINIMUM_DRIVER = "2.0.0"  # tt-umd does not open a device with an older one (its support matrix)
+# Said by libtt_metal.so of ttnn 0.81.1 where a board does not come up. tt-umd asks for less: 18.3, 18.5 on Blackhole.
+MINIMUM_FIRMWARE = "18.10.0"
+FIRST_OLD_BUNDLE = 80  # bundles of this number and above are from before 18 (tt-umd's support matrix)
 TTNN_PYTHONS = ((3, 10), (3, 12))  # that ttnn 0.81.1 has wheels for
 ROOM_GB = 5  # TinyLlama's base (2.2 GB) and the checkpoints of a LoRA run, twice over
 PIN = re.compile(r"^([\w.-]+)==([\w.+!-]+)( *;)?", re.MULTILINE)  # the last part: only for some Pythons
-INSTALLER = "tt-installer (Tenstorrent's) sets up driver, firmware and huge pages"
+INSTALLER = "tt-installer (Tenstorrent's) sets up driver, firmware, huge pages and tt-smi"
 
 
 @dataclass(frozen=True)
@@ -88,32 +91,49 @@ def nodes(machine: Machine) -> Iterator[Diagnosis]:
     yield attempt("board.nodes", lambda: detect.choose(machine.hw.name).reason)
 
 
-def driver(_machine: Machine) -> Iterator[Diagnosis]:
-    version = host.driver()
+def driver(machine: Machine) -> Iterator[Diagnosis]:
+    version, validated = host.driver(), machine.hw.validated_driver
     if version is None:
         yield Diagnosis("board.driver", False, "the kernel module tenstorrent is not loaded", INSTALLER)
         return
-    enough = numbers(version) >= numbers(MINIMUM_DRIVER)
-    yield Diagnosis("board.driver", enough, f"driver {version}, at least {MINIMUM_DRIVER} is needed", INSTALLER)
+    evidence = f"driver {version}, at least {MINIMUM_DRIVER} is needed"
+    if numbers(version) < numbers(MINIMUM_DRIVER):
+        yield Diagnosis("board.driver", False, evidence, INSTALLER)
+    elif validated and numbers(version) < numbers(validated):
+        yield untested("board.driver", evidence, machine.hw, validated)
+    else:
+        yield Diagnosis("board.driver", True, evidence)
 
 
 def firmware(machine: Machine) -> Iterator[Diagnosis]:
-    minimum = machine.hw.minimum_firmware or "0"
     told = {card.node: card.firmware for card in machine.cards}
-    old = [f"{node} has {version}" for node, version in told.items() if version and numbers(version) < numbers(minimum)]
-    if old:
-        yield Diagnosis("board.firmware", False, f"{', '.join(old)}; at least {minimum} is needed", INSTALLER)
+    versions = {node: version for node, version in told.items() if version}
+    validated = machine.hw.validated_firmware or MINIMUM_FIRMWARE
+    needed = f"tt-metal 0.81.1 asks for at least {MINIMUM_FIRMWARE}"
+    here = f"firmware {', '.join(sorted(set(versions.values())))}, {needed}"
+    if old := [node for node, version in versions.items() if bundle(version) < bundle(MINIMUM_FIRMWARE)]:
+        which = ", ".join(f"{node} has {versions[node]}" for node in old)
+        ancient = any(numbers(versions[node]) >= (FIRST_OLD_BUNDLE,) for node in old)
+        order = f" ({FIRST_OLD_BUNDLE}.x is older than 18)" if ancient else ""
+        yield Diagnosis("board.firmware", False, f"{which}{order}; {needed}", INSTALLER)
     elif not told or None in told.values():
         yield Diagnosis("board.firmware", None, "the driver does not say which firmware the cards have", INSTALLER)
+    elif any(bundle(version) < bundle(validated) for version in versions.values()):
+        yield untested("board.firmware", here, machine.hw, validated)
     else:
-        versions = ", ".join(sorted(set(map(str, told.values()))))
-        yield Diagnosis("board.firmware", True, f"firmware {versions}, at least {minimum} is needed")
+        yield Diagnosis("board.firmware", True, here)
+
+
+def untested(id: str, evidence: str, hw: Hardware, validated: str) -> Diagnosis:
+    """Return the warning for what is new enough to run and older than what tt-metal's install guide names."""
+    evidence = f"{evidence}; untested: tt-metal's install guide validates {hw.name} with {validated}"
+    return Diagnosis(id, True, evidence, INSTALLER, warning=True)
 
 
 def memory(machine: Machine) -> Iterator[Diagnosis]:
     """Look at what DMA takes: ordinary memory behind an IOMMU that translates, else huge pages of 1 GiB."""
     states, pages = {card.translated for card in machine.cards}, host.hugepages()
-    here, needed = f"{pages.count} huge pages of 1 GiB", len(machine.nodes)
+    needed = host.PAGES_PER_NODE * len(machine.nodes)
     if not states or None in states:
         yield Diagnosis("board.memory", None, "it cannot be read whether an IOMMU translates the cards' DMA")
     elif len(states) > 1:
@@ -122,7 +142,10 @@ def memory(machine: Machine) -> Iterator[Diagnosis]:
     elif True in states:
         yield Diagnosis("board.memory", True, "an IOMMU translates the cards' DMA: no huge pages are needed")
     else:
-        evidence = f"no IOMMU translates the cards' DMA (off, or iommu=pt); {here}, a card needs at least one"
+        evidence = (
+            f"no IOMMU translates the cards' DMA (off, or iommu=pt); {pages.count} huge pages of 1 GiB, {needed} are"
+            f" needed, {host.PAGES_PER_NODE} for each of {len(machine.nodes)} nodes"
+        )
         where = "mounted" if pages.mounted else "not mounted"
         cure = f"kernel parameters hugepagesz=1G hugepages={needed}, and hugetlbfs with pagesize=1G on {host.HUGEPAGES}"
         ok = pages.mounted and pages.count >= needed
@@ -132,7 +155,7 @@ def memory(machine: Machine) -> Iterator[Diagnosis]:
 def owner(machine: Machine) -> Iterator[Diagnosis]:
     """Look for who has a card: a run of ours by its lease, or any process that has its node open."""
     leases = [str(owner) for card in machine.cards if (owner := lease.held(card.key))]
-    others = [f"{card.node} by process {pid} ({name_of(pid)})" for card in machine.cards for pid in card.holders]
+    others = [f"{card.node} by {host.holder(pid)}" for card in machine.cards for pid in card.holders]
     if found := [*dict.fromkeys(leases), *others]:
         cure = f"wait, or end it: recipe stop --hw {machine.hw.name} for a run of ours"
         yield Diagnosis("board.owner", False, f"in use: {'; '.join(found)}", cure)
@@ -140,11 +163,13 @@ def owner(machine: Machine) -> Iterator[Diagnosis]:
         yield Diagnosis("board.owner", True, "nobody has the board")
 
 
-def name_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text("utf-8").strip()
-    except OSError:
-        return "not visible from here"
+def smi(_machine: Machine) -> Iterator[Diagnosis]:
+    """Look for tt-smi: no run needs it, and a board that hangs is reset with nothing else."""
+    if program := host.tt_smi():
+        yield Diagnosis("board.tt-smi", True, program)
+    else:
+        evidence = "no tt-smi on PATH, nor in tt-installer's environment: a board that hangs could not be reset"
+        yield Diagnosis("board.tt-smi", True, evidence, INSTALLER, warning=True)
 
 
 def descriptor(machine: Machine) -> Iterator[Diagnosis]:
@@ -263,6 +288,12 @@ def installed(package: str) -> str | None:
         return None
 
 
+def bundle(version: str) -> tuple[int, ...]:
+    """Return a firmware bundle's version such that later bundles are larger: `80.17.0.0` came before `18.3.0`."""
+    found = numbers(version)
+    return (0, *found) if found >= (FIRST_OLD_BUNDLE,) else found
+
+
 def numbers(version: str) -> tuple[int, ...]:
     """Return what of a version can be compared: `19.2.0-rc1` -> (19, 2, 0)."""
     found = re.match(r"\d+(?:\.\d+)*", version)
@@ -270,5 +301,5 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 HOST: tuple[Check, ...] = (nodes, driver, firmware, memory)
-BOARD: tuple[Check, ...] = (*HOST, owner, descriptor)
+BOARD: tuple[Check, ...] = (*HOST, owner, smi, descriptor)
 ANY: tuple[Check, ...] = (engine, image, pins, disk, python, lock, ttml)

@@ -6,12 +6,15 @@ Everything is read below `RECIPES_SYSFS_ROOT`, where the driver and udev put it;
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import MachineError
 from common.hardware import Hardware, get, table
+
+VISIBLE = "TT_VISIBLE_DEVICES"  # of tt-umd: which devices a process is to see
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Node:
     index: int
     card: str | None
     serial: str | None
+    pci: str | None = None
 
     @property
     def path(self) -> str:
@@ -42,10 +46,11 @@ def system_root() -> Path:
 
 
 def choose(name: str | None, require_present: bool = True) -> Choice:
-    """Return the hardware of a run: the named one, else the detected one, else cpu.
+    """Return the hardware of a run: the named one, else the detected one, else cpu where there is no device node.
 
     A named board is never replaced: if its nodes are not here this raises MachineError, or says so in the
-    reason with `require_present=False` (a dry run). An unknown name raises UsageError.
+    reason with `require_present=False` (a dry run). An unknown name raises UsageError. Without a name, nodes that are
+    not one board of hardware.yaml raise MachineError: whoever has a card is not given the CPU in its place.
     """
     if not name:
         return _detected(nodes())
@@ -69,26 +74,96 @@ def choose(name: str | None, require_present: bool = True) -> Choice:
 
 
 def _detected(found: tuple[Node, ...]) -> Choice:
-    """The one board that these nodes make up, else cpu; why."""
-    boards = {_largest(node.card, found) for node in found}
+    """The largest board that these nodes make up, or cpu where there are none. Raises MachineError for any others."""
     if not found:
-        why = "no /dev/tenstorrent/<N> node here"
-    elif None in boards:
-        why = f"found {_describe(found)}, which is no board of hardware.yaml"
-    elif len(boards) > 1:
-        why = f"found {_describe(found)}: boards of several kinds, name one with HW="
-    elif hw := boards.pop():
+        return Choice(get("cpu"), f"cpu: HW is not set and no /dev/tenstorrent/<N> node here{_restriction()}", ())
+    boards = {card: _largest(card, found) for card in dict.fromkeys(node.card for node in found)}
+    kinds = set(boards.values())
+    if len(kinds) == 1 and (hw := kinds.pop()):
         mine = tuple(node.path for node in _pick(hw, found))
-        return Choice(hw, f"{hw.name}: HW is not set and found {_describe(found)}", mine)
-    return Choice(get("cpu"), f"cpu: HW is not set and {why}", ())
+        smaller = [f"HW={board.name}" for board in _made_of(found[0].card) if board.nodes < hw.nodes]
+        fewer = f" (for fewer of them: {' or '.join(smaller)})" if smaller else ""
+        return Choice(hw, f"{hw.name}: HW is not set and found {_describe(found)}{fewer}", mine)
+    why = [_no_board(card) for card, hw in boards.items() if hw is None] or ["these are boards of several kinds"]
+    known = dict.fromkeys(f"HW={hw.name}" for hw in boards.values() if hw)
+    names = " or ".join([*known, *(["HW=<its name in common/hardware.yaml>"] if None in boards else [])])
+    raise MachineError(
+        f"HW is not set, and which board to train on cannot be told: found {_describe(found)}; {'; '.join(why)}",
+        where="/dev/tenstorrent",
+        todo=f"{f'name the board: {names}; or ' if names else ''}train on the CPU twin: HW=cpu",
+    )
+
+
+def _no_board(card: str | None) -> str:
+    """Why cards of this type are no board."""
+    if card is None:
+        return "the driver does not say of what type a card is"
+    if boards := _made_of(card):
+        least = min(boards, key=lambda hw: hw.nodes)
+        return f"{card} is a part of {least.name}, which has {least.nodes} nodes"
+    return f"{card} is in no row of common/hardware.yaml"
+
+
+def _made_of(card: str | None) -> list[Hardware]:
+    """The boards that cards of this type make up, few or many of them."""
+    return [hw for hw in table().values() if card in hw.cards]
 
 
 def nodes() -> tuple[Node, ...]:
-    """Return the device nodes of this machine; opens no device and needs no rights."""
+    """Return the device nodes of this machine that TT_VISIBLE_DEVICES leaves; opens no device and needs no rights.
+
+    Raises MachineError where that variable names a device that is not here.
+    """
     folder = system_root() / "dev/tenstorrent"
     # udev also makes by-id/ links: only numeric names are nodes.
     numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
-    return tuple(Node(number, attribute(number, "tt_card_type"), attribute(number, "tt_serial")) for number in numbers)
+    found = tuple(Node(number, card_of(number), attribute(number, "tt_serial"), pci_of(number)) for number in numbers)
+    words = os.environ.get(VISIBLE)
+    return found if words is None else visible(found, words)
+
+
+def visible(found: tuple[Node, ...], words: str) -> tuple[Node, ...]:
+    """Return the nodes that a value of TT_VISIBLE_DEVICES leaves, in their order: none for an empty one.
+
+    The value is read as tt-umd does (its docs/TT_VISIBLE_DEVICES.md): words with commas between them, of which a number
+    counts the nodes here from 0, and any other is a part of PCI addresses, `0000:02:00.0` or `0000:c`, and takes every
+    node of such an address. Raises MachineError for a word that takes none.
+    """
+    mine: set[Node] = set()
+    for word in filter(None, map(str.strip, words.split(","))):
+        if word.isdecimal():
+            taken = found[int(word) :][:1]
+        elif re.fullmatch(r"[0-9a-fA-F]*[:.][0-9a-fA-F:.]*", word):
+            taken = tuple(node for node in found if word.lower() in (node.pci or ""))
+        else:
+            taken = ()
+        if not taken:
+            here = ", ".join(f"{place} is {node.path} ({node.pci})" for place, node in enumerate(found)) or "no node"
+            raise MachineError(
+                f"{word!r} is no device of this machine",
+                where=f"{VISIBLE}={words}",
+                todo=f"name places in the list of nodes here, or parts of PCI addresses, or unset it; here: {here}",
+            )
+        mine |= set(taken)
+    return tuple(node for node in found if node in mine)
+
+
+def card_of(number: int) -> str | None:
+    """Return what the card of node `number` is called in hardware.yaml; None: the driver does not say.
+
+    That is the driver's word, or tt-smi's without the " L" or " R" that it adds to it. The driver calls every board
+    `unknown` that it has no word for; the PCI subsystem, which stands behind it here, tells those apart.
+    """
+    word = attribute(number, "tt_card_type")
+    if word == "unknown" and (subsystem := attribute(number, "device/subsystem_device")):
+        return f"{word}-{subsystem}"
+    return re.sub(" [LR]$", "", word) if word else None
+
+
+def pci_of(number: int) -> str | None:
+    """Return the PCI address of node `number`, such as 0000:01:00.0; None: the driver does not say."""
+    device = system_root() / f"sys/class/tenstorrent/tenstorrent!{number}/device"  # a link to the PCI device
+    return device.resolve().name if device.exists() else None
 
 
 def attribute(number: int, name: str) -> str | None:
@@ -106,18 +181,24 @@ def _without_node(nodes: tuple[Node, ...]) -> str:
     return f"; sysfs lists {', '.join(lost)} without a node" if lost else ""
 
 
+def _restriction() -> str:
+    """What TT_VISIBLE_DEVICES has to do with it, to stand behind what was found."""
+    words = os.environ.get(VISIBLE)
+    return "" if words is None else f", as far as {VISIBLE}={words} lets see"
+
+
 def _describe(nodes: tuple[Node, ...]) -> str:
     if not nodes:
-        return "none"
+        return f"none{_restriction()}"
     counts = Counter(node.card or "card of unknown type" for node in nodes)
     cards = ", ".join(f"{count} x {card}" for card, count in counts.items())
     paths = nodes[0].path if len(nodes) == 1 else f"{nodes[0].path} to {nodes[-1].index}"
-    return f"{cards} at {paths}"
+    return f"{cards} at {paths}{_restriction()}"
 
 
 def _largest(card: str | None, nodes: tuple[Node, ...]) -> Hardware | None:
     """The board with the most nodes that the cards of this type can make up."""
-    fitting = [hw for hw in table().values() if card in hw.cards and _pick(hw, nodes)]
+    fitting = [hw for hw in _made_of(card) if _pick(hw, nodes)]
     return max(fitting, key=lambda hw: hw.nodes, default=None)
 
 

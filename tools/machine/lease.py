@@ -64,8 +64,8 @@ def of_board(hw: Hardware, nodes: Sequence[str], run: str) -> Iterator[None]:
         return
     cards = host.cards(nodes)
     with taken([card.key for card in cards], Owner(hw.name, os.getpid(), run)):
-        if others := [f"process {pid}" for card in cards for pid in card.holders]:  # such as one without a launcher
-            raise busy(hw.name, ", ".join(others))
+        if others := [host.holder(pid) for card in cards for pid in card.holders]:  # such as one without a launcher
+            raise busy(hw.name, ", ".join(dict.fromkeys(others)))
         yield
 
 
