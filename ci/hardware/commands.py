@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.paths import ROOT
 from tools.doctor.findings import Diagnosis
+from tools.machine import host
 
 KILL_SECONDS = 10  # a killed process that has not gone by then waits in the kernel for a card, perhaps for ever
 KERNEL = re.compile(r"tenstorrent|iommu|hugetlb|pcieport|aer:|out of memory|oom-kill", re.IGNORECASE)
@@ -57,13 +58,9 @@ def kernel_log(output: Path) -> None:
     output.write_text("\n".join(lines or [f"nothing of a board (dmesg ends with {code})"]) + "\n")
 
 
-def tt_smi() -> str | None:
-    return shutil.which("tt-smi")
-
-
 def snapshot(output: Path) -> Diagnosis:
     """What tt-smi says about every card of this host, into a file. That it does not answer says something, too."""
-    program = tt_smi()
+    program = host.tt_smi()
     if program is None:
         return Diagnosis("board.answers", None, "no tt-smi here to ask the cards with")
     code = ended([program, "-s"], SNAPSHOT_SECONDS, output)

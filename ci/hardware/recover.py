@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 
-from ci.hardware.commands import ended, kernel_log, snapshot, tt_smi
+from ci.hardware.commands import ended, kernel_log, snapshot
 from ci.hardware.job import Job, say
 from ci.hardware.own import end_own, strangers
 from ci.hardware.preflight import examine, quarantine_file
 from common.errors import MachineError
 from common.files import utc_now
 from tools.doctor.findings import Diagnosis
-from tools.machine import lease
+from tools.machine import host, lease
 from tools.machine.lease import Owner
 
 # A doctor that does not end has perhaps asked a card that does not answer.
@@ -56,14 +56,14 @@ def reset(job: Job, attempt: int) -> str:
 
     Raises MachineError where somebody else has one, or where nothing here can reset.
     """
-    program, record = tt_smi(), job.record
+    program, record = host.tt_smi(), job.record
     cards: list[str] = record["cards"]
     if program is None or len(cards) < record["nodes"]:
         lack = "there is no tt-smi here" if program is None else "not every card has a PCI address"
         raise quarantined(job, f"a run did not close the board, and it cannot be reset: {lack}")
     with lease.taken(cards, Owner(job.board.name, os.getpid(), "ci/hardware.sh recover")):
         if found := strangers(job):
-            raise lease.busy(job.board.name, ", ".join(f"process {pid}" for pid in found))
+            raise lease.busy(job.board.name, ", ".join(map(host.holder, found)))
         words = reset_words(job.board.name, cards, attempt)
         say(f"+ tt-smi {' '.join(words)}")
         code = ended([program, *words], RESET_SECONDS, job.out / f"tt-smi-reset-{attempt}.txt")
@@ -72,7 +72,7 @@ def reset(job: Job, attempt: int) -> str:
 
 def reset_words(board: str, cards: list[str], attempt: int) -> list[str]:
     """A Galaxy whose CPLD firmware is below 1.16 knows no `-r`, only a reset of all its trays."""
-    return ["-glx_reset_auto"] if board == "galaxy" and attempt > 1 else ["-r", ",".join(cards)]
+    return ["-glx_reset_auto"] if board.startswith("galaxy") and attempt > 1 else ["-r", ",".join(cards)]
 
 
 def quarantined(job: Job, why: str) -> MachineError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ci.hardware.job import Job
 from common import known_errors
-from tools.doctor import findings
+from tools.doctor.findings import Diagnosis
 from tools.runs.folder import read_run
 
 
@@ -109,6 +109,7 @@ def machine_lines(job: Job) -> Iterator[str]:
     """What doctor found wrong or could not tell, before, where it failed, and after."""
     for name in ("before", "failed", "after"):
         for item in read(job, f"doctor-{name}.json").get("findings", ()):
-            if item["ok"] is not True:
-                yield f"- {name}: {findings.VERDICTS[item['ok']]}: {item['id']}: {cell(item['evidence'])}"
+            found = Diagnosis(**item)
+            if found.ok is not True or found.warning:
+                yield f"- {name}: {found.verdict}: {found.id}: {cell(found.evidence)}"
     yield ""

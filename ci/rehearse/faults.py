@@ -64,8 +64,8 @@ def held(ground: Ground) -> Iterator[None]:
 
 
 def old_firmware(ground: Ground) -> None:
-    """Have the driver say so of the first card."""
-    machines.write(ground.root / "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "17.4.0\n")
+    """Have the driver name a bundle of the numbers that came before 18 for the first card."""
+    machines.write(ground.root / "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "80.17.0.0\n")
 
 
 def kill_the_run(_job: subprocess.Popen[bytes], ground: Ground) -> None:
@@ -90,7 +90,7 @@ FAULTS: Mapping[str, Fault] = {
         "a card has gone from the bus", "preflight", 4,
         before=lambda ground: machines.remove_card(ground.root, ground.board.nodes - 1),
     ),
-    "old-firmware": Fault("firmware 17.4.0", "preflight", 4, before=old_firmware),
+    "old-firmware": Fault("firmware 80.17.0.0, which is older than 18", "preflight", 4, before=old_firmware),
     "failing-grade": Fault("the optimizer changes nothing", "grade", 6, switches={"no_update_from_step": 1}),
     "hung-step": Fault("step 3 never ends", "train", 5, resets=1, switches=HANGS, environment=IMPATIENT),
     "reset-fails": Fault(

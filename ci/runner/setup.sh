@@ -25,7 +25,7 @@ check=''
 [ "${1:-}" != --check ] || { check=1 && shift; }
 [ $# = 1 ] || { echo "which board? A machine is the runner of one: ci/runner/setup.sh [--check] n300" >&2 && exit 2; }
 board=$1
-if [ "$board" = cpu ] || ! [[ $board =~ ^[a-z0-9]+$ ]] || ! grep -q "^$board:" "$source/../../common/hardware.yaml"; then
+if [[ $board = cpu* ]] || ! [[ $board =~ ^[a-z0-9]+(-[a-z0-9]+)*$ ]] || ! grep -q "^$board:" "$source/../../common/hardware.yaml"; then
     echo "runner: $board is no board of common/hardware.yaml" >&2
     exit 2
 fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,14 @@ class Host:
     def tt_smi(self, then: str = "exit 0") -> None:
         machines.write(self.folder / "bin/tt-smi", TT_SMI.format(log=self.folder / "asked", then=then))
         (self.folder / "bin/tt-smi").chmod(0o755)
+
+    def hide_tt_smi(self, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Leave no tt-smi where it is looked for; return the file that tt-installer would make."""
+        (self.folder / "bin/tt-smi").unlink()
+        monkeypatch.setenv("HOME", str(self.folder / "home"))
+        monkeypatch.delenv("TT_NEW_VENV_LOCATION", raising=False)
+        assert shutil.which("tt-smi") is None
+        return self.folder / "home/.tenstorrent-venv/bin/tt-smi"
 
     @property
     def resets(self) -> list[str]:
@@ -284,16 +293,25 @@ def test_a_quarantine_that_cannot_be_written_is_said(host, monkeypatch):
 @pytest.mark.parametrize(("lack", "words"), [("tt-smi", "no tt-smi here"), ("address", "not every card has a PCI")])
 def test_what_cannot_be_reset_goes_out_of_service(host, monkeypatch, lack, words):
     if lack == "tt-smi":
-        monkeypatch.setattr(recover, "tt_smi", lambda: None)
+        host.hide_tt_smi(monkeypatch)
     with pytest.raises(MachineError, match=words):
         recover.recover(host.job(5, **({"cards": []} if lack == "address" else {})))
     assert host.quarantine.is_file()
     assert host.resets == []
 
 
+def test_a_tt_smi_off_path_in_the_installer_s_environment_resets_too(host, monkeypatch):
+    installed = host.hide_tt_smi(monkeypatch)
+    machines.write(installed, TT_SMI.format(log=host.folder / "asked", then="exit 0"))
+    installed.chmod(0o755)
+    recover.recover(host.job(5))
+    assert host.resets == [f"-r {CARD}"]
+
+
 def test_a_galaxy_whose_cards_do_not_reset_one_by_one_is_reset_as_a_whole():
     assert recover.reset_words("galaxy", ["a", "b"], 1) == ["-r", "a,b"]
     assert recover.reset_words("galaxy", ["a", "b"], 2) == ["-glx_reset_auto"]
+    assert recover.reset_words("galaxy-bh", ["a", "b"], 2) == ["-glx_reset_auto"]
     assert recover.reset_words("t3k", ["a", "b"], 2) == ["-r", "a,b"]
 
 

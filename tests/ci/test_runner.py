@@ -281,9 +281,15 @@ def test_a_machine_is_the_runner_of_one_board(tmp_path: Path, tarball: dict[str,
     assert (second.returncode, "is the runner of n300" in second.stderr, files(place)) == (4, True, before)
 
 
-@pytest.mark.parametrize("board", ["n30", "cpu", "n300; id", ""])
+@pytest.mark.parametrize("board", ["n30", "cpu", "cpu-x2", "n300; id", "-", ""])
 def test_set_up_is_for_boards_of_the_table(board: str, tmp_path: Path) -> None:
     assert run("setup.sh", "--check", board, DESTDIR=str(tmp_path)).returncode == 2
+
+
+def test_set_up_knows_every_board_of_the_table(tmp_path: Path) -> None:
+    for board in ("n150", "galaxy-cf"):
+        done = run("setup.sh", "--check", board, DESTDIR=str(tmp_path))
+        assert (done.returncode, f"recipe doctor --hw {board}" in done.stdout) == (4, True), done.stderr
 
 
 def test_the_units_and_the_set_up_name_the_same_paths() -> None:

@@ -90,6 +90,15 @@ def test_one_card_of_two_leaves_the_other_alone(place):
     assert [inside for _, inside in spec_on("p300c").devices] == ["/dev/tenstorrent/0", "/dev/tenstorrent/1"]
 
 
+def test_what_tt_visible_devices_names_is_given_and_the_variable_itself_is_not(place, monkeypatch):
+    fake_host(place / "machine", "t3k")
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", "0000:03:00.0,1")
+    spec = spec_on("n300x2")
+    assert [inside for _, inside in spec.devices] == ["/dev/tenstorrent/1", "/dev/tenstorrent/2"]
+    assert "TT_VISIBLE_DEVICES" not in spec.environment, "inside, 0 and 1 are all there is"
+    assert spec.labels["training-recipes.cards"] == "0000:02:00.0,0000:03:00.0"
+
+
 def test_huge_pages_are_given_only_where_no_iommu_translates(place):
     fake_host(place / "machine", "n150", hugepages=1, mounted=True)
     assert "/dev/hugepages-1G" not in targets(spec_on("n150"))

@@ -21,7 +21,7 @@ from common.paths import home as cache
 from common.train.launch import Launch
 from engines.ttml.mesh import DESCRIPTOR
 from tools.machine import host
-from tools.machine.detect import system_root
+from tools.machine.detect import VISIBLE, system_root
 
 LABEL = "training-recipes."
 LABELS = ("run", "hw", "cards", "launcher", "lent")  # of every container; labels_of gives them their values
@@ -39,7 +39,10 @@ HANDED_OVER = (
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "OMP_NUM_THREADS"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TERM", "COLORTERM", "TZ"),
 )
-OF_THE_IMAGE = ("TT_METAL_HOME", "TT_METAL_RUNTIME_ROOT")  # the host's tt-metal is not the image's
+OF_THE_HOST = (
+    *("TT_METAL_HOME", "TT_METAL_RUNTIME_ROOT"),  # the host's tt-metal is not the image's
+    VISIBLE,  # chose the nodes that are handed in; inside, where there are no others, its numbers would count anew
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def behind_root(run: Launch) -> bool:
 
 def users_environment() -> dict[str, str]:
     """What the caller has set of tt-metal's variables: it wins. A path in them is the same inside."""
-    values = {name: value for name, value in os.environ.items() if name.startswith("TT_") and name not in OF_THE_IMAGE}
+    values = {name: value for name, value in os.environ.items() if name.startswith("TT_") and name not in OF_THE_HOST}
     return values | {name: str(Path(values[name]).absolute()) for name in (DESCRIPTOR,) if name in values}
 
 
