@@ -102,6 +102,7 @@ class Layer:
                 if isinstance(value, dict) and isinstance(target.get(name), dict):
                     put(target[name], value, here)  # the section stays where it was first opened
                     continue
+                # What is replaced takes its places with it: those of a section or a list that stood here are gone.
                 for key in [key for key in merged.where if key[: len(here)] == here]:
                     del merged.where[key]
                 merged.where |= {key: place for key, place in above.where.items() if key[: len(here)] == here}

@@ -39,7 +39,7 @@ from common.config.schema import (
 from common.errors import UsageError
 from common.hardware import Hardware
 
-FORMAT = 2  # of config.resolved.yaml
+FORMAT = 2  # of config.resolved.yaml; 1 had one micro-batch as `batch_size` (_from_format_1)
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Config(Section):
 
     @property
     def micro_batch(self) -> int:
-        """Rows that one device holds at once; all of its share where no micro_batch_size is set."""
+        """Return the rows that one device holds at once; all of its share where no micro_batch_size is set."""
         share = self.training.batch_size // self.device.devices
         return min(self.training.micro_batch_size or share, share)
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of one optimizer step, one after another: batch_size / (micro_batch x devices)."""
+        """Return the micro-batches of one optimizer step: batch_size / (micro_batch x devices)."""
         return self.training.batch_size // (self.micro_batch * self.device.devices)
 
     @property
@@ -107,7 +107,7 @@ class Config(Section):
 
     @property
     def recipe_batch(self) -> int | None:
-        """The batch_size of config.yaml and preset, before overlay and --set; None where that is not known."""
+        """Return the batch_size of config.yaml and preset, before overlay and --set; None where that is not known."""
         return self._origin.recipe_batch
 
     def where(self, key: str) -> str:
@@ -190,11 +190,13 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
     preset = _preset(recipe_dir / "presets", [base, *overlay, *sets])
     last = [] if steps is None else [Layer(nest(_STOP[0], steps), {_STOP[0]: f"--steps {steps}"})]
 
+    # The preset lies over config.yaml and below the rest, which may name it: it is found before anything is stacked.
     recipe = _stack(_stack(Layer(), [base]), preset)
     groups = [*([layer] for layer in overlay), sets, last]
     merged = functools.reduce(_stack, groups, recipe)
     ours = {"recipe": recipe_dir.name, "hw": hw.name}
     merged.problems += [Problem(merged.where[(name,)], name, "unknown key") for name in ours if name in merged.tree]
+    # After the check: a YAML file must not name its own recipe or board.
     merged.tree |= ours
     config, batch = _validate(merged, f"the configuration of {recipe_dir.name}"), recipe.get(_BATCH)
     config._origin = _Origin(
@@ -294,6 +296,7 @@ def split_over_devices(config: Config, hw: Hardware) -> Config:
         near = " or ".join(str(devices * rows) for rows in (share, share + 1) if rows)
         raise UsageError(text, where=places(_BATCH), todo=f"use a multiple of {devices}: {near}")
     rows = min(training.micro_batch_size or hw.micro_batch, share)
+    # Micro-batches are equal: where the table's number of rows does not divide the share, it is the next smaller one.
     divide = [size for size in range(1, share + 1) if share % size == 0]
     if training.micro_batch_size is None:
         rows = max(size for size in divide if size <= rows)
@@ -403,5 +406,6 @@ def _text(value: Any) -> str:
 
 
 def _sha256(tree: Mapping[str, Any]) -> str:
+    # One text for one value: neither the order of the keys nor how a number was spelled in YAML is in the digest.
     canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()

@@ -22,6 +22,7 @@ _Positive = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
+    # strict: "4" is no number and 1 no truth, which YAML writes apart; a wrong type is a mistake and never converted.
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -50,6 +51,7 @@ class Section(BaseModel):
 
 
 class Optimizer(Section):
+    # The constants are the defaults of torch.optim.AdamW.
     type: Literal["AdamW", "AdamWFullPrecision"] = "AdamW"
     """AdamW, or ttml's variant that keeps fp32 master weights and moments beside bf16 weights."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -194,7 +196,7 @@ class Model(Section):
 class Tokenizer(Section):
     type: Literal["char", "bpe"] = "char"
     """One id a character, or byte-level BPE."""
-    vocab_size: int | None = Field(default=None, gt=256)
+    vocab_size: int | None = Field(default=None, gt=256)  # the 256 bytes have an id each: more leave room for a merge
     """Ids of BPE, which it must reach; null: as many as the model has rows."""
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
@@ -307,7 +309,7 @@ class Device(Section):
 
     @property
     def devices(self) -> int:
-        """Of the mesh; one where none is set."""
+        """Return the devices of the mesh; 1 where none is set."""
         return math.prod(self.mesh_shape or (1, 1))
 
     def mistakes(self) -> Iterator[tuple[str, str]]:

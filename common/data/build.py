@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from common.recipe import Splits
 
 SPLITS = ("train", "held_out")
-# Files whose code shapes tokens out of rows and texts: an edit of one makes every token set anew.
+# Files whose code shapes tokens out of rows and texts: an edit of one, be it of a comment, makes every token set anew.
+# Once too often is only time; once too seldom would train on what an older rule made.
 SHAPERS = ("build.py", "chat.py", "tokens.py", "vocabulary.py")
-CUTS_SHOWN = 10
+CUTS_SHOWN = 10  # of the screen; dataset.json has all
 UNKNOWN_ALLOWED = 1e-3  # share of held-out characters; above it bits per byte would leave out too much text
 
 Parts = Mapping[str, Sequence[Any]]  # rows, or texts, by split
@@ -101,6 +102,7 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
     used, and for too few of them to fill an optimizer step.
     """
     data = config.data
+    # Before the key is taken, so that a control has token files of its own.
     parts = {**parts, "train": parts["train"] if data.corpus else control_rows(parts["train"], data.control)}
     key = source_key(data, parts, tokenizer)
     folder = home / "tokens" / key[:16]
@@ -276,6 +278,7 @@ def windows(ids: Ids, length: int, unknown: int | None) -> Arrays:
 
     The unknown character is never supervised: no training text has it, so the model cannot know it.
     """
+    # A stream of n tokens makes n - 1 predictions: one token alone makes no row.
     starts = np.arange(0, max(len(ids) - 1, 0), length, dtype=np.int64)
     mask = np.ones(len(ids), np.uint8) if unknown is None else (ids != unknown).astype(np.uint8)
     return Arrays(ids, mask, starts, np.minimum(starts + length + 1, len(ids)))
@@ -283,5 +286,7 @@ def windows(ids: Ids, length: int, unknown: int | None) -> Arrays:
 
 def supervised_sums(arrays: Arrays, values: np.ndarray[Any, Any]) -> list[float]:
     """Return, for every row, the sum of `values` [ids] over its supervised labels."""
+    # [N + 1] sums from the stream's start: a row's is a difference of two, whatever its length. A row's first token is
+    # no label, so its sum begins one later.
     per_token = np.concatenate([[0], np.cumsum(values[arrays.ids] * arrays.mask)])
     return [float(x) for x in per_token[arrays.ends] - per_token[arrays.starts + 1]]

@@ -54,6 +54,7 @@ class ChatTokenizer:
         self.tokens = dict(tokens)
         self.sha256 = sha256
         self._compiled = compile_template(template) if template else None
+        # The largest id and one, not the number of tokens: ids may have holes.
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         added = tokenizer.get_added_tokens_decoder()
         own_text = self._own_text()
@@ -65,6 +66,7 @@ class ChatTokenizer:
         self.eos_ids = tuple(dict.fromkeys(stops))
         markers = {added[id].content for id in special}
         markers |= {marker for piece in own_text for marker in MARKER_SHAPES.findall(piece)}
+        # The longest first: an alternation takes the first that fits, which could be the beginning of a longer one.
         self._markers = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)) or r"(?!)")
 
     @classmethod
@@ -78,6 +80,7 @@ class ChatTokenizer:
             tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
         except Exception as error:  # the Rust library raises plain Exception for whatever it cannot parse
             raise DataError(f"cannot read the tokenizer: {error}", where=str(path)) from error
+        # tokenizer.json may ask for both, and the rows would be cut or filled without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         settings = settings_in(folder / "tokenizer_config.json")
@@ -181,6 +184,7 @@ class ChatTokenizer:
                 continue
             opened = self.render(messages[:turn], answer_next=True, where=where)
             prompt = self.encode_text(opened)
+            # A template that strips, or a token that lies across the seam, would teach another prompt than is asked.
             if not text.startswith(opened) or ids[: len(prompt)] != prompt:
                 raise DataError(
                     "the prompt part of this row has other tokens than generation would feed",
@@ -233,6 +237,7 @@ class ChatTokenizer:
             shorter = text[:characters].rstrip() or text.strip()[:1]
             return (*messages[:at], Message("user", shorter), *messages[at + 1 :])
 
+        # By halves: only tokenizing tells how long a text is, and a long row would otherwise cost a pass a character.
         fits, too_long = 1, len(text)
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -263,6 +268,7 @@ class ChatTokenizer:
             turns = [Message(role, PROBE[role]) for role in roles]
             with contextlib.suppress(DataError):
                 texts = self.render(turns[:-1], answer_next=True), self.render(turns)
+                # With the assistant's turn opened and closed: how a template begins an answer, and how it ends one.
                 pieces += [piece for text in texts for piece in re.split("|".join(PROBE.values()), text)]
         return pieces
 
@@ -309,6 +315,7 @@ def compile_template(source: str) -> Template:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
+    # The settings of transformers' own renderer (utils/chat_template_utils.py): blocks leave no line and no indent.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 RowIndices = npt.NDArray[np.int64]
 
-_WORD = (1 << 64) - 1
+_WORD = (1 << 64) - 1  # a part of Philox's key is 64 bits wide
 
 
 def random_words(count: int, *key: int) -> npt.NDArray[np.uint64]:
@@ -25,9 +25,10 @@ def random_words(count: int, *key: int) -> npt.NDArray[np.uint64]:
     return np.asarray(np.random.Philox(key=words).random_raw(count), dtype=np.uint64)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # a batch lies in one epoch, or across the seam of two; every step asks for it again
 def permutation(rows: int, seed: int, epoch: int) -> RowIndices:
-    """Return the order of `rows` rows in `epoch` (from 0): int64 [rows], read-only. Equal keys keep their order."""
+    """Return the order of `rows` rows in `epoch` (from 0): int64 [rows], read-only: it is cached."""
+    # A stable sort, as two rows may draw equal words: another kind of sort would put them in an order of its own.
     order = np.argsort(random_words(rows, seed, epoch), kind="stable").astype(np.int64)
     order.setflags(write=False)
     return order
@@ -57,4 +58,5 @@ def steps_for(epochs: float, rows: int, batch_size: int) -> int:
 
     Computed on the decimal that was written (0.1 means one tenth), so that no rounding error adds a step.
     """
+    # In floats 1.1 x 100 is 110.00000000000001, and its ceiling a step more.
     return math.ceil(Fraction(repr(epochs)) * rows / batch_size)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from common.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-SHOWN = 10  # problems that a message lists
+SHOWN = 10  # problems that a message lists: enough to see what they have in common, and they fit a screen
 T = TypeVar("T")
 CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 
@@ -211,6 +211,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+    # Split at the line feed alone: str.splitlines would also cut at U+2028 and its like, which JSON may hold.
     offset = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     for number, line in enumerate(data[offset:].split(b"\n"), start=1):
         yield number, offset, line
@@ -258,6 +259,7 @@ def hold_out(names: Iterable[str], share: float) -> set[str]:
 
 def group_hash(name: str) -> float:
     """Return a number in [0, 1) that depends on the name alone."""
+    # 48 bits: a float64 holds them exactly, so the quotient is below 1.
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
@@ -279,11 +281,13 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     from common.data.order import permutation  # numpy: a board's host reads texts with this module, and has none
 
     if control == "permuted_responses":
+        # One cycle through all answers, not a permutation: that would leave some of them at their own question.
         cycle = permutation(len(answers), 0, 0).tolist()
         moved = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         answers = [answers[moved[at]] for at in range(len(answers))]
     else:
         words = [text.split() for text in answers]
+        # An order of its own for each answer: seed `at`; the 1 keeps them apart from the cycle above.
         orders = [permutation(len(found), at, 1).tolist() for at, found in enumerate(words)]
         answers = [" ".join(found[at] for at in order) for found, order in zip(words, orders, strict=True)]
     supply = iter(answers)

@@ -105,6 +105,7 @@ def cut_in_two(document: Document, share: float) -> dict[str, list[Document]]:
     wanted = len(text) - round(len(text) * share)
     after = text.find("\n", wanted) + 1
     before = text.rfind("\n", 0, wanted) + 1
+    # Each is 0 where there is no line end on its side; a text of one line is cut where it was wanted.
     cut = min((at for at in (before, after) if at), key=lambda at: abs(at - wanted), default=wanted)
     cut = cut if share else len(text)
     parts = {"train": text[:cut], "held_out": text[cut:]}
@@ -116,6 +117,6 @@ def text_sha256(documents: Sequence[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
         text = document.text.encode()
-        digest.update(f"{document.where} {len(text)}\n".encode())
+        digest.update(f"{document.where} {len(text)}\n".encode())  # the length says where the text ends
         digest.update(text)
     return digest.hexdigest()

@@ -24,6 +24,8 @@ from common.errors import DataError
 from common.files import move_into_place, read_json, sync, write_json
 from common.hardware import round_up
 
+# Shapes: R rows of a split, N tokens of a split, B rows of a batch, T positions of a row, n tokens of one row.
+
 FORMAT = 1
 ARRAYS = {"ids": np.uint32, "mask": np.uint8, "starts": np.int64, "ends": np.int64}
 
@@ -39,9 +41,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Arrays:
-    """One split in memory: ids uint32 [N], mask uint8 [N], starts and ends int64 [R] (row r is
-    ids[starts:ends]).
-    """
+    """One split: ids uint32 [N], mask uint8 [N], starts and ends int64 [R]; row r is ids[starts[r]:ends[r]]."""
 
     ids: npt.NDArray[np.uint32]
     mask: npt.NDArray[np.uint8]
@@ -66,7 +66,8 @@ class Batch:
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the tokens of each row up to its last supervised one, int64 [B]."""
-        supervised = self.loss_mask > 0
+        supervised = self.loss_mask > 0  # [B, T]
+        # argmax finds the first true place, from the right here; where none is true it says 0, which `where` mends.
         last = supervised.shape[1] - supervised[:, ::-1].argmax(axis=1)
         return np.where(supervised.any(axis=1), last, 0)
 
@@ -78,6 +79,7 @@ class Batch:
 
     def cut(self, part: int, parts: int) -> Batch:
         """Return part `part` (from 0) of `parts` along the rows; where B is no multiple, some have a row more."""
+        # The engine for CPUs takes the same part (eval_nll), so the two rules must stay alike.
         at = slice(part * len(self.rows) // parts, (part + 1) * len(self.rows) // parts)
         return Batch(self.input_ids[at], self.labels[at], self.loss_mask[at], self.rows[at])
 
@@ -126,12 +128,12 @@ class TokenSplit:
         label.
         """
         arrays = self.arrays
-        known = np.maximum(rows, 0)
-        starts = arrays.starts[known]
+        known = np.maximum(rows, 0)  # a line of padding looks at row 0, and is masked below
+        starts = arrays.starts[known]  # [B]
         predicted = np.where(rows < 0, 0, arrays.ends[known] - starts - 1)
         columns = np.arange(self.length, dtype=np.int64)
-        inside = columns < predicted[:, None]
-        at = np.where(inside, starts[:, None] + columns, 0)
+        inside = columns < predicted[:, None]  # [B, T]
+        at = np.where(inside, starts[:, None] + columns, 0)  # [B, T] into N; padding reads token 0, times 0 below
         return Batch(
             input_ids=arrays.ids[at] * inside,
             labels=arrays.ids[at + 1] * inside,
@@ -220,7 +222,7 @@ def write(
                 np.save(temporary / f"{name}.{key}.npy", getattr(arrays, key), allow_pickle=False)
                 sync(temporary / f"{name}.{key}.npy")
         write_json(temporary / "dataset.json", header)
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp gives the folder to its owner alone
         move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

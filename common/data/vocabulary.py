@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNKNOWN = "\ufffd"
-CODE_POINTS = 0x110000  # of Unicode
-CHUNK = 1 << 16  # characters that the BPE encoder takes at once; its threads share the chunks of a text
+CODE_POINTS = 0x110000  # of Unicode: a table of 4.3 MiB, which makes the ids of a whole text one look-up
+# Characters that the BPE encoder takes at once: its threads share the chunks of a text, so a text has to have many.
+CHUNK = 1 << 16
 Ids = npt.NDArray[np.uint32]
 
 
@@ -55,6 +56,7 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
         made = Path(scratch) / "made"
         made.mkdir()
         tokenizer.save(str(made / "tokenizer.json"))
+        # Without the clean-up: it would take the space before punctuation away when ids are made text again.
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings |= {"unk_token": UNKNOWN} if kind == "char" else {}
         (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -77,6 +79,7 @@ def use_threads(num_proc: int | None) -> None:
 
 def code_points(text: str) -> Ids:
     """Return the text as Unicode code points, uint32 [characters]."""
+    # Four bytes a character, and on a little-endian machine those of a uint32: no loop over characters.
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
@@ -95,6 +98,7 @@ def char_tokenizer(documents: Sequence[Document]) -> Tokenizer:
 
     ids = {character: number for number, character in enumerate([*characters(documents), UNKNOWN])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    # [\s\S] and not a dot, which leaves line feeds out.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
@@ -119,6 +123,7 @@ def bpe_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # All 256 bytes have an id from the start, those too that no training text has.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((part for document in documents for part in chunks(document.text)), trainer)

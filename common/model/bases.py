@@ -112,6 +112,7 @@ def _local(folder: Path) -> Base:
             where=str(folder),
             todo="put the model's *.safetensors files there",
         )
+    # Of contents in the order of their names, so that a folder may be moved or renamed.
     identity = hashlib.sha256("".join(sha256_file(file) for file in weights).encode()).hexdigest()
     return Base(folder.name, folder, identity, origin=str(folder), licence="unknown", parameters=None)
 
@@ -140,6 +141,7 @@ def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
 
 def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
     expected: dict[str, str] = dict(read_json(folder / "base.json").get("sha256", {}))
+    # base.json is a file of this machine: where the repository pins a hash, that one counts.
     expected.update({k: v for k, v in entry.get("files", {}).items() if v and k in expected})
     for file, sha256 in expected.items():
         path = folder / file

@@ -16,7 +16,7 @@ import numpy as np
 from common.model import llama
 
 FORMAT = 1  # of the rules below; another one makes another training
-EMBEDDING_STD = 0.02
+EMBEDDING_STD = 0.02  # GPT-2's, and that of tt-train's embeddings; another one makes another training
 Array = np.ndarray[Any, Any]
 
 
@@ -55,12 +55,13 @@ def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> Array
 def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Array:
     """Return float32 values of N(0, std^2) for the tensor `name`, by the Box-Muller transform."""
     count = math.prod(shape)
-    unit = _unit(seed, name, 2 * count)
+    unit = _unit(seed, name, 2 * count)  # two for each normal value: Box-Muller's second one, the sine's, is not used
     radius = np.sqrt(-2.0 * np.log1p(-unit[:count]))  # 1 - u is in (0, 1]: the logarithm is finite
     return (std * radius * np.cos(2.0 * math.pi * unit[count:])).astype(np.float32).reshape(shape)
 
 
 def _unit(seed: int, name: str, count: int) -> Array:
     """Return `count` float64 values in [0, 1) from the top 53 bits of Philox output."""
+    # A key of 128 bits by the tensor's name: values do not depend on which tensors are made before it, or at all.
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-    return (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    return (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53  # a float64 holds 53

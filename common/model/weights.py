@@ -91,7 +91,7 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, str] | None = None, room: int = HEADER_ROOM) -> None:
-        self.room = room + -room % 8
+        self.room = room + -room % 8  # the format aligns the data's beginning to 8 bytes, by spaces behind the header
         self.header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self.end = 0
         self.file = path.open("wb")
@@ -102,7 +102,7 @@ class SafetensorsWriter:
         start, self.end = self.end, self.end + array.nbytes
         entry = {"dtype": CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, self.end]}
         self.header[name] = entry
-        self.file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # bytes: bf16 has no buffer format
 
     def __enter__(self) -> SafetensorsWriter:
         return self

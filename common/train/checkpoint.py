@@ -163,6 +163,7 @@ def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int
 
     What lies above `newest` was damaged and passed over; the run will write those steps again.
     """
+    # steps_saved has the newest first: from keep_last on they are the older ones.
     for step in [step for step in steps_saved(checkpoints) if step <= newest][keep_last:]:
         if step not in keep:
             delete(folder_of(checkpoints, step))

@@ -22,7 +22,7 @@ def early_stop(losses: Sequence[tuple[float, int]], patience: int | None, start:
     """
     best, since = math.inf, 0
     for loss, step in losses:
-        best, since = (loss, 0) if loss < best else (best, since + 1)
+        best, since = (loss, 0) if loss < best else (best, since + 1)  # an equal or NaN loss is no new lowest
         if patience is not None and since >= patience and step >= start:
             return step
     return None

@@ -30,7 +30,7 @@ def recorded_end(manifest: Manifest, folder: Path, console: Console) -> Iterator
         console.say(str(error), "DEBUG")
         record_end(manifest, folder, console, f"failed: {error.what}", str(error))
         raise
-    except BaseException as error:
+    except BaseException as error:  # KeyboardInterrupt and SystemExit, too: they end a run as well
         record_end(manifest, folder, console, f"failed: {type(error).__name__}: {error}", None)
         raise
 

@@ -14,6 +14,8 @@ from common.data.build import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset, TokenSplit, spread
 from common.engine import Backend
 
+# Shapes: R evaluated rows, B rows of a batch.
+
 Array = np.ndarray[Any, Any]
 EVAL_ROWS = 8  # rows at a time; one shape in a run, as every other one is compiled anew
 
@@ -32,7 +34,7 @@ class HeldOut:
 
     @property
     def standard_error(self) -> float:
-        """Return that of `loss`, over rows."""
+        """Return the standard error of `loss` over rows; nan with fewer than two."""
         return ratio_standard_error(self.nll, self.tokens)
 
     def bits_per_byte(self, sizes: Sequence[float]) -> tuple[float, float]:
@@ -40,14 +42,14 @@ class HeldOut:
 
         Unlike nats per token it can be compared between tokenizers.
         """
-        weights, bits = np.asarray(sizes, np.float64), self.nll / math.log(2)
+        weights, bits = np.asarray(sizes, np.float64), self.nll / math.log(2)  # [R] each; nats to bits
         return float(bits.sum() / weights.sum()), ratio_standard_error(bits, weights)
 
     def improvement_over(self, other: HeldOut) -> tuple[float, float]:
         """Return how much lower this loss is than `other`'s on the same rows, and the standard error, paired by row."""
         if not np.array_equal(self.tokens, other.tokens):
             raise ValueError("the two evaluations are not of the same rows")
-        saved = other.nll - self.nll
+        saved = other.nll - self.nll  # [R]; what makes a row easy or hard for both falls out of the error
         return float(saved.sum() / self.tokens.sum()), ratio_standard_error(saved, self.tokens)
 
 
@@ -82,11 +84,11 @@ def held_out(backend: Backend, split: TokenSplit) -> HeldOut:
     nll: list[Array] = []
     tokens: list[Array] = []
     for batch in split.batches(EVAL_ROWS):
-        sums, counts = backend.eval_nll(batch)
+        sums, counts = backend.eval_nll(batch)  # [B] each
         real = batch.rows >= 0
         nll.append(sums[real])
         tokens.append(counts[real])
-    return HeldOut(np.concatenate(nll), np.concatenate(tokens))
+    return HeldOut(np.concatenate(nll), np.concatenate(tokens))  # [R] each
 
 
 def scores(step: int, rows: HeldOut, text: EvaluatedText | None) -> dict[str, Any]:
@@ -128,5 +130,5 @@ def ratio_standard_error(values: Array, weights: Array) -> float:
     rows = len(values)
     if rows < 2:
         return math.nan
-    residual = values - values.sum() / weights.sum() * weights
+    residual = values - values.sum() / weights.sum() * weights  # [R]
     return float(math.sqrt(rows / (rows - 1) * (residual**2).sum()) / weights.sum())

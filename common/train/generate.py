@@ -10,6 +10,8 @@ import numpy as np
 from common.config.schema import Evaluation
 from common.engine import Backend
 
+# Shapes: B prompts, T tokens of the longest, V rows of the vocabulary.
+
 Array = np.ndarray[Any, Any]
 
 
@@ -31,8 +33,8 @@ def generate(
     """
     if not prompts:
         return []
-    lengths = np.array([len(prompt) for prompt in prompts])
-    ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
+    lengths = np.array([len(prompt) for prompt in prompts])  # [B]
+    ids = np.zeros((len(prompts), int(lengths.max())), np.int64)  # [B, T], filled on the right; later [B, 1]
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     seen = [list(prompt) for prompt in prompts]
@@ -40,9 +42,9 @@ def generate(
     done = np.zeros(len(prompts), bool)
     cache: Any = None
     for position in range(sampling.max_new_tokens):
-        logits, cache = backend.next_token_logits(ids, lengths, cache)
+        logits, cache = backend.next_token_logits(ids, lengths, cache)  # [B, V]
         logits[:, list(never_ids)] = -np.inf
-        draws = uniforms(seed, position, len(prompts))
+        draws = uniforms(seed, position, len(prompts))  # [B]; by position: rows that have ended shift no other row's
         chosen = [choose(logits[row, :vocab_size], sampling, seen[row], draws[row]) for row in range(len(prompts))]
         for row, token in enumerate(chosen):
             if token in eos_ids:
@@ -54,7 +56,7 @@ def generate(
                     on_token(row, token)
         if done.all():
             break
-        ids = np.array(chosen)[:, None]
+        ids = np.array(chosen)[:, None]  # [B, 1]: rows that have ended go on, unread, so that the shape stays
     return answers
 
 
@@ -65,7 +67,7 @@ def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")
+    order = np.argsort(-logits, kind="stable")  # [V]; of equal logits the lower id first, as argmax has it
     if sampling.top_k:
         order = order[: sampling.top_k]
     scaled = logits[order] / sampling.temperature
@@ -75,6 +77,7 @@ def choose(logits: Array, sampling: Evaluation, seen: Sequence[int], draw: float
     # top_p: the smallest set of likeliest tokens that holds this share (Holtzman et al., 2020)
     kept = int(np.searchsorted(total, min(sampling.top_p, 1.0 - 1e-12))) + 1
     total = total[:kept]
+    # The draw is scaled by what is kept rather than the shares divided by it: the same token, one rounding less.
     return int(order[min(int(np.searchsorted(total, draw * total[-1], side="right")), len(total) - 1)])
 
 

@@ -69,7 +69,7 @@ class Launch:
 
     @property
     def hw(self) -> Hardware:
-        """The board's row of hardware.yaml."""
+        """Return the board's row of hardware.yaml."""
         return hardware.get(self.config.hw)
 
     def to_json(self) -> str:

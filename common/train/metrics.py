@@ -40,7 +40,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises MachineError for any other line that is not JSON.
     """
     records, unreadable = scan(path)
-    last = len(records) + len(unreadable)
+    last = len(records) + len(unreadable)  # only the last line can be half written: each is flushed before the next
     if damaged := [number for number in unreadable if number != last]:
         raise MachineError(f"line {damaged[0]} is not JSON", where=str(path), todo="restore the file")
     return records

@@ -36,12 +36,12 @@ class Plan:
 
     @property
     def hw(self) -> Hardware:
-        """The board's row of hardware.yaml."""
+        """Return the board's row of hardware.yaml."""
         return self.launch.hw
 
     @property
     def training_digest(self) -> str:
-        """Fixes the next update, together with `dataset.tokens_sha256`."""
+        """Return the sha256 that, with `dataset.tokens_sha256` and a step, fixes the next update."""
         return self.config.training_digest({"base": self.base.identity})
 
 
@@ -56,6 +56,7 @@ def make_plan(
         say(f"{hw.name} is another experiment than a board's: it has its own {', '.join(launch.departures)}")
     for line in launch.warnings:
         warn(line)
+    # Refusals come in the order of their cost: what the board and its libraries say before tokens are made.
     base, tokenizer, dataset = prepare(launch, splits)
     for line in dataset.report.lines():
         say(line)
@@ -73,6 +74,7 @@ def make_plan(
         config = config.with_values(**{"training.precision": precision})
     else:
         why = "as configured"
+    # After the tokens: epochs become steps by the number of rows that were made of them.
     config = with_steps(config, len(dataset.train), say)
     engine.refuse_too_large(hw, config, base.architecture, dataset.length)
     if launch.stop_at is not None and not 1 <= launch.stop_at <= (config.training.max_steps or 0):
@@ -98,7 +100,7 @@ def prepare(launch: Launch, splits: Splits) -> tuple[Base, ChatTokenizer, TokenD
 
 
 def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
-    """The config with max_steps fixed; says steps, epochs and the batch equation."""
+    """Return the config with max_steps set for so many training rows; say steps, epochs and the batch equation."""
     training = config.training
     steps = training.max_steps or steps_for(training.num_epochs or 0, rows, training.batch_size)
     say(f"{config.batch_equation}; {steps} steps = {steps * training.batch_size / rows:.2f} epochs of {rows} rows")
@@ -109,6 +111,7 @@ def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:
 
 
 def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None:
+    """Raise DataError where rows have more tokens than the model has positions."""
     context = architecture["max_position_embeddings"]
     if dataset.length > context:
         raise DataError(

@@ -57,7 +57,7 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
     if asked != "auto":
         return branch(plan, Path(asked).expanduser().resolve(), say)
     for folder, manifest in unfinished(plan, say):
-        lock = try_lock(folder, plan.launch.run)
+        lock = try_lock(folder, plan.launch.run)  # before its checkpoints are read: two resumptions may look at once
         if lock is None:
             say(f"{folder.name} has the same training and is running: not touched")
             continue
@@ -72,8 +72,8 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
 
 
 def unfinished(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[Path, Manifest]]:
-    """Run folders of this training whose manifest is not `done`, newest first."""
-    for path in sorted(plan.launch.out.glob("*/manifest.json"), reverse=True):
+    """Yield run folders of this training whose manifest is not `done`, newest first."""
+    for path in sorted(plan.launch.out.glob("*/manifest.json"), reverse=True):  # names begin with the time of the start
         try:
             manifest = Manifest.load(path.parent)
         except MachineError as error:
@@ -84,7 +84,7 @@ def unfinished(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[Path, M
 
 
 def branch(plan: Plan, path: Path, say: Callable[[str], None]) -> Start:
-    """A new run from another run's newest checkpoint, or from the checkpoint that `path` is."""
+    """Return a new run that starts from the checkpoint `path`, or from the newest one of the run `path`."""
     if (path / "state.json").is_file():
         found: Checkpoint | None = checkpoint.verify(path)
         parent = path.parent.parent
@@ -126,6 +126,7 @@ def refuse_changes(plan: Plan, found: Checkpoint, parent: Path) -> list[str]:
 
 
 def refuse_other_tokens(plan: Plan, found: Checkpoint, todo: str) -> None:
+    """Raise DataError, advising `todo`, where the checkpoint was trained on other tokens than the plan's."""
     if found.state["tokens_sha256"] != plan.dataset.tokens_sha256:
         raise DataError(
             f"the data changed since step {found.step} of this run: its tokens had sha256 "
@@ -136,12 +137,13 @@ def refuse_other_tokens(plan: Plan, found: Checkpoint, todo: str) -> None:
 
 
 def changes(plan: Plan, folder: Path, found: Checkpoint) -> list[str]:
-    """What differs from the run in `folder`, with its effect on the bits; compilation and threads may be kept."""
+    """Return, as lines, what differs from the run in `folder`, and whether its bits end here."""
     lines = {line.split(":", 1)[0]: line for line in config_changes(plan, folder)}
     notes = []
     if lines.pop("device_config.compile", None) and plan.config.device.compile != "auto":
         compiled = "compiled" if found.state["compiled"] else "eager"
         notes = [f"device_config.compile is decided once in a run: it goes on {compiled}"]
+    # Decisions of the run until now that `opening.keep_decisions` takes over: no change, where nobody asks for another.
     if plan.config.device.threads in (None, found.state["threads"]):
         lines.pop("device_config.threads", None)
     notes += [f"changed: {line}" for line in lines.values()]
@@ -149,6 +151,7 @@ def changes(plan: Plan, folder: Path, found: Checkpoint) -> list[str]:
 
 
 def config_changes(plan: Plan, folder: Path) -> list[str]:
+    """Return a line for each key in which a run's config differs from the plan's; none where it has no config."""
     path = folder / "config.resolved.yaml"
     return load_resolved(path).changes(plan.config) if path.is_file() else []
 

@@ -45,7 +45,7 @@ class Watchdog:
         self.stalled, self.log = stalled, log
         self.devices = f"{devices} {device}{'' if devices == 1 else 'es' if device.endswith('s') else 's'}"
         self.fixed = fixed
-        self.seconds: deque[float] = deque(maxlen=50)  # of the steps of this process
+        self.seconds: deque[float] = deque(maxlen=50)  # of the last steps of this process: a run may slow down for good
         self.begun = 0
         self.step: int | None = None  # the one that goes on
         self.closed = threading.Event()

@@ -45,9 +45,13 @@ from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 from engines.cpu.lora import add_lora, lora_layers
 from engines.cpu.ranks import Ranks, gloo_errors, ranks_of
 
+# Shapes: B rows, T positions of a padded row, S tokens of rows laid end to end, N supervised ones among them,
+# H hidden_size, V rows of the vocabulary. `hidden_NH` is [N, H].
+
 TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
 FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits
-COMPILE_FROM_STEPS = 300  # compiling costs about a minute here: `compile: auto` wants that many steps to earn it back
+# Compiling costs about a minute here: over 300 steps it is earned back where each becomes 0.2 s shorter.
+COMPILE_FROM_STEPS = 300
 
 
 @contextlib.contextmanager
@@ -55,10 +59,13 @@ def open_cpu(config: Config) -> Iterator[TorchCPU]:
     """Open the CPU engine for `config`; its precision must be resolved (not `auto`)."""
     keep_large_buffers()
     ranks = ranks_of(config)
+    # The cores that this process may use: os.cpu_count() would count those that taskset or a container withholds, too.
     threads = config.device.threads or max(1, len(os.sched_getaffinity(0)) // ranks.on_this_host)
     torch.set_num_threads(threads)
+    # What has no deterministic form raises here, rather than give other bits in the next run.
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
+    # It would fill all that torch.empty returns, so that a read before a write shows: time, and no bit of a result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     transformers.utils.logging.set_verbosity_error()
     if ranks.world > 1:
         ranks.broadcast_command(
@@ -132,7 +139,7 @@ class TorchCPU:
 
     def build(self, architecture: Mapping[str, Any]) -> None:
         self.ranks.broadcast_command("build", dict(architecture))
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes alone: `load` assigns the weights, so that none is drawn or held twice
             self.model = LlamaForCausalLM(LlamaConfig.from_dict(dict(architecture)))
 
     def load(self, weights: Mapping[str, Array]) -> int:
@@ -142,20 +149,25 @@ class TorchCPU:
             name: to_torch(array).to(self.stored) for name, array in self.ranks.broadcast_tensors(weights).items()
         }
         if model.config.tie_word_embeddings:
+            # The file of a tied model has one matrix for both; `check_names` asks for each by its name.
             tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
         check_names(tensors, dict(model.state_dict()))
+        # assign: nothing can be copied into a tensor on meta. A tied matrix becomes two parameters, then one again.
         model.load_state_dict(tensors, strict=True, assign=True)
         model.tie_weights()
         model.model.rotary_emb = LlamaRotaryEmbedding(
             config=model.config
         )  # its buffers were on meta, and not in a file
+        # Counted before adapters are added: it is the base's number that is returned.
         parameters = sum(p.numel() for p in model.parameters())
         if config.lora:
             add_lora(model, config.lora, self.config.training.seed, dtype=self.stored, keep_half=self.mixed)
         if self.mixed:
             cast_norm_outputs(model)
         if config.gradient_checkpointing:
+            # The reentrant kind wants an input that requires a gradient, which a frozen embedding does not give.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # After LoRA, which freezes the rest. An A that several projections share comes once, by the first one's name.
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_optimizer()
         self.objective = Objective(model, self.mixed, self.compiled, frozen_head=config.lora is not None)
@@ -211,6 +223,7 @@ class TorchCPU:
 
         # 2) Loss and norm are looked at before the update: where either is not finite, the weights stay as they were.
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        # The parts are added on every rank, in the ranks' order: all have the same bits, and raise or go on alike.
         loss_value, norm_value = sum(self.ranks.all_gather(float(total))), float(norm)
         if not (np.isfinite(loss_value) and np.isfinite(norm_value)):
             self._clear_gradients()
@@ -280,11 +293,12 @@ class TorchCPU:
         self.ranks.broadcast_command("eval_nll", batches=[batch])
         self.model.eval()
         mine = self.ranks.rows_of(batch)
-        sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64)
+        sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64)  # [B]; 0 in the rows of other ranks
         if mine.loss_mask.any():
             with self._in_fp32():
                 hidden, labels = self.objective.supervised_hidden(mine)
                 nll = nll_rows(hidden.float(), self.model.lm_head.weight.float(), labels).double()
+            # The row of the batch that this rank begins with, as Batch.cut has it.
             first = self.ranks.rank * len(sums) // self.ranks.world
             sums.index_add_(0, torch.from_numpy(first + np.nonzero(mine.loss_mask > 0)[0]), nll)
         return self.ranks.all_reduce_sum(sums.numpy()), batch.loss_mask.sum(axis=1, dtype=np.float64)
@@ -307,8 +321,9 @@ class TorchCPU:
     @torch.no_grad()
     def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
         self.model.eval()
-        new = torch.from_numpy(ids.astype(np.int64))
+        new = torch.from_numpy(ids.astype(np.int64))  # [B, T], then [B, 1] with a cache
         if cache is None:
+            # [B, T], false where a shorter prompt is filled on the right: nothing attends there, later neither.
             real = torch.arange(new.shape[1])[None] < torch.from_numpy(lengths.astype(np.int64))[:, None]
             cache = {
                 "past": DynamicCache(),
@@ -318,6 +333,7 @@ class TorchCPU:
             positions, last = torch.arange(new.shape[1])[None].expand_as(new), cache["next"] - 1
         else:
             cache["attend"] = torch.cat([cache["attend"], torch.ones_like(new, dtype=torch.bool)], dim=1)
+            # A row goes on at its own position [B, 1], which in a shorter row is less than its place in the cache.
             positions, last = cache["next"][:, None], torch.zeros(len(new), dtype=torch.int64)
             cache["next"] = cache["next"] + 1
         self.model.set_attn_implementation("sdpa")
@@ -329,7 +345,7 @@ class TorchCPU:
                 past_key_values=cache["past"],
                 use_cache=True,
             ).last_hidden_state
-            logits = self.model.lm_head(hidden[torch.arange(len(new)), last])
+            logits = self.model.lm_head(hidden[torch.arange(len(new)), last])  # [B, T, H] -> [B, H] -> [B, V]
         return logits.float().numpy(), cache
 
     @contextlib.contextmanager
@@ -354,7 +370,7 @@ class TorchCPU:
             yield f"optimizer/master/{name}", to_numpy(tensor)
         for name, tensor in self.updated.items():
             slots = self.optimizer.state[tensor]
-            for slot in ("exp_avg", "exp_avg_sq"):
+            for slot in ("exp_avg", "exp_avg_sq"):  # AdamW makes both at its first step; until then they are zero
                 yield f"optimizer/{slot}/{name}", to_numpy(slots.get(slot, torch.zeros_like(tensor)))
         yield "optimizer/step", np.array([self.steps_done], np.int64)
 
@@ -381,6 +397,7 @@ class TorchCPU:
                 where="the checkpoint that is resumed",
                 todo="resume with the model_config it was trained with, or start anew with --resume never",
             )
+        # Each name that is read from `state` is sent to all ranks: they have to read in one order.
         for name, tensor in self._model_state().items():
             take(tensor, state[f"model/{name}"], name)
         self.steps_done = int(state["optimizer/step"][0])
@@ -388,7 +405,7 @@ class TorchCPU:
             take(tensor, state[f"optimizer/master/{name}"], name)
         for name, tensor in self.updated.items():
             slots = self.optimizer.state[tensor]
-            slots["step"] = torch.tensor(float(self.steps_done))
+            slots["step"] = torch.tensor(float(self.steps_done))  # float, as AdamW keeps it for its bias correction
             for slot in ("exp_avg", "exp_avg_sq"):
                 slots[slot] = torch.empty_like(tensor)
                 take(slots[slot], state[f"optimizer/{slot}/{name}"], name)
@@ -442,6 +459,7 @@ class Objective(nn.Module):
         # A frozen head's bf16 copy, as lora.Frozen keeps one: autocast would make it anew at every use.
         self.head16 = model.lm_head.weight.detach().bfloat16() if mixed and frozen_head else None
         forward = model.model.forward
+        # dynamic=False: a graph for the one shape [B, T] that padded steps have, not one for any shape.
         self.padded_forward: Callable[..., Any] = torch.compile(forward, dynamic=False) if compiled else forward
         self.compiled = compiled
         self.lengths: set[int] = set()  # tokens of the batches laid end to end so far
@@ -463,7 +481,7 @@ class Objective(nn.Module):
         hidden_1SH = self.model.model(
             input_ids=ids_1S, position_ids=positions_1S, use_cache=False, bounds=bounds
         ).last_hidden_state
-        return hidden_1SH[0][supervised_S], labels_S[supervised_S]
+        return hidden_1SH[0][supervised_S], labels_S[supervised_S]  # [N, H], [N]
 
     def supervised_hidden_padded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the same with padding computed: every step has one shape, as a compiled graph needs it."""
@@ -471,7 +489,7 @@ class Objective(nn.Module):
         ids_BT, labels_BT = (torch.from_numpy(array.astype(np.int64)) for array in (batch.input_ids, batch.labels))
         self.model.set_attn_implementation("sdpa")
         hidden_BTH = self.padded_forward(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return hidden_BTH[mask_BT], labels_BT[mask_BT]
+        return hidden_BTH[mask_BT], labels_BT[mask_BT]  # [N, H], [N]: a mask takes row by row
 
 
 def supervise_first_token(batch: Batch) -> Batch:
@@ -512,7 +530,7 @@ def follow(ranks: Ranks) -> int:
 
 
 def decide_compile(config: Config) -> tuple[bool, str]:
-    """Return whether to compile, from the config and all its steps (never the steps left), and why."""
+    """Return whether to compile, and why; by all steps of the run, so that a resumption decides as its start did."""
     choice, steps = config.device.compile, config.training.max_steps or 0
     if choice == "never":
         return False, "eager, as configured"
@@ -558,7 +576,7 @@ def take(target: Tensor, array: Array, name: str) -> None:
 
 def to_torch(array: Array) -> Tensor:
     """Return a tensor over the array's memory; ml_dtypes' bfloat16 becomes torch's."""
-    if array.dtype.name == "bfloat16":
+    if array.dtype.name == "bfloat16":  # torch does not know ml_dtypes' type: the bits pass as uint16, uncopied
         return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(np.ascontiguousarray(array))
 
@@ -574,6 +592,7 @@ def to_numpy(tensor: Tensor) -> Array:
 
 
 def cpu_name() -> str:
+    """Return the processor's model name as the kernel has it, else its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -17,6 +17,8 @@ from common.config.schema import Lora
 from common.errors import UsageError
 from common.model.init import uniform
 
+# Shapes: ... any leading dimensions, I in_features, O out_features, R rank.
+
 
 class Frozen(nn.Module):
     """A linear layer that is not trained. `weight16` is its bf16 copy: what autocast would make again at every use."""
@@ -34,7 +36,7 @@ class Frozen(nn.Module):
 
 
 class LoraLinear(Frozen):
-    """A frozen linear layer plus its low-rank update. `lora_A` [rank, in] may be shared, `lora_B` is [out, rank]."""
+    """A frozen linear layer plus its low-rank update. `lora_A` [R, I] may be shared, `lora_B` is [O, R]."""
 
     def __init__(self, linear: nn.Linear, lora_A: nn.Parameter, scale: float, dropout: float, keep_half: bool) -> None:
         super().__init__(linear, keep_half)
@@ -43,17 +45,18 @@ class LoraLinear(Frozen):
         self.scale, self.dropout, self.enabled = scale, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = super().forward(x)  # [..., I] -> [..., O]
         if not self.enabled:
             return y
         x = F.dropout(x.to(y.dtype), self.dropout, self.training)
-        low = F.linear(x, self.lora_A.to(y.dtype))
+        low = F.linear(x, self.lora_A.to(y.dtype))  # [..., R]
+        # One product that scales and adds as it goes: y + scale x low B^T, with no [..., O] in between.
         flat = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.to(y.dtype).t(), alpha=self.scale)
         return flat.view_as(y)
 
 
 def add_lora(model: nn.Module, lora: Lora, seed: int, *, dtype: torch.dtype, keep_half: bool) -> int:
-    """Freeze `model`, replace each targeted linear layer, return how many were. None matching is an error."""
+    """Freeze `model` and adapt each targeted linear layer; return how many. Raises UsageError for an unmet target."""
     model.requires_grad_(False)
     targets = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     shared: dict[str, nn.Parameter] = {}
@@ -61,11 +64,13 @@ def add_lora(model: nn.Module, lora: Lora, seed: int, *, dtype: torch.dtype, kee
     for name, linear in targets:
         parent, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
         if leaf not in lora.target_modules:
+            # The head's bf16 copy is Objective's (engine.py): a Frozen would hold a second one.
             if leaf != "lm_head":
                 setattr(model.get_submodule(parent), leaf, Frozen(linear, keep_half))
             continue
         key = f"{parent}.{lora.key_of(leaf)}.lora_A"
         if key not in shared:
+            # By the name of the A, not by a stream of numbers: which other layers have adapters changes no value.
             values = uniform(seed, key, (lora.rank, linear.in_features), linear.in_features**-0.5)
             shared[key] = nn.Parameter(torch.from_numpy(values).to(dtype))
         layer = LoraLinear(linear, shared[key], lora.alpha / lora.rank, lora.dropout, keep_half)
@@ -82,6 +87,7 @@ def add_lora(model: nn.Module, lora: Lora, seed: int, *, dtype: torch.dtype, kee
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Yield (name, layer) of every adapted projection, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module

@@ -39,7 +39,7 @@ Call = tuple[str, list[Any], list[Batch]]  # name, arguments, batches
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run; alone, every method is free of cost."""
+    """This process among those of a run; in a run of one process no method sends anything."""
 
     rank: int = 0
     world: int = 1
@@ -59,6 +59,7 @@ class Ranks:
         """
         if self.world == 1:
             return module
+        # Nothing to send at first or in a forward pass: all ranks have loaded the same weights, and no buffer changes.
         wrapped = DistributedDataParallel(
             module, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
@@ -73,7 +74,7 @@ class Ranks:
         """Return `value` of every rank, in their order."""
         if self.world == 1:
             return [value]
-        values = np.zeros(self.world)
+        values = np.zeros(self.world)  # a sum in which each rank has one place of its own: exact, as the rest is 0
         values[self.rank] = value
         return [float(each) for each in self.all_reduce_sum(values)]
 
@@ -87,7 +88,7 @@ class Ranks:
     # --- what rank 0 sends ----------------------------------------------------------------------------------------
 
     def broadcast_command(self, call: str, *arguments: Any, batches: Sequence[Batch] = ()) -> None:
-        """Let the other ranks make the same call; nothing on a rank other than 0. `arguments` are JSON."""
+        """Send a call to the other ranks, from rank 0; on another rank nothing is done. `arguments` are JSON."""
         if self.world == 1 or self.rank:
             return
         with gloo_errors():
@@ -139,6 +140,7 @@ class Ranks:
         return str(first)
 
     def _broadcast_text(self, text: str) -> str:
+        # gloo sends arrays of a known size: first how many bytes, then the bytes.
         size = torch.tensor([len(text.encode())])
         dist.broadcast(size, 0, group=self.calls_group)
         raw = np.frombuffer(text.encode(), np.uint8).copy() if self.rank == 0 else np.empty(int(size), np.uint8)
@@ -190,6 +192,7 @@ def process_group() -> Iterator[Ranks]:
     """Meet the other processes that torchrun started with this one. Raises MachineError when they do not come."""
     try:
         dist.init_process_group("gloo", timeout=SLOWEST_RANK)
+        # Commands have a group of their own, as a timeout is a group's: a rank may wait long for them, never in a step.
         calls_group = dist.new_group(timeout=IDLE)
     except (RuntimeError, ValueError) as error:
         raise MachineError(
