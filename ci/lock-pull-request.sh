@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -n "${DIGEST:-}" ]; then
     what="The image of ${TARGET:?} is published"
-    .venv/bin/python -m ci.publish_image record
+    .venv/bin/recipe image publish "$TARGET" --to "${REPOSITORY:?}" --pushed "$DIGEST" --replace
 else
     what="The pins of the images, read again"
     .venv/bin/recipe lock --upgrade

@@ -11,4 +11,6 @@ DOCKER_CONFIG=$(mktemp -d)
 export DOCKER_CONFIG
 trap 'rm -rf "$DOCKER_CONFIG"' EXIT
 docker login "${REPOSITORY%%/*}" --username "$ACTOR" --password-stdin <<<"$GH_TOKEN" >&2
-.venv/bin/python -m ci.publish_image push
+.venv/bin/recipe image publish "$TARGET" --to "$REPOSITORY" --no-rebuild --replace >&2
+python3 -c 'import json, sys
+print("digest=" + json.load(open("docker/images.lock.json"))["targets"][sys.argv[1]]["digest"])' "$TARGET"

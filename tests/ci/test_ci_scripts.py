@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from ci import golden, matrix, publish_image
-from common.errors import MachineError, UsageError, VerificationError
-from tools.containers import build, images
+from ci import golden, matrix
+from common.errors import UsageError
+from tools.containers import images
 
 ROOT = Path(__file__).resolve().parents[2]
 SHA = "0123456789abcdef" * 2 + "01234567"
@@ -257,59 +255,6 @@ def test_two_builders_are_compared() -> None:
             [ROOT / "ci/same-layers.sh"], env=os.environ | {"FIRST": first, "SECOND": second}, capture_output=True
         )
         assert done.returncode == code, done.stderr
-
-
-def publish(*words: str) -> None:
-    publish_image.main([*words, "--repository", "R/x"], standalone_mode=False)
-
-
-def test_an_image_is_published_as_it_was_proved_or_not_at_all(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    lock = copy.deepcopy(images.read_lock())
-    for pin in (lock["pins"]["cpu"]["base"], *lock["tools"].values()):
-        pin |= {"digest": None, "built": False, "reason": "nobody read it"}
-    said: list[Any] = []
-    proved: Any = {"RootFS": {"Layers": ["base", "ours"]}}
-    pushed = copy.deepcopy(proved)
-
-    def bake(target: str, variables: Any, *words: str, context: Path) -> None:
-        said.extend(words)
-        Path(words[-1]).write_text(json.dumps({target: {"containerimage.digest": DIGEST}}))
-
-    monkeypatch.setattr(publish_image, "read_lock", lambda: lock)
-    monkeypatch.setattr(publish_image, "docker", lambda *words: said.append(words))
-    monkeypatch.setattr(publish_image, "bake", bake)
-    monkeypatch.setattr(publish_image, "fill_wheelhouse", lambda *_: [])
-    monkeypatch.setattr(publish_image, "inspect_image", lambda name: pushed if "@" in name else proved)
-    with pytest.raises(MachineError, match="not every pin is known"):
-        publish("push", "cpu")
-    lock["pins"]["cpu"]["base"] = {"image": "python", "digest": DIGEST}
-    with pytest.raises(MachineError, match="buildkit has no digest"):
-        publish("push", "cpu")
-    for pin in lock["tools"].values():
-        pin["digest"] = DIGEST
-    monkeypatch.setattr(build, "inspect_image", lambda name: {})
-    publish("push", "cpu")
-    assert capsys.readouterr().out.endswith(f"digest={DIGEST}\n")
-    assert (
-        "cpu.output=type=image,name=r/x,push=true,push-by-digest=true,name-canonical=true,oci-mediatypes=true" in said
-    )
-    assert f"cpu.attest=type=sbom,generator=docker/buildkit-syft-scanner:stable-1@{DIGEST}" in said
-    assert "cpu.attest=type=provenance,mode=max" in said
-    proved = {"RootFS": {"Layers": ["base", "others"]}}
-    with pytest.raises(VerificationError, match="other layers than what was verified"):
-        publish("push", "cpu")
-
-
-def test_what_was_published_is_in_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (images, publish_image):
-        monkeypatch.setattr(module, "LOCK", tmp_path / "lock.json")
-    shutil.copy(ROOT / "docker/images.lock.json", tmp_path / "lock.json")
-    with pytest.raises(UsageError, match="not a digest"):
-        publish("record", "cpu", "--digest", "")
-    publish("record", "cpu", "--digest", DIGEST)
-    target = images.target_of(images.read_lock(), "cpu")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", target.pop("date"))
-    assert target == {"pins": "cpu", "repository": "r/x", "digest": DIGEST}
 
 
 LOCAL = "recipes-base:bookworm"

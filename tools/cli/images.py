@@ -31,7 +31,7 @@ def options_of_build(function: F) -> F:
 
 @click.group()
 def image() -> None:
-    """Build and verify the images that containers start from."""
+    """Build, verify and publish the images that containers start from."""
 
 
 @image.command()
@@ -60,6 +60,29 @@ def verify(hw: str, rebuild: bool, container: str | None, **inputs: Any) -> None
     verify_contents(board, container, click.echo)
     if rebuild:
         verify_layers(board, Inputs(**inputs), click.echo)
+
+
+@image.command()
+@options_of_build
+@click.option(
+    "--to", "repository", required=True, type=str.lower, metavar="REPOSITORY", help="host/path, without a tag."
+)
+@click.option("--rebuild/--no-rebuild", default=True, help="First build it twice more and compare the layers.")
+@click.option("--attestations/--no-attestations", default=True, help="An SBOM and its provenance; recorded.")
+@click.option("--replace", is_flag=True, help="Put it in the place of a digest that the lock has already.")
+@click.option("--pushed", metavar="DIGEST", help="It was pushed elsewhere: only record it.")
+def publish(
+    hw: str, repository: str, rebuild: bool, attestations: bool, replace: bool, pushed: str | None, **inputs: Any
+) -> None:
+    """Push a board's image by digest, once it is proved, and record it in docker/images.lock.json."""
+    from common import hardware
+    from tools.containers import publish as publishing
+    from tools.containers.build import Inputs
+
+    target = publishing.Target(hardware.get(hw), repository, replace)
+    if pushed is not None:
+        return publishing.record_pushed(target, pushed, click.echo, attestations=attestations)
+    return publishing.publish(target, Inputs(**inputs), click.echo, rebuild=rebuild, attestations=attestations)
 
 
 @click.command()

@@ -30,7 +30,7 @@ class Verbs(click.Group):
         "export": ("tools.cli.runs:export", "Write a run's Hugging Face folders, and prove them by reloading."),
         "generate": ("tools.cli.runs:generate", "Talk to a run, or to any Hugging Face Llama folder."),
         "grade": ("tools.cli.runs:grade", "Hold a run against the recorded figures of its training."),
-        "image": ("tools.cli.images:image", "Build and verify the images that containers start from."),
+        "image": ("tools.cli.images:image", "Build, verify and publish the images that containers start from."),
         "lock": ("tools.cli.images:lock", "Renew docker/images.lock.json as far as the network allows."),
         "report": ("tools.cli.runs:report", "Write the page of a run, or one over all runs."),
         "repro": ("tools.cli.runs:repro", "Run a run again from its manifest, and compare."),

@@ -50,9 +50,9 @@ def image_for(hw: Hardware) -> Image:
     pins = pins_sha256(lock, hw.image)
     if entry["digest"] is not None and entry["lock_sha256"] == pins:
         return Image(hw.image, f"{entry['repository']}@{entry['digest']}", "published", pins)
+    if image := local_image(hw):
+        return image
     local = read_local().get(hw.image)
-    if local is not None and local["lock_sha256"] == pins:
-        return Image(hw.image, local["id"], "local", pins)
     todo = f"make image HW={hw.name}"
     if local is not None:
         raise NoImage(
@@ -67,6 +67,13 @@ def image_for(hw: Hardware) -> Image:
             todo=todo,
         )
     raise NoImage(f"no image for {hw.name}: none is published, none was built here", where=hw.image, todo=todo)
+
+
+def local_image(hw: Hardware) -> Image | None:
+    """Return the image of a board that was built here from the pins of today, published or not; None: there is none."""
+    pins = pins_sha256(read_lock(), hw.image)
+    local = read_local().get(hw.image)
+    return Image(hw.image, local["id"], "local", pins) if local and local["lock_sha256"] == pins else None
 
 
 # --- the lock -------------------------------------------------------------------------------------------------------

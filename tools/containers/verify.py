@@ -26,13 +26,13 @@ INSTALLED = (
 LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
 
 
-def verify_contents(hw: Hardware, container: str | None, say: Say) -> None:
-    """Compare the board's image, or a container that runs from it, with the lock.
+def verify_contents(hw: Hardware, container: str | None, say: Say, image: Image | None = None) -> None:
+    """Compare the board's image, or a container that runs from it, with the lock; `image` where another one is meant.
 
     Raises MachineError where there is no image, VerificationError where something differs.
     """
     lock = read_lock()
-    image = image_for(hw)
+    image = image or image_for(hw)
     described = present(image)
     if container and (runs := docker("inspect", "--format", "{{.Image}}", container).strip()) != described["Id"]:
         raise VerificationError(
@@ -73,8 +73,8 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def verify_layers(hw: Hardware, inputs: Inputs, say: Say) -> None:
-    """Build twice, without a cache, from two clones at different paths; compare the layers.
+def verify_layers(hw: Hardware, inputs: Inputs, say: Say) -> list[str]:
+    """Build twice, without a cache, from two clones at different paths; compare the layers and return them.
 
     Raises VerificationError where they differ. Both builds are of the commit, not of what is changed beside it.
     """
@@ -105,6 +105,7 @@ def verify_layers(hw: Hardware, inputs: Inputs, say: Say) -> None:
             todo="what differs was made from the time, the path, or the order of something",
         )
     say(f"two builds of {target} from {commit}: the same {len(layers[0])} layers, {' '.join(layers[0])}")
+    return list(layers[0])
 
 
 def _clone(into: Path, wheels: list[Path]) -> None:
