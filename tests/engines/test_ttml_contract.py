@@ -202,6 +202,7 @@ def test_a_key_without_meaning_is_said(tmp_path, tiny_base):
     [
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
         ({"head_dim": 64}, "head_dim is not hidden_size / heads"),
+        ({"hidden_size": 320, "num_attention_heads": 2}, "head_dim 160 is above 128"),
         ({"num_attention_heads": 4, "head_dim": 16}, "head_dim 16 is no multiple of 32"),
         ({"attention_bias": True}, "biases"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is yarn"),
