@@ -83,7 +83,7 @@ NEEDS: tuple[Need, ...] = (
     *_needs("tied embeddings", "ttml.models.WeightTyingType.Enabled ttml.models.WeightTyingType.Disabled"),
     *_arguments("gradient checkpointing", f"{_LLAMA}LlamaConfig", "runner_type"),
     *_needs("gradient checkpointing", "ttml.models.RunnerType.Default ttml.models.RunnerType.MemoryEfficient"),
-    *_needs("LoRA", "ttml.modules.LoraModel"),
+    *_needs("LoRA", "ttml.modules.LoraModel ttml.ops.unary.silu"),
     *_arguments("LoRA", "ttml.modules.LoraConfig", "rank alpha target_modules lora_dropout"),
     *_needs("choosing what is trained", f"ttml.NamedParameters {_TENSOR}get_requires_grad {_TENSOR}set_requires_grad"),
     *_needs("the loss", "ttml.ops.loss.cross_entropy_loss ttml.ops.ReduceType.NONE ttml.ops.unary.mean"),

@@ -23,6 +23,7 @@ def environment(
     devices: int = 1,
     *,
     fused: Sequence[str] | None = None,
+    calls_mlp_layers: bool = False,
     without: Sequence[str] = (),
     impostor: bool = False,
     bad_cast: bool = False,
@@ -35,6 +36,8 @@ def environment(
     """The variables under which a subprocess imports the doubles.
 
     generation: API generation, "B" or "C"; `fused` overrides which projections it fuses ("qkv", "gate_up").
+    calls_mlp_layers: an unfused LlamaMLP calls its layers, as until May 2026; since tt-metal PR 45335 it hands their
+    weights to a fused op.
     devices: how many are present. without: dotted names that this build of ttml lacks ("open_device_mesh").
     impostor: the unrelated package that is named ttml, too, and has none of the API.
     bad_cast: importing ttml fails as it does over a ttnn with another ABI tag.
@@ -47,6 +50,7 @@ def environment(
         "GENERATION": generation,
         "DEVICES": devices,
         "FUSED": "default" if fused is None else " ".join(fused),
+        "CALLS_MLP_LAYERS": int(calls_mlp_layers),
         "WITHOUT": " ".join(without),
         "BAD_CAST": int(bad_cast),
         "NEEDS_RUNTIME_ROOT": int(needs_runtime_root),

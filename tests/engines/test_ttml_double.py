@@ -9,6 +9,7 @@ The facts are public: tt-metal's sources, its issues, and notes of people who tr
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -313,6 +315,33 @@ def test_positions_beyond_the_table_are_zeros_and_no_error(board: None) -> None:
     assert np.isfinite(in_native_precision(loss_of(build(max_position_embeddings=32), *tokens(1, 64)))).all()
 
 
+def test_a_head_wider_than_128_has_tables_and_no_kernel(board: None) -> None:
+    model = build(hidden_size=320, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(RuntimeError, match="head_dim 160"):
+        loss_of(model, *tokens())
+
+
+def test_a_computed_nan_has_other_bits_than_numpy_s(board: None) -> None:
+    """Tensix's is 0x7FFF; one that is only stored and read keeps its own (tt-metal, special_values.md)."""
+    import ttml
+
+    stored = from_numpy(np.array([np.nan, 1.0], ml_dtypes.bfloat16))
+    computed = ttml.ops.unary.silu(stored)
+    bits = [int(in_native_precision(value).view(np.uint16)[0]) for value in (stored, computed)]
+    assert bits == [0x7FC0, 0x7FFF]
+
+
+def test_a_bound_function_tells_its_arguments_in_its_docstring_alone(board: None) -> None:
+    """As nanobind's do; ttml's Python functions have signatures."""
+    import ttml
+
+    for function in (ttml.autograd.Tensor.to_numpy, ttml.optimizers.AdamWConfig.make, ttml.ops.unary.silu):
+        with pytest.raises((TypeError, ValueError)):
+            inspect.signature(function)
+    assert "precision: object" in str(ttml.autograd.Tensor.to_numpy.__doc__)
+    assert "lora_dropout" in inspect.signature(ttml.modules.LoraConfig).parameters
+
+
 def test_without_a_mask_attention_is_causal_and_the_mask_has_no_default(board: None) -> None:
     model, (ids, _) = build(), tokens(1)
     changed = ids.copy()
@@ -371,6 +400,32 @@ def test_targets_that_match_nothing_are_no_error(generation: str, targets: list[
         matching = {"B": "q_linear", "C": "qkv_linear"}[generation]
         assert len(adapters) == (LAYERS if targets == [matching] else 0)
         assert all(name.endswith(f"attention/{matching}/lora_A") for name in adapters)
+
+
+@pytest.mark.parametrize("calls", [False, True], ids=["raw weights", "layers"])
+def test_adapters_on_an_unfused_mlp_are_dead_and_nothing_says_so(calls: bool) -> None:
+    """LlamaMLP hands the weights of its layers to one op (tt-metal PR 45335), and LoraModel had replaced the layers.
+
+    The loss falls by the adapters on attention, and no call complains.
+    """
+    with doubles("B", calls_mlp_layers=calls):
+        open_mesh()
+        model = build()
+        wrap(model, [r"_linear$", r"\.w[123]$"])
+        losses = []
+        optimizer = adamw(model.parameters(), lr=1e-2)
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = loss_of(model, *tokens())
+            loss.backward(False)
+            context().reset_graph()
+            optimizer.step()
+            losses.append(in_native_precision(loss).item())
+        assert losses[-1] < losses[0] - 0.01
+        mlp = {name: value for name, value in model.parameters().items() if "/mlp/" in name and "lora_" in name}
+        assert len(mlp) == LAYERS * 3 * 2
+        assert {value.is_grad_initialized() for value in mlp.values()} == {calls}
+        assert all(native(value).any() == calls for name, value in mlp.items() if name.endswith("lora_B"))
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------

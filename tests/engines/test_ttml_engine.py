@@ -93,6 +93,56 @@ def test_each_of_20_steps_agrees_with_the_cpu_twin_within_bf16_noise(tmp_path, b
     assert expected[-1] < expected[0] - 0.05, "it does learn"
 
 
+MLPS = pytest.mark.parametrize(
+    ("generation", "calls"), [("B", False), ("B", True), ("C", False)], ids=["raw weights", "layers", "fused"]
+)
+
+
+@MLPS
+def test_adapters_on_the_mlp_train_on_every_build(tmp_path, tiny_base, generation, calls):
+    """Take away _call_mlp_layers: on raw weights they get no gradient and stay as they began."""
+    config = board_config(tiny_base, **lora_for(True, generation))
+    with board(config, tmp_path, 1, generation, calls_mlp_layers=calls) as backend:
+        begun = state_of(backend)
+        backend.train_step(batches(1), 1e-2, 1)
+        backend.train_step(batches(2), 1e-2, 2)
+        after = state_of(backend)
+    trained = {name for name in begun if name.startswith("model/")}
+    assert sum("mlp" in name for name in trained) == 2 * 3 * 2, "A and B of three projections in two blocks"
+    assert {name for name in trained if not np.array_equal(begun[name], after[name])} == trained
+
+
+@MLPS
+def test_adapters_on_the_mlp_count_in_what_is_evaluated(tmp_path, tiny_base, generation, calls):
+    """A checkpoint with live ones, here of the CPU twin, is never evaluated or continued without them."""
+    values = lora_for(True, generation, target_modules=["gate_proj", "up_proj", "down_proj"])
+    if generation == "B":
+        values["model__lora"]["tie_groups"] = []
+    with engine(config_for(tiny_base, training__precision="bf16", **values)) as twin:
+        for step in (1, 2, 3):
+            twin.train_step(batches(step), 3e-2, step)
+        state, expected = state_of(twin), twin.eval_nll(make_batch())[0]
+    with board(board_config(tiny_base, **values), tmp_path, 1, generation, calls_mlp_layers=calls) as backend:
+        backend.load_state(state)
+        found = backend.eval_nll(make_batch())[0]
+        with backend.disable_adapter():
+            without = backend.eval_nll(make_batch())[0]
+    assert found == pytest.approx(expected, rel=BF16_NOISE)
+    assert without.sum() > 1.02 * found.sum()
+
+
+@MLPS
+def test_recomputed_blocks_are_the_same_bits_with_adapters_and_dropout(tmp_path, tiny_base, generation, calls):
+    ends = []
+    for again in (False, True):
+        values = lora_for(True, generation, dropout=0.2) | {"model__gradient_checkpointing": again}
+        with board(board_config(tiny_base, **values), tmp_path, 1, generation, calls_mlp_layers=calls) as backend:
+            for step in (1, 2):
+                backend.train_step(batches(step), 1e-2, step)
+            ends.append(fingerprint(state_of(backend)))
+    assert ends[0] == ends[1]
+
+
 @generations
 def test_a_padded_vocabulary_is_cut_again(tmp_path, odd_base, generation):
     batch = make_batch(vocab=290)

@@ -11,7 +11,7 @@ import ttnn
 from ttnn import _switches
 
 from . import _ops, init
-from .autograd import Tensor, create_tensor, record_forward
+from .autograd import Tensor, create_tensor, record_forward, without_graph
 from .modules import AbstractModuleBase, Embedding, LinearLayer, ModuleList, Parameter, RunMode
 
 TILE = 32
@@ -19,7 +19,7 @@ RMS_EPSILON = 1e-5  # fixed: there is no config field
 
 
 class RunnerType(enum.Enum):
-    """MemoryEfficient computes blocks again in the backward pass: the same numbers, so here they are the same."""
+    """MemoryEfficient computes a block again for its backward pass, with the generator as it was the first time."""
 
     MemoryEfficient = 0
     Default = 1
@@ -93,11 +93,8 @@ class RMSNormLayer(AbstractModuleBase):
         return _ops.rmsnorm(x, self.gamma.tensor, RMS_EPSILON)
 
 
-class GroupedQueryAttention(AbstractModuleBase):
-    """Rows are Q, K, V in `qkv_linear`, or Q in `q_linear` and K, V in `kv_linear`; RoPE rotates neighbours.
-
-    Dropout acts on the output, not on the attention weights.
-    """
+class _Attention(AbstractModuleBase):
+    """RoPE rotates neighbours. Dropout acts on the output, not on the attention weights."""
 
     def __init__(self, config: _Config, rope_params: _ops.RotaryEmbeddingParams) -> None:
         super().__init__()
@@ -105,22 +102,15 @@ class GroupedQueryAttention(AbstractModuleBase):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = hidden // self.heads
         self.kv_rows = self.kv_heads * self.head_dim
-        self.fused = "qkv" in _switches.FUSED
-        if self.fused:
-            self.qkv_linear = LinearLayer(hidden, hidden + 2 * self.kv_rows, False)
-        else:
-            self.q_linear = LinearLayer(hidden, hidden, False)
-            self.kv_linear = LinearLayer(hidden, 2 * self.kv_rows, False)
         self.out_linear = LinearLayer(hidden, hidden, False)
         self.rope_params, self.dropout_prob = rope_params, config.attention_dropout
 
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """What holds Q, what holds K and V, and the row at which K starts there."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if self.fused:
-            from_q = from_kv = self.qkv_linear(x)
-            k_starts = self.heads * self.head_dim
-        else:
-            from_q, from_kv = self.q_linear(x), self.kv_linear(x)
-            k_starts = 0
+        from_q, from_kv, k_starts = self._projected(x)
         query = _ops.split_heads(from_q, 0, self.heads, self.head_dim)
         key = _ops.split_heads(from_kv, k_starts, self.kv_heads, self.head_dim)
         value = _ops.split_heads(from_kv, k_starts + self.kv_rows, self.kv_heads, self.head_dim)
@@ -129,34 +119,76 @@ class GroupedQueryAttention(AbstractModuleBase):
         return _drop(self, self.out_linear(_ops.heads_fusion(attended)))
 
 
-class LlamaMLP(AbstractModuleBase):
-    """w2(silu(gate) * up); gate is `w1` and up is `w3`, or both are rows of `w_gate_up`, gate first."""
+class _FusedAttention(_Attention):
+    """Rows are Q, K, V in `qkv_linear`."""
+
+    def __init__(self, config: _Config, rope_params: _ops.RotaryEmbeddingParams) -> None:
+        super().__init__(config, rope_params)
+        hidden = config.hidden_size
+        self.qkv_linear = LinearLayer(hidden, hidden + 2 * self.kv_rows, False)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        qkv = self.qkv_linear(x)
+        return qkv, qkv, self.heads * self.head_dim
+
+
+class _UnfusedAttention(_Attention):
+    """Rows are Q in `q_linear`, and K, V in `kv_linear`."""
+
+    def __init__(self, config: _Config, rope_params: _ops.RotaryEmbeddingParams) -> None:
+        super().__init__(config, rope_params)
+        hidden = config.hidden_size
+        self.q_linear = LinearLayer(hidden, hidden, False)
+        self.kv_linear = LinearLayer(hidden, 2 * self.kv_rows, False)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        return self.q_linear(x), self.kv_linear(x), 0
+
+
+class _MLP(AbstractModuleBase):
+    """w2(silu(gate) * up)."""
 
     def __init__(self, config: _Config) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.inner = config.intermediate_size
-        self.fused = "gate_up" in _switches.FUSED
-        if self.fused:
-            if self.inner % TILE:
-                raise ValueError(f"Intermediate size must be a multiple of 32 for fused projections: {self.inner}")
-            self.w_gate_up = LinearLayer(hidden, 2 * self.inner, False)
-        else:
-            self.w1 = LinearLayer(hidden, self.inner, False)
-            self.w3 = LinearLayer(hidden, self.inner, False)
-        self.w2 = LinearLayer(self.inner, hidden, False)
+        self.hidden, self.inner = config.hidden_size, config.intermediate_size
+        self.w2 = LinearLayer(self.inner, self.hidden, False)
         self.dropout_prob = config.mlp_dropout
 
+
+class _FusedMLP(_MLP):
+    """Rows are gate, up in `w_gate_up`."""
+
+    def __init__(self, config: _Config) -> None:
+        super().__init__(config)
+        if self.inner % TILE:
+            raise ValueError(f"Intermediate size must be a multiple of 32 for fused projections: {self.inner}")
+        self.w_gate_up = LinearLayer(self.hidden, 2 * self.inner, False)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            both = self.w_gate_up(x)
-            gate, up = (_ops.slice_last_dim(both, start, start + self.inner) for start in (0, self.inner))
-        else:
-            gate, up = self.w1(x), self.w3(x)
+        both = self.w_gate_up(x)
+        gate, up = (_ops.slice_last_dim(both, start, start + self.inner) for start in (0, self.inner))
         return _drop(self, self.w2(_ops.mul(_ops.silu(gate), up)))
 
 
-def _drop(module: GroupedQueryAttention | LlamaMLP, x: Tensor) -> Tensor:
+class _UnfusedMLP(_MLP):
+    """Gate is `w1`, up is `w3`. The weights go to one op: no layer is called, and an adapter on one does nothing."""
+
+    def __init__(self, config: _Config) -> None:
+        super().__init__(config)
+        self.w1 = LinearLayer(self.hidden, self.inner, False)
+        self.w3 = LinearLayer(self.hidden, self.inner, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _switches.CALLS_MLP_LAYERS:
+            return _drop(self, self.w2(_ops.mul(_ops.silu(self.w1(x)), self.w3(x))))
+        return _drop(self, _ops.swiglu(x, self.w1.weight.tensor, self.w2.weight.tensor, self.w3.weight.tensor))
+
+
+GroupedQueryAttention = _FusedAttention if "qkv" in _switches.FUSED else _UnfusedAttention
+LlamaMLP = _FusedMLP if "gate_up" in _switches.FUSED else _UnfusedMLP
+
+
+def _drop(module: _Attention | _MLP, x: Tensor) -> Tensor:
     active = module.get_run_mode() is RunMode.TRAIN and module.dropout_prob > 0
     return _ops.dropout(x, module.dropout_prob) if active else x
 
@@ -198,6 +230,8 @@ class Llama(AbstractModuleBase):
         record_forward()
         x = self._embed(input)
         for block in self.blocks:
+            if self.config.runner_type is RunnerType.MemoryEfficient:
+                without_graph(block, x, mask)
             x = block(x, mask)
         return _ops.slice_last_dim(self.fc(self.ln_fc(x)), 0, self.config.vocab_size)
 

@@ -76,6 +76,11 @@ def silu(tensor: Tensor) -> Tensor:
     return apply(F.silu, tensor)
 
 
+def swiglu(tensor: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """The product of the three linear layers of an MLP, by their weights (1,1,out,in): gate, down, up."""
+    return linear(mul(silu(linear(tensor, w1)), linear(tensor, w3)), w2)
+
+
 def linear(tensor: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[B,1,T,in] by (1,1,out,in), plus (1,1,1,out)."""
 
@@ -155,9 +160,12 @@ def build_rope_params(
 def rope(tensor: Tensor, params: RotaryEmbeddingParams) -> Tensor:
     """Rotate pairs of neighbours, (0,1), (2,3), ..., of [B,heads,T,head_dim].
 
-    Positions beyond the table come out as zeros; nothing is raised.
+    Positions beyond the table come out as zeros; nothing is raised. A head wider than 128 has tables, and no kernel:
+    with fp32 accumulation, which ttml asks for, rotary_embedding_llama stops there.
     """
-    length = tensor.shape()[-2]
+    length, head_dim = tensor.shape()[-2:]
+    if head_dim > 128:
+        raise ttnn.fatal(f"rotary_embedding_llama: head_dim {head_dim} > 128 with fp32_dest_acc_en")
     missing = max(0, length - len(params.cos))
     cos = F.pad(params.cos[:length].float(), (0, 0, 0, missing))
     sin = F.pad(params.sin[:length].float(), (0, 0, 0, missing))

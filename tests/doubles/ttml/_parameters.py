@@ -12,6 +12,7 @@ from .autograd import Tensor
 _maps = itertools.count()
 
 
+@_strict.bound
 class NamedParameters:
     """Name to tensor, in no particular order: two maps of the same names are walked in different orders.
 

@@ -81,6 +81,7 @@ class Graph:
         self.forwards = 0
 
 
+@_strict.bound
 class AutoContext:
     """The process-wide singleton: device, graph, gradient mode, generator."""
 
@@ -187,9 +188,20 @@ def record_forward() -> None:
         raise ttnn.fatal(OUT_OF_MEMORY)
 
 
+def without_graph(module: Callable[..., Tensor], *inputs: Any) -> None:
+    """Compute what is computed again later: no graph, and the generator as before."""
+    context = AutoContext.get_instance()
+    mode, drawn = context._mode, context._generator.getstate()
+    context._mode = GradMode.DISABLED
+    module(*inputs)
+    context._mode = mode
+    context._generator.setstate(drawn)
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 
+@_strict.bound
 class Tensor:
     """A tensor of the graph: a value with its precision views, a gradient, and a place in the graph.
 
@@ -360,6 +372,7 @@ class Tensor:
         return self._node
 
 
+@_strict.bound
 def create_tensor(tensor: ttnn.Tensor, requires_grad: bool = True) -> Tensor:
     return Tensor(tensor, requires_grad)
 
@@ -377,9 +390,17 @@ def apply(function: Callable[..., torch.Tensor], *inputs: Tensor, indices: Seque
     labels = [tensor._native.tensor_topology() for tensor in (*inputs, *indices)]
     label = next((label for label in labels if not label.is_replicated()), labels[0])
     needed = any(tensor._requires_grad for tensor in inputs)
-    result = Tensor(ttnn.Tensor(node.detach(), ttnn.Layout.TILE, label), requires_grad=needed)
+    result = Tensor(ttnn.Tensor(_with_tensix_nans(node), ttnn.Layout.TILE, label), requires_grad=needed)
     result._node, result._graph, result._is_result = node, context._graph, node.requires_grad
     return result
+
+
+def _with_tensix_nans(node: torch.Tensor) -> torch.Tensor:
+    """The values of `node`; a NaN that was computed has the bits 0x7FFF, where numpy's and torch's have 0x7FC0."""
+    values = node.data  # of which no version is counted: what the backward pass keeps is not taken for overwritten
+    if (nans := values.isnan()).any():
+        values.view(torch.int16)[nans] = 0x7FFF
+    return values
 
 
 def multiply_like(operation: Callable[..., torch.Tensor], a: Tensor, b: Any) -> Tensor:

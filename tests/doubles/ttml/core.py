@@ -13,6 +13,7 @@ from .autograd import Tensor, create_tensor
 __all__ = ["clip_grad_norm", "distributed"]
 
 
+@_strict.bound
 def clip_grad_norm(
     parameters: NamedParameters, max_norm: float, p_norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> Tensor:

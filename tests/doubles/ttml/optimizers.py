@@ -34,6 +34,7 @@ class _Config:
             setattr(self, name, check(name, value))
 
 
+@_strict.bound
 @dataclass
 class AdamWConfig(_Config):
     stochastic_rounding: bool
@@ -53,6 +54,7 @@ class AdamWConfig(_Config):
         return cls(lr, beta1, beta2, epsilon, weight_decay, amsgrad, stochastic_rounding)
 
 
+@_strict.bound
 @dataclass
 class AdamWFullPrecisionConfig(_Config):
     @classmethod
@@ -62,6 +64,7 @@ class AdamWFullPrecisionConfig(_Config):
         return cls(lr, beta1, beta2, epsilon, weight_decay, amsgrad)
 
 
+@_strict.bound
 class OptimizerBase:
     """State exists for the parameters that require gradients now; `step` looks it up for all that have one then."""
 
@@ -144,6 +147,7 @@ class OptimizerBase:
 _PRECISION = {ttnn.DataType.BFLOAT16: PreferredPrecision.HALF, ttnn.DataType.FLOAT32: PreferredPrecision.FULL}
 
 
+@_strict.bound
 class AdamW(OptimizerBase):
     """bf16 weights, written in place behind the back of their cached fp32 views; bf16 moments.
 
@@ -182,6 +186,7 @@ class AdamW(OptimizerBase):
         return super().get_state_dict() | extra
 
 
+@_strict.bound
 class AdamWFullPrecision(OptimizerBase):
     """fp32 masters and moments; parameters are replaced by the rounded masters at every step, views and all."""
 

@@ -16,6 +16,7 @@ assert GENERATION in ("B", "C"), GENERATION
 DEVICES = int(_value("DEVICES", "1"))
 _fused = _value("FUSED", "default")
 FUSED = {"B": [], "C": ["qkv", "gate_up"]}[GENERATION] if _fused == "default" else _fused.split()
+CALLS_MLP_LAYERS = _value("CALLS_MLP_LAYERS", "0") == "1"
 WITHOUT = _value("WITHOUT", "").split()
 BAD_CAST = _value("BAD_CAST", "0") == "1"
 NEEDS_RUNTIME_ROOT = _value("NEEDS_RUNTIME_ROOT", "0") == "1"

@@ -1,5 +1,5 @@
 """A double of `ttml.models.llama`: the Python model."""
 
-from ttml._llama import Llama, LlamaConfig, LlamaRopeScalingConfig
+from ttml._llama import GroupedQueryAttention, Llama, LlamaConfig, LlamaMLP, LlamaRopeScalingConfig
 
-__all__ = ["Llama", "LlamaConfig", "LlamaRopeScalingConfig"]
+__all__ = ["GroupedQueryAttention", "Llama", "LlamaConfig", "LlamaMLP", "LlamaRopeScalingConfig"]
