@@ -21,6 +21,7 @@ import pytest
 
 from common.files import move_into_place
 from common.model.bases import home
+from tools.doctor.machine import MINIMUM_FIRMWARE
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ("3.10", "3.12")  # ttnn has no wheel for 3.11
@@ -108,7 +109,7 @@ def test_the_double_of_ttnn_has_nothing_that_the_real_one_lacks(found: dict[str,
 
 def test_the_boards_descriptors_fit_their_meshes(found: dict[str, Any]) -> None:
     assert set(found["boards"].values()) == {"fits", "not in the wheel"}
-    assert {name for name, said in found["boards"].items() if said == "fits"} >= {"n300", "p300c"}
+    assert {name for name, said in found["boards"].items() if said == "fits"} >= {"n300", "p150x2", "p300c"}
 
 
 def test_every_descriptor_of_the_wheel_is_read_or_refused_for_having_two_meshes(found: dict[str, Any]) -> None:
@@ -117,6 +118,15 @@ def test_every_descriptor_of_the_wheel_is_read_or_refused_for_having_two_meshes(
     assert {name: read[f"{name}_mesh_graph_descriptor.textproto"] for name in known} == known
     refused = {said for said in read.values() if not re.fullmatch(r"\d+x\d+", said)}
     assert refused == {"it has 2 mesh_descriptors blocks, expected one"}
+
+
+def test_the_words_of_known_errors_are_those_of_the_libraries(found: dict[str, Any]) -> None:
+    assert found["words"]
+    assert {id: lacking for id, lacking in found["words"].items() if lacking} == {}
+
+
+def test_doctor_refuses_the_firmware_that_tt_metal_itself_does_not_want(found: dict[str, Any]) -> None:
+    assert found["minimum firmware"] == MINIMUM_FIRMWARE
 
 
 def test_where_there_is_no_card_the_real_ttnn_s_words_are_explained(found: dict[str, Any]) -> None:
