@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from common import config as configs
 from common import known_errors
 from common.errors import UsageError
+from common.hardware import get
 from common.paths import ROOT
 from common.train.watchdog import AT_LEAST, FIRST_STEP, TIMES_MEDIAN, Watchdog
+from tests.doubles.tiny_recipe import FROM_SCRATCH
 from tools.cli import main
 from tools.launch import resolve
 from tools.launch.resolve import STALL
@@ -148,8 +151,17 @@ def test_an_ordinary_log_means_nothing():
         "both data movement processors are in use",
         "cores are in use by FD infra",
         "MeshDevice cq ID 0 is in use",
+        "Semaphore id 3 already in use on core (1,1)",
+        "Sub device id 0 currently in use by cq 0. Can't enqueue program from cq 1.",
     ):
         assert known_errors.match(other) is None, "no second process"
+
+
+@pytest.mark.parametrize("lock", ["KMD lock 4 on /dev/tenstorrent/0, which is", "lock 'CHIP_IN_USE_0_PCIe' which is"])
+def test_both_locks_of_tt_umd_mean_a_second_process(lock):
+    found = known_errors.match(f"warning | Waiting for {lock} currently held by another handle")
+    assert found is not None
+    assert found.id == "held"
 
 
 def folder_of(path: Path, records: list[dict[str, Any]], **manifest: Any) -> Path:
@@ -185,6 +197,36 @@ def test_a_log_without_an_end_is_that_of_a_killed_process(tmp_path):
     assert ids(folder) == ["no-end"]
     log.write_text(log.read_text() + "2026-11-22T23:00:04Z run ends: stopped: stopped by SIGTERM\n")
     assert ids(folder) == []
+
+
+TIME_OUT = (
+    "TT_THROW: Fabric Router Sync: Timeout after 10000 ms on Device 0: expected status 0xa1b2c3d4. See error log\n"
+)
+NO_FILE = "warning | TT_MESH_GRAPH_DESC_PATH not set, using the default\n"
+
+
+@pytest.mark.parametrize(
+    ("board", "before", "cause"),
+    [
+        ("n300", "", "fabric-board"),  # a run of ours does not begin before its descriptor has the mesh's dims
+        ("n300", NO_FILE, "fabric-no-file"),
+        ("n150", "", "fabric-one-device"),
+        (None, NO_FILE, "fabric-no-file"),  # a log alone
+        (None, "ValueError: Mesh shape mismatch! descriptor (2, 2), mesh (1, 4)\n", "fabric-other-file"),
+        (None, "", None),
+    ],
+)
+def test_a_time_out_of_the_fabric_is_told_apart_by_what_can_be_seen(tmp_path, board, before, cause):
+    folder = folder_of(tmp_path / "run", [])
+    log = folder / "train.log"
+    log.write_text(f"{before}{TIME_OUT}")
+    if board:
+        (folder / "config.resolved.yaml").write_text(configs.load(FROM_SCRATCH, get(board)).to_yaml())
+    found = ids(folder if board else log)
+    assert "fabric-sync" in found
+    assert [id for id in found if id.startswith("fabric-") and id != "fabric-sync"] == ([cause] if cause else [])
+    log.write_text(before)
+    assert not any(id.startswith("fabric-") for id in ids(folder if board else log)), "no time-out, no cause of one"
 
 
 def test_the_command_explains_any_log_once_an_error(tmp_path, monkeypatch, capsys):

@@ -93,11 +93,49 @@ def never_moved(lines: list[str], run: RunFolder | None) -> str | None:  # noqa:
     return f"{len(names)} tensors, such as {names[0]}" if names else None
 
 
+def fabric_without_a_file(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
+    """Say where a log that has the fabric's time-out says that no descriptor was named."""
+    return line_of("no-descriptor", lines) if line_of("fabric-sync", lines) else None
+
+
+def fabric_of_another_shape(lines: list[str], run: RunFolder | None) -> str | None:  # noqa: ARG001
+    """Say where a log that has the fabric's time-out says that the descriptor is another mesh's."""
+    return line_of("mesh-mismatch", lines) if line_of("fabric-sync", lines) else None
+
+
+def fabric_on_one_device(lines: list[str], run: RunFolder | None) -> str | None:
+    """Say that a run whose fabric timed out was to open one device."""
+    return f"its mesh is {mesh}" if (mesh := mesh_of_a_time_out(lines, run)) == [1, 1] else None
+
+
+def fabric_of_the_right_file(lines: list[str], run: RunFolder | None) -> str | None:
+    """Say that a run whose fabric timed out was to open several: none begins before its descriptor has that shape."""
+    mesh = mesh_of_a_time_out(lines, run)
+    return f"its mesh is {mesh}" if mesh and mesh != [1, 1] and not fabric_without_a_file(lines, run) else None
+
+
+def mesh_of_a_time_out(lines: list[str], run: RunFolder | None) -> list[int] | None:
+    """Return the mesh of a run whose log has the fabric's time-out; None: it has not, or the mesh is not known."""
+    config = run.known_config if run and line_of("fabric-sync", lines) else None
+    return list(config.device.mesh_shape) if config and config.device.mesh_shape else None
+
+
+def line_of(id: str, lines: list[str]) -> str | None:
+    """Return where a log has a line with the text of the row `id`."""
+    text = next(str(row.text) for row in known_errors.table() if row.id == id)
+    numbers = (number for number, line in enumerate(lines, 1) if re.search(text, line, re.IGNORECASE))
+    return f"line {number}" if (number := next(numbers, None)) else None
+
+
 STATES: Mapping[str, Callable[[list[str], RunFolder | None], str | None]] = {
     "no_end": no_end,
     "flat_at_guessing": flat_at_guessing,
     "evaluation_is_training": evaluation_is_training,
     "never_moved": never_moved,
+    "fabric_without_a_file": fabric_without_a_file,
+    "fabric_of_another_shape": fabric_of_another_shape,
+    "fabric_on_one_device": fabric_on_one_device,
+    "fabric_of_the_right_file": fabric_of_the_right_file,
 }
 
 
