@@ -17,13 +17,15 @@ Verdict = Literal["pass", "fail", "not checkable", "skipped"]
 class ChecklistLine:
     """One check: `check` returns the evidence it passes with, or raises CheckEnded with another verdict.
 
-    `says` is the claim in words; it is skipped unless the lines whose ids are in `needs` passed.
+    `says` is the claim in words; it is skipped unless the lines whose ids are in `needs` passed. `todo` is what to look
+    at where it fails.
     """
 
     id: str
     says: str
     check: Callable[[Any], str]
     needs: tuple[str, ...] = ()
+    todo: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class Result:
     verdict: Verdict
     says: str
     evidence: str
+    todo: str = ""
+    """What to look at; only of a line that failed."""
 
     def __str__(self) -> str:
-        return f"{self.verdict.upper()}: {self.evidence}"
+        return f"{self.verdict.upper()}: {self.evidence}" + (f"; {self.todo}" if self.todo else "")
 
 
 class CheckEnded(Exception):
@@ -73,7 +77,7 @@ def go_through(lines: Sequence[ChecklistLine], subject: Any, say: Callable[[str]
             evidence = f"needs {lacking[0].id}, which is: {lacking[0].verdict}"
         else:
             verdict, evidence = _judged(line, subject)
-        results[line.id] = Result(line.id, verdict, line.says, evidence)
+        results[line.id] = Result(line.id, verdict, line.says, evidence, line.todo if verdict == "fail" else "")
         say(f"  {results[line.id]}")
     return list(results.values())
 

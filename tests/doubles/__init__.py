@@ -32,6 +32,7 @@ def environment(
     oom_at_step: int = 0,
     hang_at_step: int = 0,
     no_update_from_step: int = 0,
+    kernel_faults: Sequence[str] = (),
 ) -> dict[str, str]:
     """The variables under which a subprocess imports the doubles.
 
@@ -44,7 +45,8 @@ def environment(
     needs_runtime_root: importing ttml fails unless TT_METAL_RUNTIME_ROOT names a folder.
     busy: another process holds the devices. oom_at_step: the backward pass of that optimizer step, from 1, and of all
     later ones finds no memory. hang_at_step: the backward pass of that step does not end. no_update_from_step: the
-    optimizer counts that step and all later ones, and changes nothing.
+    optimizer counts that step and all later ones, and changes nothing. kernel_faults: gradients that are wrong in
+    silence, of those in ttml/_faults.py ("grouped-heads", "transposed-a", "padded-columns", "dk-in-bf16").
     """
     values = {
         "GENERATION": generation,
@@ -58,6 +60,7 @@ def environment(
         "OOM_AT_STEP": oom_at_step,
         "HANG_AT_STEP": hang_at_step,
         "NO_UPDATE_FROM_STEP": no_update_from_step,
+        "KERNEL_FAULTS": " ".join(kernel_faults),
     }
     folders = [HERE / "impostor", HERE] if impostor else [HERE]
     path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,7 @@ from engines.ttml.tensors import Tensors
 from tests.support.boards import machine
 from tests.support.engines import config_for, engine
 from tests.support.no_torch import run_without_torch
-from tools.bringup import reference_llama
+from tools.bringup import numpy_llama, reference_llama
 from tools.bringup.run import LINES, bring_up, print_bring_up
 from tools.checklist import ChecklistLine, Result, go_through
 from tools.verify.tiny_base import write_tiny_base
@@ -103,13 +104,20 @@ def test_numpy_computes_what_the_cpu_twin_computes(tmp_path, shape):
         architecture["rope_scaling"] = {**reference_llama.SCALED_ROPE, "rope_theta": 10000.0}
     weights = reference_llama.weights_for(architecture)
     batch = reference_llama.batch_of()
-    with engine(config_for(write_tiny_base(tmp_path / "base"))) as twin:
+    expected = (numpy_llama.nll(weights, architecture, batch) * batch.loss_mask).sum(axis=1)
+    gradient = numpy_llama.gradient(weights, architecture, batch)
+    config = config_for(write_tiny_base(tmp_path / "base"), training__optimizer__beta1=0.5, training__max_grad_norm=0.0)
+    with engine(config) as twin:
         twin.build(architecture)
         twin.load(weights)
         sums, tokens = twin.eval_nll(batch)
-    expected = (reference_llama.nll(weights, architecture, batch) * batch.loss_mask).sum(axis=1)
+        twin.train_step([batch], 1e-3, 1)
+        moments = {n.removeprefix("optimizer/exp_avg/"): a for n, a in twin.state() if "/exp_avg/" in n}
     assert sums == pytest.approx(expected, rel=1e-5)
     assert tokens.tolist() == batch.loss_mask.sum(axis=1).tolist()
+    assert set(moments) == set(gradient)
+    for name, moment in moments.items():
+        assert np.abs(moment / 0.5 - gradient[name]).max() < 1e-4 * np.abs(gradient[name]).max(), name
 
 
 # --- planted defects ------------------------------------------------------------------------------------------------
@@ -343,7 +351,19 @@ def no_gradients(parameters: Any) -> None:
         tensor.get_grad().data.zero_()
 
 
+def kernel_fault(name: str) -> Defect:
+    return lambda patch: patch.setattr(double("ttnn")._switches, "KERNEL_FAULTS", [name])
+
+
+# The lines that look for a kernel's fault, and the fault of the doubles that each is to see.
+KERNEL_FAULTS = {
+    "gradient-heads": "grouped-heads",
+    "gradient-wide": "transposed-a",
+    "gradient-padded": "padded-columns",
+    "gradient-long": "dk-in-bf16",
+}
 DEFECTS: dict[str, Defect] = {
+    **{line: kernel_fault(name) for line, name in KERNEL_FAULTS.items()},
     "reopen": stays_open,
     "parameters": one_parameter_less,
     "first-loss": sharp_initial_head,
@@ -392,6 +412,20 @@ def test_a_planted_defect_is_seen_by_its_line(tmp_path, line):
     failed = {result.id: result.evidence for result in results.values() if result.verdict == "fail"}
     assert set(failed) == {line}, failed
     assert {result.verdict for result in results.values()} <= {"pass", "fail"}
+
+
+def test_in_one_tile_of_tokens_no_kernel_fault_shows(tmp_path):
+    """Which is why the lines above take longer rows and wider matrices."""
+    results = brought_up(tmp_path, ids={"gradient"}, kernel_faults=list(KERNEL_FAULTS.values()))
+    assert results["gradient"].verdict == "pass", results["gradient"]
+
+
+@pytest.mark.parametrize("line", KERNEL_FAULTS)
+def test_a_line_that_sees_a_kernel_fault_names_it_upstream(tmp_path, line):
+    result = brought_up(tmp_path, ids={line}, kernel_faults=[KERNEL_FAULTS[line]])[line]
+    assert re.search(r"tt-metal \d{5}", result.todo)
+    assert str(result).endswith(result.todo)
+    assert not brought_up(tmp_path, ids={line})[line].todo
 
 
 @pytest.mark.slow  # minutes: the whole list for each defect

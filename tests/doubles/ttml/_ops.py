@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import ttnn
 
-from . import _strict
+from . import _faults, _strict
 from .autograd import AutoContext, Tensor, apply, fails_in_backward, multiply_like
 
 TILE = 32
@@ -85,7 +85,8 @@ def linear(tensor: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """[B,1,T,in] by (1,1,out,in), plus (1,1,1,out)."""
 
     def product(x: torch.Tensor, w: torch.Tensor, *b: torch.Tensor) -> torch.Tensor:
-        y = torch.bmm(x.flatten(1, -2), w[:, 0, 0].transpose(1, 2)).view(*x.shape[:-1], -1)
+        rows = _faults.weight_of_product(w)[:, 0, 0]
+        y = torch.bmm(x.flatten(1, -2), rows.transpose(1, 2)).view(*x.shape[:-1], -1)
         return y + b[0] if b else y
 
     return apply(product, tensor, weight, *([] if bias is None else [bias]))
@@ -119,7 +120,7 @@ def dropout(tensor: Tensor, probability: float) -> Tensor:
 
 
 def slice_last_dim(tensor: Tensor, start: int, end: int) -> Tensor:
-    return apply(lambda x: x[..., start:end], tensor)
+    return apply(lambda x: _faults.cut(x, start, end), tensor)
 
 
 # --- attention --------------------------------------------------------------------------------------------------
@@ -200,8 +201,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
     length = query.shape()[-2]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        k, v = (_faults.shared_heads(x, q.shape[2] // x.shape[2]) for x in (k, v))
+        scores = _faults.scores(q, k)
         allowed = given[0] if given else torch.ones(length, length).tril()
         out = (scores * allowed + (1 - allowed) * BLOCKED).softmax(-1) @ v
         return out if length % TILE == 0 else fails_in_backward(out, "sdpa_bw: u_scaler shape mismatch")

@@ -24,3 +24,4 @@ BUSY = _value("BUSY", "0") == "1"
 OOM_AT_STEP = int(_value("OOM_AT_STEP", "0"))
 HANG_AT_STEP = int(_value("HANG_AT_STEP", "0"))
 NO_UPDATE_FROM_STEP = int(_value("NO_UPDATE_FROM_STEP", "0"))
+KERNEL_FAULTS = _value("KERNEL_FAULTS", "").split()
