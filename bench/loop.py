@@ -60,7 +60,7 @@ class IdleEngine:
 
     def next_token_logits(self, ids: Array, _lengths: Array, cache: Any = None) -> tuple[Array, Any]:
         logits = np.zeros((len(ids), self.vocab_size), np.float32)
-        logits[:, self.end_token] = 1.0
+        logits[:, self.end_token] = 1.0  # the largest: every answer ends at once
         return logits, cache
 
     def state(self) -> Iterator[tuple[str, Array]]:
@@ -76,7 +76,7 @@ class IdleEngine:
 
 
 def loop_gaps(recipe: Path, steps: int) -> list[float]:
-    """Seconds between one call of the engine and the next one, over `steps` steps, evaluation and checkpoints off."""
+    """Return the seconds between calls of the engine, over `steps` steps, evaluation and checkpoints off."""
     engine = IdleEngine(end_token=0)
 
     @contextlib.contextmanager
@@ -93,14 +93,14 @@ def loop_gaps(recipe: Path, steps: int) -> list[float]:
 
 
 def full_rows(rows: int, length: int, vocab_size: int = 49152) -> TokenSplit:
-    """A split whose rows all fill T = `length`: every token that is supplied is a real one."""
+    """Return a split whose rows all fill T = `length`: every token that is supplied is a real one."""
     ids = (random_words(rows * (length + 1), 1) % np.uint64(vocab_size)).astype(np.uint32)
     starts = np.arange(rows, dtype=np.int64) * (length + 1)
     return TokenSplit(Arrays(ids, np.ones(len(ids), np.uint8), starts, starts + length + 1), length)
 
 
 def supply_rate(split: TokenSplit, batch_size: int, seconds: float) -> float:
-    """Tokens per second that `TokenSplit.batch` supplies: positions of B x T, over batches drawn for `seconds`."""
+    """Return the tokens per second that `TokenSplit.batch` supplies: positions of B x T, drawn for `seconds`."""
     step, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds or step == 0:
         step += 1
@@ -109,7 +109,7 @@ def supply_rate(split: TokenSplit, batch_size: int, seconds: float) -> float:
 
 
 def command_seconds(command: Sequence[str], times: int) -> float:
-    """Median wall time of a command, after one run that fills the disk cache."""
+    """Return the median wall time of a command in seconds, after one run that fills the disk cache."""
     taken = []
     for _ in range(times + 1):
         started = time.perf_counter()
@@ -119,7 +119,7 @@ def command_seconds(command: Sequence[str], times: int) -> float:
 
 
 def supply(batch_size: int, length: int) -> float:
-    """The best of three rates: what else the machine does can only lower one."""
+    """Return the best of three rates, tokens per second: what else the machine does can only lower one."""
     split = full_rows(4096, length)
     return max(supply_rate(split, batch_size, seconds=1.0) for _ in range(3))
 
@@ -135,6 +135,7 @@ def main() -> None:
         "steps": arguments.steps,
         "loop_ms_mean": 1e3 * statistics.fmean(gaps),
         "loop_ms_median": 1e3 * statistics.median(gaps),
+        # The batches of nano-transformer-scratch: on a CPU, and on a board.
         "supply_tokens_per_second": {
             f"{batch_size}x{length}": supply(batch_size, length) for batch_size, length in ((32, 128), (64, 256))
         },

@@ -18,7 +18,7 @@ from tools.launch.resolve import resolve
 
 
 def watch_precision(backend: Any, evidence: dict[str, Any]) -> Any:
-    """Note, at the first forward pass, the dtypes in and out of the first layer's q_proj."""
+    """Return a hook that notes, at each forward pass, the dtypes in and out of the first layer's q_proj."""
     import torch
 
     projection = backend.model.model.layers[0].self_attn.q_proj
@@ -37,12 +37,12 @@ def watch_precision(backend: Any, evidence: dict[str, Any]) -> Any:
 
 
 def clocks() -> tuple[float, float]:
-    """Seconds of the wall and of this process's own work (all threads)."""
+    """Return seconds of the wall and of this process's own work (all threads)."""
     return time.perf_counter(), time.process_time()
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Train the job's steps; per step its seconds, rows, tokens and loss."""
+    """Train the job's steps; return, per step, its seconds, rows, tokens and loss."""
     launch = resolve(Path(job["recipe"]), hw="cpu", overrides=tuple(job["set"]), steps=job["steps"])
     plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _: None, lambda _: None)
     if plan.dataset.tokens_sha256 != job["tokens_sha256"]:
@@ -64,12 +64,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             taken = {"seconds": now[0] - before[0], "cpu_seconds": now[1] - before[1]}
             steps.append({**taken, "rows": len(batch.rows), "tokens": tokens, "loss": stats.loss})
             before = now
-            watch.remove()
+            watch.remove()  # after the first step, which does not count; removing again is harmless
         evidence |= {"compiled": backend.info.compiled, "first_loss": steps[0]["loss"]}
     packages = ("torch", "transformers", "tokenizers", "numpy", "peft")
     return {
         "steps": steps,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "evidence": evidence,
     }

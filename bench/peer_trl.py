@@ -23,14 +23,15 @@ from trl import SFTConfig, SFTTrainer
 
 
 def training_set(job: dict[str, Any]) -> Dataset:
-    """The rows of every step, one after the other, in the order in which our side takes them."""
+    """Return the rows of every step, one after the other, in the order in which our side takes them."""
     rows = [job["rows"][str(row)] for row in job["order"]]
+    # -100 is what transformers' losses leave out (cross_entropy's ignore_index).
     labels = [[i if keep else -100 for i, keep in zip(row["ids"], row["mask"], strict=True)] for row in rows]
     return Dataset.from_dict({"input_ids": [row["ids"] for row in rows], "labels": labels})
 
 
 def packed_length(job: dict[str, Any], micro_batch: int) -> int:
-    """Tokens of one bin: as many as `micro_batch` rows have on average, so that a step consumes as many rows."""
+    """Return the tokens of a bin: as many as `micro_batch` rows have on average, so that a step takes as many rows."""
     lengths = [len(job["rows"][str(row)]["ids"]) for row in job["order"]]
     return max(max(lengths), round(micro_batch * sum(lengths) / len(lengths)))
 
@@ -59,7 +60,7 @@ def settings(job: dict[str, Any], mode: str, folder: str) -> SFTConfig:
         max_grad_norm=training["max_grad_norm"],
         seed=training["seed"],
         train_sampling_strategy="sequential",
-        dataloader_num_workers=0,
+        dataloader_num_workers=0,  # in this process, as ours: a worker would take a core from the arithmetic
         logging_strategy="no",
         save_strategy="no",
         eval_strategy="no",
@@ -78,6 +79,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if "attention_mask" in inputs:
             rows, tokens = len(inputs["input_ids"]), int(inputs["attention_mask"].sum())
         else:
+            # Packed rows lie end to end, and the positions of each begin at 0 again.
             rows, tokens = int((inputs["position_ids"] == 0).sum()), inputs["position_ids"].numel()
         loss = super().training_step(model, inputs, *rest, **named)
         self.consumed[step]["rows"] += rows
@@ -103,7 +105,7 @@ class Clock(TrainerCallback):
 
 
 def watch_precision(model: Any, evidence: dict[str, Any]) -> Any:
-    """Note, at the first forward pass, the dtypes in and out of the first layer's q_proj."""
+    """Return a hook that notes, at the first forward pass, the dtypes in and out of the first layer's q_proj."""
     projection = model.get_base_model().model.layers[0].self_attn.q_proj
 
     def note(_module: Any, inputs: Any, output: Any) -> None:
@@ -122,7 +124,7 @@ def watch_precision(model: Any, evidence: dict[str, Any]) -> Any:
 
 
 def measure(job: dict[str, Any], mode: str) -> dict[str, Any]:
-    """Train the job's steps; per step its seconds, rows, tokens and loss."""
+    """Train the job's steps; return, per step, its seconds, rows, tokens and loss."""
     torch.set_num_threads(job["threads"])
     lora = job["lora"]
     adapters = LoraConfig(
@@ -160,7 +162,7 @@ def measure(job: dict[str, Any], mode: str) -> dict[str, Any]:
     steps = [taken | used for taken, used in zip(clock.steps(), trainer.consumed, strict=True)]
     return {
         "steps": steps,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "evidence": evidence,
     }

@@ -33,11 +33,11 @@ from tools.data.fetch import fetch_pinned
 from tools.launch.resolve import resolve
 from tools.recipes import find_recipe
 
-WARM_UP = 5  # steps that do not count
+WARM_UP = 5  # steps that do not count, as in tools/runs/folder.py: compilation, caches, the first touch of memory
 
 
 def bare_step(plan: Plan, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """One optimizer step of a loop with nothing around it; ids and labels int64 [B, T]."""
+    """Return a function that takes one bare optimizer step on ids and labels, int64 [B, T], and returns its loss."""
     training = plan.config.training
     model = LlamaForCausalLM(LlamaConfig.from_dict(plan.base.architecture))
     tied = plan.base.architecture["tie_word_embeddings"]
@@ -73,7 +73,7 @@ def bare_step(plan: Plan, compiled: bool) -> Callable[[torch.Tensor, torch.Tenso
 
 
 def compare(plan: Plan, steps: int) -> dict[str, Any]:
-    """Seconds of each step on both sides, and their losses."""
+    """Return the seconds of each step on both sides, their ratios, and their losses."""
     config, rows = plan.config, plan.dataset.train
     seconds: dict[str, list[float]] = {"recipe": [], "bare": []}
     losses: dict[str, list[float]] = {"recipe": [], "bare": []}
@@ -93,6 +93,7 @@ def compare(plan: Plan, steps: int) -> dict[str, Any]:
             seconds["bare"].append(time.perf_counter() - between)
         compiled = backend.info.compiled
     medians = {side: statistics.median(taken[WARM_UP:]) for side, taken in seconds.items()}
+    # Step by step, too: what slows the machine down for a while falls on both sides of one ratio.
     ratios = [ours / bare for ours, bare in zip(seconds["recipe"], seconds["bare"], strict=True)][WARM_UP:]
     return {
         "model": plan.base.name,
@@ -110,12 +111,13 @@ def compare(plan: Plan, steps: int) -> dict[str, Any]:
 
 
 def building_rate(kind: str, megabytes: int, text: str) -> float:
-    """MB of UTF-8 text a second from documents to token files, tokenizer included; the best of three."""
+    """Return MB of UTF-8 text a second from documents to token files, tokenizer included; the best of three."""
     document = Document("bench.txt", text * (megabytes * 1_000_000 // len(text.encode()) + 1))
     best = 0.0
     for _ in range(3):
         with tempfile.TemporaryDirectory(prefix="bench-corpus-") as folder:
             started = time.perf_counter()
+            # The vocabulary of the preset pico, and rows as long as the boards'.
             made = vocabulary.train(kind, 1024, [document], Path(folder) / "tokenizer")
             tokenizer = vocabulary.load(made)
             ids = vocabulary.encode(tokenizer, kind, [document])

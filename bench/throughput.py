@@ -36,7 +36,7 @@ Measured = dict[str, Any]
 
 
 def torch_requirement(lock: str) -> str:
-    """The lock's torch line with its hashes: installed first and alone, from the index that has CPU builds."""
+    """Return the lock's torch line with its hashes: installed first and alone, from the index that has CPU builds."""
     found = re.search(r"^torch==\S+(?:.*\\\n)*.*\n", lock, re.MULTILINE)
     if found is None:
         raise SystemExit(f"{LOCK.name} names no torch")
@@ -44,12 +44,12 @@ def torch_requirement(lock: str) -> str:
 
 
 def stamp_of(lock: str, python: str) -> str:
-    """Changes when the peer's environment must be made again."""
+    """Return a hash that changes when the peer's environment must be made again."""
     return hashlib.sha256(f"{python}\n{lock}".encode()).hexdigest()
 
 
 def peer_python() -> Path:
-    """The interpreter of the peer's environment, which is made (minutes, network) unless it is up to date."""
+    """Return the interpreter of the peer's environment, which is made (minutes, network) unless it is up to date."""
     python, stamp = PEER_VENV / "bin" / "python", PEER_VENV / "bench.stamp"
     lock, version = LOCK.read_text(encoding="utf-8"), platform.python_version()
     if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == stamp_of(lock, version):
@@ -97,7 +97,7 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, log
 
 
 def make_job(arguments: argparse.Namespace) -> Job:
-    """Everything that both sides must have in common, from the recipe's own config and rows."""
+    """Return everything that both sides must have in common, from the recipe's own config and rows."""
     from common.data.order import rows_of_step
     from common.recipe import load_dataset
     from common.train.plan import make_plan
@@ -143,11 +143,13 @@ def measure(name: str, job: Path, peer: Path, folder: Path) -> Measured:
     """Run one side in a process of its own and read what it measured."""
     out = folder / f"{name}.json"
     threads = str(json.loads(job.read_text(encoding="utf-8"))["threads"])
+    # By the environment, which is read before a library starts its threads; tokenizers' own would compete with them.
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT) if name == "ours" else ""}
     script: list[str | Path] = [sys.executable, BENCH / "ours.py"]
     if name != "ours":
         script = [peer, BENCH / "peer_trl.py", "--mode", name]
+    # Of the last minute: what else the machine did, for whoever reads the results.
     before = os.getloadavg()[0]
     started = time.perf_counter()
     run([*script, "--job", job, "--out", out], env=env, log=folder / f"{name}.log")
@@ -160,7 +162,7 @@ def measure(name: str, job: Path, peer: Path, folder: Path) -> Measured:
 
 
 def summarise(runs: Sequence[Measured], warmup: int) -> dict[str, float]:
-    """Medians over the steps after warm-up, all rounds together.
+    """Return the medians over the steps after warm-up, all rounds together.
 
     A step's rate is what it consumed over what it took, so that packed steps, whose rows differ in number, count right.
     """
@@ -181,14 +183,14 @@ def summarise(runs: Sequence[Measured], warmup: int) -> dict[str, float]:
 
 
 def verdict(sides: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Ours over the faster of the peer's modes, in rows per second."""
+    """Return the ratio of ours to the faster of the peer's modes, in rows per second."""
     rates = {name: side["rows_per_second"] for name, side in sides.items() if name != "ours"}
     best = max(rates, key=lambda name: rates[name])
     return {"peer": best, "ratio": sides["ours"]["rows_per_second"] / rates[best]}
 
 
 def round_ratios(runs: Mapping[str, Sequence[Measured]], warmup: int, peer: str) -> list[float]:
-    """The ratio of each round alone: how far they lie apart says how quiet the machine was."""
+    """Return the ratio of each round alone: how far they lie apart says how quiet the machine was."""
     pairs = zip(runs["ours"], runs[peer], strict=True)
     rates = [[summarise([side], warmup)["rows_per_second"] for side in pair] for pair in pairs]
     return [ours / theirs for ours, theirs in rates]
@@ -207,7 +209,7 @@ COLUMNS = (
 
 
 def table(sides: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The medians as text: a head and one line a side."""
+    """Return the medians as text: a head and one line a side."""
     lines = [" " * 14 + "".join(f"{title:>{form.split('.')[0]}}" for title, _, form in COLUMNS)]
     for name, side in sides.items():
         label = "ours" if name == "ours" else f"trl, {name}"
@@ -216,7 +218,7 @@ def table(sides: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on; no name of the machine."""
+    """Return what the numbers were taken on; no name of the machine."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
     flags = sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(info.split()))
@@ -234,12 +236,12 @@ def machine() -> dict[str, Any]:
 
 
 def differing(ours: Mapping[str, str], peer: Mapping[str, str]) -> list[str]:
-    """Packages both sides use, in versions that differ."""
+    """Return the packages both sides use, in versions that differ."""
     return [f"{name} {ours.get(name)} / {peer.get(name)}" for name in SAME_PACKAGES if ours.get(name) != peer.get(name)]
 
 
 def report(job: Job, runs: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
-    """Everything that goes into the results file."""
+    """Return everything that goes into the results file."""
     sides = {name: summarise(measured, job["warmup"]) for name, measured in runs.items()}
     result = verdict(sides)
     what = {key: job[key] for key in ("set", "steps", "warmup", "threads", "lora", "gradient_checkpointing")}
