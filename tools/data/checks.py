@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Rows = Mapping[str, Sequence[Row]]
 
-SHOWN = 10
+SHOWN = 10  # places of a finding on the screen; --json has all
 NEAR = 0.8  # share of common words (Jaccard) from which two prompts count as nearly the same
 NEAR_WORDS = 4  # shorter prompts are too alike by nature: "What is X?"
 
@@ -111,7 +111,7 @@ def check(
     problems: Sequence[Problem] = (),
     licence: str | None = "",
 ) -> CheckReport:
-    """Look at rows by split ("train", "held_out") and the evaluation prompts.
+    """Return all findings about rows by split ("train", "held_out") and the evaluation prompts, ordered by their ids.
 
     Without a tokenizer the checks on tokens and template markers are left out; without a config, those on its
     options. `problems` are lines that were no rows. `licence` is what the data set's card says, None when
@@ -178,9 +178,9 @@ def leaks(train: Sequence[Row], held_out: Sequence[Row], prompts: Sequence[str])
 
 
 def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Return "a ~ b" for every one of ours, with the first of theirs that shares at least 80 % of the words.
+    """Yield "a ~ b" for every one of ours, with the first of theirs that shares at least 80 % of the words.
 
-    Two sets of words that alike share one of each other's rarest words (prefix filtering: Chaudhuri et al.,
+    Two sets that are so much alike share one of each other's rarest words (prefix filtering: Chaudhuri et al.,
     "A primitive operator for similarity joins in data cleaning", ICDE 2006), so few pairs are compared.
     """
     once: dict[str, tuple[str, str]] = {}
@@ -214,6 +214,8 @@ def words(text: str) -> frozenset[str]:
 
 def rarest(part: frozenset[str], frequency: Mapping[str, int]) -> list[str]:
     """Return as many of the rarest words as two similar sets must have one of in common."""
+    # A set of n words that is NEAR another shares ceil(NEAR x n) of them with it. So no more than the rest of its words
+    # can be missing there, and of one word more than that at least one is shared.
     ranked = sorted(part, key=lambda word: (frequency[word], word))
     return ranked[: len(part) - math.ceil(NEAR * len(part)) + 1]
 
@@ -359,6 +361,7 @@ def stats_lines(found: Mapping[str, Any]) -> list[str]:
     if tokens := found["tokens"]:
         lines.append("tokens per row: p50 {p50}, p95 {p95}, max {max}; {total} in all".format(**tokens))
         lines += [f"supervised tokens: {tokens['supervised_share']:.1%}", "length   padding   rows cut"]
+        # From the end, so that the needed length is among them.
         every = max(1, len(tokens["padding"]) // 16)
         chosen = tokens["padding"][::-1][::every][::-1]
         lines += ["{length:6d}   {share:7.1%}   {rows_cut:8d}".format(**cost) for cost in chosen]
@@ -377,6 +380,7 @@ def token_stats(encoded: Sequence[Encoded]) -> dict[str, Any]:
     sizes = sorted(len(row.ids) for row in encoded)
     needed = round_up(max(sizes[-1] - 1, 1))
     return {
+        # Nearest rank: a length that a row has, not one between two.
         "p50": sizes[math.ceil(0.50 * len(sizes)) - 1],
         "p95": sizes[math.ceil(0.95 * len(sizes)) - 1],
         "max": sizes[-1],

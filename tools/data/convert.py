@@ -218,6 +218,7 @@ def guess_format(source: str | Path, format: str) -> str:
 
 def json_records(path: Path) -> Iterator[Record]:
     """Yield objects of a JSONL file, or of one JSON list."""
+    # Told by the first character: a list begins with "[", a line of JSONL with "{".
     text = path.read_bytes()[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
     if not text.startswith(b"["):
         yield from json_lines(path)
@@ -252,6 +253,7 @@ def csv_records(path: Path) -> Iterator[Record]:
     """Yield the lines of a CSV file with a header; commas, semicolons or tabs. Every value stays the text it is."""
     text = decode(path)
     header = text.partition("\n")[0]
+    # By the header alone: in the cells below it, text is full of commas.
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names = reader.fieldnames or []
@@ -277,7 +279,7 @@ def parquet_records(path: Path) -> Iterator[Record]:
     try:
         with parquet.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=1024):  # rows in memory at once
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", record

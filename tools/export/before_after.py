@@ -97,6 +97,8 @@ class TrainingText:
 
     def longest_copy(self, text: str) -> Copied:
         """Return the longest run of words of `text` that stands in one response; case and punctuation do not count."""
+        # The longest common run of words, by the classic table (a cell is the run that ends there), of which only the
+        # cells of words that occur are kept: before[row, position] of the word before.
         words = words_of(text)
         best, row, end = 0, 0, 0
         before: dict[tuple[int, int], int] = {}
@@ -120,7 +122,7 @@ def responses(run: TrainedRun) -> Iterator[tuple[str, str]]:
     dataset = run.dataset()
     for index, where in enumerate(dataset.info["rows"]["train"]):
         row = dataset.train.row(index)
-        edges = np.flatnonzero(np.diff(row.mask, prepend=0, append=0))
+        edges = np.flatnonzero(np.diff(row.mask, prepend=0, append=0))  # where the mask turns on, off, on, ...
         turns = [row.ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]
         yield shown(Path(where)), " ".join(run.tokenizer.decode(turn, skip_special=True) for turn in turns)
 
@@ -223,4 +225,4 @@ def table_row(number: int, answer: Examined) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{math.floor(share * 100 + 0.5)} %"
+    return f"{math.floor(share * 100 + 0.5)} %"  # round() would make 12.5 a 12: it rounds a half to the even number

@@ -28,7 +28,10 @@ from tools.runs.trained import TrainedRun
 if TYPE_CHECKING:
     import torch
 
-ALLOWED = {"fp32": 1e-3, "bf16": 0.02}  # nats per token between the export's held-out loss and the run's
+# Nats per token between the export's held-out loss and the run's. On the run of `recipe verify calibrate` (a CPU, fp32)
+# a sound export was 2e-8 apart, in bf16 3e-5; K and V swapped were 0.42, RoPE rows swapped 0.010 apart, which the bound
+# for fp32 sees and the one for bf16 would not: so what needs no rounding is held to fp32's.
+ALLOWED = {"fp32": 1e-3, "bf16": 0.02}
 CHECKED_ROWS = 64  # a larger held-out set is sampled evenly: parity shows on any rows, and the check stays short
 
 
@@ -114,7 +117,7 @@ def measure(folder: Path, run: TrainedRun, dtype: str, split: TokenSplit) -> Exp
             )
         found = plain_nll(model, split, rows)
         del model
-        gc.collect()
+        gc.collect()  # before the next one is loaded: two models at once may not fit
         outcome.losses[name] = found.loss
         # The adapter is the run's, bit for bit, over the base as the run held it: no rounding is its excuse, unless
         # the run's own loss was computed in bf16, as a board computes it.
@@ -151,7 +154,8 @@ def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) ->
         for index in rows:
             row = split.row(index)
             ids = torch.from_numpy(row.ids.astype(np.int64))
-            predicted = torch.from_numpy(np.flatnonzero(row.mask[1:]))  # position p predicts token p + 1
+            predicted = torch.from_numpy(np.flatnonzero(row.mask[1:]))  # [N]; position p predicts token p + 1
+            # The head computes the supervised positions alone: [N, V], not a row for each token.
             logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=predicted).logits[0].float()
             nll = torch.nn.functional.cross_entropy(logits, ids[predicted + 1], reduction="none")
             sums.append(float(nll.double().sum()))
@@ -160,7 +164,7 @@ def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) ->
 
 
 def load_adapter(folder: Path, run: TrainedRun) -> torch.nn.Module:
-    """Load the adapter over the base in the precision the run stored it in, widened to fp32."""
+    """Return the adapter over its base, rounded to the precision that the run stored and widened to fp32."""
     import peft
 
     base = load_plain(run.base.folder, half=run.config.training.precision == "bf16")
@@ -169,7 +173,7 @@ def load_adapter(folder: Path, run: TrainedRun) -> torch.nn.Module:
 
 
 def load_plain(folder: Path, half: bool = False) -> torch.nn.Module:
-    """Load a Hugging Face folder as a user would, in fp32; with `half` as bf16 weights give it."""
+    """Return the model of a Hugging Face folder in fp32, as a user loads it; with `half`, rounded to bf16 before."""
     import torch
     import transformers
 
@@ -182,7 +186,7 @@ def load_plain(folder: Path, half: bool = False) -> torch.nn.Module:
 
 
 def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
-    """Return where AutoTokenizer makes other prompt ids of the exported files than the run was trained on."""
+    """Return a line for each prompt of which AutoTokenizer makes other ids than the run did; none for plain text."""
     import transformers
 
     if not run.tokenizer.template:

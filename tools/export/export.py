@@ -32,7 +32,7 @@ TO_DO = "do not use this export; run it again, and if it fails again report it w
 
 
 def export_folder(run_folder: Path, say: Say) -> Path:
-    """Export the newest verified checkpoint of a finished or killed run; return runs/<run>/export.
+    """Export the result of a finished or killed run; return runs/<run>/export.
 
     Raises VerificationError when the export does not compute what the run computed.
     """
@@ -43,7 +43,7 @@ def export_folder(run_folder: Path, say: Say) -> Path:
 
 @contextlib.contextmanager
 def alone_with(run_folder: Path) -> Iterator[None]:
-    """Hold a run's lock. Raises UsageError while the run is going, or for a folder that is no run."""
+    """Keep a run's lock within. Raises UsageError while the run is going, or for a folder that is no run."""
     read_run(run_folder)
     lock = try_lock(run_folder)
     if lock is None:
@@ -124,7 +124,7 @@ def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[ExportCheck, dict[
         "sha256": {str(path.relative_to(folder)): sha256_file(path) for path in files},
     }
     for path in files:
-        path.chmod(0o644)
+        path.chmod(0o644)  # whatever the umask was: an export is to be handed on
         sync(path)
     write_json(folder / "export.json", record)
     return outcome, record

@@ -70,6 +70,7 @@ def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str,
     for name in names:
         weight = stored(base[name], run.config.training.precision).astype(np.float32)
         if update := adapters.pop(name.removesuffix(".weight"), None):
+            # In fp32, and rounded to the export's dtype once, when it is written.
             weight = weight + low_rank_update(*update, scale=run.config.model.lora.alpha / run.config.model.lora.rank)
         yield name, weight
     if adapters:
@@ -151,6 +152,7 @@ def plain_config(architecture: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
     transformers 5 keep the rotary base in `rope_parameters` alone, where 4 does not look: they would take 10000.
     """
+    # Order matters below: what is the same for every Llama overwrites what the base said.
     config = {key: value for key, value in architecture.items() if key not in STALE}
     rope = dict(config.get("rope_parameters") or {})
     if theta := rope.pop("rope_theta", None):

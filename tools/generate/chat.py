@@ -137,6 +137,7 @@ class Stream:
 
     def __call__(self, _row: int, token: int) -> None:
         self.ids.append(token)
+        # All ids anew at every token: a decoder may put or drop white space between two, which a piece alone hides.
         text = self.tokenizer.decode(self.ids, skip_special=True).strip()
         if not text.endswith("\ufffd"):  # else: a character of several tokens, not all of them there yet
             self._print(text)
@@ -229,7 +230,7 @@ def architecture_of(folder: Path) -> dict[str, Any]:
 
 
 def folder_config(folder: Path) -> Config:
-    """Return a config for a model that is only talked to."""
+    """Return a config for a model that is only talked to; of training it holds what the schema requires."""
     return Config.model_validate(
         {
             "recipe": folder.name,

@@ -62,7 +62,7 @@ def write_comparison(runs: Sequence[RunFolder], path: Path) -> Path:
 
 def write(path: Path, text: str) -> Path:
     """Put a page in place. Raises UsageError where something stands that is no page of ours."""
-    if path.is_file() and OURS not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+    if path.is_file() and OURS not in path.read_text(encoding="utf-8", errors="replace")[:1000]:  # its head
         raise UsageError("that file is no page of ours: not overwritten", where=str(path), todo="choose another name")
     with disk_errors("write the report", path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,12 +165,13 @@ def overlay(group: Sequence[RunFolder], name: str) -> dict[str, Any]:
     from tools.report.plots import Panel, PlotLine
     from tools.runs.compare import short
 
+    # About so many points in a plot, however many runs it holds: each is text in the page.
     columns = max(50, 3000 // len(group))
     training, held_out = [], []
     for number, run in reversed(list(enumerate(group))):
         colour, label = (number, run.name) if number < NAMED else (None, "")
         loss = curve(run.steps, "loss")
-        training.append(PlotLine(running_mean(loss, max(1, len(loss) // 20)), colour, label))
+        training.append(PlotLine(running_mean(loss, max(1, len(loss) // 20)), colour, label))  # as facts.panels
         evaluations = facts.with_band(run.scores, "eval_loss")
         band = evaluations.band if len(group) <= 3 else None  # more bands hide each other
         held_out.append(PlotLine(evaluations.curve, colour, label, band, dots=colour is not None))
@@ -216,7 +217,7 @@ def card(path: Path) -> Markup | None:
     tokens = markdown.parse(text)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
-            token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
+            token.tag = f"h{min(6, int(token.tag[1]) + 2)}"  # the page has h1 and h2 of its own; HTML ends at h6
     html = markdown.renderer.render(tokens, markdown.options, {})
     box = '<div class="scroll" tabindex="0" role="region" aria-label="Answers before and after"><table>'
     return Markup(html.replace("<table>", box).replace("</table>", "</table></div>"))

@@ -24,7 +24,7 @@ SERIES = 8  # colours that the style sheet has for lines
 THEME = {f"#0c0a{number:02x}": f"var(--series-{number})" for number in range(SERIES)}
 INK, FAINT, GRID, WARNING = "#0c0b01", "#0c0b02", "#0c0b03", "#0c0b04"
 THEME |= {INK: "var(--ink-soft)", FAINT: "var(--faint)", GRID: "var(--grid)", WARNING: "var(--warning)"}
-DIGIT = 6.6  # how wide a digit is at most in the font size below, whatever the font
+DIGIT = 6.6  # how wide a digit is at most in the font size below, whatever the font: 0.6 of it
 SETTINGS: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -90,7 +90,9 @@ class Panel:
 
 def svg(panel: Panel, width: int, height: int, name: str) -> Markup:
     """Return the panel as an <svg> of these units, CSS pixels at full size; `name` is unique in the page."""
+    # The ids in an SVG come of this salt: unique in a page of several plots, and the same when a page is written again.
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
+        # matplotlib counts in inches: at 72 dpi, and 72 units an inch in SVG, one unit is one CSS pixel.
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         axes = figure.add_subplot()
         axes.set_xlabel("step")
@@ -107,7 +109,7 @@ def svg(panel: Panel, width: int, height: int, name: str) -> Markup:
 
 
 def zoom(axes: Any, panel: Panel) -> None:
-    """Scale the plot by what comes after the first steps, whose fall would make all that follows one line."""
+    """Set the y axis by what follows the first steps (the share panel.skip), whose fall would flatten the rest."""
     last = max(line.curve.steps[-1] for line in panel.lines if len(line.curve))
     later = []
     for line in panel.lines:
@@ -124,6 +126,7 @@ def zoom(axes: Any, panel: Panel) -> None:
 def make_room(figure: Figure, axes: Any, width: int, height: int) -> None:
     """Set margins for the labels, in a fraction of the time that matplotlib's own layouts take to draw all twice."""
     labels = axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks())
+    # Pixels: 34 below hold the steps and their name, 18 and 14 what a label at the end of an axis sticks out.
     left = 8 + DIGIT * max(map(len, labels))
     figure.subplots_adjust(left / width, 34 / height, 1 - 14 / width, 1 - 18 / height)
 

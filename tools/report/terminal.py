@@ -8,7 +8,7 @@ from tools.report import facts
 from tools.report.curves import Curve, curve, running_mean, thinned
 from tools.runs.folder import RunFolder
 
-HEIGHT = 14
+HEIGHT = 14  # lines: with legend and frame a terminal of 24 shows it whole
 FRAME = 16  # columns beside the plot
 
 
@@ -17,6 +17,7 @@ def loss_lines(run: RunFolder, width: int, colour: bool) -> list[str]:
     import plotille
 
     training, held_out = curve(run.steps, "loss"), curve(run.scores, "eval_loss")
+    # As facts.panels.
     window = max(1, len(training) // 20)
     mean, points = running_mean(training, window), held_out.known
     if not len(mean) and not len(points):
@@ -29,6 +30,7 @@ def loss_lines(run: RunFolder, width: int, colour: bool) -> list[str]:
     figure.x_ticks_fkt = lambda value, _: f"{value:.0f}"
     figure.y_ticks_fkt = lambda value, _: f"{value:10.4g}"
     if len(mean):
+        # A braille character is two dots wide.
         line = thinned(mean, 2 * figure.width)
         figure.plot(line.steps.tolist(), line.values.tolist(), lc="cyan")
     if len(points):
@@ -45,6 +47,7 @@ def set_limits(figure: Any, *curves: Curve) -> None:
     values = [float(value) for part in curves for value in part.values]
     for axis, found in (("x", steps), ("y", values)):
         low, high = min(found), max(found)
+        # plotille raises for an axis without an extent, which a single value has.
         margin = 1.0 if low == high else (high - low) * (0.05 if axis == "y" else 0)
         getattr(figure, f"set_{axis}_limits")(low - margin, high + margin)
 

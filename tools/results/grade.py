@@ -118,7 +118,7 @@ def described(entry: Numbers) -> str:
 
 
 def grade(run: RunFolder) -> Grade:
-    """Hold a run against the entry of its training. Raises Ungraded where results.yaml has none."""
+    """Return a run's grade by the entry of its training. Raises Ungraded where results.yaml has none."""
     entry, config = choose(run)
     lines = (*settings(run, entry, config), *losses(run, entry), *held_out(run, entry), *costs(run, entry))
     return Grade(run, entry, lines)
@@ -174,7 +174,7 @@ def differences(recorded: Config, run: Config) -> list[str]:
 
 
 def settings(run: RunFolder, entry: Numbers, config: Config) -> Iterator[GradeLine]:
-    """Grade the settings: other ones, other tokens and images explain other figures."""
+    """Yield the verdict on the settings: other ones, other tokens and images explain other figures."""
     lines = differences(config, run.config)
     exact = entry.exact if isinstance(entry, Measured) else None
     if exact and exact.tokens_sha256 != run.manifest.data.tokens_sha256:
@@ -195,7 +195,7 @@ def other_environment(run: RunFolder, entry: Numbers) -> list[str]:
 
 
 def losses(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
-    """Grade the loss at each recorded step, and on the entry's own kind of machine the bits of all steps."""
+    """Yield the verdict on the loss at each recorded step, and on the bits of all steps where the entry has them."""
     exact, found = not other_environment(run, entry), run.losses
     for step, expected in sorted(entry.loss_at.items()):
         if step > run.last_step:
@@ -208,7 +208,7 @@ def losses(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
 
 
 def bits(run: RunFolder, entry: Measured) -> GradeLine:
-    """Grade every step's loss and gradient norm, every evaluation and the last weights, bit for bit."""
+    """Return the verdict on every step's loss and gradient norm, every evaluation and the last weights, bit for bit."""
     assert entry.exact is not None
     if other := other_environment(run, entry):
         return GradeLine("bits", "not compared", f"not expected here: {'; '.join(other)}")
@@ -220,7 +220,7 @@ def bits(run: RunFolder, entry: Measured) -> GradeLine:
 
 
 def within(figure: str, found: float, expected: float, allowed: float | None, entry: Numbers, exact: bool) -> GradeLine:
-    """Grade a loss beside the recorded one: equal, or within its band; what others published can only warn."""
+    """Return the verdict on a loss: equal to the recorded one, or within its band; published ones can only warn."""
     far = abs(found - expected)
     says = f"{found:.6g}, recorded {expected:.6g}: {far:.2g} apart"
     if exact:
@@ -233,7 +233,7 @@ def within(figure: str, found: float, expected: float, allowed: float | None, en
 
 
 def held_out(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
-    """Grade the held-out loss of the recorded step."""
+    """Yield the verdict on the held-out loss of the recorded step."""
     if entry.held_out is None:
         return
     figure, score = f"held-out at {entry.held_out.step}", at_step(run.scores, entry.held_out.step)
@@ -245,7 +245,8 @@ def held_out(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
 
 
 def costs(run: RunFolder, entry: Numbers) -> Iterator[GradeLine]:
-    """Grade speed and memory, which only a machine of the same kind must repeat."""
+    """Yield the verdicts on speed and memory, which only a machine of the same kind must repeat."""
+    # Other libraries may be slower, which is to be seen; another CPU, or number of threads, is another measurement.
     other = [line for line in other_environment(run, entry) if not line.startswith("lock_sha256")]
     for figure, found, recorded, limits, sign in (
         ("tokens/s", run.tokens_per_second, entry.tokens_per_second, SLOWER, -1),

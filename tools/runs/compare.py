@@ -107,6 +107,7 @@ def remarks(base: RunFolder, other: RunFolder) -> list[str]:
         found.append(f"evaluated after other steps ({steps[0]}, {steps[1]})")
     boards = [run.evaluated_in == "bf16" for run in (base, other)]
     if boards[0] != boards[1]:
+        # 0.02 nats: what an export may differ by where one side is bf16 (tools/export/check.py, ALLOWED).
         found.append("one was evaluated in bf16 on a board: gaps below 0.02 say nothing")
     if [line.partition(":")[0] for line in changes(base, other)] == ["training_config.seed"]:
         found.append("they differ in the seed alone: a gap like this is what another seed makes")

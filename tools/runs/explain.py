@@ -19,7 +19,9 @@ from common.train.ending import BEGINS, ENDS
 from tools.runs.folder import RunFolder, is_run, read_run
 
 LINES = 200_000  # of a log that are looked at, the last ones
-FLAT = 20  # steps, and the nats around ln(vocabulary) that count as guessing
+# Steps, and the nats around ln(vocabulary) that count as guessing: as far as the first loss of random weights may be
+# from it (common/train/first_loss.py, BAND).
+FLAT = 20
 FLAT_BAND = 0.1
 
 

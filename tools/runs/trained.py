@@ -101,6 +101,7 @@ def find_base(run: RunFolder, say: Say) -> bases.Base:
 @contextlib.contextmanager
 def engine(run: TrainedRun, *, trained: bool = True) -> Iterator[Backend]:
     """Open the CPU engine with the run's model, or, unless `trained`, with its base; for evaluation and generation."""
+    # Wherever it was trained: one process, without what the CPU engine refuses, and nothing compiled for a few calls.
     quiet: dict[str, Any] = {"device.compile": "never", "training.optimizer.stochastic_rounding": False}
     quiet |= {"device.mesh_shape": (1, 1), "device.enable_ddp": False}
     if not trained:

@@ -211,6 +211,7 @@ def reasons(layer: str, settings: Settings) -> list[str]:
 def fork_rows(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts:
     """Make the fork of a recipe that trains on rows."""
     parents = {"config.yaml": on_board(source), "hw/cpu.yaml": on_cpu(source)}
+    # The larger batch of the two: the fork has to fill one of it wherever it runs.
     batch = max(config.training.batch_size for config in parents.values())
     kind = convert.guess_format(own.path, own.format)
     found = split(convert.load_rows(own.path, kind, own.mapping), batch, str(own.path))

@@ -97,7 +97,7 @@ def prove(made: Path, found: Split, configs: Sequence[Config], home: Path, say: 
 def settings(found: Split) -> Settings:
     """Return what the rows set on every board: where they are, how they are split, what is asked."""
     sizes = sorted(len(row.response) for row in found.rows)
-    longest = sizes[math.ceil(0.95 * len(sizes)) - 1]
+    longest = sizes[math.ceil(0.95 * len(sizes)) - 1]  # nearest rank; the longest of all may be one of a kind
     tokens = round_up(math.ceil(longest / CHARACTERS_A_TOKEN), 16)
     values: Settings = {
         "data_config.source": (SOURCE, f"{found.train} rows to train on, {found.held_out} held out"),

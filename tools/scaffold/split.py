@@ -35,7 +35,7 @@ class Split:
 
     @property
     def train(self) -> int:
-        """Rows to train on."""
+        """Return the number of rows to train on."""
         return len(self.rows) - self.held_out
 
 
@@ -58,6 +58,7 @@ def split(rows: Sequence[Row], batch: int, where: str) -> Split:
     share = share_of(Counter(group for group, _ in set(zip(groups, prompts, strict=True))), wanted + ASKED)
     held = [at for at, group in enumerate(groups) if group_hash(group) < share]
     first: dict[str, int] = {}
+    # First prompts that few rows have, as all rows of one that is asked leave the data; then short ones; then by hash.
     for at in sorted(held, key=lambda at: (times[prompts[at]], len(prompts[at]) > LONG, group_hash(prompts[at]))):
         first.setdefault(prompts[at], at)
     asked = dict(list(first.items())[:ASKED])
@@ -94,4 +95,5 @@ def share_of(weights: Mapping[str, int], wanted: float) -> float:
         total += weights[name]
         if total >= wanted or at >= len(order) - 2:
             break
+    # Rounded up, so that the last name stays below it; four decimals are read in config.yaml.
     return (math.floor(group_hash(name) * 10_000) + 1) / 10_000

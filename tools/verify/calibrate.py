@@ -55,6 +55,8 @@ class DefectResult:
 
 
 def labels_shifted_twice(made: Specimen) -> Path:
+    """Train with labels one token too far on."""
+
     def spoil(batch: Batch) -> Batch:
         labels = np.ascontiguousarray(np.roll(batch.labels, -1, axis=1))
         return Batch(batch.input_ids, labels, batch.loss_mask, batch.rows)
@@ -63,10 +65,12 @@ def labels_shifted_twice(made: Specimen) -> Path:
 
 
 def mask_all_ones(made: Specimen) -> Path:
+    """Train on every position, padding too."""
     return made.again(lambda b: Batch(b.input_ids, b.labels, np.ones_like(b.loss_mask), b.rows))
 
 
 def leak(made: Specimen) -> Path:
+    """Train on rows whose prompts are held out, too."""
     return made.again(lambda batch: batch, "data_config.source=leaky.jsonl")
 
 
@@ -91,12 +95,15 @@ def swap_rope_rows(tensors: dict[str, Any]) -> None:
 
 
 def swap_keys_and_values(tensors: dict[str, Any]) -> None:
+    """Give each layer's keys the weights of its values, and the other way round."""
     for name in [name for name in tensors if "k_proj" in name]:
         other = name.replace("k_proj", "v_proj")
         tensors[name], tensors[other] = tensors[other], tensors[name]
 
 
 def change_embedding(tensors: dict[str, Any]) -> None:
+    """Change one weight of the embedding, which adapters leave alone, by one bit."""
+    # The least change there is, of one weight: a check of frozen weights by a tolerance would miss it.
     tensors[EMBEDDING][7, 7] = np.nextafter(tensors[EMBEDDING][7, 7], 1, dtype=tensors[EMBEDDING].dtype)
 
 
@@ -111,6 +118,8 @@ def stale_checkpoint(made: Specimen) -> Path:
 
 
 def adapter_that_never_moved(made: Specimen) -> Path:
+    """Set one B of the last checkpoint back to the zeros it began with."""
+
     def change(tensors: dict[str, Any]) -> None:
         name = next(name for name in tensors if name.endswith("lora_B.weight"))
         tensors[name] = np.zeros_like(tensors[name])
@@ -121,6 +130,7 @@ def adapter_that_never_moved(made: Specimen) -> Path:
 
 
 def damaged_file(made: Specimen) -> Path:
+    """Add a byte to a file of the last checkpoint, whose hash stays that of before."""
     run = made.copy()
     with (newest_checkpoint(run) / "optimizer.safetensors").open("ab") as file:
         file.write(b"\0")
@@ -148,12 +158,14 @@ def step_done_twice(records: list[dict[str, Any]]) -> None:
 
 
 def summed_loss(records: list[dict[str, Any]]) -> None:
+    """Write each step's loss as a sum over its tokens in place of the mean."""
     for record in records:
         if "loss" in record:
             record["loss"] *= record["supervised_tokens"]
 
 
 def replicas_that_differ(made: Specimen) -> Path:
+    """Write the hashes of two different devices into the manifest."""
     run = made.copy()
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     manifest["backend"]["world"], manifest["replicas"] = 2, ["0" * 64, "1" * 64]

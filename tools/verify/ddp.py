@@ -39,9 +39,9 @@ from tools.recipes import find_recipe
 from tools.results.record import machine_of, refuse_changed_tree, write
 
 ON_A_CPU = "cpu-x2"
-CONTROL_STEPS = 2
-TIMED = 4  # steps of each kind, in turns
-HELD_OUT_ROWS = 64
+CONTROL_STEPS = 2  # the loss of step 1 is computed before anything is summed: the second is the first that can differ
+TIMED = 4  # steps of each kind, in turns; the first of a curve never counts, as it may compile
+HELD_OUT_ROWS = 64  # as many as an export is checked on (tools/export/check.py)
 # Nats between the losses of one device and N at a step. fp32: sums in another order, through as many updates. bf16:
 # each device rounds its part of a gradient to 2^-9 before the parts are summed, and a board rounds the loss as well.
 BOUND = {"fp32": 1e-4, "bf16-mixed": 1e-3, "bf16": 3e-2}
@@ -90,6 +90,7 @@ class Comparison:
             config = configs.load(launch.recipe_dir, self.hw, (*launch.overrides, *mesh_override(devices)), self.steps)
         if config.training.precision == "auto":
             values["training.precision"] = self.engine.precision_for(self.hw)[0]
+        # One thread a process unless it is configured: N processes stand beside one of the same size, not N times it.
         threads = config.device.threads or 1 if self.hw.is_cpu else None
         return config.with_values(**{"device.threads": threads, "device.compile": "never", **values})
 
@@ -184,6 +185,7 @@ class Comparison:
 
 
 def losses(found: Comparison) -> str:
+    """Check that one device and all have the same loss at each step, within BOUND."""
     apart = [abs(a - b) for a, b in zip(found.one.losses, found.several.losses, strict=True)]
     bound = BOUND[found.config.training.precision]
     first, last = found.one.losses[0], found.one.losses[-1]
@@ -193,6 +195,7 @@ def losses(found: Comparison) -> str:
 
 
 def gradients(found: Comparison) -> str:
+    """Check that their gradient norms are the same at each step, within NORM_BOUND."""
     apart = [abs(b / a - 1) for a, b in zip(found.one.norms, found.several.norms, strict=True)]
     bound = NORM_BOUND[found.config.training.precision]
     evidence = f"norms at most {max(apart):.2%} apart, at step {apart.index(max(apart)) + 1}"
@@ -200,6 +203,7 @@ def gradients(found: Comparison) -> str:
 
 
 def replicas(found: Comparison) -> str:
+    """Check that all devices hold the same parameters after every step."""
     apart = [step for step, alike in enumerate(found.several.alike, 1) if not alike]
     if apart:
         raise CheckEnded("fail", f"the parameters of the {found.devices} devices differ after step {apart[0]}")
@@ -207,6 +211,7 @@ def replicas(found: Comparison) -> str:
 
 
 def held_out_loss(found: Comparison) -> str:
+    """Check that the held-out losses of one device and of all are closer than their standard error over rows."""
     one, several = found.one.held_out, found.several.held_out
     assert one is not None
     assert several is not None
@@ -216,6 +221,7 @@ def held_out_loss(found: Comparison) -> str:
 
 
 def control(found: Comparison) -> str:
+    """Check that devices which do not sum their gradients are seen to hold different parameters."""
     noticed = not found.control.alike[0]
     apart = abs(found.control.losses[-1] - found.one.losses[CONTROL_STEPS - 1])
     evidence = f"the devices' parameters {'differ' if noticed else 'are alike'} after step 1"
@@ -258,7 +264,7 @@ def run(
 
 
 def lead(launch: Launch, *, steps: int, weak: bool, record: bool, as_json: bool) -> None:
-    """Go through the lines, then measure where none failed, as the one process of a board or rank 0 of several.
+    """Run the checklist, then measure where no line failed; in the one process of a board, or in rank 0 of several.
 
     Raises VerificationError if a line fails.
     """

@@ -23,7 +23,7 @@ from tools.launch.after_run import after_run
 from tools.launch.resolve import resolve
 from tools.verify.tiny_base import write_tiny_base
 
-STEPS = 6
+STEPS = 6  # with a checkpoint every third one, so that there is an older one to be mistaken for the newest
 TOPICS = ("gradient", "loss", "attention", "token", "batch", "epoch", "margin", "kernel", "tree", "forest")
 BUILDER = '''"""The rows of the file, five of its topics held out."""
 
@@ -62,7 +62,7 @@ class Specimen:
 
 @contextlib.contextmanager
 def specimen() -> Iterator[Specimen]:
-    """Make one; it and its token files are gone afterwards."""
+    """Yield a new specimen; its folder, token files included, is deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="recipes-calibrate-") as scratch:
         root, home = Path(scratch), os.environ.get("RECIPES_HOME")
         os.environ["RECIPES_HOME"] = str(root / "home")

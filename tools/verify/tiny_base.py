@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-HEADS = 2  # of queries
+HEADS = 2  # of queries, which share one key/value head: grouped queries, as in the models that the recipes tune
 CORPUS = [
     "A fox at a market stall explains gradient descent: feel the slope, step downhill, repeat.",
     "What is a learning rate? The length of one step, nothing more and nothing less.",
@@ -41,6 +41,7 @@ def write_tiny_base(
     seed: int = 0,
 ) -> Path:
     """Write config, tokenizer, chat template and random weights to `folder`; return it."""
+    # The defaults are whole tiles of 32 in every width, as a board's engine asks for them (engines/ttml/limits.py).
     from safetensors.numpy import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
