@@ -25,8 +25,8 @@ def preflight(job: Job) -> str:
     findings.end(found)
     facts = json.loads((job.out / "doctor-before.json").read_text("utf-8"))
     job.note(cards=[address for address in facts["host"]["pci"] if address], nodes=len(facts["host"]["nodes"]))
-    untold = [finding.id for finding in found if finding.ok is None]
-    return f"{facts['why']}; nothing is wrong" + (f"; cannot be told: {', '.join(untold)}" if untold else "")
+    others = (f"{finding.verdict}: {finding.id}" for finding in found if finding.warning or finding.ok is None)
+    return "; ".join([f"{facts['why']}; nothing is wrong", *others])
 
 
 def quarantine_file() -> Path:
