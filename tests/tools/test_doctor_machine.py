@@ -16,7 +16,7 @@ from common.errors import MachineError
 from common.hardware import get
 from tests.doubles.machines import MACHINES, descriptor, fake_host, pci, remove_card, remove_node, write
 from tools.cli import main
-from tools.containers import images
+from tools.containers import images, offer
 from tools.doctor import machine as doctor_host
 from tools.doctor.findings import Diagnosis
 from tools.doctor.machine import bundle, numbers
@@ -30,6 +30,7 @@ LINES = [board for board in MACHINES if get(board).chips > 1]
 def doctor(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, dict[str, Any], str]]:
     """Run `recipe doctor --json` for a board on the machine below `root`: exit code, findings by id, standard error."""
     monkeypatch.setattr(doctor_host, "check_engine", lambda: "28.0")
+    monkeypatch.setattr(offer, "able", lambda hw: f"it can build the image of {hw.name}")
     monkeypatch.setattr(doctor_host, "ROOM_GB", 0)
     own = [
         check for check in doctor_host.ANY if check is not doctor_host.lock

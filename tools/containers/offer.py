@@ -61,7 +61,10 @@ def accept(hw: Hardware, lack: NoImage, build: bool, say: Say) -> None:
     Raises MachineError where its pins or the engine's disk do not do, where the answer is no, and where nobody can be
     asked.
     """
-    refuse_unbuildable(hw, lack)
+    try:
+        able(hw)
+    except MachineError as error:
+        raise MachineError(f"{lack.what}, and {error.what}", where=error.where, todo=error.todo) from error
     if build:
         say(f"{lack.what}: it is built now")
     elif sys.stdin.isatty() and sys.stdout.isatty():
@@ -78,20 +81,26 @@ def accept(hw: Hardware, lack: NoImage, build: bool, say: Say) -> None:
         raise MachineError("nothing was built", where=lack.where, todo=f"make image HW={hw.name} builds it alone")
 
 
-def refuse_unbuildable(hw: Hardware, lack: NoImage) -> None:
-    """Raise MachineError where the pins of a board's image do not do, or the engine's disk, so far as it is seen."""
-    try:
-        build_variables(read_lock(), hw.image, Inputs.of_environment())
-    except MachineError as error:
-        raise MachineError(f"{lack.what}, and {error.what}", where=error.where, todo=error.todo) from error
+def able(hw: Hardware) -> str:
+    """Return in words that the engine here can build the board's image.
+
+    Raises MachineError where a pin is unknown, where the engine has no buildx, and where its disk has less than a build
+    takes. A disk that is another machine's is not judged.
+    """
+    build_variables(read_lock(), hw.image, Inputs.of_environment())
+    docker.docker("buildx", "version")
     disk, needed = docker.disk(), cost_of(hw).gigabytes
-    if disk and disk[1] < needed * 1e9:
+    if disk is None:
+        return f"its disk cannot be seen from here; a build takes {needed} GB"
+    folder, free = disk
+    if free < needed * 1e9:
         raise MachineError(
-            f"{lack.what}, and to build one takes {needed} GB of disk: {disk[1] / 1e9:.0f} GB are free",
-            where=f"{disk[0]}, where the Docker engine keeps its layers",
+            f"to build the image of {hw.name} takes {needed} GB of disk: {free / 1e9:.0f} GB are free",
+            where=f"{folder}, where the Docker engine keeps its layers",
             todo="make room there (docker system df shows what takes it), or build on another machine and publish: "
             f"recipe image publish {hw.name} --to REPOSITORY",
         )
+    return f"{free / 1e9:.0f} GB are free on {folder}, a build takes {needed}"
 
 
 def build_it(hw: Hardware, say: Say) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -11,18 +12,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import config as configs
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
 from common.paths import ROOT, home
 from engines.ttml.mesh import check_descriptor, find_descriptor
-from tools.containers import launcher
+from tools.containers import launcher, offer
 from tools.containers.build import check_python_pins
 from tools.containers.docker import check_engine
 from tools.containers.images import image_for, pins_of, read_lock, requirements_of
-from tools.doctor import findings
+from tools.data.fetch import missing
+from tools.doctor import findings, road
 from tools.doctor.findings import Diagnosis
 from tools.machine import detect, host, lease
 from tools.machine.detect import Choice
+from tools.recipes import RECIPES
 
 MINIMUM_DRIVER = "2.0.0"  # tt-umd does not open a device with an older one (its support matrix)
 # Said by libtt_metal.so of ttnn 0.81.1 where a board does not come up. tt-umd asks for less: 18.3, 18.5 on Blackhole.
@@ -51,13 +55,19 @@ Check = Callable[[Machine], Iterator[Diagnosis]]
 
 
 def print_diagnosis(hw: str | None, container: bool | None, as_json: bool, say: Callable[[str], None]) -> None:
-    """Print every diagnosis of this machine. Raises MachineError, with all of them, where something is wrong."""
+    """Print every diagnosis of this machine, and the road from there to a training step.
+
+    Raises MachineError, with all of them, where something is wrong.
+    """
     choice = detect.choose(hw, require_present=False)
     found = examine(choice, container)
+    way = road.steps(found, choice.hardware, launcher.wanted(container, choice.hardware))
     if as_json:
-        say(findings.as_json(found, hw=choice.hardware.name, why=choice.reason, host=host.facts(choice.nodes)))
+        facts = {"why": choice.reason, "host": host.facts(choice.nodes), "road": [*map(dataclasses.asdict, way)]}
+        say(findings.as_json(found, hw=choice.hardware.name, **facts))
     else:
-        for line in (choice.reason, *(line for finding in found for line in finding.lines())):
+        lines = (line for finding in found for line in finding.lines())
+        for line in (choice.reason, *lines, *road.lines(way, choice.hardware)):
             say(line)
     findings.end(found)
 
@@ -194,7 +204,11 @@ def descriptor(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def engine(machine: Machine) -> Iterator[Diagnosis]:
-    yield attempt("engine.answers", lambda: f"Docker {check_engine()} answers", untold=not machine.contained)
+    """Look whether an engine answers, and where there is no image yet, whether it could build one."""
+    answers = attempt("engine.answers", lambda: f"Docker {check_engine()} answers", untold=not machine.contained)
+    yield answers
+    if answers.ok and not attempt("", lambda: image_for(machine.hw).reference).ok:
+        yield attempt("engine.builds", lambda: offer.able(machine.hw), untold=not machine.contained)
 
 
 def image(machine: Machine) -> Iterator[Diagnosis]:
@@ -218,7 +232,26 @@ def pins(machine: Machine) -> Iterator[Diagnosis]:
     yield attempt("engine.pins", look)
 
 
-# --- Python, and room -----------------------------------------------------------------------------------------------
+# --- data, Python, and room -----------------------------------------------------------------------------------------
+
+
+def data(machine: Machine) -> Iterator[Diagnosis]:
+    """Look whether the bases and corpora of all recipes are here; a run fetches its own first, so none is no fault."""
+
+    def look() -> str:
+        folders = sorted(path.parent for path in RECIPES.glob("*/config.yaml"))
+        lacks: dict[str, list[str]] = {}
+        for folder in folders:
+            for line in missing(configs.load(folder, machine.hw)):
+                lacks.setdefault(line, []).append(folder.name)
+        if lacks:
+            lines = [f"{line} ({', '.join(names)})" for line, names in lacks.items()]
+            raise MachineError(
+                "; ".join(lines), todo="each run fetches its own, by hash; so does recipe data build NAME"
+            )
+        return f"the bases and corpora of {', '.join(folder.name for folder in folders)} are here"
+
+    yield attempt("data.fetched", look, untold=True)
 
 
 def disk(_machine: Machine) -> Iterator[Diagnosis]:
@@ -273,7 +306,10 @@ def ttml(machine: Machine) -> Iterator[Diagnosis]:
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     if spec is None:
         needed = "its image has it" if machine.contained or machine.hw.is_cpu else "training on a board here needs it"
-        yield Diagnosis("python.ttml", machine.contained or machine.hw.is_cpu, f"no ttml here; {needed}")
+        cure = (
+            "build tt-metal with --build-tt-train for this Python (README, On a board); its image has it: CONTAINER=1"
+        )
+        yield Diagnosis("python.ttml", machine.contained or machine.hw.is_cpu, f"no ttml here; {needed}", cure)
     elif any((folder / "models").is_dir() for folder in folders):
         yield Diagnosis("python.ttml", True, f"ttml in {folders[0]}; recipe doctor --ttml looks at its names")
     else:
@@ -302,4 +338,4 @@ def numbers(version: str) -> tuple[int, ...]:
 
 HOST: tuple[Check, ...] = (nodes, driver, firmware, memory)
 BOARD: tuple[Check, ...] = (*HOST, owner, smi, descriptor)
-ANY: tuple[Check, ...] = (engine, image, pins, disk, python, lock, ttml)
+ANY: tuple[Check, ...] = (engine, image, pins, data, disk, python, lock, ttml)

@@ -1,4 +1,4 @@
-"""A run whose image is neither published nor built: what is said, what is asked, what is built, and what comes of it.
+"""From a machine with a board to a training step: what `recipe doctor` still misses, and a run that builds its image.
 
 The `docker` command is a double, the board a faked one; `make test-containers` does the same on an engine.
 """
@@ -59,8 +59,10 @@ class Bench:
 
     def command(self, *words: str) -> list[str]:
         run = ["run", str(FROM_SCRATCH), "--hw", "n150", "--out", str(self.folder / "runs")]
-        corpus = f"data_config.corpus={self.folder / 'corpus.txt'}"
-        return [sys.executable, "-m", "tests.support.own_images", str(self.folder), *run, "--set", corpus, *words]
+        return self.recipe(*run, "--set", f"data_config.corpus={self.folder / 'corpus.txt'}", *words)
+
+    def recipe(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "tests.support.own_images", str(self.folder), *words]
 
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("TT_", "RECIPES_"))}
@@ -72,12 +74,24 @@ class Bench:
             "PYTHONPATH": str(ROOT),
         }
 
-    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run it as a script would: nobody is at a terminal."""
+        return self.done(self.command(*words))
+
+    def done(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*words), cwd=ROOT, env=self.environment() | environment,
+            command, cwd=ROOT, env=self.environment(),
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=SECONDS,
         )  # fmt: skip
+
+    def road(self, *words: str) -> list[dict[str, str]]:
+        """Return the road of `recipe doctor --json`, which must be the one that it prints as text."""
+        words = ("--hw", "n150", *words)
+        steps: list[dict[str, str]] = json.loads(self.done(self.recipe("doctor", "--json", *words)).stdout)["road"]
+        said = self.done(self.recipe("doctor", *words)).stdout.partition("the road to a training step on n150:\n")[2]
+        numbered = [f"  {at}. {step['id']}: {step['why']}\n     {step['do']}" for at, step in enumerate(steps, 1)]
+        assert said.splitlines() == "\n".join(numbered).splitlines()
+        return steps
 
     def at_a_terminal(self, answer: str, *words: str) -> tuple[int, str]:
         """Run it on a terminal and answer the first question; its exit code and what the screen had."""
@@ -215,9 +229,9 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_asked(bench: Bench)
     finally:
         subprocess.run(["umount", str(small)], check=True)
     assert done.returncode == 4
-    assert "takes 26 GB of disk: 0 GB are free" in done.stderr
+    assert "to build the image of n150 takes 26 GB of disk: 0 GB are free" in done.stderr
     assert str(small) in done.stderr
-    assert not bench.asked("buildx")
+    assert not bench.asked("buildx bake")
 
 
 def test_an_image_of_other_pins_is_built_anew(bench: Bench) -> None:
@@ -265,3 +279,69 @@ def test_a_dry_run_says_what_would_be_built(bench: Bench) -> None:
     )
     assert f"  {NO_IMAGE}" in done.stdout
     assert not bench.asked("buildx")
+
+
+# --- what doctor says of the road -----------------------------------------------------------------------------------
+
+
+def ids(road: list[dict[str, str]]) -> list[str]:
+    """What is on a road that this Python has no part in."""
+    return [step["id"] for step in road if not step["id"].startswith(("python.", "disk."))]
+
+
+def test_on_a_healthy_machine_one_command_is_left_and_what_it_sees_to(bench: Bench) -> None:
+    road = bench.road()
+    assert ids(road) == ["engine.image", "data.fetched", "run"]
+    assert road[-1] == {
+        "id": "run",
+        "why": "it trains, and sees to the image and the downloads first",
+        "do": "make recipe-finetune HW=n150 BUILD=1",
+    }
+    assert bench.run("--build").returncode == 0
+    road = bench.road()
+    assert (ids(road), road[-1]["do"]) == (["data.fetched", "run"], "make recipe-finetune HW=n150")
+
+
+def test_every_step_that_is_missing_stands_in_the_order_it_is_done_in(bench: Bench) -> None:
+    machine = bench.folder / "machine"
+    shutil.rmtree(machine / "sys/module")
+    (machine / "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver").write_text("80.17.0.0\n")
+    (machine / "sys/devices/0000:01:00.0/iommu_group/type").unlink()
+    down = "Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
+    (bench.double / "info").write_text(json.dumps({"ServerErrors": [down]}))
+    road = bench.road()
+    before = ["board.driver", "board.firmware", "board.memory", "engine.answers"]
+    assert ids(road) == [*before, "engine.image", "data.fetched", "run"]
+    said = {step["id"]: step["do"] for step in road}
+    assert "tt-installer" in said["board.driver"]
+    assert "hugepages=4" in said["board.memory"]
+    assert "systemctl start docker" in said["engine.answers"]
+    assert said["engine.image"] == "make image HW=n150"
+
+
+def test_a_run_refuses_in_the_words_of_the_road(bench: Bench) -> None:
+    file = bench.folder / "machine/sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver"
+    file.write_text("80.17.0.0\n")
+    step = bench.road()[0]
+    refused = bench.run("--build")
+    assert refused.returncode == 4
+    assert f"error: {step['why']}\n  where: {step['id']}\n  to do: {step['do']}\n" in refused.stderr
+
+
+def test_what_an_engine_lacks_for_a_build_is_on_the_road_until_there_is_an_image(bench: Bench) -> None:
+    lock = lock_of_today()
+    lock["pins"]["ttml"]["tt_metal"] |= {"commit": None, "built": False, "reason": "nobody read it"}
+    (bench.folder / "images.lock.json").write_text(json.dumps(lock))
+    step = bench.road()[0]
+    assert (step["id"], "tt_metal.commit: nobody read it" in step["why"]) == ("engine.builds", True)
+    assert "recipe lock" in step["do"]
+    built = {"id": ID, "lock_sha256": images.pins_sha256(lock, "n150"), "created": "2026-11-01T00:00:00Z"}
+    (bench.folder / "images.local.json").write_text(json.dumps({"format": 1, "images": {"n150": built}}))
+    assert ids(bench.road()) == ["data.fetched", "run"]
+
+
+def test_without_a_container_the_road_has_no_image_and_a_ttml(bench: Bench) -> None:
+    road = bench.road("--no-container")
+    assert "engine.image" not in ids(road)
+    assert "python.ttml" in [step["id"] for step in road]
+    assert road[-1]["do"] == "make recipe-finetune HW=n150 CONTAINER=0"
