@@ -29,7 +29,10 @@ Array: TypeAlias = "np.ndarray[Any, Any]"  # quoted: a board's host imports this
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did. `loss` in nats per supervised token, `grad_norm` before clipping."""
+    """What one optimizer step did. `loss` in nats per supervised token, `grad_norm` before clipping.
+
+    `without_gradient`: trained tensors that no gradient, not even zeros, has reached since the engine was opened.
+    """
 
     loss: float
     grad_norm: float
@@ -37,6 +40,7 @@ class StepStats:
     tokens: int
     supervised_tokens: int
     seconds: float
+    without_gradient: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,4 +148,14 @@ def not_finite(loss: float, norm: float, learning_rate: float, step: int) -> Tra
         f"step {step} is not finite: loss {loss}, gradient norm {norm}; the update was refused",
         where=f"step {step}, learning rate {learning_rate:.3g}",
         todo="resume with a lower learning rate, or look at the batch: recipe data show --step",
+    )
+
+
+def not_reached(tensors: Sequence[str], where: str) -> TrainingError:
+    """Return the error of a training in which no gradient reaches the trained `tensors`."""
+    names = ", ".join(tensors[:6]) + ", ..." * (len(tensors) > 6)
+    return TrainingError(
+        f"no gradient reaches {len(tensors)} trained tensors, which would never change: {names}",
+        where=where,
+        todo="nothing of this run is worth keeping: report it with manifest.json, which has the engine's versions",
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from common.config import Config
 from common.data.tokens import TokenDataset
-from common.engine import Backend, StepStats, load_engine
+from common.engine import Backend, StepStats, load_engine, not_reached
 from common.errors import Stopped, TrainingError
 from common.files import disk_errors, sha256_file, utc_now, write_atomic
 from common.recipe import Prompts, Splits
@@ -160,8 +160,10 @@ class Run:
         return learning_rate(step, self.config.training)
 
     def record(self, step: int, stats: StepStats) -> None:
-        """Write the step into metrics.jsonl and onto the live line; check the first loss of random weights."""
+        """Write the step into metrics.jsonl and onto the live line; check gradients and loss of a first one before."""
         self.watchdog.end(stats.seconds)
+        if stats.without_gradient and step == self.start.step + 1:
+            raise not_reached(stats.without_gradient, f"step {step}, which is not saved")
         if step == 1 and (initial := self.plan.base.initial):
             self.manifest.first_loss = check_first_loss(stats.loss, initial, self.dataset.train.arrays.ids)
             self.console.say(self.manifest.first_loss)

@@ -36,7 +36,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.config import Config
 from common.data.tokens import Batch
-from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
+from common.engine import Array, BackendInfo, StepStats, not_finite, not_reached, supervised_tokens
 from common.errors import MachineError, RankLost, RecipeError, UsageError
 from common.hardware import TILE
 from common.model.llama import PREFIX, misfit
@@ -230,6 +230,7 @@ class TorchCPU:
             raise not_finite(loss_value, norm_value, learning_rate, step)
 
         # 3) Clip and update; every rank does the same to its own copy.
+        unreached = self._without_gradient()
         if (limit := self.config.training.max_grad_norm) > 0:
             torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm)
         self._update(learning_rate)
@@ -237,7 +238,8 @@ class TorchCPU:
         if step % TRIM_EVERY == 0 and len(self.objective.lengths) > FEW_LENGTHS:
             give_back_memory()
         tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
-        return StepStats(loss_value, norm_value, learning_rate, tokens, supervised, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return StepStats(loss_value, norm_value, learning_rate, tokens, supervised, seconds, unreached)
 
     def _update(self, learning_rate: float) -> None:
         """Let AdamW update the trained weights, or their fp32 masters, which are then rounded into the weights."""
@@ -257,11 +259,15 @@ class TorchCPU:
         for parameter in self.trained.values():  # with masters, these are none of the optimizer's
             parameter.grad = None
 
+    def _without_gradient(self) -> tuple[str, ...]:
+        return tuple(name for name, parameter in self.trained.items() if parameter.grad is None)
+
     def _settle_buckets(self) -> None:
         """Let DDP choose its buckets now, over one step whose gradients are dropped.
 
         It chooses them anew after its first backward, by the order in which gradients came, and with them the order of
-        a sum over three ranks or more: a resumed run would end in other bits.
+        a sum over three ranks or more: a resumed run would end in other bits. Raises TrainingError for a tensor that no
+        gradient reaches, for which DDP would wait in the first step.
         """
         if self.ranks.world > 1:
             ids, mask = np.zeros((1, TILE), np.uint32), np.zeros((1, TILE), np.float32)
@@ -270,6 +276,8 @@ class TorchCPU:
                 with self._autocast():
                     nll = self.parallel_objective(supervise_first_token(Batch(ids, ids, mask, np.zeros(1, np.int64))))
                 (nll * 0).backward()
+            if unreached := self._without_gradient():
+                raise not_reached(unreached, "the first backward pass, before step 1")
             self._clear_gradients()
 
     def set_grad_sync(self, on: bool) -> None:

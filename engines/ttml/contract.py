@@ -87,7 +87,7 @@ NEEDS: tuple[Need, ...] = (
     *_arguments("LoRA", "ttml.modules.LoraConfig", "rank alpha target_modules lora_dropout"),
     *_needs("choosing what is trained", f"ttml.NamedParameters {_TENSOR}get_requires_grad {_TENSOR}set_requires_grad"),
     *_needs("the loss", "ttml.ops.loss.cross_entropy_loss ttml.ops.ReduceType.NONE ttml.ops.unary.mean"),
-    *_needs("the gradient", f"{_TENSOR}backward ttml.core.clip_grad_norm"),
+    *_needs("the gradient", f"{_TENSOR}backward {_TENSOR}is_grad_initialized ttml.core.clip_grad_norm"),
     *_needs("the optimizer", f"{_OPTIMIZERS}AdamW {_OPTIMIZERS}AdamWFullPrecision"),
     *_arguments("the optimizer", f"{_OPTIMIZERS}AdamWConfig.make", "lr beta1 beta2 epsilon weight_decay"),
     *_arguments("the optimizer", f"{_OPTIMIZERS}AdamWFullPrecisionConfig.make", "lr beta1 beta2 epsilon weight_decay"),

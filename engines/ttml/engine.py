@@ -255,13 +255,24 @@ class TTML:
             loss_value = sum(float(self.io.read(nll).sum(dtype=np.float64)) for nll in losses) / supervised
             norm_value = float(self.io.read(norm).ravel()[0])
             self._refuse_not_finite(loss_value, norm_value, learning_rate, step)
+            unreached = self._without_gradient()
             self.optimizer.step()
         self.steps_done = step
         if self.check_replicas:
             self.check_replicas = False
             self._compare_replicas()
         tokens = int(sum(batch.lengths().sum() for batch in micro_batches))
-        return StepStats(loss_value, norm_value, learning_rate, tokens, supervised, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return StepStats(loss_value, norm_value, learning_rate, tokens, supervised, seconds, unreached)
+
+    def _without_gradient(self) -> tuple[str, ...]:
+        """Return the names, as PyTorch has them, of trained tensors that no backward pass has reached.
+
+        ttml's optimizers pass over such a tensor in silence. zero_grad leaves a gradient that was there: so it is the
+        first step that tells.
+        """
+        unreached = [e for name, e in self.trained.items() if not self.weights[name].is_grad_initialized()]
+        return tuple(part.name for entry in unreached for part in entry.under_optimizer().parts)
 
     def _backward(self, batch: Batch, supervised: int) -> Any:
         """Add the gradients of the batch; return its nll times its mask, [B, 1, T, 1] on the devices.

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from common.config import Config
 from common.data.tokens import Batch
 from common.errors import TrainingError
 from engines.cpu import ranks
 from engines.cpu.engine import follow
-from tests.support.engines import config_for, engine, fingerprint, make_batch, state_of
+from tests.support.engines import config_for, engine, fingerprint, from_weights, make_batch, state_of
 
 ROWS = (5, 90, 17, 44, 8, 63)  # two for each rank
 LORA = {"rank": 4, "alpha": 8}
@@ -83,6 +84,25 @@ def not_finite(config: Config) -> dict[str, Any]:
         return {"refused": refused, "kept": before == after, "goes on": train(backend, 1, batches, 2)}
 
 
+def unreached(config: Config) -> str:
+    """What is said of adapters of rank 3, which every process ignores in the MLP (see `ignore_rank_3`)."""
+    try:
+        with engine(on_three(config.with_values(**{"model.lora.rank": 3}))):
+            return "no error"
+    except TrainingError as error:
+        return str(error)
+
+
+def ignore_rank_3() -> None:
+    of = LlamaMLP.forward
+
+    def forward(mlp: Any, x: Any) -> Any:
+        ignored = len(getattr(mlp.gate_proj, "lora_A", ())) == 3
+        return from_weights(mlp, x) if ignored else of(mlp, x)
+
+    LlamaMLP.forward = forward  # type: ignore[method-assign]
+
+
 def control(config: Config) -> dict[str, Any]:
     with engine(on_three(config)) as backend:
         backend.set_grad_sync(False)
@@ -117,10 +137,12 @@ def check(base: Path) -> dict[str, Any]:
         "not finite": not_finite(full),
         "control": control(full),
         "resumed": resumed(full),
+        "unreached": unreached(lora),
     }
 
 
 def main(base: str, out: str) -> None:
+    ignore_rank_3()
     with ranks.process_group() as found:
         if found.rank:
             follow(found)

@@ -24,6 +24,7 @@ from common import config as configs
 from common import hardware
 from common.train import checkpoint, metrics
 from common.train.checkpoint import read_tensors
+from engines.ttml.engine import TTML
 from tests.doubles.machines import MACHINES, fake_machine
 from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tests.support import boards
@@ -156,6 +157,21 @@ def test_two_devices_and_one_train_the_same(run, tmp_path):
         assert manifest(newest)["hw"] == hw
         losses[hw] = [record["loss"] for record in outcome(newest)["metrics"] if "loss" in record]
     assert losses["n300"] == pytest.approx(losses["n150"], rel=2**-8)
+
+
+@pytest.mark.parametrize("hw", ["n150", "n300"])
+def test_adapters_that_a_build_ignores_end_the_run_after_its_first_step(run, tiny_base, tmp_path, monkeypatch, hw):
+    """A build that hands the weights of the MLP's layers to one op, and an engine that lets it."""
+    monkeypatch.setattr(TTML, "_call_mlp_layers", lambda self: None)
+    recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
+    small = sets(*QUICK, "training_config.precision=bf16", "model_config.lora.tie_groups=[[k_proj,v_proj]]")
+    said = ended(run(str(recipe), hw, *small, generation="B"), 5)
+    assert "no gradient reaches 12 trained tensors" in said
+    assert "model.layers.0.mlp.gate_proj.lora_A" in said
+    assert "step 1, which is not saved" in said
+    (folder,) = folders(tmp_path / "runs")
+    assert manifest(folder)["exit_reason"].startswith("failed: no gradient reaches 12 trained tensors")
+    assert not checkpoint.steps_saved(folder / "checkpoints")
 
 
 # --- what is refused, before data is touched ------------------------------------------------------------------------

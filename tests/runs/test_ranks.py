@@ -55,6 +55,12 @@ def test_each_rank_evaluates_its_rows_and_rank_0_has_them_all(found):
     assert three[0] != three[2], "the adapter counts, and `disable_adapter` turns it off on every rank"
 
 
+def test_adapters_that_no_gradient_reaches_are_named_before_the_first_step(found):
+    """Take the check out of _settle_buckets: the first step ends in PyTorch's own words, and a traceback."""
+    assert "no gradient reaches 10 trained tensors" in found["unreached"], "A of gate and up is one"
+    assert "layers.0.mlp.gate_proj.lora_B" in found["unreached"]
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_is_refused_by_all(found):
     result = found["not finite"]
     assert "step 2 is not finite" in result["refused"]

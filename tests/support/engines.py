@@ -59,6 +59,13 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, width: int = 96, seed: int = 
     return Batch(inputs, labels, mask, np.arange(len(lengths), dtype=np.int64))
 
 
+def from_weights(mlp: Any, x: Any) -> Any:
+    """What transformers' LlamaMLP computes, without a call of its layers: adapters on them count for nothing."""
+    from torch.nn.functional import linear, silu
+
+    return linear(silu(linear(x, mlp.gate_proj.weight)) * linear(x, mlp.up_proj.weight), mlp.down_proj.weight)
+
+
 def state_of(backend: Backend) -> dict[str, np.ndarray]:
     return dict(backend.state())
 
