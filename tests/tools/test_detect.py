@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_cards_of_one_kind_are_the_largest_board_that_they_make_up(cards, name, 
     [
         (["p300c"], "p300c is a part of p300c, which has 2 nodes", "train on the CPU twin: HW=cpu"),
         (["galaxy-wormhole"] * 8, "galaxy-wormhole is a part of galaxy, which has 32 nodes", "HW=cpu"),
-        (["unknown-0x0303"], "unknown-0x0303 is in no row of common/hardware.yaml", "HW=cpu"),
+        (["unknown-0x0303"], "unknown-0x0303 is in no row of common/hardware.yaml", "HW=cpu; or add a row"),
         (["unknown"], "unknown-0x0040 is in no row", "HW=cpu"),
         (["p800x"], "p800x is in no row", "HW=cpu"),
         ([None], "the driver does not say of what type a card is", "name the board: HW=<its name"),
@@ -148,7 +150,7 @@ def test_numbers_count_the_nodes_that_are_here(tmp_path, choose, monkeypatch):
     monkeypatch.setenv("TT_VISIBLE_DEVICES", "1")
     choice = choose(root, None)
     assert (choice.hardware.name, choice.nodes) == ("n150", ("/dev/tenstorrent/2",))
-    assert "as far as TT_VISIBLE_DEVICES=1 lets see" in choice.reason
+    assert "/dev/tenstorrent/2 (with TT_VISIBLE_DEVICES=1)" in choice.reason
 
 
 def test_a_board_is_detected_named_and_missed_among_what_is_visible(tmp_path, choose, monkeypatch):
@@ -156,7 +158,7 @@ def test_a_board_is_detected_named_and_missed_among_what_is_visible(tmp_path, ch
     monkeypatch.setenv("TT_VISIBLE_DEVICES", "1,3")
     assert choose(root, None).hardware.name == "n300x2"
     assert choose(root, "n300").nodes == ("/dev/tenstorrent/1",)
-    with pytest.raises(MachineError, match=r"found 2 x n300 .*, as far as TT_VISIBLE_DEVICES=1,3 lets see"):
+    with pytest.raises(MachineError, match=r"found 2 x n300 at /dev/tenstorrent/1, 3 \(with TT_VISIBLE_DEVICES=1,3\)"):
         choose(root, "t3k")
     monkeypatch.setenv("TT_VISIBLE_DEVICES", "")
     choice = choose(root, None)
@@ -181,3 +183,22 @@ def test_a_card_that_has_no_node_is_named(tmp_path, choose):
     (tmp_path / "dev/tenstorrent/0").unlink()
     with pytest.raises(MachineError, match="tenstorrent!0 without a node"):
         choose(tmp_path, "n150")
+
+
+def test_what_opens_devices_sees_the_board_s_own_and_no_other(tmp_path, monkeypatch):
+    """tt-metal opens every card that it sees: a p300c's run would open both cards of a QuietBox 2."""
+    monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(fake_machine(tmp_path, ["p300c"] * 4, serials=["a", "b", "a", "b"])))
+    card, box = (detect.choose(name).nodes for name in ("p300c", "qb2"))
+    with detect.alone(card):
+        assert os.environ["TT_VISIBLE_DEVICES"] == "0000:01:00.0,0000:03:00.0"
+        assert tuple(node.path for node in detect.nodes()) == card
+    with detect.alone(box):
+        assert "TT_VISIBLE_DEVICES" not in os.environ, "that is all there is"
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", "0,1,2")
+    with contextlib.suppress(RuntimeError), detect.alone(detect.choose("p300c").nodes):
+        assert os.environ["TT_VISIBLE_DEVICES"] == "0000:01:00.0,0000:03:00.0"
+        raise RuntimeError
+    assert os.environ["TT_VISIBLE_DEVICES"] == "0,1,2", "as it was, whatever ended it"
+    (tmp_path / "sys/class/tenstorrent/tenstorrent!2/device").unlink()
+    with detect.alone(("/dev/tenstorrent/0", "/dev/tenstorrent/2")):
+        assert os.environ["TT_VISIBLE_DEVICES"] == "0,1,2", "a card without an address cannot be named"

@@ -76,6 +76,17 @@ def test_who_has_a_card_open_without_a_lease_is_named_in_words(root):
     assert "a process of another PID namespace" in refused.value.what
 
 
+def test_a_run_sees_the_cards_it_has_and_no_other(root, monkeypatch):
+    monkeypatch.delenv("TT_VISIBLE_DEVICES", raising=False)
+    fake_host(root, "t3k")
+    with lease.of_board(get("n300"), ["/dev/tenstorrent/2"], "a-run"):
+        assert os.environ["TT_VISIBLE_DEVICES"] == "0000:03:00.0"
+    assert "TT_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", "what is not here")
+    with lease.of_board(get("cpu"), [], "a-run"):
+        assert os.environ["TT_VISIBLE_DEVICES"] == "what is not here", "a run on the CPU asks for no card"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_lease_ends_with_its_process(holder, number):
     assert set(lease.all_held()) == set(KEYS)

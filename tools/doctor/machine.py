@@ -135,8 +135,8 @@ def firmware(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def untested(id: str, evidence: str, hw: Hardware, validated: str) -> Diagnosis:
-    """Return the warning for what is new enough to run and older than what tt-metal's install guide names."""
-    evidence = f"{evidence}; untested: tt-metal's install guide validates {hw.name} with {validated}"
+    """Return the warning for what is new enough to run and older than what upstream names for the board."""
+    evidence = f"{evidence}; untested: upstream names {validated} for {hw.name}"
     return Diagnosis(id, True, evidence, INSTALLER, warning=True)
 
 

@@ -5,9 +5,11 @@ Everything is read below `RECIPES_SYSFS_ROOT`, where the driver and udev put it;
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,10 +89,15 @@ def _detected(found: tuple[Node, ...]) -> Choice:
     why = [_no_board(card) for card, hw in boards.items() if hw is None] or ["these are boards of several kinds"]
     known = dict.fromkeys(f"HW={hw.name}" for hw in boards.values() if hw)
     names = " or ".join([*known, *(["HW=<its name in common/hardware.yaml>"] if None in boards else [])])
+    ways = [f"name the board: {names}"] if names else []
+    ways += ["train on the CPU twin: HW=cpu"]
+    ways += (
+        [] if all(card is None or _made_of(card) for card in boards) else ["add a row (CONTRIBUTING.md, Add a board)"]
+    )
     raise MachineError(
         f"HW is not set, and which board to train on cannot be told: found {_describe(found)}; {'; '.join(why)}",
         where="/dev/tenstorrent",
-        todo=f"{f'name the board: {names}; or ' if names else ''}train on the CPU twin: HW=cpu",
+        todo="; or ".join(ways),
     )
 
 
@@ -148,6 +155,28 @@ def visible(found: tuple[Node, ...], words: str) -> tuple[Node, ...]:
     return tuple(node for node in found if node in mine)
 
 
+@contextlib.contextmanager
+def alone(paths: Sequence[str]) -> Iterator[None]:
+    """Have what opens devices see these nodes and no other until the block ends, as in a container.
+
+    tt-metal opens every card that it sees, whatever the mesh: another run's as well. Nothing is changed where these are
+    all that can be seen, or where a PCI address is not known.
+    """
+    before, here = os.environ.get(VISIBLE), nodes() if paths else ()
+    mine = [node.pci for node in here if node.path in paths]
+    if len(mine) == len(here) or None in mine:
+        yield
+        return
+    os.environ[VISIBLE] = ",".join(map(str, mine))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
+
+
 def card_of(number: int) -> str | None:
     """Return what the card of node `number` is called in hardware.yaml; None: the driver does not say.
 
@@ -182,9 +211,9 @@ def _without_node(nodes: tuple[Node, ...]) -> str:
 
 
 def _restriction() -> str:
-    """What TT_VISIBLE_DEVICES has to do with it, to stand behind what was found."""
+    """The value of TT_VISIBLE_DEVICES, to stand behind what was found."""
     words = os.environ.get(VISIBLE)
-    return "" if words is None else f", as far as {VISIBLE}={words} lets see"
+    return "" if words is None else f" (with {VISIBLE}={words})"
 
 
 def _describe(nodes: tuple[Node, ...]) -> str:
@@ -192,8 +221,10 @@ def _describe(nodes: tuple[Node, ...]) -> str:
         return f"none{_restriction()}"
     counts = Counter(node.card or "card of unknown type" for node in nodes)
     cards = ", ".join(f"{count} x {card}" for card, count in counts.items())
-    paths = nodes[0].path if len(nodes) == 1 else f"{nodes[0].path} to {nodes[-1].index}"
-    return f"{cards} at {paths}{_restriction()}"
+    numbers = [node.index for node in nodes]
+    several = numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 2
+    rest = f" to {numbers[-1]}" if several else "".join(f", {number}" for number in numbers[1:])
+    return f"{cards} at {nodes[0].path}{rest}{_restriction()}"
 
 
 def _largest(card: str | None, nodes: tuple[Node, ...]) -> Hardware | None:

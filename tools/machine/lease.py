@@ -15,7 +15,7 @@ from typing import IO
 from common.errors import MachineError
 from common.files import utc_now
 from common.hardware import Hardware
-from tools.machine import host
+from tools.machine import detect, host
 from tools.machine.detect import system_root
 
 
@@ -58,7 +58,10 @@ def taken(keys: Sequence[str], owner: Owner) -> Iterator[None]:
 
 @contextlib.contextmanager
 def of_board(hw: Hardware, nodes: Sequence[str], run: str) -> Iterator[None]:
-    """Have the board for a run on this machine's own Python; in a container the launcher has it already."""
+    """Have the board for a run on this machine's own Python, which then sees no other card.
+
+    In a container the launcher has it already, and no other card is there.
+    """
     if host.in_container():
         yield
         return
@@ -66,7 +69,8 @@ def of_board(hw: Hardware, nodes: Sequence[str], run: str) -> Iterator[None]:
     with taken([card.key for card in cards], Owner(hw.name, os.getpid(), run)):
         if others := [host.holder(pid) for card in cards for pid in card.holders]:  # such as one without a launcher
             raise busy(hw.name, ", ".join(dict.fromkeys(others)))
-        yield
+        with detect.alone(nodes):
+            yield
 
 
 def busy(board: str, who: str) -> MachineError:
