@@ -43,6 +43,9 @@ from engines.ttml.limits import mesh_of, refuse_architecture, refuse_config, rop
 from engines.ttml.mesh import prepare_environment
 from engines.ttml.tensors import Tensors
 
+# Times ln(vocabulary), which a guess costs. Tensix takes NaN and infinity for ordinary numbers in most operations
+# (tt-metal's tech_reports/Handling_Special_Value), so that an overflow can arrive as a huge loss. On the CPU it cannot.
+FAR = 10
 NO_LIMIT = 1e20  # a gradient norm that is never reached: clipping there only measures
 
 
@@ -306,10 +309,23 @@ class TTML:
         return self.model(self.io.new(ids[:, None, None, :], "UINT32", mapper, "ROW_MAJOR"), None)
 
     def _refuse_not_finite(self, loss: float, norm: float, learning_rate: float, step: int) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+        """Raise TrainingError, with the gradients cleared, where `loss` (nats) or `norm` is none of a sound model."""
+        vocabulary = int(self.architecture["vocab_size"])
+        most = FAR * math.log(vocabulary)
+        if math.isfinite(loss) and math.isfinite(norm) and loss <= most:
             return
         self.optimizer.zero_grad()
-        raise not_finite(loss, norm, learning_rate, step)
+        plain = not_finite(loss, norm, learning_rate, step)
+        overflowed = (
+            f"step {step} has overflowed: loss {loss:.4g} nats, where guessing among {vocabulary} tokens costs "
+            f"{most / FAR:.1f} and {most:.0f} are allowed; the update was refused"
+        )
+        raise TrainingError(
+            overflowed if math.isfinite(loss) and math.isfinite(norm) else plain.what,
+            where=plain.where,
+            todo="recipe verify board: where the same step has other bits each time, the board is at fault and not the "
+            f"training; else {plain.todo}",
+        )
 
     def set_grad_sync(self, on: bool) -> None:
         self.grad_sync, self.check_replicas = on, False  # who turns it off looks at the replicas himself

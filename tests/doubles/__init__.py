@@ -33,6 +33,7 @@ def environment(
     hang_at_step: int = 0,
     no_update_from_step: int = 0,
     kernel_faults: Sequence[str] = (),
+    ordinary_specials: bool = False,
 ) -> dict[str, str]:
     """The variables under which a subprocess imports the doubles.
 
@@ -47,6 +48,8 @@ def environment(
     later ones finds no memory. hang_at_step: the backward pass of that step does not end. no_update_from_step: the
     optimizer counts that step and all later ones, and changes nothing. kernel_faults: gradients that are wrong in
     silence, of those in ttml/_faults.py ("grouped-heads", "transposed-a", "padded-columns", "dk-in-bf16").
+    ordinary_specials: no operation knows NaN or infinity, they count as the largest number, and a NaN that is put on
+    the device has other bits there (tt-metal's tech_reports/Handling_Special_Value: so on Tensix outside few of them).
     """
     values = {
         "GENERATION": generation,
@@ -61,6 +64,7 @@ def environment(
         "HANG_AT_STEP": hang_at_step,
         "NO_UPDATE_FROM_STEP": no_update_from_step,
         "KERNEL_FAULTS": " ".join(kernel_faults),
+        "ORDINARY_SPECIALS": int(ordinary_specials),
     }
     folders = [HERE / "impostor", HERE] if impostor else [HERE]
     path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -201,6 +201,18 @@ def test_from_numpy_reads_the_buffer_and_not_the_strides(board: None) -> None:
     assert in_native_precision(ttml.autograd.Tensor.from_numpy(matrix[:, 1:])).ravel().tolist() == [1, 2, 3, 4]
 
 
+def test_operations_may_take_infinity_for_a_number() -> None:
+    """On Tensix most do: who asks whether the loss is finite is told yes, and trains on."""
+    with doubles(ordinary_specials=True):
+        open_mesh()
+        model = build()
+        gamma = model.parameters()["Llama/ln_fc/gamma"]
+        gamma.set_value(tensor(np.full(gamma.shape(), np.inf)).get_value())
+        loss = in_native_precision(loss_of(model, *tokens()))
+        assert np.isfinite(loss).all()
+        assert loss.max() > 1e6
+
+
 # --- what is refused as the real ones refuse it -------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception]]] = {

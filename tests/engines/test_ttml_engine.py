@@ -480,6 +480,19 @@ def test_a_step_that_is_not_finite_is_refused_and_leaves_no_trace(tmp_path, tiny
         assert fingerprint(state_of(backend)) == after, "no gradient was left over"
 
 
+def test_an_overflow_that_arrives_as_a_huge_loss_is_refused_as_well(tmp_path, tiny_base):
+    """Take `loss <= most` out of _refuse_not_finite: the step goes through."""
+    with board(board_config(tiny_base), tmp_path, ordinary_specials=True) as backend:
+        backend.train_step([make_batch()], 1e-2, 1)
+        gains = backend.weights["Llama/ln_fc/gamma"]
+        backend.io.put(gains, np.full_like(backend.io.read(gains), np.inf))
+        before = fingerprint(state_of(backend))
+        with pytest.raises(TrainingError, match=r"step 2 has overflowed: loss [\d.e+]+ nats") as caught:
+            backend.train_step(batches(2), 1e-2, 2)
+        assert "recipe verify board" in str(caught.value.todo)
+        assert fingerprint(state_of(backend)) == before
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_waits_for_the_devices_once_and_reads_no_parameter(tmp_path, tiny_base, devices):
     """Read anything between the micro-batches (a loss, as SFTTrainer does), or a weight anywhere."""

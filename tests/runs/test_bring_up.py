@@ -90,6 +90,13 @@ def test_every_line_holds_on_the_doubles(tmp_path, generation, devices):
     assert ("stale" in results["reads"].evidence) == (generation == "B"), "how this build reads by default is said"
 
 
+def test_a_healthy_card_that_takes_nan_for_a_number_passes(tmp_path):
+    """Compare the state with what was loaded, whose NaN has other bits, and it fails."""
+    results = brought_up(tmp_path, ids={"reads", "repeat", "non-finite"}, ordinary_specials=True)
+    assert {result.verdict for result in results.values()} == {"pass"}, results["non-finite"]
+    assert "has overflowed" in results["non-finite"].evidence
+
+
 @pytest.mark.parametrize("devices", [4, 8])
 def test_larger_meshes_have_rows_for_every_device(tmp_path, devices):
     results = brought_up(tmp_path, devices, ids=set().union(*map(with_needs, MESH)))

@@ -85,7 +85,7 @@ LINES: tuple[ChecklistLine, ...] = (
     ChecklistLine("row-length", "rows that ttml would mistake are refused", one.row_length, ("weights",)),
     ChecklistLine("repeat", "the same step has the same bits", one.repeats, ("reads",)),
     ChecklistLine("checkpoint", "a restored state goes on bit for bit", one.checkpoint, ("repeat",)),
-    ChecklistLine("non-finite", "a step that is not finite is refused", one.not_finite, ("repeat",)),
+    ChecklistLine("non-finite", "a step over no numbers is refused, or shows", one.not_finite, ("repeat",)),
     ChecklistLine("lora", "adapters where they were asked for, and nothing else trained", one.lora, ("reads",)),
     ChecklistLine("lora-merged", "adapters compute what their merged weights do", one.lora_merged, ("lora", "forward")),
     ChecklistLine("seeds", "dropout depends only on seed and step", one.seeds, ("lora", "repeat")),

@@ -232,6 +232,8 @@ class Tensor:
             raise TypeError(f"from_numpy: incompatible array: {array.dtype} {array.shape}, {array.flags.writeable=}")
         device = AutoContext.get_instance().get_device()
         data = _to_torch(_raw_buffer(array))
+        if _switches.ORDINARY_SPECIALS and data.is_floating_point():
+            data = _with_tensix_nans(data.to(torch.bfloat16)) if data.isnan().any() else data
         if new_type is not None:
             data = data.to(ttnn._STORED[_strict.member("new_type", new_type, ttnn.DataType)])
             if new_type is ttnn.DataType.UINT32:
@@ -386,13 +388,19 @@ def apply(function: Callable[..., torch.Tensor], *inputs: Tensor, indices: Seque
     nodes = [tensor._in_graph() for tensor in inputs]
     enabled = context._mode is GradMode.ENABLED
     with torch.set_grad_enabled(enabled):
-        node = function(*(node.float() for node in nodes)).to(torch.bfloat16)
+        node = _as_known(function(*(_as_known(node.float()) for node in nodes)).to(torch.bfloat16))
     labels = [tensor._native.tensor_topology() for tensor in (*inputs, *indices)]
     label = next((label for label in labels if not label.is_replicated()), labels[0])
     needed = any(tensor._requires_grad for tensor in inputs)
     result = Tensor(ttnn.Tensor(_with_tensix_nans(node), ttnn.Layout.TILE, label), requires_grad=needed)
     result._node, result._graph, result._is_result = node, context._graph, node.requires_grad
     return result
+
+
+def _as_known(values: torch.Tensor) -> torch.Tensor:
+    """The values as operations take them: with `ordinary_specials`, numbers all of them."""
+    largest = torch.finfo(torch.bfloat16).max
+    return values.nan_to_num(largest, largest, -largest) if _switches.ORDINARY_SPECIALS else values
 
 
 def _with_tensix_nans(node: torch.Tensor) -> torch.Tensor:

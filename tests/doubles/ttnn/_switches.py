@@ -25,3 +25,4 @@ OOM_AT_STEP = int(_value("OOM_AT_STEP", "0"))
 HANG_AT_STEP = int(_value("HANG_AT_STEP", "0"))
 NO_UPDATE_FROM_STEP = int(_value("NO_UPDATE_FROM_STEP", "0"))
 KERNEL_FAULTS = _value("KERNEL_FAULTS", "").split()
+ORDINARY_SPECIALS = _value("ORDINARY_SPECIALS", "0") == "1"
