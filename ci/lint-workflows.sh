@@ -6,7 +6,7 @@
 #               A fork of rhysd/actionlint, which has had no release since March 2026 and does not know `queue:`
 #   zizmor      security: triggers, permissions, credentials, pins, templates in scripts
 #   yamllint    every YAML file, by .yamllint.yaml
-#   and shellcheck over CI's own scripts
+#   and shellcheck over CI's own scripts, and that of the images
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shopt -s globstar nullglob
@@ -17,5 +17,5 @@ if [ ${#workflows[@]} -gt 0 ]; then # a fork may have none
     zizmor --offline --quiet --no-progress --persona auditor --strict-collection .github
 fi
 yamllint --strict .
-shellcheck --external-sources ci/**/*.sh .ci/run
+shellcheck --external-sources ci/**/*.sh docker/*.sh .ci/run
 echo "workflows, YAML and shell: ${#workflows[@]} workflows, no complaint"

@@ -11,7 +11,8 @@ variable "PIP_CONF" { default = "" }   # with OFFLINE=0: a pip.conf with the ind
 variable "CA_BUNDLE" { default = "" }  # PEM file of a private network's certificate authorities, a secret of the build
 
 variable "APT_SNAPSHOT" { default = "" }  # YYYYMMDDTHHMMSSZ
-variable "APT_MIRROR" { default = "http://snapshot.ubuntu.com/ubuntu/${APT_SNAPSHOT}" }
+variable "APT_MIRROR" { default = "https://snapshot.ubuntu.com/ubuntu/${APT_SNAPSHOT}" }
+variable "GITHUB_MIRROR" { default = "https://github.com" }  # tt-metal and its submodules, SFPI's and OpenMPI's releases
 variable "TT_METAL_TAG" { default = "" }
 variable "TT_METAL_COMMIT" { default = "" }
 variable "SFPI_VERSION" { default = "" }
@@ -60,6 +61,8 @@ target "_ttml" {
   args = {
     TTML_BASE       = TTML_BASE
     APT_MIRROR      = APT_MIRROR
+    GITHUB_MIRROR   = GITHUB_MIRROR
+    OWN_CA          = CA_BUNDLE == "" ? "" : "1"
     TT_METAL_TAG    = TT_METAL_TAG
     TT_METAL_COMMIT = TT_METAL_COMMIT
     SFPI_VERSION    = SFPI_VERSION

@@ -146,6 +146,9 @@ def unhashed(text: str) -> list[str]:
             re.search(r"\bgit clone\b", step) and not re.search(r'rev-parse HEAD\)" = "\$\{\w+COMMIT:\?\}"', step),
             re.search(r"pip\"? (?:install|download)", step) and "--require-hashes" not in step,
             re.search(r"^ADD\b", step),
+            re.search(
+                r"\bapt(?:-get)?\b.* install\b", step
+            ),  # docker/apt-install.sh: from the snapshot, with its checks
             re.search(r"\|\s*(?:ba)?sh\b", step),
         )
         if any(lacking):
@@ -192,6 +195,7 @@ def test_every_download_of_the_dockerfile_has_a_hash() -> None:
         "RUN git clone --branch v1 https://example.org/a.git .",
         "RUN /opt/venv/bin/pip install torch",
         "ADD https://example.org/a.tar /a",
+        "RUN apt-get update && apt-get install -y ca-certificates",
         "RUN wget -qO- https://example.org/setup | sh",
     ],
 )
