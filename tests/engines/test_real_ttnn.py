@@ -114,7 +114,8 @@ def test_the_boards_descriptors_fit_their_meshes(found: dict[str, Any]) -> None:
 
 def test_every_descriptor_of_the_wheel_is_read_or_refused_for_having_two_meshes(found: dict[str, Any]) -> None:
     read = found["descriptors"]
-    known = {"n150": "1x1", "n300": "1x2", "t3k": "2x4", "p150_x8": "2x4", "single_galaxy": "8x4", "p300_x2": "2x2"}
+    known = {"n150": "1x1", "n300": "1x2", "n300_x2": "4x1", "t3k": "2x4", "single_galaxy": "8x4", "p300_x2": "2x2"}
+    known |= {"p150_x2": "1x2", "p150_x4": "2x2", "p150_x8": "2x4", "single_bh_galaxy": "8x4"}
     assert {name: read[f"{name}_mesh_graph_descriptor.textproto"] for name in known} == known
     refused = {said for said in read.values() if not re.fullmatch(r"\d+x\d+", said)}
     assert refused == {"it has 2 mesh_descriptors blocks, expected one"}

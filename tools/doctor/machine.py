@@ -35,7 +35,7 @@ FIRST_OLD_BUNDLE = 80  # bundles of this number and above are from before 18 (tt
 TTNN_PYTHONS = ((3, 10), (3, 12))  # that ttnn 0.81.1 has wheels for
 ROOM_GB = 5  # TinyLlama's base (2.2 GB) and the checkpoints of a LoRA run, twice over
 PIN = re.compile(r"^([\w.-]+)==([\w.+!-]+)( *;)?", re.MULTILINE)  # the last part: only for some Pythons
-INSTALLER = "tt-installer (Tenstorrent's) sets up driver, firmware, huge pages and tt-smi"
+INSTALLER = "run Tenstorrent's tt-installer (driver, firmware, huge pages, tt-smi); ci/runner/README.md names versions"
 
 
 @dataclass(frozen=True)
