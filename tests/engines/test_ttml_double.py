@@ -8,6 +8,7 @@ The facts are public: tt-metal's sources, its issues, and notes of people who tr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -128,10 +129,14 @@ def native(value: Any) -> Any:
     return value.get_value(ttml.autograd.PreferredPrecision.NATIVE).data.float().numpy().copy()
 
 
-def in_native_precision(value: Any) -> Any:
+def native_precision() -> Any:
     import ttml
 
-    return value.to_numpy(precision=ttml.autograd.PreferredPrecision.NATIVE)
+    return ttml.autograd.PreferredPrecision.NATIVE
+
+
+def in_native_precision(value: Any) -> Any:
+    return value.to_numpy(precision=native_precision())
 
 
 # --- values -----------------------------------------------------------------------------------------------------
@@ -171,15 +176,31 @@ def test_assign_narrows_fp32(board: None) -> None:
     assert float(in_native_precision(target)[0]) == 1.0
 
 
-def test_an_fp32_parameter_never_trains(board: None) -> None:
-    """The fused update is written to the bf16 view, while NATIVE is the fp32 tensor; in-place initialisers make one."""
-    import ttml
+@generations
+def test_an_fp32_parameter_trains_on_newer_builds_alone(generation: str) -> None:
+    """Else the fused update is written to the bf16 view, while NATIVE is the fp32 tensor, and nobody says so."""
+    with doubles(generation):
+        open_mesh()
+        model = build()
+        gamma = model.parameters()["Llama/ln_fc/gamma"]
+        gamma.set_value(tensor(np.ones(gamma.shape()), "FLOAT32").get_value(native_precision()))
+        optimizer = adamw(model.parameters(), lr=3e-4, weight_decay=0.0)
+        train(model, optimizer)
+        assert (native(gamma) != 1).any() == (generation == "C"), "by less than a bf16 step"
+        moment = optimizer.get_state_dict()["exp_avg"]["Llama/ln_fc/gamma"]
+        stored = moment.get_value(native_precision()).dtype.name
+        assert stored == {"B": "BFLOAT16", "C": "FLOAT32"}[generation]
+        refused = pytest.raises(RuntimeError, match="fp32 parameter Llama/ln_fc/gamma")
+        with refused if generation == "C" else contextlib.nullcontext():
+            adamw(model.parameters(), type="AdamWFullPrecision")
 
-    model = build()
-    gamma = ttml.init.zeros_(model.parameters()["Llama/ln_fc/gamma"])
-    train(model, adamw(model.parameters()))
-    assert not native(gamma).any()
-    assert gamma.get_value().data.any()
+
+@generations
+def test_dtype_is_that_of_a_view_and_not_of_the_tensor(generation: str) -> None:
+    """Who asks for it to learn how a weight is stored is told FLOAT32 of every one; mended in C."""
+    with doubles(generation):
+        open_mesh()
+        assert tensor([1.0]).dtype().name == {"B": "FLOAT32", "C": "BFLOAT16"}[generation]
 
 
 def test_the_bf16_view_of_fp32_state_is_stale(board: None) -> None:
@@ -477,14 +498,41 @@ def test_unknown_optimizer_keys_are_ignored(board: None) -> None:
     assert optimizer.get_lr() == pytest.approx(1e-2)
 
 
-def test_the_state_dict_has_no_betas_and_restores_none(board: None) -> None:
-    model = build()
-    saved = adamw(model.parameters(), beta1=0.5, epsilon=1.0).get_state_dict()
-    assert set(saved) == {"steps", "lr", "exp_avg", "exp_avg_sq", "amsgrad"}
-    other = adamw(model.parameters(), lr=1.0)
-    other.set_state_dict(saved)
-    assert other.get_lr() == pytest.approx(1e-2)
-    assert other._config.beta1 == pytest.approx(0.9)
+@generations
+def test_a_state_dict_brings_its_own_hyper_parameters(generation: str) -> None:
+    """Who resumes from a saved dict has the old weight decay, whatever the new config says."""
+    with doubles(generation):
+        open_mesh()
+        model = build()
+        saved = adamw(model.parameters(), beta1=0.5, weight_decay=0.5).get_state_dict()
+        scalars = {"lr", "beta1", "beta2", "epsilon", "weight_decay", "amsgrad", "stochastic_rounding"}
+        assert set(saved) == {"steps", "exp_avg", "exp_avg_sq", *scalars}
+        other = adamw(model.parameters(), lr=1.0, weight_decay=0.0)
+        other.set_state_dict(saved)
+        assert other.get_lr() == pytest.approx(1e-2)
+        assert other.get_state_dict()["weight_decay"] == 0.5
+        fewer = {key: value for key, value in saved.items() if key != "beta1"}
+        with pytest.raises(KeyError):
+            other.set_state_dict(fewer)
+
+
+@generations
+def test_a_state_dict_of_other_betas_is_corrected_by_the_old_ones(generation: str) -> None:
+    """The first update after it is off by the ratio of the corrections (tt-metal 53212); mended in C."""
+    with doubles(generation):
+        open_mesh()
+        moved = []
+        for beta1 in (0.5, 0.9):
+            model = build()
+            first = adamw(model.parameters(), beta1=0.5, weight_decay=0.0)
+            train(model, first)
+            saved, weight = first.get_state_dict(), model.parameters()["Llama/blocks/0/mlp/w2/weight"]
+            second = adamw(model.parameters(), beta1=beta1, weight_decay=0.0)
+            second.set_state_dict(saved)
+            before = native(weight)
+            train(model, second)
+            moved.append(np.abs(native(weight) - before).mean())
+        assert (moved[1] > 1.2 * moved[0]) == (generation == "B")
 
 
 def test_the_state_dict_is_alive_and_what_it_takes_is_not_checked(board: None) -> None:

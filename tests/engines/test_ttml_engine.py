@@ -589,7 +589,7 @@ def test_a_signal_closes_the_devices(tmp_path, tiny_base):
 
 @choices
 def test_a_run_goes_on_in_a_new_process_bit_for_bit(tmp_path, base, generation, kind, lora, devices):
-    """Leave `steps` unset in restore, or let put use assign, which makes fp32 masters bf16. No state has betas."""
+    """Leave `steps` unset in restore, or let put use assign, which makes fp32 masters bf16."""
     options = {"training__optimizer__beta1": 0.5, "training__optimizer__beta2": 0.6, "training__optimizer__type": kind}
     config = board_config(base, **options, **lora_for(lora, generation))
     with board(config, tmp_path, devices, generation) as backend:
@@ -605,6 +605,20 @@ def test_a_run_goes_on_in_a_new_process_bit_for_bit(tmp_path, base, generation, 
         assert fingerprint(state_of(backend)) == after
     dtypes = {a.dtype.name for n, a in saved.items() if "exp_avg" in n or "master" in n}
     assert dtypes == {"bfloat16" if kind == "AdamW" else "float32"}
+
+
+@generations
+def test_a_resumed_run_has_the_hyper_parameters_of_its_config(tmp_path, tiny_base, generation):
+    """Give set_state_dict what a checkpoint had, and not the optimizer's own dict: the old weight decay comes back."""
+    values = {"training__optimizer__weight_decay": 0.5, "training__optimizer__beta1": 0.5}
+    with board(board_config(tiny_base, **values), tmp_path, 1, generation) as backend:
+        backend.train_step(batches(1), 1e-2, 1)
+        saved = state_of(backend)
+    with board(board_config(tiny_base, training__optimizer__weight_decay=0.0), tmp_path, 1, generation) as backend:
+        backend.load_state(saved)
+        found = backend.optimizer.get_state_dict()
+        assert (found["weight_decay"], found["steps"]) == (0.0, 1)
+        assert found["beta1"] == pytest.approx(0.9)
 
 
 def test_stochastic_rounding_goes_on_as_well_where_the_host_seeds_it(tmp_path, tiny_base):

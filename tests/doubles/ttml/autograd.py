@@ -244,10 +244,15 @@ class Tensor:
         _strict.member("mapper", mapper, ttnn.CppTensorToMesh)
         return Tensor(ttnn.Tensor(mapper.split(data), layout, mapper.topology))
 
-    def to_numpy(
-        self, new_type: Any = None, composer: Any = None, precision: Any = PreferredPrecision.FULL
-    ) -> np.ndarray[Any, Any]:
-        """Read to the host: by default the FULL view, which generation B caches and never refreshes."""
+    def to_numpy(self, new_type: Any = None, composer: Any = None, precision: Any = None) -> np.ndarray[Any, Any]:
+        """Read to the host: by default the FULL view, which generation B caches and never refreshes.
+
+        Generation C reads by default what is stored, and makes float32 of bf16 on the host.
+        """
+        if precision is None:
+            precision = PreferredPrecision.NATIVE if _switches.GENERATION == "C" else PreferredPrecision.FULL
+            if new_type is None and self._native.dtype is ttnn.DataType.BFLOAT16:
+                new_type = ttnn.DataType.FLOAT32
         value = ttnn.host(self.get_value(precision), composer)
         if new_type is not None:
             value = value.to(ttnn._STORED[_strict.member("new_type", new_type, ttnn.DataType)])
@@ -283,12 +288,17 @@ class Tensor:
         self._views, self._graph, self._node = {}, None, None
 
     def assign(self, other: Tensor) -> None:
-        """Share the other tensor's bf16 buffer: nothing is copied."""
-        self.set_value(_strict.member("assign", other, Tensor).get_value())
+        """Share the other tensor's bf16 buffer: nothing is copied. Generation C keeps the dtype that is stored here."""
+        value = _strict.member("assign", other, Tensor).get_value()
+        if _switches.GENERATION == "C" and other._native.dtype is not self._native.dtype:
+            value = ttnn.typecast(other._native, self._native.dtype)
+        elif _switches.GENERATION == "C":
+            value = other._native
+        self.set_value(value)
 
     def dtype(self) -> ttnn.DataType:
-        """Of the FULL view: FLOAT32 for a bf16 tensor, and the view is made."""
-        return self.get_value(PreferredPrecision.FULL).dtype
+        """Of the FULL view: FLOAT32 for a bf16 tensor, and the view is made. Generation C: as stored."""
+        return self._native.dtype if _switches.GENERATION == "C" else self.get_value(PreferredPrecision.FULL).dtype
 
     def shape(self) -> list[int]:
         """The logical shape on each device; of the HALF view, which is made for it where the tensor is fp32."""

@@ -79,12 +79,19 @@ class OptimizerBase:
         self._maps = {name: NamedParameters() for name in self.MAPS}
         for name, tensor in parameters.items():
             if tensor.get_requires_grad():
+                stored = self._stored(name, tensor)
                 for slot, state in self._maps.items():
-                    value = ttnn.typecast(tensor.get_value(), self.STORED)
+                    value = ttnn.typecast(tensor.get_value(PreferredPrecision.NATIVE), stored)
                     if slot != "master_weights":
                         value.data.zero_()
                     state[name] = create_tensor(value, False)
         self._set_steps(0)
+
+    def _stored(self, name: str, tensor: Tensor) -> ttnn.DataType:
+        """The dtype of the state of a parameter. Generation C refuses an fp32 one that it would not update in fp32."""
+        if _switches.GENERATION == "C" and tensor.get_value(PreferredPrecision.NATIVE).dtype is ttnn.DataType.FLOAT32:
+            raise ttnn.fatal(f"{type(self).__name__} rejects the fp32 parameter {name}")
+        return self.STORED
 
     def get_lr(self) -> float:
         return self._config.lr
@@ -100,14 +107,19 @@ class OptimizerBase:
                 tensor.set_grad(ttnn.Tensor(torch.zeros_like(value.data), value.layout, value.tensor_topology()))
 
     def get_state_dict(self) -> dict[str, Any]:
-        """The maps refer to the live state. Betas, epsilon and weight decay are not in it."""
-        return {"steps": self._steps, "lr": self._config.lr, **self._maps, "amsgrad": self._config.amsgrad}
+        """The maps refer to the live state. Since May 2026 (tt-metal 43320) every hyper-parameter is in it."""
+        return {"steps": self._steps, **vars(self._config), **self._maps}
 
     def set_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the maps over as they are: neither names nor shapes are checked. Other keys are ignored."""
-        self._set_steps(_strict.integer("steps", state["steps"]))
-        if "lr" in state:
-            self.set_lr(state["lr"])
+        """Takes maps and hyper-parameters over as they are: neither names nor shapes are checked.
+
+        Generation B computes the powers of the betas that it had before, not of those it is given (tt-metal 53212).
+        """
+        steps = _strict.integer("steps", state["steps"])
+        self._set_steps(steps)
+        self._config = type(self._config)(**{key: state[key] for key in vars(self._config)})
+        if _switches.GENERATION == "C":
+            self._set_steps(steps)
         self._maps = {name: _strict.member(name, state[name], NamedParameters) for name in self.MAPS}
 
     def _set_steps(self, steps: int) -> None:
@@ -133,8 +145,8 @@ class OptimizerBase:
 
     def _adamw(self, weight: torch.Tensor, gradient: torch.Tensor, first: Tensor, second: Tensor) -> torch.Tensor:
         """The fused kernel: moments are written in place, the new weight is returned, all computed in fp32."""
-        config, precision = self._config, _PRECISION[self.STORED]
-        g, m, v = gradient.float(), first.get_value(precision).data, second.get_value(precision).data
+        config, native = self._config, PreferredPrecision.NATIVE
+        g, m, v = gradient.float(), first.get_value(native).data, second.get_value(native).data
         new_m = m.float() * config.beta1 + g * (1 - config.beta1)
         new_v = v.float() * config.beta2 + g.square() * (1 - config.beta2)
         m.copy_(new_m)
@@ -144,22 +156,25 @@ class OptimizerBase:
         return decayed - config.lr / (1 - self._beta1_power) * new_m / denominator
 
 
-_PRECISION = {ttnn.DataType.BFLOAT16: PreferredPrecision.HALF, ttnn.DataType.FLOAT32: PreferredPrecision.FULL}
-
-
 @_strict.bound
 class AdamW(OptimizerBase):
     """bf16 weights, written in place behind the back of their cached fp32 views; bf16 moments.
 
-    An update below half a bf16 step is lost, unless stochastic rounding is on.
+    An update below half a bf16 step is lost, unless stochastic rounding is on. Generation C takes fp32 weights as well
+    (tt-metal 57863): their moments are fp32, and they are not rounded.
     """
+
+    _config: AdamWConfig
 
     def __init__(self, parameters: NamedParameters, config: AdamWConfig) -> None:
         super().__init__(parameters, _strict.member("config", config, AdamWConfig))
-        self._stochastic = config.stochastic_rounding
+
+    def _stored(self, name: str, tensor: Tensor) -> ttnn.DataType:
+        native = tensor.get_value(PreferredPrecision.NATIVE).dtype
+        return native if _switches.GENERATION == "C" else super()._stored(name, tensor)
 
     def step(self) -> None:
-        if self._stochastic and _switches.GENERATION == "C":  # one seed from the host for every device
+        if self._config.stochastic_rounding and _switches.GENERATION == "C":  # one seed from the host for every device
             seed = AutoContext.get_instance()._generator.getrandbits(32)
             self._generators = [torch.Generator().manual_seed(seed) for _ in _device_generators]
         else:
@@ -169,7 +184,8 @@ class AdamW(OptimizerBase):
     def _update(self, name: str, tensor: Tensor) -> None:
         weight, gradient = tensor._value_for_update(), tensor.get_grad()
         updated = self._adamw(weight.data, gradient.data, self._maps["exp_avg"][name], self._maps["exp_avg_sq"][name])
-        weight.data.copy_(self._stochastically_rounded(updated) if self._stochastic else updated)
+        rounded = self._config.stochastic_rounding and weight.dtype is ttnn.DataType.BFLOAT16
+        weight.data.copy_(self._stochastically_rounded(updated) if rounded else updated)
         weight.update_tensor_topology(gradient.tensor_topology())
 
     def _stochastically_rounded(self, values: torch.Tensor) -> torch.Tensor:
@@ -179,11 +195,6 @@ class AdamW(OptimizerBase):
             for part, generator in zip(values, self._generators, strict=False)
         ]
         return ((values.view(torch.int32) + torch.stack(noise)) & ~0xFFFF).view(torch.float32)
-
-    def get_state_dict(self) -> dict[str, Any]:
-        """Generation C says whether it rounds stochastically, too."""
-        extra = {"stochastic_rounding": self._stochastic} if _switches.GENERATION == "C" else {}
-        return super().get_state_dict() | extra
 
 
 @_strict.bound
