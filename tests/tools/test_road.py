@@ -204,7 +204,7 @@ def test_a_signal_ends_the_build_and_the_next_call_goes_on(bench: Bench, number:
     [
         ("curl: (60) SSL certificate problem: unable to get local issuer certificate", "CA_BUNDLE=file"),
         ("write /var/lib/docker/x: no space left on device", "docker system df"),
-        ("something that nobody has heard of", "its last words are above"),
+        ("something that nobody has heard of", "the build of n150 failed: something that nobody has heard of"),
     ],
 )
 def test_a_build_that_fails_says_where_its_log_is_and_what_is_known(bench: Bench, last_words: str, means: str) -> None:
@@ -317,6 +317,14 @@ def test_every_step_that_is_missing_stands_in_the_order_it_is_done_in(bench: Ben
     assert "hugepages=4" in said["board.memory"]
     assert "systemctl start docker" in said["engine.answers"]
     assert said["engine.image"] == "make image HW=n150"
+
+
+def test_a_driver_comes_before_the_node_that_it_makes(bench: Bench) -> None:
+    shutil.rmtree(bench.folder / "machine")
+    (bench.folder / "machine").mkdir()
+    road = bench.road()
+    assert ids(road)[:3] == ["board.driver", "board.nodes", "engine.image"]
+    assert "found none" in road[1]["why"]
 
 
 def test_a_run_refuses_in_the_words_of_the_road(bench: Bench) -> None:

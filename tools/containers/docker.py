@@ -133,12 +133,12 @@ def bake(target: str, variables: Mapping[str, str], *options: str, context: Path
     environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
     environment |= {"BUILDX_BAKE_ENTITLEMENTS_FS": "0", **variables}
     log = log_of(target)
-    code, last_words = watched(command, context, environment, log)
-    if code:
-        sys.stderr.write(last_words)
-        known = known_errors.match(" ".join(last_words.split()), "build", "docker")
+    ended = watched(command, context, environment, log)
+    if ended.code:
+        sys.stderr.write(ended.last_words)
+        known = known_errors.match(" ".join(ended.last_words.split()), "build", "docker")
         raise MachineError(
-            f"the build of {target} failed" + (f": {known.means}" if known else "; its last words are above"),
+            f"the build of {target} failed: {known.means if known else ended.cause}",
             where=str(log),
             todo=f"{known.answer if known else 'mend what it names'}; the same command then goes on with the steps "
             "that are done",

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -18,12 +19,22 @@ from common.signals import handled
 SIGN_OF_LIFE = 30.0  # seconds: of an hour's build that is a page or two
 LAST_WORDS = 40  # lines: BuildKit repeats the failing step's own end, and the lines of the Dockerfile
 STEP = re.compile(r"#\d+ \[(?!internal\])")  # `#9 [ttml-builder 4/8] RUN ...`, as `--progress plain` prints it
+FAILED = re.compile(r"#(\d+) ERROR")
 OVER = re.compile(r"#\d+ (DONE \d|CACHED|ERROR|CANCELED)")
 WIDTH = 110
 
 
-def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> tuple[int, str]:
-    """Run a build in `folder`, its output in `log` and its steps on stderr; return its exit code and its last words.
+@dataclass(frozen=True)
+class Ended:
+    """How a build ended: its exit code, the end of its output, and the last line that the failing step itself said."""
+
+    code: int
+    last_words: str
+    cause: str
+
+
+def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> Ended:
+    """Run a build in `folder`, its output in `log` and its steps on stderr; return how it ended.
 
     The first signal asks the build to end, and the third kills it; raises KeyboardInterrupt once it has.
     """
@@ -54,7 +65,15 @@ def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str]
     if heard:
         print("the build was interrupted; the same command goes on with the steps that are done", file=sys.stderr)
         raise KeyboardInterrupt
-    return code, "".join(last)
+    return Ended(code, "".join(last), cause_of(last))
+
+
+def cause_of(lines: Sequence[str]) -> str:
+    """Return what the step that failed said last, else what BuildKit says of it: of the end of its plain progress."""
+    failed = next((found[1] for line in lines if (found := FAILED.match(line))), None)
+    said = [found[1] for line in lines if failed and (found := re.match(rf"#{failed} \d+\.\d+ (.*\S)", line))]
+    solved = [line.strip() for line in lines if line.startswith("ERROR: ")]
+    return (said or solved or [line.strip() for line in lines if line.strip()] or ["it said nothing"])[-1]
 
 
 class Screen:
