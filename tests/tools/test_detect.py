@@ -11,7 +11,7 @@ import pytest
 
 from common import hardware
 from common.errors import MachineError
-from tests.doubles.machines import MACHINES, fake_machine
+from tests.doubles.machines import MACHINES, fake_machine, pci
 from tools.machine import detect
 
 
@@ -112,7 +112,7 @@ def test_cards_that_are_no_board_are_never_answered_with_a_cpu(cards, why, todo,
     assert choose(root, "cpu").hardware.is_cpu
 
 
-# --- TT_VISIBLE_DEVICES: tt-umd's docs/TT_VISIBLE_DEVICES.md --------------------------------------------------------
+# --- TT_VISIBLE_DEVICES: tt-umd's PCIDevice::enumerate_devices ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_cards_that_are_no_board_are_never_answered_with_a_cpu(cards, why, todo,
         ("0000:02:00.0", [1]),
         ("0000:0", [0, 1, 2, 3]),  # a part of an address takes every node that has it
         ("03:00.0,2", [2]),  # the same card twice
+        (",", []),
         ("", []),
     ],
 )
@@ -133,7 +134,7 @@ def test_what_tt_visible_devices_leaves(words, indices, tmp_path, monkeypatch):
     assert [node.index for node in detect.nodes()] == indices
 
 
-@pytest.mark.parametrize("words", ["4", "n150", "0000:99:00.0", "0,x", "-1", "0:g"])
+@pytest.mark.parametrize("words", ["4", "n150", "0000:99:00.0", "0000:0A", "0,x", "-1", "0:g"])
 def test_a_device_that_is_not_here_is_refused_by_its_name(words, tmp_path, choose, monkeypatch):
     monkeypatch.setenv("TT_VISIBLE_DEVICES", words)
     root = fake_machine(tmp_path, ["n300"] * 4)
@@ -141,16 +142,20 @@ def test_a_device_that_is_not_here_is_refused_by_its_name(words, tmp_path, choos
         with pytest.raises(MachineError, match="is no device of this machine") as error:
             choose(root, name)
         assert error.value.where == f"TT_VISIBLE_DEVICES={words}"
-        assert "3 is /dev/tenstorrent/3 (0000:04:00.0)" in str(error.value.todo)
+        assert "3 is 0000:04:00.0 (/dev/tenstorrent/3)" in str(error.value.todo)
 
 
-def test_numbers_count_the_nodes_that_are_here(tmp_path, choose, monkeypatch):
+def test_numbers_count_the_cards_that_are_here_by_their_addresses_and_not_by_their_nodes(tmp_path, choose, monkeypatch):
     root = fake_machine(tmp_path, ["n150", "p150a", "n150"])
-    (root / "dev/tenstorrent/0").unlink()
-    monkeypatch.setenv("TT_VISIBLE_DEVICES", "1")
+    for index, other in ((0, 2), (2, 0)):  # as after a reset, which numbers nodes anew
+        link = root / f"sys/class/tenstorrent/tenstorrent!{index}/device"
+        link.unlink()
+        link.symlink_to(root / f"sys/devices/{pci(other)}")
+    (root / "dev/tenstorrent/1").unlink()
+    monkeypatch.setenv("TT_VISIBLE_DEVICES", "1")  # of 0000:01:00.0, which is node 2, and 0000:03:00.0, which is node 0
     choice = choose(root, None)
-    assert (choice.hardware.name, choice.nodes) == ("n150", ("/dev/tenstorrent/2",))
-    assert "/dev/tenstorrent/2 (with TT_VISIBLE_DEVICES=1)" in choice.reason
+    assert (choice.hardware.name, choice.nodes) == ("n150", ("/dev/tenstorrent/0",))
+    assert "/dev/tenstorrent/0 (with TT_VISIBLE_DEVICES=1)" in choice.reason
 
 
 def test_a_board_is_detected_named_and_missed_among_what_is_visible(tmp_path, choose, monkeypatch):
@@ -199,6 +204,7 @@ def test_what_opens_devices_sees_the_board_s_own_and_no_other(tmp_path, monkeypa
         assert os.environ["TT_VISIBLE_DEVICES"] == "0000:01:00.0,0000:03:00.0"
         raise RuntimeError
     assert os.environ["TT_VISIBLE_DEVICES"] == "0,1,2", "as it was, whatever ended it"
+    monkeypatch.delenv("TT_VISIBLE_DEVICES")
     (tmp_path / "sys/class/tenstorrent/tenstorrent!2/device").unlink()
     with detect.alone(("/dev/tenstorrent/0", "/dev/tenstorrent/2")):
-        assert os.environ["TT_VISIBLE_DEVICES"] == "0,1,2", "a card without an address cannot be named"
+        assert "TT_VISIBLE_DEVICES" not in os.environ, "a card without an address cannot be named"

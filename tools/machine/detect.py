@@ -19,7 +19,7 @@ from common.hardware import Hardware, get, table
 VISIBLE = "TT_VISIBLE_DEVICES"  # of tt-umd: which devices a process is to see
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Node:
     """One /dev/tenstorrent/<index>, with what the driver says about it (None: not readable)."""
 
@@ -132,24 +132,26 @@ def nodes() -> tuple[Node, ...]:
 def visible(found: tuple[Node, ...], words: str) -> tuple[Node, ...]:
     """Return the nodes that a value of TT_VISIBLE_DEVICES leaves, in their order: none for an empty one.
 
-    The value is read as tt-umd does (its docs/TT_VISIBLE_DEVICES.md): words with commas between them, of which a number
-    counts the nodes here from 0, and any other is a part of PCI addresses, `0000:02:00.0` or `0000:c`, and takes every
-    node of such an address. Raises MachineError for a word that takes none.
+    The value is read as tt-umd does since February 2026 (its pull requests 2056 and 2057; docs/TT_VISIBLE_DEVICES.md
+    there has an older rule for numbers): words with commas between them. A number counts the cards from 0 in the order
+    of their PCI addresses, whatever their nodes are called; any other word is a part of addresses, `0000:02:00.0` or
+    `0000:c`, and takes every card of such an address. Raises MachineError for a word that takes none.
     """
+    cards = sorted((node.pci, node) for node in found if node.pci)
     mine: set[Node] = set()
     for word in filter(None, map(str.strip, words.split(","))):
         if word.isdecimal():
-            taken = found[int(word) :][:1]
+            taken = [node for _, node in cards[int(word) :][:1]]
         elif re.fullmatch(r"[0-9a-fA-F]*[:.][0-9a-fA-F:.]*", word):
-            taken = tuple(node for node in found if word.lower() in (node.pci or ""))
+            taken = [node for pci, node in cards if word in pci]
         else:
-            taken = ()
+            taken = []
         if not taken:
-            here = ", ".join(f"{place} is {node.path} ({node.pci})" for place, node in enumerate(found)) or "no node"
+            here = ", ".join(f"{place} is {pci} ({node.path})" for place, (pci, node) in enumerate(cards)) or "no card"
             raise MachineError(
                 f"{word!r} is no device of this machine",
                 where=f"{VISIBLE}={words}",
-                todo=f"name places in the list of nodes here, or parts of PCI addresses, or unset it; here: {here}",
+                todo=f"give places in the order of PCI addresses, or parts of addresses, or unset it: {here}",
             )
         mine |= set(taken)
     return tuple(node for node in found if node in mine)
