@@ -92,6 +92,7 @@ NEEDS: tuple[Need, ...] = (
     *_arguments("the optimizer", f"{_OPTIMIZERS}AdamWConfig.make", "lr beta1 beta2 epsilon weight_decay"),
     *_arguments("the optimizer", f"{_OPTIMIZERS}AdamWFullPrecisionConfig.make", "lr beta1 beta2 epsilon weight_decay"),
     *_arguments("stochastic rounding", f"{_OPTIMIZERS}AdamWConfig.make", "stochastic_rounding"),
+    *_needs("stochastic rounding", f"{_TENSOR}set_grad"),
     *_needs("the update", f"{_OPTIMIZERS}AdamW.zero_grad {_OPTIMIZERS}AdamW.step {_OPTIMIZERS}AdamW.set_lr"),
     *_needs("checkpoints", f"{_OPTIMIZERS}AdamW.get_state_dict {_OPTIMIZERS}AdamW.set_state_dict"),
     *_needs("the map of weights", "fc/weight ln_fc/gamma blocks/0/attention_norm/gamma blocks/0/mlp_norm/gamma"),

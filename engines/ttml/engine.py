@@ -41,6 +41,7 @@ from engines.ttml.contract import Build, explained, probe
 from engines.ttml.hf_map import Entry
 from engines.ttml.limits import mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
 from engines.ttml.mesh import prepare_environment
+from engines.ttml.optimizer import make_optimizer, rounding_note
 from engines.ttml.tensors import Tensors
 
 # Times ln(vocabulary), which a guess costs. Tensix takes NaN and infinity for ordinary numbers in most operations
@@ -224,26 +225,19 @@ class TTML:
         self.parameters = self.ttml.NamedParameters()
         for name in self.trained:
             self.parameters[name] = self.weights[name]
-        options, optimizers = self.config.training.optimizer, self.ttml.optimizers
-        values: dict[str, Any] = {
-            "lr": self.config.training.learning_rate,
-            "beta1": options.beta1,
-            "beta2": options.beta2,
-            "epsilon": options.epsilon,
-            "weight_decay": options.weight_decay,
-        }
-        if options.type == "AdamW":
-            values["stochastic_rounding"] = options.stochastic_rounding
-        # Not by create_optimizer, which takes a misspelt key in silence.
-        config = getattr(optimizers, f"{options.type}Config").make(**values)
-        self.optimizer = getattr(optimizers, options.type)(self.parameters, config)
+        training = self.config.training
+        self.optimizer = make_optimizer(self.ttml, self.parameters, training)
+        if training.optimizer.stochastic_rounding:
+            self.notes.append(rounding_note(self.ttml, self.io, training))
 
     # --- training -----------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepStats:
         started = time.perf_counter()
         supervised = supervised_tokens(micro_batches, step)
-        # Dropout and stochastic rounding depend on the step, not on history: a resumed run needs no random state.
+        # Dropout depends on the step, not on history: a resumed run needs no random state. Stochastic rounding does so
+        # in builds since tt-metal 48716 (August 2026); before, its seeds come from the host's std::random_device, which
+        # no set_seed reaches (adamw_program_factory.cpp): rounding_note says which of the two this build is.
         self.context.set_seed((self.config.training.seed * 1_000_003 + step) % 2**32)
         self.model.train()
         with explained(f"step {step}", self.hw, TrainingError):
@@ -441,8 +435,6 @@ def first_notes(config: Config, devices: int) -> list[str]:
     options, notes = config.training.optimizer, []
     if options.type == "AdamW" and not options.stochastic_rounding:
         notes.append("bf16 weights, no stochastic rounding: updates below half a bf16 step are lost (norms stay at 1)")
-    if options.stochastic_rounding:
-        notes.append("stochastic rounding: where the devices draw for themselves, a resumed run has other bits")
     if devices > 1:
         notes.append(f"a checkpoint is that of the first of {devices} replicas")
     if devices > 1 and options.stochastic_rounding:

@@ -25,6 +25,7 @@ from common.model.bases import resolve
 from common.model.init import uniform
 from common.train import checkpoint
 from engines.ttml.engine import open_ttml, refuse_without_ttml
+from engines.ttml.optimizer import ROUNDS_BY_ITSELF, ROUNDS_BY_SEED
 from tests.support.boards import DESCRIPTOR, TIES, board, board_config, machine
 from tests.support.engines import config_for, engine, fingerprint, make_batch, state_of
 from tools.verify.tiny_base import write_tiny_base
@@ -621,19 +622,21 @@ def test_a_resumed_run_has_the_hyper_parameters_of_its_config(tmp_path, tiny_bas
         assert found["beta1"] == pytest.approx(0.9)
 
 
-def test_stochastic_rounding_goes_on_as_well_where_the_host_seeds_it(tmp_path, tiny_base):
+@generations
+def test_a_run_says_whether_its_rounding_follows_the_seed_and_goes_on_so(tmp_path, tiny_base, generation):
     """Take away set_seed in train_step. A build of generation B draws on the device: there it is only said."""
     config = board_config(tiny_base, training__optimizer__stochastic_rounding=True)
-    with board(config, tmp_path, 2, "C") as backend:
+    with board(config, tmp_path, 2, generation) as backend:
         backend.train_step(batches(1), 1e-3, 1)
         saved = state_of(backend)
         backend.train_step(batches(2), 1e-3, 2)
         after = fingerprint(state_of(backend))
-    with board(config, tmp_path, 2, "C") as backend:
+    with board(config, tmp_path, 2, generation) as backend:
         backend.load_state(saved)
         backend.train_step(batches(2), 1e-3, 2)
-        assert fingerprint(state_of(backend)) == after
-        assert any("other bits" in note for note in backend.info.notes)
+        assert (fingerprint(state_of(backend)) == after) == (generation == "C")
+        said = [note for note in backend.info.notes if note.startswith("stochastic rounding")]
+    assert said == [{"B": ROUNDS_BY_ITSELF, "C": ROUNDS_BY_SEED}[generation]]
 
 
 @choices
