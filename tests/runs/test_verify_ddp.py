@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,10 @@ from tests.doubles.tiny_recipe import FROM_SCRATCH, tiny_scratch
 from tests.support.boards import DESCRIPTOR, machine
 from tests.support.engines import make_batch
 from tests.support.shipped import that_name
+from tools.checklist import CheckEnded
 from tools.cli import main
+from tools.verify.ddp import LINES as LINES_OF_DDP
+from tools.verify.ddp import Curve
 
 PROMISED = [recipe for recipe, _board in that_name("tests/runs/test_verify_ddp.py")]
 LINES = ("losses", "gradients", "replicas", "held-out", "control")
@@ -128,6 +133,21 @@ def test_rows_that_one_device_does_not_have_are_caught(verify, monkeypatch):
     assert code == 6
     assert verdicts(said)["losses"] == "fail"
     assert verdicts(said)["held-out"] == "skipped"
+
+
+@pytest.mark.parametrize(("step", "apart", "holds"), [(8, 0.029, True), (8, 0.031, False), (100, 0.1, True)])
+def test_what_is_allowed_grows_with_the_steps_and_not_within_the_first(step, apart, holds):
+    """With one bound for any number of steps, --steps 100 fails a sound board; with a wider one, 8 steps see less."""
+    curves = [Curve(losses=[3.0] * 100, norms=[1.0] * 100) for _ in range(2)]
+    curves[1].losses[step - 1] += apart
+    curves[1].norms[step - 1] += apart * 3.3
+    found: Any = SimpleNamespace(
+        one=curves[0], several=curves[1], config=SimpleNamespace(training=SimpleNamespace(precision="bf16"))
+    )
+    for line in LINES_OF_DDP[:2]:
+        expected = contextlib.nullcontext() if holds else pytest.raises(CheckEnded, match=f"at step {step}")
+        with expected:
+            assert f"at step {step}" in line.check(found)
 
 
 def test_one_device_has_nothing_to_compare(verify):

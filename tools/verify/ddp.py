@@ -42,10 +42,12 @@ ON_A_CPU = "cpu-x2"
 CONTROL_STEPS = 2  # the loss of step 1 is computed before anything is summed: the second is the first that can differ
 TIMED = 4  # steps of each kind, in turns; the first of a curve never counts, as it may compile
 HELD_OUT_ROWS = 64  # as many as an export is checked on (tools/export/check.py)
-# Nats between the losses of one device and N at a step. fp32: sums in another order, through as many updates. bf16:
-# each device rounds its part of a gradient to 2^-9 before the parts are summed, and a board rounds the loss as well.
+# Nats between the losses of one device and N, at each of the first STEADY steps. fp32: sums in another order, through
+# as many updates. bf16: each device rounds its part of a gradient to 2^-9 before the parts are summed, and a board
+# rounds the loss as well.
 BOUND = {"fp32": 1e-4, "bf16-mixed": 1e-3, "bf16": 3e-2}
 NORM_BOUND = {"fp32": 1e-3, "bf16-mixed": 2e-2, "bf16": 0.1}  # relative; the same reasons
+STEADY = 8
 
 
 @dataclass
@@ -185,21 +187,36 @@ class Comparison:
 
 
 def losses(found: Comparison) -> str:
-    """Check that one device and all have the same loss at each step, within BOUND."""
     apart = [abs(a - b) for a, b in zip(found.one.losses, found.several.losses, strict=True)]
-    bound = BOUND[found.config.training.precision]
+    step, allowed = tightest(apart, BOUND[precision_of(found)])
     first, last = found.one.losses[0], found.one.losses[-1]
-    at = f"at step {apart.index(max(apart)) + 1} of {len(apart)} ({first:.4f} to {last:.4f})"
-    evidence = f"at most {max(apart):.2e} nats apart, {at}"
-    return hold(max(apart) <= bound, f"{evidence}; allowed {bound:g} in {found.config.training.precision}")
+    evidence = f"{apart[step - 1]:.2e} nats apart at step {step} of {len(apart)} ({first:.4f} to {last:.4f})"
+    return hold(apart[step - 1] <= allowed, f"{evidence}; allowed {allowed:.2g} there in {precision_of(found)}")
 
 
 def gradients(found: Comparison) -> str:
-    """Check that their gradient norms are the same at each step, within NORM_BOUND."""
     apart = [abs(b / a - 1) for a, b in zip(found.one.norms, found.several.norms, strict=True)]
-    bound = NORM_BOUND[found.config.training.precision]
-    evidence = f"norms at most {max(apart):.2%} apart, at step {apart.index(max(apart)) + 1}"
-    return hold(max(apart) <= bound, f"{evidence}; allowed {bound:.1%}")
+    step, allowed = tightest(apart, NORM_BOUND[precision_of(found)])
+    return hold(
+        apart[step - 1] <= allowed, f"norms {apart[step - 1]:.2%} apart at step {step}; allowed {allowed:.1%} there"
+    )
+
+
+def tightest(apart: list[float], bound: float) -> tuple[int, float]:
+    """Return the step, from 1, that comes nearest to what is allowed there or goes furthest beyond, and what that is.
+
+    `bound` for the first STEADY steps, then as many times more as the root of the steps: roundings of their own at each
+    step add up like that. So a long comparison fails no sound board, and its first steps are judged as a short one's.
+    Published (tsingletaryTT/tt-tnt, CLAUDE.md, August 2026): one chip and four at most 0.048 nats apart over 300 steps,
+    where 0.18 are allowed here. On the double of an n300, 100 steps: 0.005 nats, and norms of gradients 8.7 % apart.
+    """
+    allowed = [bound * max(1.0, step / STEADY) ** 0.5 for step in range(1, len(apart) + 1)]
+    step = max(range(len(apart)), key=lambda at: apart[at] / allowed[at])
+    return step + 1, allowed[step]
+
+
+def precision_of(found: Comparison) -> str:
+    return found.config.training.precision
 
 
 def replicas(found: Comparison) -> str:
