@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 @pytest.fixture(scope="module", autouse=True)
 def house(tmp_path_factory) -> Iterator[House]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("HW", "RECIPES_SYSFS_ROOT", "RECIPES_LAUNCH"):
+        for name in ("HW", "RECIPES_SYSFS_ROOT", "RECIPES_CONTAINER"):
             patch.delenv(name, raising=False)
         yield House(tmp_path_factory.mktemp("house"))
 

@@ -94,7 +94,7 @@ def host(tmp_path, monkeypatch) -> Host:
         "CONTAINER": "0",
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
     }
-    for name in ("STEPS", "TRAIN_MINUTES", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "RECIPES_LAUNCH"):
+    for name in ("STEPS", "TRAIN_MINUTES", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "RECIPES_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -725,7 +725,7 @@ def test_the_summary_begins_with_what_the_job_comes_to(host, phases, verdict, mo
         ({"HW": "n151"}, "did you mean n150"),
         ({"NAME": "tinylama"}, "no recipe called 'tinylama'"),
         ({"OUT": ""}, "OUT is not set"),
-        ({"RECIPES_LAUNCH": '{"run": "x"}'}, "this is a container of a run"),
+        ({"RECIPES_CONTAINER": "x"}, "this is a container of a run"),
     ],
 )
 def test_what_a_job_is_asked_is_checked_first(host, monkeypatch, capsys, changes, words):

@@ -261,6 +261,17 @@ def test_a_board_runs_in_its_image_by_itself(board, board_image):
     assert lease.path_of(pci(0)).name == "recipes-0000:01:00.0.lock"
 
 
+def test_a_board_is_brought_up_in_its_image(board, board_image):
+    """Line by line, over the double: whoever has the image alone can look before he trusts."""
+    looked = board.start(board_image, "verify", "board", "--hw", "n150")
+    assert looked.end() == 0, looked.said
+    assert "gradient" in looked.said
+    assert ours(board.folder) == []
+    names = board.start(board_image, "doctor", "--ttml", "--json", "--no-device")
+    assert names.end() == 0, names.said
+    assert json.loads(names.said)["hw"] == "n150"
+
+
 @pytest.fixture
 def occupied(board, board_image) -> Iterator[Launched]:
     started = board.run(board_image, "--hw", "n150", *LONG, *SMALL)

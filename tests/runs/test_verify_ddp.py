@@ -42,7 +42,7 @@ def verify(tmp_path, monkeypatch, capsys) -> Verify:
     def command(
         *options: str, recipe: Path = FROM_SCRATCH, generation: str = "C", named: bool = True, **faults: Any
     ) -> tuple[int, str]:
-        words = ["recipe", "verify", "ddp", "--recipe", str(recipe), "--hw", "n300", "--steps", "3"]
+        words = ["recipe", "verify", "ddp", "--recipe", str(recipe), "--hw", "n300", "--steps", "3", "--no-container"]
         words += [*overrides, *options]
         monkeypatch.setattr(sys, "argv", words)
         with machine(tmp_path, 2, generation, **faults):

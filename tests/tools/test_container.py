@@ -31,7 +31,7 @@ from tools.cli import main
 from tools.containers import docker, images, launcher, ownership
 from tools.containers import spec as container
 from tools.containers.images import Image
-from tools.containers.spec import arguments_of, spec_of
+from tools.containers.spec import arguments_of, errand_of, spec_of
 from tools.launch import dry_run
 from tools.launch.resolve import resolve
 from tools.launch.run import run
@@ -44,7 +44,8 @@ def place(tmp_path, monkeypatch) -> Path:
     """A home, a cache and a machine of the test's own; nothing of the caller's tt-metal."""
     for name in [name for name in os.environ if name.startswith("TT_")] + [*container.HANDED_OVER, "HF_HOME"]:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("RECIPES_LAUNCH", raising=False)
+    for name in ("RECIPES_LAUNCH", "RECIPES_CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home/me"))
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home/me/cache"))
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(tmp_path / "machine"))
@@ -62,7 +63,7 @@ def said(spec: container.Spec, flag: str) -> list[str]:
 
 
 def spec_on(board: str, **asked: Any) -> container.Spec:
-    return spec_of(run_on(board, **asked))
+    return spec_of(errand_of(run_on(board, **asked)))
 
 
 def targets(spec: container.Spec) -> dict[str, bool]:
@@ -171,7 +172,7 @@ def test_kernels_are_kept_apart_by_image_architecture_and_card(place):
     one = spec_on("p300c").environment["TT_METAL_CACHE"]
     assert one.endswith("/kernels/abababababab-blackhole-0000-01-00.0")
     other = launcher.with_image(run_on("p300c"), Image("p300c", "sha256:" + "cd" * 32, "local", ""))
-    assert spec_of(other).environment["TT_METAL_CACHE"] != one
+    assert spec_of(errand_of(other)).environment["TT_METAL_CACHE"] != one
 
 
 def test_secrets_are_handed_over_and_never_printed(monkeypatch):
@@ -216,8 +217,9 @@ def test_inside_it_is_the_launch_that_was_resolved_outside(place, launched, monk
     words += ["--resume", "some/run", "--accept-changes"]
     monkeypatch.chdir(place)
     outside = launcher.with_image(launched(*words, "--no-container"), IMAGE)
-    spec = spec_of(outside)
-    monkeypatch.setenv("RECIPES_LAUNCH", spec.environment["RECIPES_LAUNCH"])
+    spec = spec_of(errand_of(outside))
+    for name in ("RECIPES_LAUNCH", "RECIPES_CONTAINER"):
+        monkeypatch.setenv(name, spec.environment[name])
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(place / "nothing"))
     monkeypatch.chdir("/")
     assert launched(*spec.words) == outside
@@ -227,14 +229,14 @@ def test_inside_it_is_the_launch_that_was_resolved_outside(place, launched, monk
 
 
 def test_debug_reaches_the_container():
-    assert spec_of(run_on("cpu", debug=True)).words == ("--debug", "run", str(RECIPE))
+    assert spec_of(errand_of(run_on("cpu", debug=True))).words == ("--debug", "run", str(RECIPE))
 
 
 def test_a_board_goes_into_its_container_by_itself_and_no_further(monkeypatch):
     assert [launcher.wanted(None, hardware.get(board)) for board in ("n150", "cpu", "qb2")] == [True, False, True]
     assert [launcher.wanted(said, hardware.get("cpu")) for said in (True, False)] == [True, False]
     assert launcher.wanted(False, hardware.get("n150")) is False
-    monkeypatch.setenv("RECIPES_LAUNCH", "{}")
+    monkeypatch.setenv("RECIPES_CONTAINER", "a run")
     assert launcher.wanted(None, hardware.get("n150")) is False
 
 
@@ -457,6 +459,47 @@ def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place):
     monkeypatch.setattr(images, "read_lock", lambda: lock)
     with pytest.raises(MachineError, match="'n150' is not in the lock"):
         launcher.launch(resolve(RECIPE, hw="n150"), print)
+
+
+@pytest.mark.parametrize(
+    ("words", "node"),
+    [
+        (("verify", "board", "--hw", "n150"), "/dev/tenstorrent/0"),
+        (("doctor", "--ttml", "--hw", "n150"), "/dev/tenstorrent/0"),
+        (("doctor", "--ttml", "--hw", "n150", "--no-device"), None),
+    ],
+)
+def test_what_looks_at_a_board_does_so_in_its_image(words, node, double, place, monkeypatch):
+    """As a run: the same words on the board's nodes, nothing to write but the caches, the container's exit code."""
+    fake_host(place / "machine", "n150")
+    monkeypatch.setattr(launcher, "image_for", lambda hw: IMAGE)
+    for name, text in (("info", '{"ServerVersion": "1"}'), ("image", image_of(IMAGE.reference)), ("end", "6")):
+        (double / name).write_text(text)
+    monkeypatch.setattr(sys, "argv", ["recipe", *words])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 6
+    created = shlex.split(calls(double, "create")[0])
+    assert created[created.index(IMAGE.reference) + 1 :] == list(words)
+    assert [word for word in created if word.startswith("RECIPES_LAUNCH")] == []
+    assert [word.partition("=")[2] for word in created if word.startswith("RECIPES_CONTAINER=")] != []
+    devices = [created[at + 1] for at, word in enumerate(created) if word == "--device"]
+    assert devices == ([f"{place}/machine{node}:{node}:rw"] if node else [])
+    mounts = [word.split(",") for word in created if word.startswith("type=bind")]
+    assert [mount[1] for mount in mounts if "readonly" not in mount] == [f"source={place}/home/me/cache"]
+
+
+def test_without_an_image_it_names_the_command_that_builds_one(double, place, monkeypatch, capsys):
+    fake_host(place / "machine", "n150")
+    (double / "info").write_text('{"ServerVersion": "1"}')
+    monkeypatch.setattr(sys, "argv", ["recipe", "verify", "board"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 4
+    said = capsys.readouterr().err
+    assert "no image for n150" in said
+    assert "make image HW=n150" in said
+    assert calls(double, "create") == []
 
 
 # --- watching one ---------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def doctor(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, dict[str, 
         check for check in doctor_host.ANY if check is not doctor_host.lock
     ]  # what this Python has: a test of its own
     monkeypatch.setattr(doctor_host, "ANY", own)
-    monkeypatch.delenv("RECIPES_LAUNCH", raising=False)
+    monkeypatch.delenv("RECIPES_CONTAINER", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write(tmp_path / "home/.tenstorrent-venv/bin/tt-smi", "#!/bin/sh\n")
     (tmp_path / "home/.tenstorrent-venv/bin/tt-smi").chmod(0o755)

@@ -132,23 +132,23 @@ def recipe(monkeypatch, capsys, tmp_path):
 
 def test_doctor_prints_a_table_or_json(recipe, tmp_path):
     with machine(tmp_path):
-        code, out, err = recipe("doctor", "--ttml")
+        code, out, err = recipe("doctor", "--ttml", "--no-container")
         assert (code, err) == (0, "")
         lines = [line for line in out.splitlines() if line.startswith("present ")]
         assert any(line.split()[1] == "ttml.sync_gradients" and line.endswith("data parallel") for line in lines)
         assert "n150: HW is not set and found 1 x n150" in out
         assert "ok: ttml.names: " in out
-        code, out, _ = recipe("doctor", "--ttml", "--json", "--hw", "n150", "--no-device")
+        code, out, _ = recipe("doctor", "--ttml", "--no-container", "--json", "--hw", "n150", "--no-device")
     assert code == 0
     found = json.loads(out)
     assert set(found) == {"format", "hw", "why", "build", "findings", "names"}
-    assert [set(finding) for finding in found["findings"]] == [{"id", "ok", "evidence", "cure"}] * 3
+    assert [set(finding) for finding in found["findings"]] == [{"id", "ok", "evidence", "cure", "warning"}] * 3
     assert len(found["names"]) == len(NEEDS)
 
 
 def test_doctor_ends_with_code_4_and_prints_all_the_same(recipe, tmp_path):
     with machine(tmp_path, without=["sync_gradients"]):
-        code, out, err = recipe("doctor", "--ttml", "--json")
+        code, out, err = recipe("doctor", "--ttml", "--no-container", "--json")
     assert code == 4
     assert {row["name"] for row in json.loads(out)["names"] if row["status"] == "missing"} >= {"ttml.sync_gradients"}
     assert "names that every build has: ttml.sync_gradients" in err
@@ -158,7 +158,7 @@ def test_doctor_ends_with_code_4_and_prints_all_the_same(recipe, tmp_path):
 def test_without_ttml_each_verb_has_one_message_and_code_4(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "ttml", None)
     monkeypatch.setitem(sys.modules, "ttnn", None)
-    for arguments in (("doctor", "--ttml"), ("verify", "board")):
+    for arguments in (("doctor", "--ttml", "--no-container"), ("verify", "board", "--no-container")):
         code, out, err = recipe(*arguments)
         assert code == 4
         assert err.startswith("error: ttnn is not in this environment")
@@ -168,7 +168,11 @@ def test_without_ttml_each_verb_has_one_message_and_code_4(recipe, monkeypatch):
 
 def test_on_a_machine_without_a_board_it_says_so(recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(tmp_path))
-    for arguments in (("doctor", "--ttml"), ("verify", "board"), ("doctor", "--ttml", "--hw", "cpu")):
+    for arguments in (
+        ("doctor", "--ttml", "--no-container"),
+        ("verify", "board", "--no-container"),
+        ("doctor", "--ttml", "--hw", "cpu"),
+    ):
         code, _, err = recipe(*arguments)
         assert code == 4
         assert "there is none" in err

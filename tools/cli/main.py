@@ -10,13 +10,22 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
 from common.errors import UsageError
-from tools.cli.options import hw_option, json_option, map_option, options_of_config, out_option, steps_option
+from tools.cli.options import (
+    container_option,
+    hw_option,
+    json_option,
+    map_option,
+    options_of_config,
+    out_option,
+    steps_option,
+)
 from tools.launch.exit_codes import exit_code_of
 from tools.recipes import find_recipe
 
@@ -84,7 +93,7 @@ def main() -> None:
     is_flag=True,
     help="With --resume PATH: go on with another training or data; recorded.",
 )
-@click.option("--container/--no-container", default=None, help="In the pinned image, or on this machine's Python.")
+@container_option
 @click.option("--build", is_flag=True, help="Build the image first where there is none, without asking.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and what it lacks here; run nothing.")
 @out_option
@@ -227,18 +236,33 @@ def stop(run: str | None, hw: str | None, now: bool) -> None:
 @click.option("--ttml", is_flag=True, help="Instead: every name of ttml and ttnn that training relies on.")
 @hw_option
 @click.option("--device/--no-device", default=True, help="With --ttml: open one device to see a model's parameters.")
-@click.option("--container/--no-container", default=None, help="For runs in the image, or on this machine's Python.")
+@container_option
 @json_option
-def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_json: bool) -> None:
+def doctor(ttml: bool, hw: str | None, device: bool, container: bool | None, as_json: bool) -> int:
     """Look for what is wrong with this machine; change nothing."""
     if ttml:
-        from tools.doctor.ttml import choose_board, print_ttml
-
-        board = choose_board(hw, require_present=device)
-        return print_ttml(board.hardware, board.reason, device=device, as_json=as_json, say=click.echo)
+        return look_at_ttml(hw, device, container, as_json)
     from tools.doctor.machine import print_diagnosis
 
-    return print_diagnosis(hw, container, as_json, click.echo)
+    print_diagnosis(hw, container, as_json, click.echo)
+    return 0
+
+
+def look_at_ttml(hw: str | None, device: bool, container: bool | None, as_json: bool) -> int:
+    """Print what `recipe doctor --ttml` finds, in the board's image or here; return the exit code."""
+    from tools.containers import launcher
+    from tools.machine.detect import choose_board
+
+    board = choose_board(hw, require_present=device)
+    if launcher.wanted(container, board.hardware):
+        words = ["doctor", "--ttml", "--hw", board.hardware.name]
+        words += ["--json"] * as_json + ["--no-device"] * (not device)
+        nodes = board.nodes if device else ()
+        return launcher.run_words(words, board.hardware, nodes, partial(click.echo, err=True))
+    from tools.doctor.ttml import print_ttml  # needs numpy, which a board's host, a launcher alone, lacks
+
+    print_ttml(board.hardware, board.reason, device=device, as_json=as_json, say=click.echo)
+    return 0
 
 
 @recipe.command()

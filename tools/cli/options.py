@@ -16,6 +16,9 @@ RUN = click.Path(path_type=Path, exists=True, file_okay=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
 hw_option = click.option("--hw", envvar="HW", metavar="BOARD", help="Board, or cpu; unset: the one found here.")
 set_option = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one key; repeatable.")
+container_option = click.option(
+    "--container/--no-container", default=None, help="In the pinned image (a board's default), or on this Python."
+)
 steps_option = click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
 map_option = click.option(
     "--map", "pairs", metavar="NAME=COLUMN", multiple=True, help="Column of prompt, response, system or messages."

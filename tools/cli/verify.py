@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tools.cli.options import RUN, hw_option, json_option, set_option
+from tools.cli.options import RUN, container_option, hw_option, json_option, set_option
 
 
 @click.group()
@@ -33,6 +34,7 @@ def run(run: Path, as_json: bool) -> None:
 @click.option("--weak", is_flag=True, help="Measure with a batch for each device.")
 @click.option("--record", is_flag=True, help="From a clean tree: write the figures into results.yaml.")
 @set_option
+@container_option
 @json_option
 def ddp(**asked: Any) -> int:
     """Compare several devices with one, step by step, then measure the gain."""
@@ -43,16 +45,23 @@ def ddp(**asked: Any) -> int:
 
 @verify.command()
 @hw_option
+@container_option
 @json_option
-def board(hw: str | None, as_json: bool) -> None:
+def board(hw: str | None, container: bool | None, as_json: bool) -> int:
     """Check that a board computes what it should, before its first run."""
-    from tools.bringup.run import print_bring_up
-    from tools.doctor.ttml import choose_board
+    from tools.containers import launcher
     from tools.machine import lease
+    from tools.machine.detect import choose_board
 
     found = choose_board(hw, require_present=True)
+    if launcher.wanted(container, found.hardware):
+        words = ("verify", "board", "--hw", found.hardware.name, *(["--json"] if as_json else []))
+        return launcher.run_words(words, found.hardware, found.nodes, partial(click.echo, err=True))
+    from tools.bringup.run import print_bring_up  # needs numpy, which a board's host, a launcher alone, lacks
+
     with lease.of_board(found.hardware, found.nodes, "verify board"):
         print_bring_up(found.hardware, found.reason, as_json, click.echo)
+    return 0
 
 
 @verify.command()

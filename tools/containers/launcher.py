@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -28,8 +29,10 @@ from tools.containers.spec import (
     LABEL,
     LABELS,
     USER,
+    Errand,
     Spec,
     arguments_of,
+    errand_of,
     process,
     spec_of,
     users_environment,
@@ -71,14 +74,35 @@ def launch(found: Launch, say: Say, *, build: bool = False) -> int:
     image = image_or_consent(found.hw, build, say)
     fetch_pinned(found.config, say)  # this machine knows its index, proxies and keys; no image does
     image = image or offer.build_it(found.hw, say)
-    found = with_image(found, image)
-    keys = [card.key for card in host.cards(found.nodes)]
-    with lease.taken(keys, Owner(found.hw.name, os.getpid(), found.run, f"recipes-{found.run}")):
+    errand = errand_of(with_image(found, image))
+    with taken(errand, image, say), folders(found) as lent:
+        return follow(spec_of(errand, lent))
+
+
+def run_words(words: Sequence[str], hw: Hardware, nodes: Sequence[str], say: Say, readable: Sequence[Path] = ()) -> int:
+    """Run `recipe WORDS` in the board's image, as a run would be; return the exit code.
+
+    For what looks at a board and leaves no file: it writes nothing but the caches of RECIPES_HOME, and reads the
+    checkout and `readable`. Raises NoImage where there is no image of today's pins, MachineError as `launch` does.
+    """
+    check_engine()
+    image = image_for(hw)
+    name = f"{'-'.join(word for word in words[:2] if word.isalnum())}-{secrets.token_hex(2)}"
+    errand = Errand(name, hw, tuple(nodes), image.reference, tuple(words), tuple(readable))
+    with taken(errand, image, say):
+        ownership.share_caches()
+        return follow(spec_of(errand))
+
+
+@contextlib.contextmanager
+def taken(errand: Errand, image: Image, say: Say) -> Iterator[None]:
+    """Have the board's cards and the image, until the block ends. Raises MachineError where one is not to be had."""
+    keys = [card.key for card in host.cards(errand.nodes)]
+    with lease.taken(keys, Owner(errand.hw.name, os.getpid(), errand.name, f"recipes-{errand.name}")):
         remove_ended()
-        refuse_orphan(found.hw.name, keys)
+        refuse_orphan(errand.hw.name, keys)
         fetch(image, say)
-        with folders(found) as lent:
-            return follow(spec_of(found, lent))
+        yield
 
 
 def image_or_consent(hw: Hardware, build: bool, say: Say) -> Image | None:
@@ -105,7 +129,7 @@ def with_image(found: Launch, image: Image | None) -> Launch:
 def folders(found: Launch) -> Iterator[list[Path]]:
     """The folders that a run writes to, writable for its user; gives those that are only lent."""
     with disk_errors("make the folders of a run", found.out):
-        for folder in (*writable_of(found), *ownership.caches()):
+        for folder in (*writable_of(errand_of(found)), *ownership.caches()):
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK, effective_ids=True):  # a folder that was there may be somebody else's
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))

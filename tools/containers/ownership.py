@@ -40,8 +40,9 @@ def lent(folders: Sequence[Path]) -> Iterator[None]:
     mine = [folder for folder in folders if folder.stat().st_uid == 0]
     runs_on = False
     try:
-        for folder in (*mine, *caches()):
+        for folder in mine:
             give(folder, 0, USER)
+        share_caches()
         yield
     except EngineLost:
         runs_on = True
@@ -59,6 +60,13 @@ def caches() -> list[Path]:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     return folders
+
+
+def share_caches() -> None:
+    """Make the folders of RECIPES_HOME, and let the user that a root caller's container has write them."""
+    for folder in caches():
+        if os.getuid() == 0:
+            give(folder, 0, USER)
 
 
 def give(folder: Path, before: int, after: int) -> None:

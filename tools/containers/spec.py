@@ -1,4 +1,4 @@
-"""What a run's container is: one description, as the arguments of `docker create` and of the `docker run` of a dry run.
+"""What a container is: one description, as the arguments of `docker create` and of the `docker run` of a dry run.
 
 Host paths are container paths: checkout, recipe, runs and RECIPES_HOME are mounted where they are, so a config, a
 manifest and a message mean the same on both sides, and a run goes on in and out of the container.
@@ -43,6 +43,37 @@ OF_THE_HOST = (
     *("TT_METAL_HOME", "TT_METAL_RUNTIME_ROOT"),  # the host's tt-metal is not the image's
     VISIBLE,  # chose the nodes that are handed in; inside, where there are no others, its numbers would count anew
 )
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What `recipe WORDS` is to do in a container: on which nodes of a board, and what it may read and write there.
+
+    `launch` is the Launch of a run, as JSON; anything else has none. `image` is what docker takes; None: not built.
+    """
+
+    name: str
+    hw: Hardware
+    nodes: tuple[str, ...]
+    image: str | None
+    words: tuple[str, ...]
+    readable: tuple[Path, ...] = ()
+    writable: tuple[Path, ...] = ()
+    launch: str = ""
+
+
+def errand_of(run: Launch) -> Errand:
+    """Return what a run does in its container: it is handed the launch, and writes its runs and the caches."""
+    return Errand(
+        name=run.run,
+        hw=run.hw,
+        nodes=run.nodes,
+        image=run.image["reference"] if run.image else None,
+        words=(*(["--debug"] if run.debug else []), "run", str(run.recipe_dir)),
+        readable=(run.recipe_dir, *named_paths(run)),
+        writable=(run.out,),
+        launch=run.to_json(),
+    )
 
 
 @dataclass(frozen=True)
@@ -105,11 +136,11 @@ def csv_line(fields: Sequence[str]) -> str:
     return line.getvalue()
 
 
-def spec_of(run: Launch, lent: Sequence[Path] = ()) -> Spec:
-    """Return the container of a launch, which it is handed as JSON. `lent` are its user's only while it runs."""
+def spec_of(errand: Errand, lent: Sequence[Path] = ()) -> Spec:
+    """Return the container of an errand. `lent` are its user's only while it runs."""
     outside = os.environ
     user = caller()
-    kernels = cache() / "kernels" / kernels_name(run)
+    kernels = cache() / "kernels" / kernels_name(errand)
     environment = {
         "HOME": str(home()),
         "USER": "recipe",  # a user id without a name has none to look up
@@ -118,23 +149,24 @@ def spec_of(run: Launch, lent: Sequence[Path] = ()) -> Spec:
         "MPLCONFIGDIR": "/tmp/matplotlib",  # below HOME, .cache is the engine's: a parent of what is mounted there
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
-        **(board_environment(run.hw, kernels) if not run.hw.is_cpu else {}),
+        **(board_environment(errand.hw, kernels) if not errand.hw.is_cpu else {}),
         **users_environment(),
-        host.LAUNCH: run.to_json(),
+        host.CONTAINER: errand.name,
+        **({host.LAUNCH: errand.launch} if errand.launch else {}),
     }
-    mounts = tuple(mounts_of(run))
-    scratch = dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(run) else [])])
+    mounts = tuple(mounts_of(errand))
+    scratch = dict.fromkeys([Path("/tmp"), home(), *([Path("/root")] if behind_root(errand) else [])])
     return Spec(
-        name=f"recipes-{run.run}",
-        image=run.image["reference"] if run.image else NOT_BUILT,
-        words=(*(["--debug"] if run.debug else []), "run", str(run.recipe_dir)),
+        name=f"recipes-{errand.name}",
+        image=errand.image or NOT_BUILT,
+        words=errand.words,
         user=user,
         mounts=mounts,
         scratch=tuple(path for path in scratch if path not in {mount.path for mount in mounts}),
         environment=environment,
         secret=tuple(name for name in HANDED_OVER if outside.get(name)),
-        labels=labels_of(run, lent),
-        devices=tuple((str(below_root(node)), node) for node in run.nodes),
+        labels=labels_of(errand, lent),
+        devices=tuple((str(below_root(node)), node) for node in errand.nodes),
         cpus=cpus(),
         terminal=sys.stdout.isatty() and sys.stderr.isatty(),
     )
@@ -150,9 +182,9 @@ def home() -> Path:
     return Path.home() if Path.home() != Path("/") else Path("/tmp")
 
 
-def behind_root(run: Launch) -> bool:
+def behind_root(errand: Errand) -> bool:
     """Whether a mount lies in /root, whose mode in an image keeps every other user out."""
-    return any(Path("/root") in path.parents for path in (ROOT, run.out, cache(), run.recipe_dir))
+    return any(Path("/root") in path.parents for path in (ROOT, cache(), *errand.readable, *errand.writable))
 
 
 def users_environment() -> dict[str, str]:
@@ -171,28 +203,28 @@ def board_environment(hw: Hardware, kernels: Path) -> dict[str, str]:
     }
 
 
-def kernels_name(run: Launch) -> str:
+def kernels_name(errand: Errand) -> str:
     """A folder of compiled kernels for one image and architecture, and one card: two writers at once spoil it."""
-    image = run.image["reference"].rpartition("sha256:")[2][:12] if run.image else "image"
-    keys = [card.key for card in host.cards(run.nodes)] or ["none"]
-    return f"{image}-{run.hw.arch}-{keys[0].replace(':', '-')}"
+    image = errand.image.rpartition("sha256:")[2][:12] if errand.image else "image"
+    keys = [card.key for card in host.cards(errand.nodes)] or ["none"]
+    return f"{image}-{errand.hw.arch}-{keys[0].replace(':', '-')}"
 
 
-def mounts_of(run: Launch) -> Iterator[Mount]:
-    """Read-only what is read, writable what a run writes; a folder inside another comes after it."""
-    readable = [ROOT, run.recipe_dir, *named_paths(run)]
-    mounts = {path: Mount(path) for path in readable} | {path: Mount(path, True) for path in writable_of(run)}
+def mounts_of(errand: Errand) -> Iterator[Mount]:
+    """Read-only what is read, writable what is written; a folder inside another comes after it."""
+    readable = [ROOT, *errand.readable]
+    mounts = {path: Mount(path) for path in readable} | {path: Mount(path, True) for path in writable_of(errand)}
     for path in sorted(mounts):
         covered = [mounts[parent] for parent in path.parents if parent in mounts]
         if not covered or (mounts[path].writable and not covered[0].writable):
             yield mounts[path]
-    if needs_hugepages(run):
+    if needs_hugepages(errand.nodes):
         yield Mount(below_root(str(host.HUGEPAGES)), True, host.HUGEPAGES)
 
 
-def writable_of(run: Launch) -> list[Path]:
-    """What a run writes to: its runs, the caches, and a Hub cache where the caller has named one."""
-    return [run.out, cache(), *([Path(os.environ["HF_HOME"]).absolute()] if os.environ.get("HF_HOME") else [])]
+def writable_of(errand: Errand) -> list[Path]:
+    """What a container writes to: its own folders, the caches, and a Hub cache where the caller has named one."""
+    return [*errand.writable, cache(), *([Path(os.environ["HF_HOME"]).absolute()] if os.environ.get("HF_HOME") else [])]
 
 
 def named_paths(run: Launch) -> Iterator[Path]:
@@ -209,9 +241,9 @@ def named_paths(run: Launch) -> Iterator[Path]:
             yield path.absolute()
 
 
-def needs_hugepages(run: Launch) -> bool:
+def needs_hugepages(nodes: Sequence[str]) -> bool:
     """Whether a card's DMA is not translated by an IOMMU, and the pages for that are mounted."""
-    untranslated = any(card.translated is not True for card in host.cards(run.nodes))
+    untranslated = any(card.translated is not True for card in host.cards(nodes))
     return untranslated and host.hugepages().mounted
 
 
@@ -226,12 +258,12 @@ def cpus() -> str | None:
     return ",".join(map(str, mine)) if len(mine) < (os.cpu_count() or 1) else None
 
 
-def labels_of(run: Launch, lent: Sequence[Path]) -> dict[str, str]:
+def labels_of(errand: Errand, lent: Sequence[Path]) -> dict[str, str]:
     """How a container is found again: by its board's cards, and by who launched it."""
     values = {
-        "run": run.run,
-        "hw": run.hw.name,
-        "cards": ",".join(card.key for card in host.cards(run.nodes)),
+        "run": errand.name,
+        "hw": errand.hw.name,
+        "cards": ",".join(card.key for card in host.cards(errand.nodes)),
         "launcher": process(os.getpid()),
         "lent": json.dumps([str(path) for path in lent]),
     }

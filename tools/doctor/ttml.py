@@ -19,8 +19,6 @@ from engines.ttml.mesh import image_hint, prepare_environment
 from tools.bringup.reference_llama import ARCHITECTURE, config_for
 from tools.doctor import findings
 from tools.doctor.findings import Diagnosis
-from tools.machine import detect
-from tools.machine.detect import Choice
 
 STATUS = {True: "present", False: "missing", None: "cannot be told"}
 NO_DEVICE = "not looked at: that needs an open device (without --no-device)"
@@ -37,18 +35,6 @@ class Ttml:
     @property
     def missing(self) -> list[str]:
         return [row["name"] for row in self.names if row["required"] and row["status"] == STATUS[False]]
-
-
-def choose_board(name: str | None, require_present: bool) -> Choice:
-    """Return the board that `--hw` names or that is here, and why. Raises MachineError where it is the CPU."""
-    choice = detect.choose(name, require_present=require_present)
-    if choice.hardware.is_cpu:
-        raise MachineError(
-            f"ttml drives Tenstorrent boards, and there is none: {choice.reason}",
-            where="HW / --hw",
-            todo="run it on the board's machine, or name a board with --hw",
-        )
-    return choice
 
 
 def print_ttml(hw: Hardware, reason: str, *, device: bool, as_json: bool, say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from engines.ttml.mesh import find_descriptor
 from tools.containers import launcher, offer
 from tools.containers.docker import check_engine
 from tools.containers.images import Image, image_for
-from tools.containers.spec import NOT_BUILT, arguments_of, spec_of
+from tools.containers.spec import NOT_BUILT, arguments_of, errand_of, spec_of
 from tools.data.fetch import missing
 from tools.doctor.machine import refuse_unready
 from tools.machine import detect
@@ -33,7 +33,7 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
     yield f"would run: {shlex.join(['recipe', *(word for word in launch.command[1:] if word != '--dry-run')])}"
     here = replace(launch, nodes=launch.nodes or board.device_nodes)
     if contained := launcher.wanted(container, board):
-        spec = spec_of(launcher.with_image(here, image_of(board)))
+        spec = spec_of(errand_of(launcher.with_image(here, image_of(board))))
         words = ["docker", "run", "--rm", *arguments_of(spec)]
         yield f"in the container: {shlex.join(words)}"
         if spec.image == NOT_BUILT:

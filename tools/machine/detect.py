@@ -75,6 +75,18 @@ def choose(name: str | None, require_present: bool = True) -> Choice:
     return Choice(hw, f"{hw.name}: as named, but not on this machine: {looked}", ())
 
 
+def choose_board(name: str | None, require_present: bool) -> Choice:
+    """Return the board that `--hw` names or that is here, and why. Raises MachineError where it is the CPU."""
+    choice = choose(name, require_present=require_present)
+    if choice.hardware.is_cpu:
+        raise MachineError(
+            f"ttml drives Tenstorrent boards, and there is none: {choice.reason}",
+            where="HW / --hw",
+            todo="run it on the board's machine, or name a board with --hw",
+        )
+    return choice
+
+
 def _detected(found: tuple[Node, ...]) -> Choice:
     """The largest board that these nodes make up, or cpu where there are none. Raises MachineError for any others."""
     if not found:

@@ -16,7 +16,8 @@ from typing import Any
 
 from tools.machine.detect import attribute, pci_of, system_root
 
-LAUNCH = "RECIPES_LAUNCH"  # environment of a container of ours: the Launch that runs in it, as JSON
+CONTAINER = "RECIPES_CONTAINER"  # environment of a container of ours: what it is called
+LAUNCH = "RECIPES_LAUNCH"  # and of a run's: the Launch that runs in it, as JSON
 HUGEPAGES = Path("/dev/hugepages-1G")  # tt-umd looks for 1 GiB pages there and nowhere else
 PAGES_PER_NODE = 4  # that Tenstorrent's hugepages-setup.sh (tt-system-tools) sets aside for each card on PCIe
 # As tt-umd reads /proc/mounts (hugepage.cpp): the source, the place, and a page size in any unit.
@@ -26,8 +27,8 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def in_container() -> bool:
-    """Return whether this is a container of a run."""
-    return bool(os.environ.get(LAUNCH))
+    """Return whether this is a container of ours."""
+    return bool(os.environ.get(CONTAINER))
 
 
 @dataclass(frozen=True)

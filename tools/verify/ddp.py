@@ -31,6 +31,8 @@ from common.train.plan import prepare
 from common.train.schedule import learning_rate
 from engines.registry import engine_for
 from tools.checklist import CheckEnded, ChecklistLine, failed, go_through, hold, silent, to_json
+from tools.containers import launcher
+from tools.containers.spec import named_paths
 from tools.data.fetch import fetch_pinned
 from tools.launch.processes import in_processes
 from tools.launch.resolve import mesh_override, resolve
@@ -263,9 +265,10 @@ def run(
     weak: bool,
     record: bool,
     overrides: tuple[str, ...],
+    container: bool | None,
     as_json: bool,
 ) -> int:
-    """Verify the recipe `name` on a board, or on processes of this CPU; return the exit code."""
+    """Verify the recipe `name` on a board, in its image or here, or on processes of this CPU; return the exit code."""
     recipe_dir = find_recipe(name)
     if record and weak:
         raise UsageError("only strong scaling is recorded", where="--record", todo="leave --weak out")
@@ -276,6 +279,14 @@ def run(
     if launch.config.device.devices == 1:
         raise UsageError(f"{launch.hw.name} has one device", where="--hw", todo="choose a board of several, or cpu-x2")
     say = silent if as_json else click.echo
+    if launcher.wanted(container, launch.hw):
+        if record:
+            raise UsageError("a container cannot write the checkout", where="--record", todo="add --no-container")
+        fetch_pinned(launch.config, say)
+        words = ["verify", "ddp", "--recipe", str(recipe_dir), "--hw", launch.hw.name, "--steps", str(steps)]
+        words += [word for change in launch.overrides for word in ("--set", change)]
+        words += ["--weak"] * weak + ["--json"] * as_json
+        return launcher.run_words(words, launch.hw, launch.nodes, say, (recipe_dir, *named_paths(launch)))
     with lease.of_board(launch.hw, launch.nodes, "verify ddp"):
         return in_processes(launch, lead, say, steps=steps, weak=weak, record=record, as_json=as_json)
 
