@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import pytest
 
 from common import hardware
 from common.errors import MachineError, UsageError
+from tests.support.image_lock import unexplained
 from tools.containers import build, images, verify
-from tools.containers import lock as image_lock
 from tools.containers.build import Inputs
 from tools.containers.docker import docker, present
 from tools.containers.images import Image, NoImage
@@ -27,15 +26,6 @@ DIGEST = "sha256:" + "a" * 64
 BAKE = (ROOT / "docker/docker-bake.hcl").read_text()
 
 # --- pins -----------------------------------------------------------------------------------------------------------
-
-
-def unexplained(value: Any, path: str = "lock") -> Iterator[str]:
-    """Every null that does not stand beside `"built": false` and a reason."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if inner is None and not (value.get("built") is False and value.get("reason")):
-                yield f"{path}.{key}"
-            yield from unexplained(inner, f"{path}.{key}")
 
 
 def forget(lock: Any, *places: str) -> Any:
@@ -223,7 +213,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a lock of its own, and nothing built."""
     monkeypatch.setattr(images, "LOCK", tmp_path / "images.lock.json")
     monkeypatch.setattr(images, "LOCAL", tmp_path / "images.local.json")
-    monkeypatch.setattr(image_lock, "LOCK", tmp_path / "images.lock.json")
     shutil.copy(ROOT / "docker/images.lock.json", tmp_path)
     return tmp_path
 
@@ -299,8 +288,9 @@ def test_a_base_that_is_given_replaces_the_locked_one_and_no_other_pin() -> None
     assert build.build_variables(lock, "cpu", Inputs(base_image=base))["CPU_BASE"] == base
     with pytest.raises(MachineError, match=r"base\.digest(?s:.*)BASE_IMAGE="):
         build.build_variables(lock, "cpu", Inputs())
-    with pytest.raises(MachineError, match=r"known\n    apt_snapshot.timestamp"):
+    with pytest.raises(MachineError, match=r"known\n    apt_snapshot.timestamp") as error:
         build.build_variables(lock, "n150", Inputs(base_image=base))
+    assert "BASE_IMAGE" not in str(error.value), "a base would not help"
 
 
 def test_requirements_that_the_lock_does_not_know_are_refused() -> None:
@@ -395,25 +385,3 @@ def test_an_image_that_is_gone_or_another_one_is_said(command: Path, source: Any
     script(command, "docker", body)
     with pytest.raises(MachineError, match=rf"(?s){message}"):
         present(Image("cpu", f"a@{DIGEST}", source, "pins"))
-
-
-# --- recipe lock ----------------------------------------------------------------------------------------------------
-
-
-def test_lock_reads_what_the_network_has_and_keeps_the_rest(place: Path, command: Path) -> None:
-    said: list[str] = []
-    nulls = forget(LOCK, "cpu.base.digest", *NULLS)
-    write(place, nulls)
-    image_lock.renew(said.append)
-    assert json.loads((place / "images.lock.json").read_text()) == nulls
-    assert said[-1].endswith("images.lock.json: written")
-    script(command, "docker", f"echo 'Name: x'; echo 'Digest:    {DIGEST}'")
-    script(command, "git", f"printf '{'1' * 40}\\trefs/tags/v0\\n{'2' * 40}\\trefs/tags/v0^{{}}\\n'")
-    image_lock.renew(said.append)
-    lock = images.read_lock()
-    pins = lock["pins"]["ttml"]
-    assert (pins["base"]["digest"], pins["tt_metal"]["commit"]) == (DIGEST, "2" * 40)
-    assert re.fullmatch(r"read by `recipe lock` on \d{4}-\d\d-\d\d", pins["base"]["source"])
-    assert images.unknown_pins(lock, "cpu") == []
-    assert [line.partition(":")[0] for line in images.unknown_pins(lock, "n150")] == ["apt_snapshot.timestamp"]
-    assert list(unexplained(lock)) == []

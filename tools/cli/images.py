@@ -11,12 +11,13 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+CA_BUNDLE = click.option("--ca-bundle", envvar="CA_BUNDLE", type=FILE, help="A private network's certificates, PEM.")
 
 
 def options_of_build(function: F) -> F:
     """The board, and what a builder may bring instead of what the network has."""
     for option in (
-        click.option("--ca-bundle", envvar="CA_BUNDLE", type=FILE, help="A private network's certificates, PEM."),
+        CA_BUNDLE,
         click.option(
             "--wheelhouse", envvar="WHEELHOUSE", type=FOLDER, help="Take the wheels from here; download none."
         ),
@@ -87,8 +88,9 @@ def publish(
 
 @click.command()
 @click.option("--upgrade", is_flag=True, envvar="UPGRADE", help="Also read again what is known: a tag may have moved.")
-def lock(upgrade: bool) -> None:
-    """Renew docker/images.lock.json as far as the network allows."""
+@CA_BUNDLE
+def lock(upgrade: bool, ca_bundle: Path | None) -> None:
+    """Renew docker/images.lock.json as far as the network allows; refuse pins that do not belong together."""
     from tools.containers.lock import renew
 
-    renew(click.echo, upgrade=upgrade)
+    renew(click.echo, upgrade=upgrade, ca=ca_bundle)

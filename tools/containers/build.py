@@ -95,11 +95,13 @@ def build_variables(lock: Json, target: str, inputs: Inputs) -> dict[str, str]:
     check_python_pins(pins)
     unknown = [line for line in unknown_pins(lock, target) if not (inputs.base_image and line.startswith("base."))]
     if unknown:
+        todo = "recipe lock, on a machine with the network: it fills each of these, or says of each why it cannot"
+        if any(line.startswith("base.") for line in unknown):
+            todo += f"; or name a base: BASE_IMAGE=image@sha256:..., or {LOCAL_BASE}, which ci/engine.sh makes"
         raise MachineError(
             f"{target} cannot be built: not every pin is known\n    " + "\n    ".join(unknown),
             where=str(LOCK),
-            todo="`recipe lock` reads what it can where the network is in reach; a base can also be named: "
-            f"BASE_IMAGE=image@sha256:... with Python 3.11, or {LOCAL_BASE}, which ci/engine.sh makes",
+            todo=todo,
         )
     base = pins["base"]
     variables = {

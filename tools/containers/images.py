@@ -21,7 +21,8 @@ from common.paths import ROOT
 LOCK = ROOT / "docker" / "images.lock.json"
 LOCAL = ROOT / "docker" / "images.local.json"
 FORMAT = 1
-WORDS = {"built", "reason", "source"}  # of a pin: where it was read or why it is null, nothing that an image is made of
+# Of a pin: where it was read, why it is null, when that was built. Nothing that an image is made of.
+WORDS = {"built", "reason", "source", "created"}
 Json = dict[str, Any]
 
 
@@ -116,7 +117,7 @@ def pins_sha256(lock: Json, target: str) -> str:
 
 def unknown_pins(lock: Json, target: str) -> list[str]:
     """`pin.key: reason` of every null among a target's pins."""
-    return [f"{where}: {owner['reason']}" for where, owner in _nulls(pins_of(lock, target))]
+    return [f"{where}: {owner.get('reason', 'no reason is given')}" for where, owner in _nulls(pins_of(lock, target))]
 
 
 def _nulls(value: Json, path: str = "") -> Iterator[tuple[str, Json]]:

@@ -1,66 +1,155 @@
-"""`recipe lock`: reads again what docker/images.lock.json pins, where this machine can reach it."""
+"""`recipe lock`: fills what docker/images.lock.json does not know and renews what it does, where this machine can.
+
+A pin is written only where it agrees with the others: SFPI, OpenMPI and ttnn must be those of the tag of tt-metal, and
+Ubuntu's packages must not be older than the base that they are installed on, or apt would have to downgrade.
+"""
 
 from __future__ import annotations
 
-import re
+import datetime
+import hashlib
+import ssl
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 from common.errors import MachineError
 from common.files import sha256_file, utc_now, write_json
 from common.paths import ROOT
-from tools.containers.docker import docker
-from tools.containers.images import LOCK, WORDS, Json, read_lock
-from tools.git import git
+from tools.containers import registry, tt_metal
+from tools.containers.images import LOCK, WORDS, Json, read_lock, unknown_pins
 
-TT_METAL = "https://github.com/tenstorrent/tt-metal.git"
+TIME = "%Y%m%dT%H%M%SZ"  # of a snapshot
+# The service has every time since March 2023 (documentation.ubuntu.com/server, "snapshot service"): a week back, the
+# archive of that day is complete everywhere.
+AGE = datetime.timedelta(days=7)
 SECONDS = 60
 Say = Callable[[str], None]
 
 
-def renew(say: Say, *, upgrade: bool = False) -> None:
+def renew(say: Say, *, upgrade: bool = False, ca: Path | None = None) -> None:
     """Write the hashes of today's requirements, and what is unknown where it can be read now.
 
-    `upgrade` also reads again the digests that are known, of bases and of tools: their tags may have moved. What cannot
-    be read stays as it is, with its reason.
+    `upgrade` also reads again what is known: a tag may have moved. `ca` is the PEM file of the authorities to go by.
+    What cannot be read stays as it is. Raises MachineError, and writes nothing, where a pin contradicts another.
     """
     lock = read_lock()
+    board = lock["pins"]["ttml"]
+    base = board["base"]["digest"]
     for pins in lock["pins"].values():
         for files in (pins["python"], pins.get("build_python", {})):
             files.update({name: sha256_file(ROOT / name) for name in files})
-        if "tt_metal" in pins and pins["tt_metal"]["commit"] is None:
-            _learn(pins["tt_metal"], "commit", commit_of_tag(pins["tt_metal"]["tag"]), say)
     for pin in (*(pins["base"] for pins in lock["pins"].values()), *lock["tools"].values()):
         if pin["digest"] is None or upgrade:
-            _learn(pin, "digest", base_digest(pin["image"]), say)
+            _read_digest(pin, ca, say)
+    _follow_tag(board, say, upgrade, ca)
+    if board["openmpi"]["deb_sha256"] is None:
+        _hash_openmpi(board["openmpi"], ca, say)
+    if board["apt_snapshot"]["timestamp"] is None or upgrade or board["base"]["digest"] != base:
+        _learn(board["apt_snapshot"], {"timestamp": snapshot(board)}, "chosen", say)
+    refuse_contradictions(board)
     before = LOCK.read_bytes()
     write_json(LOCK, lock)
+    for line in sorted({line for target in lock["targets"] for line in unknown_pins(lock, target)}):
+        say(f"still unknown: {line}")
     say(f"{LOCK}: {'unchanged' if LOCK.read_bytes() == before else 'written'}")
 
 
-def _learn(pin: Json, key: str, value: str | None, say: Say) -> None:
-    name = pin.get("image") or pin.get("tag")
-    if value is None:
-        say(f"{name}: its {key} cannot be read from here; {'kept' if pin[key] else 'still unknown'}")
-        return
-    pin[key] = value
-    for word in WORDS:
-        pin.pop(word, None)
-    pin["source"] = f"read by `recipe lock` on {utc_now()[:10]}"
-    say(f"{name}: {key} {value}")
+def snapshot(board: Json) -> str:
+    """Return a time of Ubuntu's archive for the board images: a week back at midnight, never before the base's build.
+
+    Nor before the time that is pinned: packages are not to become older.
+    """
+    chosen = (datetime.datetime.now(datetime.timezone.utc) - AGE).strftime("%Y%m%dT000000Z")
+    return max(chosen, _after_base(board) or chosen, board["apt_snapshot"]["timestamp"] or chosen)
 
 
-def base_digest(image: str) -> str | None:
-    """The digest that a registry has for `image` now, or None where none answers."""
-    try:
-        said = docker("buildx", "imagetools", "inspect", image, seconds=SECONDS)
-    except MachineError:
+def refuse_contradictions(board: Json) -> None:
+    """Raise MachineError where pins of the board images cannot belong together; asks no network."""
+    tag, ttnn = board["tt_metal"]["tag"], board["ttnn"]["version"]
+    if tag != f"v{ttnn}":
+        raise MachineError(
+            f"ttnn {ttnn} is not of tt-metal's tag {tag}",
+            where=f"{LOCK}: pins.ttml",
+            todo="name one version in tt_metal.tag, ttnn.version and requirements/ttnn.in, then make lock UPGRADE=1",
+        )
+    time, earliest = board["apt_snapshot"]["timestamp"], _after_base(board)
+    if time and earliest and time < earliest:
+        raise MachineError(
+            f"the packages of {time} are older than the base, which was built on {board['base']['created']}",
+            where=f"{LOCK}: pins.ttml.apt_snapshot",
+            todo="recipe lock --upgrade",
+        )
+
+
+def _after_base(board: Json) -> str | None:
+    """Return the first midnight after the base was built; None where the base does not say when."""
+    if not (created := board["base"].get("created")):
         return None
-    found = re.search(r"^Digest:\s+(sha256:[0-9a-f]{64})$", said, re.MULTILINE)
-    return found[1] if found else None
+    day = datetime.datetime.strptime(created, "%Y-%m-%dT%H:%M:%SZ") + datetime.timedelta(days=1)
+    return day.strftime("%Y%m%dT000000Z")
 
 
-def commit_of_tag(tag: str) -> str | None:
-    """The commit that a tag of tt-metal names, or None where the repository does not answer."""
-    said = git("ls-remote", TT_METAL, f"refs/tags/{tag}", f"refs/tags/{tag}^{{}}", seconds=SECONDS).stdout
-    commits = re.findall(r"^([0-9a-f]{40})\t", said, re.MULTILINE)
-    return commits[-1] if commits else None  # an annotated tag lists itself first, its commit second
+def _read_digest(pin: Json, ca: Path | None, say: Say) -> None:
+    try:
+        found = registry.find(pin["image"], ca)
+    except MachineError as error:
+        say(f"{pin['image']}: {'kept' if pin['digest'] else 'still unknown'}: {error.what}")
+        return
+    built = {"created": found.created} if found.created else {}
+    pin.pop("created", None)
+    _learn(pin, {"digest": found.digest, **built}, "read", say)
+
+
+def _follow_tag(board: Json, say: Say, upgrade: bool, ca: Path | None) -> None:
+    """Compare tt-metal's commit, SFPI and OpenMPI with what the tag's own files say, and take those where it is due."""
+    tag = board["tt_metal"]["tag"]
+    told = tt_metal.read_tag(tag, ca)
+    if told is None:
+        say(f"tt-metal {tag}: its repository does not answer; not checked: that commit, SFPI and OpenMPI are the tag's")
+        return
+    for name in ("tt_metal", "sfpi", "openmpi"):
+        pin = board[name]
+        if name not in told:
+            say(f"{name}: not checked: tt-metal {tag} does not say it in a form that is known here")
+            continue
+        others = {key: value for key, value in told[name].items() if pin[key] != value}
+        if not others:
+            continue
+        if not upgrade and any(pin[key] is not None for key in others):
+            differences = ", ".join(f"{key} {pin[key]}, the tag has {value}" for key, value in others.items())
+            raise MachineError(
+                f"the pin {name} does not belong to tt-metal {tag}: {differences}",
+                where=f"{LOCK}: pins.ttml.{name}",
+                todo="recipe lock --upgrade takes what the tag says; look at why it differs before you commit that",
+            )
+        if name == "openmpi":
+            pin["deb_sha256"] = None  # of another version
+        _learn(pin, others, f"read in tt-metal {tag}", say)
+
+
+def _hash_openmpi(pin: Json, ca: Path | None, say: Say) -> None:
+    """Hash OpenMPI's release file: upstream names no hash of it, so the first download is trusted, by its https."""
+    url = tt_metal.openmpi_url(pin["version"])
+    digest = hashlib.sha256()
+    try:
+        context = ssl.create_default_context(cafile=str(ca) if ca else None)
+        with urllib.request.urlopen(url, timeout=SECONDS, context=context) as answer:
+            while piece := answer.read(1 << 20):
+                digest.update(piece)
+    except (OSError, ValueError) as error:
+        pin.update({"built": False, "reason": f"{url} could not be read: {getattr(error, 'reason', error)}"})
+        pin.pop("source", None)
+        return
+    _learn(pin, {"deb_sha256": digest.hexdigest()}, f"computed of {url}", say)
+
+
+def _learn(pin: Json, values: Json, how: str, say: Say) -> None:
+    """Write values into a pin, with how they came about, and say those that are new."""
+    if all(pin.get(key) == value for key, value in values.items()):
+        return
+    pin.update(values)
+    for word in WORDS - values.keys():
+        pin.pop(word, None)
+    pin["source"] = f"{how} by `recipe lock` on {utc_now()[:10]}"
+    say(f"{pin.get('image') or pin.get('tag') or how}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
