@@ -94,7 +94,7 @@ class Upstream:
             "sfpi": {
                 "version": SFPI,
                 "deb_sha256": sha256_file(github.sfpi(self.folder, SFPI)),
-                "txz_sha256": "0" * 64,
+                "txz_sha256": "a" * 64,
                 "source": "a stand-in",
             },
             "openmpi": {
@@ -139,7 +139,8 @@ def serve(
     address = address or run("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
     folder.mkdir(parents=True, exist_ok=True)
     certificates.make(folder, [address, "127.0.0.1"])
-    github.make(folder, tag=TAG, sfpi_version=SFPI, openmpi_version=OPENMPI, ttml=ttml, torch=torch)
+    github.make_releases(folder, SFPI, OPENMPI)
+    github.make_repositories(folder, tag=TAG, sfpi_version=SFPI, openmpi_version=OPENMPI, ttml=ttml, torch=torch)
     archive.make(folder, SUITE, authority=folder / ("ca.pem" if known else "stranger.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem", folder / "server.key")

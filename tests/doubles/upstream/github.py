@@ -62,10 +62,16 @@ def openmpi(folder: Path, version: str) -> Path:
     return folder / f"github/tenstorrent/ompi/releases/download/v{version}/openmpi-ulfm_{version}-1_amd64.deb"
 
 
-def make(folder: Path, *, tag: str, sfpi_version: str, openmpi_version: str, ttml: str | None, torch: bool) -> None:
-    """Write github/tenstorrent/ below `folder`, as the paths of github.com are."""
+def make_releases(folder: Path, sfpi_version: str, openmpi_version: str) -> None:
+    """Write the release files below `folder`, at the paths of github.com: empty packages."""
     for name, path in (("sfpi", sfpi(folder, sfpi_version)), ("openmpi-ulfm", openmpi(folder, openmpi_version))):
         archive.package(path.parent, name).rename(path)
+
+
+def make_repositories(
+    folder: Path, *, tag: str, sfpi_version: str, openmpi_version: str, ttml: str | None = None, torch: bool = False
+) -> None:
+    """Write tt-metal, which names the release files that are there, and its submodule, at the paths of github.com."""
     umd = folder / "umd"
     machines.write(umd / "README.md", "stands for tt-umd\n")
     commit_all(umd)
@@ -92,8 +98,9 @@ def publish_tree(folder: Path, tag: str, ttml: str | None) -> None:
 def write_tree(tree: Path, folder: Path, sfpi_version: str, openmpi_version: str, torch: bool) -> None:
     """Write the files of tt-metal that the image's build reads, checks, or keeps."""
     pin = sha256_file(sfpi(folder, sfpi_version))
-    lines = f"sfpi_version='{sfpi_version}'\nsfpi_x86_64_debian_deb_hash='{pin}'\n"
-    machines.write(tree / "tt_metal/sfpi-version", lines)
+    hashes = (f"sfpi_x86_64_debian_{kind}_hash='{value}'" for kind, value in (("txz", "a" * 64), ("deb", pin)))
+    lines = (f"# sfpi release {sfpi_version}", f"sfpi_version='{sfpi_version}'", *hashes)
+    machines.write(tree / "tt_metal/sfpi-version", "\n".join(lines) + "\n")
     machines.write(tree / "install_dependencies.sh", INSTALL.format(openmpi_version))
     for place in ("cmake/x86_64-linux-gcc-12-toolchain.cmake", "runtime/README.md", "tt-train/configs/README.md"):
         machines.write(tree / place, "stands for tt-metal's\n")

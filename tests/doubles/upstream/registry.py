@@ -7,11 +7,13 @@ import json
 import re
 import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from urllib.parse import parse_qs, urlsplit
+
+from common.files import sha256_file
 
 PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|blobs/uploads)/(?P<reference>[^/]*)$")
 
@@ -39,7 +41,7 @@ class Registry:
         self.fault = ""
 
     def __enter__(self) -> Registry:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()  # asked so often to end
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -132,10 +134,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PATCH(self) -> None:
         address = urlsplit(self.path)
-        upload = self.server.registry.folder / "uploads" / Path(address.path).name
-        with upload.open("ab") as file:
-            file.write(self.body())
-        self.answer(202, fields={"Location": address.path, "Range": f"0-{max(0, upload.stat().st_size - 1)}"})
+        size = self.receive(self.server.registry.folder / "uploads" / Path(address.path).name)
+        self.answer(202, fields={"Location": address.path, "Range": f"0-{max(0, size - 1)}"})
 
     def do_PUT(self) -> None:
         registry = self.server.registry
@@ -143,26 +143,33 @@ class Handler(BaseHTTPRequestHandler):
         found = PATH.match(address.path)
         if found and found["kind"] == "manifests":
             kind = self.headers.get("Content-Type", "")
-            digest = registry.put_manifest(found["name"], found["reference"], kind, self.body())
+            digest = registry.put_manifest(found["name"], found["reference"], kind, b"".join(self.pieces()))
         else:
             upload = registry.folder / "uploads" / Path(address.path).name
-            digest = registry.put(upload.read_bytes() + self.body())
-            upload.unlink()
+            self.receive(upload)
+            digest = "sha256:" + sha256_file(upload)
             if digest != parse_qs(address.query)["digest"][0]:
                 self.answer(400)
                 return
+            upload.rename(registry.blob(digest))
         self.answer(201, fields={"Docker-Content-Digest": digest, "Location": address.path})
 
-    def body(self) -> bytes:
-        """Return the request's content, in one piece or in chunks."""
+    def receive(self, path: Path) -> int:
+        """Append the request's content to a file; return the file's size."""
+        with path.open("ab") as file:
+            for piece in self.pieces():
+                file.write(piece)
+            return file.tell()
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the request's content: all of it, or chunk by chunk."""
         if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        content = b""
+            yield self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            return
         while size := int(self.rfile.readline(), 16):
-            content += self.rfile.read(size)
+            yield self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return content
 
     def answer(
         self,
