@@ -3,8 +3,8 @@
 Parameters cross this border as numpy arrays in Hugging Face Llama names and layout, so that a checkpoint written
 by one engine continues on another.
 
-A launch names the module of its engine, such as `engines.cpu`. Importing it is light: it has the five functions of
-`Engine`, of which the first four answer before the device library is imported, or data and weights are fetched.
+A launch names the module of its engine, such as `engines.cpu`. Importing it is light: it has the six functions of
+`Engine`, of which the first five answer before a device is opened, and before data and weights are fetched.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"  # quoted: a board's host imports this
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did. `loss` in nats per supervised token, `grad_norm` before clipping.
-
-    `without_gradient`: trained tensors that no gradient, not even zeros, has reached since the engine was opened.
-    """
+    """What one optimizer step did. `loss` in nats per supervised token, `grad_norm` before clipping."""
 
     loss: float
     grad_norm: float
@@ -40,7 +37,7 @@ class StepStats:
     tokens: int
     supervised_tokens: int
     seconds: float
-    without_gradient: tuple[str, ...] = ()
+    without_gradient: tuple[str, ...] = ()  # trained tensors that none, not even zeros, has reached in this process
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,9 @@ class Engine(Protocol):
     def precision_for(self, hw: Hardware, /) -> tuple[str, str]:
         """Return what `precision: auto` means on `hw`, and the sentence that says why."""
 
+    def tie_groups_for(self, hw: Hardware, /) -> tuple[list[list[Any]], str]:
+        """Return the groups of projections that `tie_groups: build` means on `hw`, and what they were taken from."""
+
     def refuse_too_large(self, hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int, /) -> None:
         """Raise UsageError where training on rows of `length` tokens cannot fit into the memory of `hw`."""
 
@@ -153,9 +153,8 @@ def not_finite(loss: float, norm: float, learning_rate: float, step: int) -> Tra
 
 def not_reached(tensors: Sequence[str], where: str) -> TrainingError:
     """Return the error of a training in which no gradient reaches the trained `tensors`."""
-    names = ", ".join(tensors[:6]) + ", ..." * (len(tensors) > 6)
     return TrainingError(
-        f"no gradient reaches {len(tensors)} trained tensors, which would never change: {names}",
+        f"no gradient reaches {len(tensors)} trained tensors, which would never change: {', '.join(tensors[:6])}, ...",
         where=where,
         todo="nothing of this run is worth keeping: report it with manifest.json, which has the engine's versions",
     )

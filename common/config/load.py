@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -160,10 +161,11 @@ class Config(Section):
         """Return the sha256 over what fixes the next update, with `facts` such as the identity of the base's weights.
 
         Left out: the split into micro-batches, hardware, mesh, threads, compilation, checkpoints, evaluation, logging,
-        export, and the preset's name (its values are in). Raise ValueError while precision or max_steps are open.
+        export, and the preset's name (its values are in). Raise ValueError while a value is left to the run.
         """
-        if self.training.precision == "auto" or self.training.max_steps is None:
-            raise ValueError("not resolved yet: set training.precision and training.max_steps (with_values)")
+        ties = self.model.lora and self.model.lora.tie_groups
+        if self.training.precision == "auto" or self.training.max_steps is None or ties == "build":
+            raise ValueError("not resolved yet: precision, max_steps or lora.tie_groups: set them by with_values")
         tree = self._training_tree()
         del tree["model_config"]["preset"]
         # The batch and the keys of conversion stand where they always stood, so that runs made before can be resumed.
@@ -361,7 +363,7 @@ def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
     texts: dict[tuple[str, str], list[str]] = {}
     for item in error.errors(include_url=False):
         # A union puts the names of its members into the location.
-        key: Key = tuple(part for part in item["loc"] if part not in ("str", "list[str]"))
+        key: Key = tuple(part for part in item["loc"] if not re.match(r"str$|list\[|literal\[", str(part)))
         if item["type"] == "missing":
             text = "is required"
         elif item["type"] == "extra_forbidden":

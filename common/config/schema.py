@@ -143,22 +143,28 @@ class Lora(Section):
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before A."""
-    tie_groups: list[list[Projection]] = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
-    """Projections that share one A, because ttml fuses them into one matrix; [] for plain PEFT adapters."""
+    tie_groups: Literal["build"] | list[list[Projection]] = "build"
+    """Projections that share one A; build: those that the build of ttml fuses; [] for plain PEFT adapters."""
     target_modules: list[Projection] = Field(default=list(typing.get_args(Projection)), min_length=1)
     """Projections that get an adapter (Hugging Face's names); a tie group is targeted whole or not at all."""
 
+    def tied(self, groups: list[list[Projection]]) -> Lora:
+        """Return the adapters with their groups named: these `groups` where they are the build's."""
+        return self.model_copy(update={"tie_groups": groups}) if self.tie_groups == "build" else self
+
     def key_of(self, projection: str) -> str:
         """Return the name of the A that `projection` has: its tie group's, such as `k_proj+v_proj`, or its own."""
+        assert self.tie_groups != "build", "the groups are named by now: see `tied`"
         return next(("+".join(group) for group in self.tie_groups if projection in group), projection)
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
-        tied = [name for group in self.tie_groups for name in group]
+        groups = [] if self.tie_groups == "build" else self.tie_groups
+        tied = [name for group in groups for name in group]
         if len(tied) != len(set(tied)):
             yield "tie_groups", "a projection stands in two tie groups"
         if len(self.target_modules) != len(set(self.target_modules)):
             yield "target_modules", "a projection is named twice"
-        for group in self.tie_groups:
+        for group in groups:
             missing = [name for name in group if name not in self.target_modules]
             if missing and missing != group:
                 cure = f"add {missing}, remove the others, or change model_config.lora.tie_groups"

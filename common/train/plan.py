@@ -52,6 +52,10 @@ def make_plan(
     hw, config, engine = launch.hw, launch.config, load_engine(launch.engine)
     say(f"{launch.recipe_dir.name} on {launch.reason}")
     engine.refuse_launch(hw, config)
+    if config.model.lora and config.model.lora.tie_groups == "build":
+        groups, why = engine.tie_groups_for(hw)
+        config = config.with_values(**{"model.lora.tie_groups": groups})
+        say(f"model_config.lora.tie_groups: build is {groups}, of {why}")
     if launch.departures:
         say(f"{hw.name} is another experiment than a board's: it has its own {', '.join(launch.departures)}")
     for line in launch.warnings:

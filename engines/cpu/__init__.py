@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from common.engine import Backend
     from common.hardware import Hardware
 
+# The projections that share one A unless they are named: those of the layers that tt-metal PR 52818 fuses.
+TIES: list[list[Any]] = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+
 
 def refuse_launch(_hw: Hardware, _config: Config) -> None:
     """Raise MachineError where there is no torch."""
@@ -38,6 +41,11 @@ def precision_for(_hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple
     if found:
         return "bf16-mixed", f"this CPU multiplies bf16 in hardware ({found[0]})"
     return "fp32", "this CPU has no bf16 matrix units"
+
+
+def tie_groups_for(_hw: Hardware) -> tuple[list[list[Any]], str]:
+    """Return the groups that newer builds of ttml fuse: a checkpoint can go on there."""
+    return TIES, "the CPU twin, as newer builds of ttml have it"
 
 
 def refuse_too_large(_hw: Hardware, _config: Config, _architecture: Mapping[str, Any], _length: int) -> None:

@@ -1,8 +1,9 @@
 """LoRA on torch, with one A per group of projections that an engine fuses.
 
 Hu et al., 2021: y = W x + (alpha / rank) B A x, A uniform in +-1/sqrt(fan_in), B zero, so that training starts at the
-base. ttml fuses {q,k,v} and {gate,up} and has one A for each; tying A here makes both engines train the same
-function. Names and files are PEFT's: each projection is written with its own copy of A.
+base. A build of ttml that fuses projections, {q,k,v} and {gate,up} or {k,v}, has one A for each group; tying A here
+makes both engines train the same function. Names and files are PEFT's: each projection is written with its own copy of
+A.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from common.config.schema import Lora
 from common.errors import UsageError
 from common.model.init import uniform
+from engines.cpu import TIES
 
 # Shapes: ... any leading dimensions, I in_features, O out_features, R rank.
 
@@ -57,6 +59,7 @@ class LoraLinear(Frozen):
 
 def add_lora(model: nn.Module, lora: Lora, seed: int, *, dtype: torch.dtype, keep_half: bool) -> int:
     """Freeze `model` and adapt each targeted linear layer; return how many. Raises UsageError for an unmet target."""
+    lora = lora.tied(TIES)
     model.requires_grad_(False)
     targets = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     shared: dict[str, nn.Parameter] = {}

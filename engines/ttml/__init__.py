@@ -34,6 +34,13 @@ def precision_for(hw: Hardware) -> tuple[str, str]:
     return "bf16", f"{hw.name} trains in bf16"
 
 
+def tie_groups_for(_hw: Hardware) -> tuple[list[list[Any]], str]:
+    """Return the groups that this build of ttml fuses. Raises MachineError where it cannot be told without a device."""
+    from engines.ttml.contract import ties_by_name
+
+    return ties_by_name()
+
+
 def refuse_too_large(hw: Hardware, config: Config, architecture: Mapping[str, Any], length: int) -> None:
     """Raise UsageError where training cannot fit into a chip."""
     from engines.ttml import memory

@@ -13,14 +13,16 @@ import inspect
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from common import known_errors
+from common.config.schema import Projection
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
-from engines.ttml.hf_map import tail_of
+from engines.ttml.hf_map import LINEARS, tail_of, ties_of
 from engines.ttml.mesh import HOME, ROOT, image_hint
 
 ALL, LATE, NEW = "B, C", "late B, C", "C"  # API generations: B is about v0.74 to v0.79, C is newer
@@ -167,6 +169,39 @@ def _accepts(function: Any, argument: str) -> bool | None:
     except (TypeError, ValueError):
         text = str(getattr(function, "__doc__", None) or "")
         return bool(re.search(rf"\b{argument}:", text)) if "(" in text else None
+
+
+# --- what is fused ---------------------------------------------------------------------------------------------------
+
+
+def linears_by_name() -> list[str]:
+    """Return the linear layers in a block of this build's Llama, such as `attention/q_linear`, without a device.
+
+    To make a model, even a small one, devices must be open. But its layers are attributes, which the constructors of
+    ttml.models.llama assign: their names stand in the code. Empty where these do not hold each projection once, as in
+    a build that is made otherwise: then the model alone can tell, which `linears_of` asks in any case.
+    """
+    importlib.import_module("ttml.models.llama")
+    modules = [value for name, value in sys.modules.items() if f"{name}.".startswith("ttml.models.llama.")]
+    kinds = {
+        base for module in modules for kind in vars(module).values() if inspect.isclass(kind) for base in kind.__mro__
+    }
+    constructors = [made for kind in kinds if inspect.isfunction(made := vars(kind).get("__init__"))]
+    assigned = {name for made in constructors for name in made.__code__.co_names}
+    linears = sorted(linear for linear in LINEARS if linear.partition("/")[2] in assigned)
+    held = sorted(projection for linear in linears for projection in LINEARS[linear])
+    return linears if held == sorted(get_args(Projection)) else []
+
+
+def ties_by_name() -> tuple[list[list[Projection]], str]:
+    """Return the groups of projections that this build fuses, and what tells it. Raises MachineError where none can."""
+    if linears := linears_by_name():
+        return ties_of(linears), f"this build of ttml, whose layers are {', '.join(linears)}"
+    raise MachineError(
+        "which projections this build of ttml fuses cannot be told before a device is open",
+        where="model_config.lora.tie_groups=build, ttml.models.llama",
+        todo="name the groups, as in model_config.lora.tie_groups=[[k_proj,v_proj]]; recipe doctor --ttml lists layers",
+    )
 
 
 # --- importing ------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from common.model.init import uniform
 from common.signals import handled
 from engines.ttml import hf_map
 from engines.ttml import state as ttml_state
-from engines.ttml.contract import Build, explained, probe
+from engines.ttml.contract import Build, explained, linears_by_name, probe
 from engines.ttml.hf_map import Entry
 from engines.ttml.limits import mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
 from engines.ttml.mesh import prepare_environment
@@ -58,7 +58,10 @@ def refuse_without_ttml(hw: Hardware, config: Config) -> Build:
     refuse_config(hw, config)
     mesh = mesh_of(hw, config)
     prepare_environment(hw, mesh)
-    return probe(hw, math.prod(mesh))
+    build = probe(hw, math.prod(mesh))
+    if config.model.lora and (linears := linears_by_name()):
+        hf_map.lora_linears(linears, config.model.lora)
+    return build
 
 
 @contextlib.contextmanager
@@ -174,9 +177,10 @@ class TTML:
 
     def _add_lora(self) -> None:
         """Put adapters on whole fused layers, with A of our own drawing: ttml's comes from numpy's global state."""
-        lora = self.config.model.lora
-        assert lora is not None
-        linears = hf_map.lora_linears(hf_map.linears_of(self.entries), lora)
+        assert self.config.model.lora is not None
+        linears = hf_map.linears_of(self.entries)
+        lora = self.config.model.lora.tied(hf_map.ties_of(linears))
+        linears = hf_map.lora_linears(linears, lora)
         targets = [rf"\.{re.escape(linear.replace('/', '.'))}$" for linear in linears]
         modules = self.ttml.modules
         modules.LoraModel(  # puts adapters into self.model; the wrapper around it is not needed

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config.schema import Lora
+from common.config.schema import Lora, Projection
 from common.errors import MachineError, UsageError
 from common.hardware import round_up
 from common.model import llama
@@ -31,7 +31,7 @@ from common.model.llama import EMBEDDING, FINAL_NORM, HEAD, PREFIX, misfit
 Array = np.ndarray[Any, Any]
 
 # ttml's linear layers by their path in a block, and the Hugging Face projections whose rows they hold, in order.
-LINEARS: dict[str, tuple[str, ...]] = {
+LINEARS: dict[str, tuple[Projection, ...]] = {
     "attention/q_linear": ("q_proj",),
     "attention/kv_linear": ("k_proj", "v_proj"),
     "attention/qkv_linear": ("q_proj", "k_proj", "v_proj"),
@@ -239,21 +239,28 @@ def linears_of(entries: Mapping[str, Entry]) -> list[str]:
     return sorted(paths & set(LINEARS))
 
 
+def ties_of(linears: Iterable[str]) -> list[list[Projection]]:
+    """Return the groups of projections that these layers fuse: an adapter on one has a single A."""
+    return [list(LINEARS[linear]) for linear in sorted(linears) if len(LINEARS[linear]) > 1]
+
+
 def lora_linears(linears: Iterable[str], lora: Lora) -> list[str]:
     """Return the layers of this build that get an adapter.
 
     Raises UsageError where `lora` ties A otherwise than the build does, or targets a fused layer in part.
     """
+    lora = lora.tied(ties_of(linears))
     fused = {linear: LINEARS[linear] for linear in linears if set(LINEARS[linear]) & set(lora.target_modules)}
     wanted = {frozenset(group) for group in lora.tie_groups if set(group) <= set(lora.target_modules)}
     has = {frozenset(group) for group in fused.values() if len(group) > 1}
     untargeted = sorted({p for group in fused.values() for p in group} - set(lora.target_modules))
     if untargeted or {group for group in wanted if len(group) > 1} != has:
-        ties = [list(group) for group in fused.values() if len(group) > 1]
         raise UsageError(
-            f"this build of ttml has one adapter for each of {ties or 'its projections'}: A is tied there and nowhere "
-            f"else, but tie_groups is {lora.tie_groups} and target_modules {list(lora.target_modules)}",
+            f"this build of ttml has one adapter for each of {ties_of(fused) or 'the projections'}: A is tied there "
+            f"and nowhere else, but tie_groups is {lora.tie_groups} and target_modules {list(lora.target_modules)}",
             where="model_config.lora.tie_groups",
-            todo=f"set model_config.lora.tie_groups={ties}" + (f", and target {untargeted} too" if untargeted else ""),
+            todo="set model_config.lora.tie_groups=build"
+            + (f", and target {untargeted} too" if untargeted else "")
+            + "; the CPU twin (HW=cpu) trains any groups",
         )
     return sorted(fused)

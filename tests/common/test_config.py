@@ -17,6 +17,7 @@ from common import hardware
 from common.config import Config, load, load_resolved
 from common.config.layers import read_file, read_override, to_yaml
 from common.errors import UsageError
+from engines import cpu
 
 CONFIG = """\
 training_config:
@@ -201,7 +202,12 @@ def test_every_mistake_is_listed_with_file_line_and_key(recipe):
         ("data_config.revision=abc", "--revision abc` and named"),
         ("model_config.base=null", "needs a base"),
         ("model_config.init=random", "init: random"),
-        ("model_config.lora.target_modules=[q_proj, v_proj]", "add ['k_proj']"),
+        ("model_config.lora={target_modules: [q_proj], tie_groups: [[q_proj, k_proj]]}", "add ['k_proj']"),
+        (
+            "model_config.lora.tie_groups=fused",
+            "tie_groups: should be 'build', got \"fused\", or should be a valid list",
+        ),
+        ("model_config.lora.tie_groups=[[q]]", "tie_groups[0][0]: should be 'q_proj'"),
         ("model_config.lora.target_modules=[q]", "'q_proj'"),
         ("model_config.lora.tie_groups=[[q_proj, k_proj], [k_proj, v_proj]]", "two tie groups"),
         ("device_config.mesh_shape=[2, 2]", "on a line"),
@@ -490,14 +496,15 @@ def test_an_overlay_that_changes_the_training_is_told_apart(recipe):
 
 
 def settled(config: Config) -> Config:
-    return config.with_values(**{"training.precision": "fp32"})
+    return config.with_values(**{"training.precision": "fp32", "model.lora.tie_groups": []})
 
 
 def test_values_set_by_the_run_are_validated(recipe):
     config = recipe.load("training_config.num_epochs=2")
-    for open_key in ({"training.precision": "fp32"}, {"training.max_steps": 9}):
+    named = {"training.precision": "fp32", "training.max_steps": 9, "model.lora.tie_groups": []}
+    for left in named:
         with pytest.raises(ValueError, match=r"not resolved yet"):
-            config.with_values(**open_key).training_digest(FACTS)
+            config.with_values(**{key: value for key, value in named.items() if key != left}).training_digest(FACTS)
     done = settled(config).with_values(**{"training.max_steps": 9})
     assert done.training_digest(FACTS)
     assert done.training.num_epochs is None
@@ -561,6 +568,7 @@ FACTS = {"base": "aa", "data": "bb"}
         ("training.batch_size", 4, True),
         ("model.base", "other", True),
         ("model.lora.rank", 8, True),
+        ("model.lora.tie_groups", [["k_proj", "v_proj"]], True),
         ("model.lora", None, True),
         ("data.control", "permuted_responses", True),
         ("data.held_out_share", 0.2, True),
@@ -592,6 +600,7 @@ def test_digests_depend_on_facts_and_not_on_the_board_or_the_way_a_value_is_writ
 
 
 GOLDEN = "e4f00d557d580a5d8c54deebdd23fae0aedadd865ddcdbd4848d3bbe1c205ab5"
+GOLDEN_LORA = "ffdac88f11df42581f784695ca8a662329a5aff464a856ccbd51627f0f08110f"  # with what the CPU twin ties
 
 
 def test_the_digest_is_the_same_in_every_version():
@@ -608,6 +617,8 @@ def test_the_digest_is_the_same_in_every_version():
         }
     )
     assert config.training_digest({"base": "aa"}) == GOLDEN
+    twin_s = {"rank": 4, "alpha": 8.0, "tie_groups": cpu.tie_groups_for(hardware.get("cpu"))[0]}
+    assert config.with_values(**{"model.lora": twin_s}).training_digest({"base": "aa"}) == GOLDEN_LORA
 
 
 # --- schema -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ pytest.importorskip("torch", reason="the doubles of ttml are torch")
 from common.errors import MachineError, RecipeError, TrainingError, UsageError
 from common.hardware import get
 from common.model.bases import resolve
-from engines.ttml import contract
+from engines.ttml import contract, hf_map, tie_groups_for
 from engines.ttml.engine import open_ttml, refuse_without_ttml
 from engines.ttml.limits import refuse_architecture, refuse_config, rope_of, rope_scaling
 from engines.ttml.mesh import check_descriptor, read_descriptor
@@ -163,13 +163,39 @@ def test_a_device_without_memory_is_told_in_one_message(tmp_path, tiny_base):
         assert "step 2" in str(error.where)
 
 
-def test_an_adapter_that_ttml_would_tie_otherwise_is_refused(tmp_path, tiny_base):
-    config = board_config(tiny_base, **lora_for("C"))
-    with machine(tmp_path) as name, open_ttml(get(name), config) as backend:
+@generations
+def test_adapters_tied_otherwise_are_refused_before_a_device_is_opened(tmp_path, tiny_base, generation):
+    """With both layouts named; and where a build is made otherwise, by the model itself."""
+    other = {"B": "C", "C": "B"}[generation]
+    config = board_config(tiny_base, **lora_for(other))
+    words = (f"has one adapter for each of {TIES[generation]}", f"tie_groups is {TIES[other]}", "tie_groups=build")
+    with machine(tmp_path, 1, generation) as name:
+        assert refusal(lambda: refuse_without_ttml(get(name), config), UsageError, *words).code == 2
+    untold = machine(tmp_path, 1, generation, without=["models.llama.LlamaMLP"])
+    with untold as name, open_ttml(get(name), config) as backend:
         base = resolve(str(tiny_base))
         backend.build(base.architecture)
-        error = refusal(lambda: backend.load(base.weights()), UsageError, "tie_groups=[['k_proj', 'v_proj']]")
-        assert error.code == 2
+        refusal(lambda: backend.load(base.weights()), UsageError, *words)
+
+
+@pytest.mark.parametrize("fused", [[], ["qkv"], ["gate_up"], ["qkv", "gate_up"]])
+def test_what_a_build_fuses_is_told_without_a_device(tmp_path, tiny_base, fused):
+    with machine(tmp_path, fused=fused) as name:
+        by_name, groups = contract.linears_by_name(), tie_groups_for(get(name))[0]
+        assert not importlib.import_module("ttml").autograd.AutoContext.get_instance()._device, "none was opened"
+    with board(board_config(tiny_base), tmp_path, fused=fused) as backend:
+        assert by_name == hf_map.linears_of(backend.entries)
+    ties = [["q_proj", "k_proj", "v_proj"] if "qkv" in fused else ["k_proj", "v_proj"]]
+    assert groups == ties + [["gate_proj", "up_proj"]] * ("gate_up" in fused)
+
+
+def test_a_build_whose_layers_cannot_be_told_wants_the_groups_named(tmp_path, tiny_base):
+    with machine(tmp_path, without=["models.llama.LlamaMLP"]) as name:
+        error = refusal(
+            lambda: tie_groups_for(get(name)), MachineError, "cannot be told", "tie_groups=[[k_proj,v_proj]]"
+        )
+        assert error.code == 4
+        refuse_without_ttml(get(name), board_config(tiny_base, **lora_for("B")))
 
 
 @pytest.mark.parametrize(

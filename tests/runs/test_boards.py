@@ -16,19 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the double computes with torch")
 
 from common import config as configs
 from common import hardware
+from common.model.weights import Weights
 from common.train import checkpoint, metrics
 from common.train.checkpoint import read_tensors
 from engines.ttml.engine import TTML
 from tests.doubles.machines import MACHINES, fake_machine
 from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tests.support import boards
-from tests.support.boards import DESCRIPTOR, machine
+from tests.support.boards import DESCRIPTOR, TIES, machine
 from tests.support.no_torch import run_without_torch
 from tests.support.runs import folders, log, manifest, outcome
 from tests.support.shipped import that_name
@@ -159,12 +161,52 @@ def test_two_devices_and_one_train_the_same(run, tmp_path):
     assert losses["n300"] == pytest.approx(losses["n150"], rel=2**-8)
 
 
+@pytest.mark.parametrize("generation", ["B", "C"])
+def test_adapters_share_what_the_build_fuses_unless_the_config_names_it(run, tiny_base, tmp_path, generation):
+    """The groups are in the run's config, as its digest sees them; the adapter that leaves is PEFT's in any case."""
+    recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
+    small = sets(*QUICK, "training_config.precision=bf16")
+    screen = ended(run(str(recipe), "n150", "--stop-at", "2", *small, generation=generation), 75)
+    assert f"tie_groups: build is {TIES[generation]}, of this build of ttml, whose layers are attention/" in screen
+    (folder,) = folders(tmp_path / "runs")
+    resolved = configs.load_resolved(folder / "config.resolved.yaml")
+    assert resolved.model.lora is not None
+    assert resolved.model.lora.tie_groups == TIES[generation]
+    named = f"model_config.lora.tie_groups={json.dumps(TIES[generation])}"
+    assert "resuming" in ended(run(str(recipe), "n150", *small, *sets(named), generation=generation)), (
+        "the same training"
+    )
+    assert folders(tmp_path / "runs") == [folder]
+    assert manifest(folder)["export"]["status"] == "verified"
+    adapter = dict(Weights([folder / "export/adapter/adapter_model.safetensors"]))
+    assert len(adapter) == 2 * 7 * 2, "A and B of seven projections in two blocks"
+    shared = [adapter[f"base_model.model.model.layers.0.self_attn.{name}_proj.lora_A.weight"] for name in "qkv"]
+    assert np.array_equal(shared[1], shared[2])
+    assert np.array_equal(shared[0], shared[1]) == (generation == "C")
+
+
+@pytest.mark.parametrize(("hw", "generation", "groups"), [("n150", "B", TIES["C"]), ("n300", "C", TIES["B"])])
+def test_groups_that_the_build_has_not_are_refused_before_the_run_has_a_folder(
+    run, tiny_base, tmp_path, hw, generation, groups
+):
+    recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
+    named = sets(*QUICK, "training_config.precision=bf16", f"model_config.lora.tie_groups={json.dumps(groups)}")
+    said = ended(run(str(recipe), hw, *named, "--set", "data_config.source=nowhere.jsonl", generation=generation), 2)
+    assert f"one adapter for each of {TIES[generation]}" in said
+    assert f"tie_groups is {groups}" in said
+    assert "nowhere.jsonl" not in said, "the data was not looked at"
+    assert not folders(tmp_path / "runs")
+
+
 @pytest.mark.parametrize("hw", ["n150", "n300"])
 def test_adapters_that_a_build_ignores_end_the_run_after_its_first_step(run, tiny_base, tmp_path, monkeypatch, hw):
     """A build that hands the weights of the MLP's layers to one op, and an engine that lets it."""
     monkeypatch.setattr(TTML, "_call_mlp_layers", lambda self: None)
     recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
-    small = sets(*QUICK, "training_config.precision=bf16", "model_config.lora.tie_groups=[[k_proj,v_proj]]")
+    small = sets(
+        *QUICK,
+        "training_config.precision=bf16",
+    )
     said = ended(run(str(recipe), hw, *small, generation="B"), 5)
     assert "no gradient reaches 12 trained tensors" in said
     assert "model.layers.0.mlp.gate_proj.lora_A" in said

@@ -44,9 +44,11 @@ def recipe(tiny_base, tmp_path_factory) -> Path:
     write_tiny_base(folder.parent / "other", seed=5)
     write_play(folder / "data" / "play.txt")
     write_play(folder / "data" / "other.txt", scenes=70)
-    of_text = FROM_SCRATCH / "dataset.py"
-    both = (folder / "dataset.py").read_text() + of_text.read_text().partition("import annotations")[2]
-    (folder / "dataset.py").write_text(both)
+    of_rows, of_text = ((home / "dataset.py").read_text() for home in (folder, FROM_SCRATCH))
+    both = of_rows.replace("def splits", "def of_rows") + of_text.replace("def splits", "def of_text")
+    both = both.replace("from __future__ import annotations\n", "")
+    both += "\n\ndef splits(config, folder):\n    return (of_text if config.data.corpus else of_rows)(config, folder)\n"
+    (folder / "dataset.py").write_text(f"from __future__ import annotations\n{both}")
     config = json.loads((folder / "config.yaml").read_text())
     config["training_config"]["max_steps"] = 3
     config["eval_config"]["max_new_tokens"] = 3

@@ -116,6 +116,14 @@ def test_a_wrong_type(run):
     run("--set", "training_config.learning_rate=fast").refused(2, "learning_rate", "fast")
 
 
+def test_adapters_on_a_part_of_what_is_tied(run, tmp_path):
+    """On a CPU, where `build` is what newer builds of ttml fuse; before the data is read and a folder made."""
+    part = ("--set", "model_config.lora.target_modules=[q_proj,v_proj]")
+    ended = run(*part, "--set", "data_config.source=nowhere.jsonl")
+    ended.refused(2, "target_modules", "targeted in part: add ['k_proj']", "--set model_config.lora.target_modules")
+    assert not folders(tmp_path / "out")
+
+
 def test_max_steps_and_num_epochs_in_one_layer(run, recipe):
     rewrite(recipe / "config.yaml", lambda text: text.replace('"max_steps": 6', '"max_steps": 6, "num_epochs": 1'))
     run().refused(2, "both max_steps and num_epochs")

@@ -66,7 +66,9 @@ def test_a_run_is_reproduced_bit_for_bit_and_its_settings_come_from_the_run(done
     said: list[str] = []
     new = repro.repro(run, tmp_path / "again", said.append)
     assert said[-1] == "reproduced bit for bit: 3 steps, 2 evaluations, the last checkpoint"
-    assert "restored from config.resolved.yaml: training_config.seed" in said
+    assert "restored from config.resolved.yaml: training_config.seed, model_config.lora" in said, (
+        "its ties are named now"
+    )
     assert not [line for line in said if line.startswith("cannot be restored")]
     assert outcome(new) == outcome(run)
     assert manifest(new)["training_digest"] == manifest(run)["training_digest"]

@@ -356,7 +356,7 @@ def lora(bench: Bench) -> str:
     shapes, layers = llama.shapes(ARCHITECTURE), ARCHITECTURE["num_hidden_layers"]
     with bench.model() as backend:
         base = backend.next_token_logits(ids, lengths)[0]
-    with bench.model(model__lora=_lora(bench, rank=rank)) as backend:
+    with bench.model(model__lora={"rank": rank}) as backend:
         start = distance(backend.next_token_logits(ids, lengths)[0], base)
         hold(start < BF16_STEP, f"before training an adapter changes the logits by {start:.2%}")
         adapters = sum(name.endswith("/lora_A") for name in backend.trained)
@@ -383,7 +383,7 @@ def lora_merged(bench: Bench) -> str:
     batch, rank, alpha = batch_of(4), 8, 16.0
     lengths = np.full(4, WIDTH)
     merged, base = rounded(weights_for()), rounded(weights_for())
-    with bench.model(model__lora=_lora(bench, rank=rank, alpha=alpha)) as backend:
+    with bench.model(model__lora={"rank": rank, "alpha": alpha}) as backend:
         backend.train_step([batch], 0.2, 1)
         found = backend.next_token_logits(batch.input_ids, lengths)[0].astype(np.float64)
         trained = {n.removeprefix(f"model/{llama.PREFIX}"): a for n, a in snapshot_of(backend).items()}
@@ -399,7 +399,7 @@ def lora_merged(bench: Bench) -> str:
 
 def seeds(bench: Bench) -> str:
     """Check that dropout draws from the step's number: the same one draws the same, another one something else."""
-    with bench.model(model__lora=_lora(bench, rank=8, dropout=0.5)) as backend:
+    with bench.model(model__lora={"rank": 8, "dropout": 0.5}) as backend:
         start, ends = dict(backend.state()), []
         for step in (1, 1, 2):
             backend.load_state(start)
@@ -408,11 +408,6 @@ def seeds(bench: Bench) -> str:
             ends.append(fingerprint(after))
     evidence = f"step 1: bits {ends[0][:8]}, again {ends[1][:8]}; step 2: {ends[2][:8]}"
     return hold(ends[0] == ends[1] != ends[2], evidence)
-
-
-def _lora(bench: Bench, **values: Any) -> dict[str, Any]:
-    ties = [list(hf_map.LINEARS[linear]) for linear in bench.linears if len(hf_map.LINEARS[linear]) > 1]
-    return {"tie_groups": ties, **values}
 
 
 # --- what no small model can tell -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from common.train.plan import prepare
 from engines.ttml import memory
 from engines.ttml.memory import MIB, Memory
 from tools.launch.resolve import resolve
-from tools.results.grade import config_of, subject
+from tools.results.grade import config_of, subject, ties_named
 from tools.results.schema import Numbers, load
 
 FORMAT = 1  # of the JSON
@@ -101,7 +101,7 @@ def print_outlook(
 def outlook(recipe: Path, hw: str | None, overrides: Sequence[str], steps: int | None) -> Outlook:
     """What a run of `recipe` would need. Raises UsageError or DataError for what the run would refuse as well."""
     launch = resolve(recipe, hw=hw, overrides=overrides, steps=steps, require_present=False)
-    config = launch.config
+    config = ties_named(launch.config)
     architecture, rows = known(launch)
     count = config.training.max_steps
     if count is None and rows.train:

@@ -234,6 +234,8 @@ def config_changes(run: RunFolder) -> tuple[list[str], str]:
     training, rows = recipe.training, run.fact("data", "rows", "train")
     if training.precision == "auto":
         recipe = recipe.with_values(**{"training.precision": config.training.precision})
+    if recipe.model.lora and config.model.lora and recipe.model.lora.tie_groups == "build":
+        recipe = recipe.with_values(**{"model.lora.tie_groups": config.model.lora.tie_groups})
     if training.max_steps is None and training.num_epochs and rows:
         steps = steps_for(training.num_epochs, rows, training.batch_size)
         recipe = recipe.with_values(**{"training.max_steps": steps})

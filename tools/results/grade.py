@@ -17,6 +17,7 @@ from common import config as configs
 from common import hardware
 from common.config import Config
 from common.errors import UsageError, VerificationError
+from engines.registry import engine_for
 from tools.results.schema import FILE, Measured, Numbers, load
 from tools.runs.folder import RunFolder, at_step, read_run
 
@@ -42,6 +43,8 @@ NOT_LISTED = (
     "data_config.corpus",
     "data_config.num_proc",
 )
+# What a run decides by itself where the recipe leaves it open.
+DECIDED = ('training_config.precision: "auto"', 'model_config.lora.tie_groups: "build"')
 
 
 class Ungraded(UsageError):
@@ -146,9 +149,17 @@ def config_of(entry: Numbers, recipe: Path) -> Config | None:
     """Return what the entry's overrides mean in the recipe of now; None where they no longer resolve."""
     overrides, steps = (entry.overrides, entry.steps) if isinstance(entry, Measured) else ((), None)
     try:
-        return configs.load(recipe, hardware.get(entry.board), overrides, steps)
+        return ties_named(configs.load(recipe, hardware.get(entry.board), overrides, steps))
     except UsageError:
         return None
+
+
+def ties_named(config: Config) -> Config:
+    """Return `config` with the groups that `tie_groups: build` means on a CPU; a board has the ones of its build."""
+    hw, lora = hardware.get(config.hw), config.model.lora
+    if lora is None or lora.tie_groups != "build" or not hw.is_cpu:
+        return config
+    return config.with_values(**{"model.lora.tie_groups": engine_for(hw).tie_groups_for(hw)[0]})
 
 
 def is_of(entry: Numbers, config: Config, run: RunFolder) -> bool:
@@ -161,7 +172,9 @@ def subject(config: Config) -> tuple[Any, ...]:
     """Return what is trained on what: with another of these, figures say nothing about each other."""
     model, data = config.model, config.data
     source = Path(data.corpus or data.source or "").name
-    return model.init, model.base, model.architecture, model.lora, source, data.tokenizer, config.training.batch_size
+    unlike = None if hardware.get(config.hw).is_cpu else {"tie_groups"}  # a board has those of its build and no others
+    lora = model.lora and model.lora.model_dump(exclude=unlike)
+    return model.init, model.base, model.architecture, lora, source, data.tokenizer, config.training.batch_size
 
 
 def differences(recorded: Config, run: Config) -> list[str]:
@@ -169,7 +182,7 @@ def differences(recorded: Config, run: Config) -> list[str]:
     return [
         line
         for line in recorded.changes(run)
-        if line.startswith(SECTIONS) and not line.startswith((*NOT_LISTED, 'training_config.precision: "auto"'))
+        if line.startswith(SECTIONS) and not line.startswith((*NOT_LISTED, *DECIDED))
     ]
 
 
