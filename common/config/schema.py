@@ -52,8 +52,8 @@ class Section(BaseModel):
 
 class Optimizer(Section):
     # The constants are the defaults of torch.optim.AdamW.
-    type: Literal["AdamW", "AdamWFullPrecision"] = "AdamW"
-    """AdamW, or ttml's variant that keeps fp32 master weights and moments beside bf16 weights."""
+    type: Literal["AdamW", "AdamWFp32Norms", "AdamWFullPrecision"] = "AdamW"
+    """AdamW; with the gains of norms in fp32; or with fp32 masters and moments beside all bf16 weights."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay; on all parameters, as on the board."""
     beta1: float = Field(default=0.9, ge=0, lt=1)

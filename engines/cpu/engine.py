@@ -177,10 +177,10 @@ class TorchCPU:
 
     def _make_optimizer(self) -> None:
         options = self.config.training.optimizer
-        updated: dict[str, Tensor] = dict(self.trained)
-        if options.type == "AdamWFullPrecision" and self.stored is not torch.float32:
-            self.masters = {name: p.detach().float() for name, p in self.trained.items()}
-            updated = self.masters
+        if options.type != "AdamW" and self.stored is not torch.float32:
+            gains_alone = options.type == "AdamWFp32Norms"
+            self.masters = {n: p.detach().float() for n, p in self.trained.items() if p.ndim == 1 or not gains_alone}
+        updated: dict[str, Tensor] = {**self.trained, **self.masters}
         self.optimizer = torch.optim.AdamW(
             list(updated.values()),
             lr=self.config.training.learning_rate,

@@ -1,8 +1,8 @@
 """Training on Tenstorrent boards: tt-train's Llama (`ttml`), with the data, loss and files of every other engine.
 
 Several of ttml's calls do something else than they seem to, without an error; each guard against that says which.
-Weights, gradients and moments are bf16 (with AdamWFullPrecision fp32 masters and moments), every device has a replica,
-and no torch is imported: a board's image needs none.
+Weights, gradients and moments are bf16 (with AdamWFullPrecision fp32 masters and moments, with AdamWFp32Norms of the
+norms' gains alone), every device has a replica, and no torch is imported: a board's image needs none.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from engines.ttml.contract import Build, explained, linears_by_name, probe
 from engines.ttml.hf_map import Entry
 from engines.ttml.limits import mesh_of, refuse_architecture, refuse_config, rope_of, rope_scaling
 from engines.ttml.mesh import prepare_environment
-from engines.ttml.optimizer import make_optimizer, rounding_note
+from engines.ttml.optimizer import gains_in_fp32, make_optimizer, refuse_without_fp32, rounding_note
 from engines.ttml.tensors import Tensors
 
 # Times ln(vocabulary), which a guess costs. Tensix takes NaN and infinity for ordinary numbers in most operations
@@ -230,6 +230,10 @@ class TTML:
         for name in self.trained:
             self.parameters[name] = self.weights[name]
         training = self.config.training
+        if gains := gains_in_fp32(training, self.trained):
+            refuse_without_fp32(self.ttml, self.io, training)
+            for name in gains:
+                self.io.widen(self.weights[name])
         self.optimizer = make_optimizer(self.ttml, self.parameters, training)
         if training.optimizer.stochastic_rounding:
             self.notes.append(rounding_note(self.ttml, self.io, training))
@@ -439,6 +443,8 @@ def first_notes(config: Config, devices: int) -> list[str]:
     options, notes = config.training.optimizer, []
     if options.type == "AdamW" and not options.stochastic_rounding:
         notes.append("bf16 weights, no stochastic rounding: updates below half a bf16 step are lost (norms stay at 1)")
+    if options.type == "AdamWFp32Norms":
+        notes.append("bf16 weights, fp32 gains of norms: updates of matrices below half a bf16 step are lost")
     if devices > 1:
         notes.append(f"a checkpoint is that of the first of {devices} replicas")
     if devices > 1 and options.stochastic_rounding:

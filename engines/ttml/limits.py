@@ -36,7 +36,7 @@ def refuse_config(hw: Hardware, config: Config) -> None:
         )
     if training.optimizer.stochastic_rounding and training.optimizer.type != "AdamW":
         raise UsageError(
-            f"{training.optimizer.type} has no stochastic rounding: its fp32 masters lose nothing",
+            f"{training.optimizer.type} has no stochastic rounding: what it keeps in fp32 loses nothing",
             where="training_config.optimizer.stochastic_rounding",
             todo="leave it out, or set optimizer.type: AdamW",
         )

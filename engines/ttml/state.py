@@ -1,14 +1,17 @@
 """A checkpoint's tensors out of ttml and back: the names and layouts that every engine writes, one tensor at a time.
 
 What an optimizer keeps besides AdamW's two moments and fp32 masters goes under its own name (`optimizer/<slot>/...`).
+A weight that ttml stores in fp32 is its own master: as every engine does, a checkpoint has it twice, rounded to bf16 as
+the model computes with it (`model/...`) and as it is (`optimizer/master/...`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from common.errors import MachineError
@@ -25,7 +28,10 @@ def save(
     """Yield what `Backend.state` does. Peak memory: (devices + 1) times the largest tensor as it is stored."""
     for name, entry in trained.items():
         for hf, array in entry.to_hf(io.read_first(weights[name])):
-            yield f"model/{hf}", array
+            yield f"model/{hf}", array.astype(ml_dtypes.bfloat16, copy=False)
+        if is_master(io, weights[name]):
+            for hf, array in entry.under_optimizer().to_hf(io.read_first(weights[name])):
+                yield f"optimizer/master/{hf}", array
     for slot, tensors in slots_of(optimizer.get_state_dict()).items():
         for name, entry in trained.items():
             for hf, array in entry.under_optimizer().to_hf(io.read_first(tensors[name])):
@@ -43,11 +49,17 @@ def restore(
     live = optimizer.get_state_dict()
     slots = slots_of(live)
     sources, notes = _sources(slots, state)
-    work = [("model/", entry, weights[name]) for name, entry in trained.items()]
+    masters = {name: entry.under_optimizer() for name, entry in trained.items() if is_master(io, weights[name])}
+    of_masters, more = _sources(["master"] if masters else [], state)
+    work = [
+        (of_masters["master"], masters[name], weights[name]) if name in masters else ("model/", entry, weights[name])
+        for name, entry in trained.items()
+    ]
     for slot, prefix in sources.items():
         for name, entry in trained.items():
             work.append((prefix, entry if prefix == "model/" else entry.under_optimizer(), slots[slot][name]))
-    _check_names(state, {prefix + part.name for prefix, entry, _ in work for part in entry.parts} | {"optimizer/step"})
+    names = {prefix + part.name for prefix, entry, _ in work for part in entry.parts} | {"optimizer/step"}
+    _check_names(state, names | {f"model/{part.name}" for name in masters for part in trained[name].parts})
     given = Watched(state)
     converted = set()
     for prefix, entry, tensor in work:
@@ -59,7 +71,12 @@ def restore(
     live["steps"] = type(live["steps"])(step)
     optimizer.set_state_dict(live)
     _check_taken(io, optimizer, slots, min(trained, key=lambda name: math.prod(trained[name].shape)), step)
-    return step, notes + sorted(converted)
+    return step, notes + more + sorted(converted)
+
+
+def is_master(io: Tensors, weight: Any) -> bool:
+    """Say whether a weight is stored in fp32."""
+    return io.stored(weight) == np.float32
 
 
 def slots_of(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +84,7 @@ def slots_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return {SLOTS.get(key, key): value for key, value in state.items() if hasattr(value, "items") and len(value)}
 
 
-def _sources(slots: Mapping[str, Any], state: Mapping[str, Array]) -> tuple[dict[str, str], list[str]]:
+def _sources(slots: Iterable[str], state: Mapping[str, Array]) -> tuple[dict[str, str], list[str]]:
     """Return where in the checkpoint each of our slots comes from, and what to say where it is not there."""
     sources, notes = {}, []
     for slot in slots:

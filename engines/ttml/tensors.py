@@ -43,6 +43,13 @@ class Tensors:
         fresh = self._from_numpy(values, self._layouts.TILE, self._dtype(tensor), None)
         tensor.set_value(fresh.get_value(self._native))  # shares the buffer of `fresh`, which nobody else keeps
 
+    def widen(self, tensor: Any) -> None:
+        """Store the tensor's values in fp32 from now on, on every device; ttml computes with a bf16 copy of them."""
+        values = np.require(self.read_first(tensor), np.float32, ["C", "W"])
+        tensor.set_value(
+            self._from_numpy(values, self._layouts.TILE, self._types.FLOAT32, None).get_value(self._native)
+        )
+
     def read(self, tensor: Any) -> Array:
         """Return [devices x N, ...] from a tensor [N, ...] of each device, in the dtype it is stored in.
 

@@ -190,7 +190,7 @@ def test_every_mistake_is_listed_with_file_line_and_key(recipe):
         ("training_config.learning_rate=.nan", "finite number"),
         ("training_config.seed=1.0", "should be a valid integer"),
         ("training_config.optimizer.beta2=1", "less than 1"),
-        ("training_config.optimizer.type=Adam", "'AdamW' or 'AdamWFullPrecision'"),
+        ("training_config.optimizer.type=Adam", "'AdamW', 'AdamWFp32Norms' or 'AdamWFullPrecision'"),
         ("training_config=null", "a section with keys below it"),
         ("eval_config.top_p=0", "greater than 0"),
         ("eval_config.prompts=3", "valid string, got 3, or should be a valid list"),

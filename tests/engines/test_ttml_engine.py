@@ -44,6 +44,7 @@ choices = pytest.mark.parametrize(
         ("tied", True, "C", "AdamW", 2),
         ("tied", True, "C", "AdamWFullPrecision", 1),
         ("untied", False, "C", "AdamWFullPrecision", 2),
+        ("untied", False, "C", "AdamWFp32Norms", 1),
     ],
     indirect=["base"],
 )
@@ -604,8 +605,36 @@ def test_a_run_goes_on_in_a_new_process_bit_for_bit(tmp_path, base, generation, 
         assert fingerprint(state_of(backend)) == fingerprint(saved)
         backend.train_step(batches(3), 1e-2, 3)
         assert fingerprint(state_of(backend)) == after
-    dtypes = {a.dtype.name for n, a in saved.items() if "exp_avg" in n or "master" in n}
-    assert dtypes == {"bfloat16" if kind == "AdamW" else "float32"}
+    masters = {n.removeprefix("optimizer/master/"): a for n, a in saved.items() if "/master/" in n}
+    gains = {n.removeprefix("model/") for n, a in saved.items() if n.startswith("model/") and a.ndim == 1}
+    for name, array in ((n, a) for n, a in saved.items() if n != "optimizer/step"):
+        precise = name.rpartition("/")[2] in masters and not name.startswith("model/")
+        assert array.dtype.name == ("float32" if precise else "bfloat16"), name
+    assert (
+        set(masters) >= gains if kind == "AdamWFullPrecision" else set(masters) == (gains if "Norms" in kind else set())
+    )
+
+
+def test_gains_of_norms_move_in_fp32_where_the_build_can_and_are_refused_where_not(tmp_path, tiny_base):
+    """Steps of 1e-4, twenty times too small for bf16. Leave widen out of _make_optimizer: the gains stay at 1."""
+    weights = {n: np.ones_like(a) if a.ndim == 1 else a for n, a in resolve(str(tiny_base)).weights().items()}
+    moved = {}
+    for kind in ("AdamW", "AdamWFp32Norms"):
+        with board(board_config(tiny_base, training__optimizer__type=kind), tmp_path, 2, "C") as backend:
+            backend.load(weights)
+            for step in (1, 2, 3):
+                backend.train_step(batches(step), 1e-4, step)
+            state = state_of(backend)
+        gain = state.get("optimizer/master/model.norm.weight", state["model/model.norm.weight"])
+        moved[kind] = float(np.abs(f32(gain) - 1).max())
+    assert moved["AdamW"] == 0
+    assert 1e-4 < moved["AdamWFp32Norms"] < 1e-3
+    refused = pytest.raises(MachineError, match="takes bf16 weights alone")
+    config = board_config(tiny_base, training__optimizer__type="AdamWFp32Norms")
+    with refused, board(config, tmp_path, 1, "B"):
+        pass
+    with board(config.with_values(**{"model.lora": {**LORA, "tie_groups": TIES["B"]}}), tmp_path, 1, "B") as backend:
+        backend.train_step(batches(1), 1e-3, 1)
 
 
 @generations

@@ -18,6 +18,7 @@ from common.errors import DataError, TrainingError
 from common.model import llama
 from engines.ttml import hf_map
 from engines.ttml.engine import open_ttml
+from engines.ttml.optimizer import NO_FP32, takes_fp32
 from tools.bringup import numpy_llama, reference_llama
 from tools.bringup.bench import (
     BETA1,
@@ -194,11 +195,11 @@ def clipping(bench: Bench) -> str:
     return hold(bool(off < 0.02), f"{evidence}{norm_of(short):.4f}")
 
 
-def update(bench: Bench, kind: str, slot: str) -> str:
+def update(bench: Bench, kind: str) -> str:
     """Compare two steps of AdamW (Loshchilov and Hutter, 2019) with numpy, from the moments after each.
 
-    `slot` is what the update is computed on. A weight may be one bf16 step off where it is stored so, and by 2 % of
-    the update.
+    An update is computed on the fp32 master where there is one, else on the weight, which may be one bf16 step off; and
+    by 2 % of the update.
     """
     rate = 0.05
     offs, squares = [], []
@@ -208,6 +209,7 @@ def update(bench: Bench, kind: str, slot: str) -> str:
             backend.train_step([batch_of(seed=step)], rate, step)
             now = snapshot_of(backend)
             for name in weights_for():
+                slot = "optimizer/master" if f"optimizer/master/{name}" in now else "model"
                 m, v = now[f"optimizer/exp_avg/{name}"], now[f"optimizer/exp_avg_sq/{name}"]
                 expected, moved = adamw(before[f"{slot}/{name}"], m, v, rate, step)
                 room = 0.02 * np.abs(moved) + (BF16_STEP if slot == "model" else 1e-5) * np.abs(expected) + 1e-12
@@ -221,6 +223,14 @@ def update(bench: Bench, kind: str, slot: str) -> str:
     worst, square = float(np.max(offs)), float(np.max(squares))
     evidence = f"weights off by at most {worst:.2f} of what rounding allows, second moments by {square:.2%}"
     return hold(worst <= 1 and square < 0.03, evidence)
+
+
+def update_of_gains(bench: Bench) -> str:
+    kind = "AdamWFp32Norms"
+    with open_ttml(bench.hw, bench.config()) as backend:
+        if not takes_fp32(backend.ttml, backend.io, bench.config(training__optimizer__type=kind).training):
+            raise CheckEnded("skipped", NO_FP32)
+    return update(bench, kind)
 
 
 def adamw(weight: Array, m: Array, v: Array, rate: float, step: int) -> tuple[Array, Array]:

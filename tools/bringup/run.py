@@ -33,8 +33,8 @@ PADDED = "padded columns left unmasked in the loss's backward: tt-metal 53209 (m
 LONG = (
     "if it is k_proj alone, long sums that lose bits: tt-metal 53313 (open in September 2026; exact to TF32 it passes)"
 )
-ADAMW = partial(one.update, kind="AdamW", slot="model")
-ADAMW_FP32 = partial(one.update, kind="AdamWFullPrecision", slot="optimizer/master")
+ADAMW = partial(one.update, kind="AdamW")
+ADAMW_FP32 = partial(one.update, kind="AdamWFullPrecision")
 LINES: tuple[ChecklistLine, ...] = (
     ChecklistLine("build", "ttml and ttnn have what the backend needs", one.build),
     ChecklistLine("open", "one device opens, and closes", one.opens, ("build",)),
@@ -81,6 +81,9 @@ LINES: tuple[ChecklistLine, ...] = (
     ChecklistLine("clipping", "the norm is of before clipping, which holds", one.clipping, ("gradient",)),
     ChecklistLine("update", "AdamW updates as numpy does", ADAMW, ("reads",)),
     ChecklistLine("update-fp32", "AdamWFullPrecision does, in fp32", ADAMW_FP32, ("reads",)),
+    ChecklistLine(
+        "update-gains", "AdamW over fp32 gains does, on builds that have it", one.update_of_gains, ("update",)
+    ),
     ChecklistLine("rounding", "with stochastic rounding gains move", one.rounding, ("reads",)),
     ChecklistLine("row-length", "rows that ttml would mistake are refused", one.row_length, ("weights",)),
     ChecklistLine("repeat", "the same step has the same bits", one.repeats, ("reads",)),

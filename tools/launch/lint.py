@@ -60,10 +60,11 @@ def of_the_run(config: Config, _hw: Hardware) -> Iterator[str]:
 def of_a_board(config: Config, hw: Hardware) -> Iterator[str]:
     """Look at what bf16 weights, several replicas and tiles do with the settings."""
     optimizer, departures, shape = config.training.optimizer, config.departures(), config.model.architecture
-    if not hw.is_cpu and optimizer.type == "AdamW" and not optimizer.stochastic_rounding:
+    if not hw.is_cpu and optimizer.type != "AdamWFullPrecision" and not optimizer.stochastic_rounding:
         yield (
-            "L010: training_config.optimizer.stochastic_rounding: AdamW keeps bf16 weights on a board; updates below "
-            "about 1/256 of a weight are rounded away: turn stochastic rounding on, or use AdamWFullPrecision"
+            f"L010: training_config.optimizer.stochastic_rounding: {optimizer.type} keeps bf16 weights on a board; "
+            "updates below about 1/256 of a weight are rounded away: turn stochastic rounding on, or use "
+            "AdamWFullPrecision"
         )
     if config.device.enable_ddp and optimizer.stochastic_rounding:
         yield (
