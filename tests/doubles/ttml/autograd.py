@@ -94,7 +94,7 @@ class AutoContext:
         self._mode = GradMode.ENABLED
         self._graph = Graph()
         self._optimizer_steps = 0
-        self.set_seed(DEFAULT_SEED)
+        self._generator = random.Random(DEFAULT_SEED)
 
     @classmethod
     def get_instance(cls) -> AutoContext:
