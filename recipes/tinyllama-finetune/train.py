@@ -13,7 +13,7 @@ from common.train.run import open_run
 
 from .dataset import prompts, splits
 
-AFTER_RUN = ("export", "before_after")  # what `recipe run` does with the run's folder next
+AFTER_RUN = ("never_moved", "export", "before_after")  # what `recipe run` does with the run's folder next
 
 
 def train(launch: Launch) -> None:
