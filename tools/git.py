@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from common.paths import ROOT
 
 
-def git(*words: str, root: Path | None = None, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run git in the checkout `root` (default: this one); return output and code, 127 if it is not here or too slow."""
+def git(
+    *words: str, root: Path | None = None, seconds: float = 120, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """Run git in the checkout `root` (default: this one), with `environment` over this process's own.
+
+    Return output and code, 127 if it is not here or too slow.
+    """
     command = ["git", "-C", str(root or ROOT), *words]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        return subprocess.run(
+            command, env=os.environ | dict(environment), capture_output=True, text=True, check=False, timeout=seconds
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))
 

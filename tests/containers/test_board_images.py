@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,3 +155,44 @@ def test_an_archive_of_an_unknown_authority_needs_the_builders_own(
     assert "signed by no authority that this build knows" in refused.stderr
     assert "CA_BUNDLE=ca.pem" in refused.stderr
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_lock_learns_from_the_tag_over_the_same_network(clone: Path, standing: Upstream) -> None:
+    """By the builder's own authorities; without them git and the download go through to nobody, which is said."""
+    standing.prepare(clone, upstream.BASE)
+    known = json.loads((clone / "docker/images.lock.json").read_text())
+    asked = json.loads(json.dumps(known))
+    for name, key in (("tt_metal", "commit"), ("openmpi", "deb_sha256")):
+        asked["pins"]["ttml"][name] |= {key: None, "built": False, "reason": "nobody read it"}
+    (clone / "docker/images.lock.json").write_text(json.dumps(asked))
+    lacking = recipe_lock(clone, standing)
+    assert re.search(r"its repository does not answer: .*certificate verification failed", lacking)
+    assert "still unknown: tt_metal.commit: nobody read it" in lacking
+    assert "openmpi.deb_sha256: https://" in lacking
+    said = recipe_lock(clone, standing, CA_BUNDLE=str(standing.ca))
+    assert "still unknown" not in said
+    found = json.loads((clone / "docker/images.lock.json").read_text())["pins"]["ttml"]
+    assert found["tt_metal"]["commit"] == known["pins"]["ttml"]["tt_metal"]["commit"]
+    assert found["openmpi"]["deb_sha256"] == known["pins"]["ttml"]["openmpi"]["deb_sha256"]
+
+
+def recipe_lock(clone: Path, standing: Upstream, **environment: str) -> str:
+    words = [sys.executable, "-m", "tools.cli", "lock"]
+    public = {"CA_BUNDLE": "", "GIT_SSL_CAINFO": "/etc/ssl/certs/ca-certificates.crt"}
+    variables = os.environ | standing.environment() | {"PYTHONPATH": str(clone)} | public | environment
+    done = subprocess.run(words, cwd=clone, env=variables, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.slow  # two and a half minutes on two busy cores
+def test_two_builds_of_a_board_have_the_same_layers(clone: Path, standing: Upstream) -> None:
+    standing.leave_ttml_in(PLACES[0])
+    standing.prepare(clone, upstream.BASE)
+    git = ("git", "-C", str(clone), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run([*git, "add", "--all", "--force", "requirements", "docker/images.lock.json"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "the stand-ins' pins"], check=True)
+    assert build(clone, standing).returncode == 0
+    words = [sys.executable, "-m", "tools.cli", "image", "verify", "n150", "--base-image", upstream.BASE]
+    variables = os.environ | standing.environment() | {"PYTHONPATH": str(clone)}
+    done = subprocess.run(words, cwd=clone, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, "the same 2 layers" in done.stdout) == (0, True), done.stdout + done.stderr

@@ -104,9 +104,10 @@ def _read_digest(pin: Json, ca: Path | None, say: Say) -> None:
 def _follow_tag(board: Json, say: Say, upgrade: bool, ca: Path | None) -> None:
     """Compare tt-metal's commit, SFPI and OpenMPI with what the tag's own files say, and take those where it is due."""
     tag = board["tt_metal"]["tag"]
-    told = tt_metal.read_tag(tag, ca)
-    if told is None:
-        say(f"tt-metal {tag}: its repository does not answer; not checked: that commit, SFPI and OpenMPI are the tag's")
+    try:
+        told = tt_metal.read_tag(tag, ca)
+    except MachineError as error:
+        say(f"tt-metal {tag}: not checked: that commit, SFPI and OpenMPI are the tag's: {error.what}")
         return
     for name in ("tt_metal", "sfpi", "openmpi"):
         pin = board[name]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
+from common.errors import MachineError
 from tools.git import git
 
 SECONDS = 300  # for the tag's commit and two files, not for its tree
@@ -25,23 +27,26 @@ def github() -> str:
     return os.environ.get("GITHUB_MIRROR") or "https://github.com"
 
 
-def read_tag(tag: str, ca: Path | None = None) -> dict[str, dict[str, str]] | None:
-    """Return, by pin of the lock, what the tag's own files say of it; None where the repository does not answer.
+def read_tag(tag: str, ca: Path | None = None) -> dict[str, dict[str, str]]:
+    """Return, by pin of the lock, what the tag's own files say of it.
 
-    A pin whose file is not there or not of the known form is left out.
+    A pin whose file is not there or not of the known form is left out. `ca` is the PEM file of the authorities to go
+    by. Raises MachineError with git's own words where the repository does not answer or has no such tag.
     """
     with tempfile.TemporaryDirectory() as folder:
         words = ["clone", "--quiet", "--depth=1", "--filter=tree:0", "--no-checkout", "--branch", tag]
-        authorities = [f"--config=http.sslCAInfo={ca.absolute()}"] if ca else []
         clone = Path(folder) / "tt-metal"
-        if git(*words, *authorities, f"{github()}/tenstorrent/tt-metal.git", str(clone), seconds=SECONDS).returncode:
-            return None
-        told = {"tt_metal": {"commit": git("rev-parse", "HEAD", root=clone).stdout.strip()}}
-        text = git("show", f"HEAD:{SFPI_FILE}", root=clone).stdout
+        asked = partial(git, seconds=SECONDS, environment={"GIT_SSL_CAINFO": str(ca.absolute())} if ca else {})
+        done = asked(*words, f"{github()}/tenstorrent/tt-metal.git", str(clone))
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("fatal:")] or ["git gave no reason"]
+            raise MachineError(f"its repository does not answer: {said[0]}")
+        told = {"tt_metal": {"commit": asked("rev-parse", "HEAD", root=clone).stdout.strip()}}
+        text = asked("show", f"HEAD:{SFPI_FILE}", root=clone).stdout  # which fetches the file
         found = {key: match[1] for key, pattern in SFPI.items() if (match := pattern.search(text))}
         if found.keys() == SFPI.keys():
             told["sfpi"] = found
-        if match := OPENMPI.search(git("show", f"HEAD:{OPENMPI_FILE}", root=clone).stdout):
+        if match := OPENMPI.search(asked("show", f"HEAD:{OPENMPI_FILE}", root=clone).stdout):
             told["openmpi"] = {"version": match[1]}
         return told
 
