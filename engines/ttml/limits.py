@@ -64,8 +64,8 @@ def refuse_architecture(architecture: Mapping[str, Any]) -> None:
     if wrong := [text for text, holds in limits.items() if holds]:
         raise MachineError(
             f"ttml cannot compute this model: {'; '.join(wrong)}",
-            where="the base's config.json",
-            todo="choose another model_config.base, or train this one with HW=cpu",
+            where="model_config.architecture, or config.json of model_config.base",
+            todo="choose another model, or train this one with HW=cpu",
         )
 
 

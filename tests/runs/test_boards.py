@@ -294,6 +294,22 @@ def test_no_ttml_at_all_says_where_it_is(tmp_path):
     assert "build_metal.sh --build-tt-train" in said
 
 
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_head_too_wide_for_the_kernels_is_refused_before_the_corpus_is_there(tmp_path, monkeypatch, capsys, verb):
+    """The pinned corpus is not on this machine, and neither is a board."""
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
+    shape = "model_config.architecture={hidden_size: 640, num_attention_heads: 4, num_key_value_heads: 2}"
+    words = ["recipe", verb, SCRATCH, "--hw", "n150", *sets("data_config.corpus=shakespeare", shape)]
+    monkeypatch.setattr(sys, "argv", words + ["--dry-run"] * (verb == "run"))
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    assert stopped.value.code == 4
+    said = capsys.readouterr().err
+    assert "head_dim 160 is above 128, where its RoPE with fp32 accumulation stops" in said
+    assert "HW=cpu" in said
+    assert not (tmp_path / "home").exists()
+
+
 def test_a_descriptor_of_another_mesh_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setitem(vars(boards), "DESCRIPTOR", DESCRIPTOR.replace("{devices}", "4"))
     assert "dims [1, 4], the mesh is [1, 2]: training would hang" in ended(run(SCRATCH, "n300", *sets(*QUICK)), 4)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import config as configs
 from common.errors import UsageError
+from common.model import llama
 from common.paths import ROOT
 from common.train.launch import Hosts, Launch
 from engines import registry
@@ -39,7 +40,8 @@ def resolve(
 ) -> Launch:
     """Return the launch of a recipe with the options of `recipe run`, by their names there.
 
-    Raises UsageError for a config that is not valid, MachineError where the named board is not here and must be.
+    Raises UsageError for a config that is not valid, MachineError where the named board is not here and must be, or
+    cannot compute the architecture that the config names.
     """
     for words in (*command, str(recipe_dir), str(out)):
         if words != words.encode(errors="ignore").decode():
@@ -47,6 +49,8 @@ def resolve(
     choice = detect.choose(hw, require_present)
     overrides = (*overrides, *mesh_override(world))
     config = configs.load(recipe_dir, choice.hardware, overrides, steps)
+    if config.model.architecture:  # a base's is known when it is here
+        registry.engine_for(choice.hardware).refuse_model(llama.hf_config(config.model.architecture.model_dump()))
     commit, dirty = git.head()
     started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())  # first in a run's name: names sort by it
     return Launch(
