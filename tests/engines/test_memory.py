@@ -79,6 +79,16 @@ def test_adapters_in_an_unfused_mlp_keep_one_tensor_more():
     assert outside == same < fused, "adapters elsewhere leave the fused op, and the inputs of the MLP go"
 
 
+def test_a_plan_says_which_build_it_reckons_with(monkeypatch, tmp_path, tiny_base):
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
+    recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
+    (recipe / "results.yaml").write_text("format: 1\nrecipe: tiny\nentries: []\n")
+    words = "adapters as on a build of ttml that fuses least"
+    for board, overrides, says in (("n150", (), True), ("n150", (FUSED,), False), ("cpu", (), False)):
+        lines = "\n".join(estimate.lines(estimate.outlook(recipe, board, overrides, None)))
+        assert (words in lines) == says, lines
+
+
 def test_a_build_that_nobody_has_asked_is_the_one_that_needs_most():
     assert needed("n150") == needed("n150", UNFUSED)
     assert needed("n150").total > needed("n150", FUSED).total

@@ -212,6 +212,9 @@ def memory_lines(found: Outlook) -> Iterator[str]:
         if size and name != "total":
             bound = ", at least" if name == "activations" else ""
             yield f"  {name:12} {size:>10,.1f} MiB{bound}"
+    lora = found.config.model.lora
+    if lora and lora.tie_groups == "build":
+        yield "adapters as on a build of ttml that fuses least, which needs most: a run asks the build it has"
     runner = "memory-efficient" if found.config.model.gradient_checkpointing else "default"
     room = memory.capacity(found.hw)
     if room is None:
