@@ -157,6 +157,20 @@ def test_an_archive_of_an_unknown_authority_needs_the_builders_own(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_an_archive_without_its_lists_is_said_before_anything_is_installed(
+    clone: Path, tmp_path: Path, standing: Upstream
+) -> None:
+    with upstream.serve(tmp_path, torch=False) as broken:
+        broken.prepare(clone, upstream.BASE)
+        broken.make_base(LOCAL_BASE)
+        (broken.folder / "snapshot/dists/bookworm/main/binary-amd64/Packages").unlink()
+        done = build(clone, broken)
+        standing.make_base(LOCAL_BASE)
+    assert done.returncode == 4
+    assert "the archive gives no complete package lists: http://" in done.stderr
+    assert "APT_MIRROR=URL" in done.stderr
+
+
 def test_the_lock_learns_from_the_tag_over_the_same_network(clone: Path, standing: Upstream) -> None:
     """By the builder's own authorities; without them git and the download go through to nobody, which is said."""
     standing.prepare(clone, upstream.BASE)

@@ -47,13 +47,21 @@ def served(tmp_path: Path) -> Iterator[Registry]:
         yield place
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: Registry) -> Path:
-    """A lock of its own, whose images are in the registry, and a GitHub whose tag has what the lock pins."""
-    folder = tmp_path / "github.com"
+@pytest.fixture(scope="module")
+def github_com(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GitHub whose tag has what the lock pins."""
+    folder = tmp_path_factory.mktemp("github.com")
     for path in (github.sfpi(folder, SFPI), github.openmpi(folder, OPENMPI)):
         machines.write(path, path.name)
     github.make_repositories(folder, tag=TAG, sfpi_version=SFPI, openmpi_version=OPENMPI)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: Registry, github_com: Path) -> Path:
+    """A lock of its own, whose images are in the registry, and a GitHub of its own."""
+    folder = tmp_path / "github.com"
+    shutil.copytree(github_com, folder)
     monkeypatch.setenv("GITHUB_MIRROR", f"file://{folder}/github")
     for module in (images, lock):
         monkeypatch.setattr(module, "LOCK", tmp_path / "images.lock.json")
