@@ -378,6 +378,11 @@ class TTML:
         """Compute all rows so far again at each call, at one width; the cache is these rows and that width.
 
         That width leaves room for eval_config.max_new_tokens: a new shape would compile new kernels.
+
+        ttml's KvCache is left alone. It has one position for all rows, which RoPE turns by: prompts of other lengths
+        would go through it one by one, or shifted, which rounds otherwise and samples another text. And its attention,
+        32 queries over all keys, is not the fused one (tt-metal 39558) but the composite, which without a mask is not
+        causal: nothing to put into a model that goes on training.
         """
         if cache is None:
             rows = [[int(token) for token in row[:length]] for row, length in zip(ids, lengths, strict=True)]

@@ -26,7 +26,6 @@ GRADIENT_OFF = 0.05  # 2.5 times the most that was seen on the doubles without a
 # How much further off k_proj may be than q_proj, whose gradient goes through the same steps but for one sum over all
 # queries: 1.0 on the doubles, 1.2 where that sum is exact to TF32's 10 bits only, 4.9 where it is bf16.
 KEYS_BESIDE_QUERIES = 2.0
-LONG = 1024  # tokens
 
 
 def gradient(bench: Bench, architecture: Mapping[str, Any] = ARCHITECTURE, width: int = WIDTH) -> str:
@@ -65,8 +64,9 @@ def padded_vocabulary(bench: Bench) -> str:
 
 
 def long_rows(bench: Bench) -> str:
-    """Compare gradients over a row of 1024 tokens: that of a key is a sum over all later queries."""
-    offs, evidence = _step(bench, reference_llama.LONG_ROWS, batch_of(1, width=LONG))
+    """Compare gradients over one row of all positions: that of a key is a sum over all later queries."""
+    architecture = reference_llama.LONG_ROWS
+    offs, evidence = _step(bench, architecture, batch_of(1, width=architecture["max_position_embeddings"]))
     _judged((offs, evidence))
     ratio = offs["k_proj"] / offs["q_proj"]
     evidence = f"{evidence}; k_proj {offs['k_proj']:.2%}, which is {ratio:.1f} times q_proj's"
