@@ -154,7 +154,7 @@ def not_finite(loss: float, norm: float, learning_rate: float, step: int) -> Tra
 def not_reached(tensors: Sequence[str], where: str) -> TrainingError:
     """Return the error of a training in which no gradient reaches the trained `tensors`."""
     return TrainingError(
-        f"no gradient reaches {len(tensors)} trained tensors, which would never change: {', '.join(tensors[:6])}, ...",
+        f"no gradient reaches {len(tensors)} trained tensors, which would never change: first {', '.join(tensors[:6])}",
         where=where,
         todo="nothing of this run is worth keeping: report it with manifest.json, which has the engine's versions",
     )
