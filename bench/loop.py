@@ -52,7 +52,7 @@ class IdleEngine:
 
     def train_step(self, _batches: Any, learning_rate: float, _step: int) -> StepStats:
         self.called.append(time.perf_counter())
-        return StepStats(1.0, 1.0, learning_rate, tokens=1, supervised_tokens=1, seconds=1e-3)
+        return StepStats(1.0, 1.0, learning_rate, tokens=1, supervised_tokens=1, seconds=1e-3, without_gradient=())
 
     def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
         rows = len(batch.rows)

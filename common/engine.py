@@ -37,7 +37,7 @@ class StepStats:
     tokens: int
     supervised_tokens: int
     seconds: float
-    without_gradient: tuple[str, ...] = ()  # trained tensors that none, not even zeros, has reached in this process
+    without_gradient: tuple[str, ...]  # trained tensors that none, not even zeros, has reached in this process
 
 
 @dataclass(frozen=True)
