@@ -30,7 +30,7 @@ from engines.ttml import engine as backend
 from engines.ttml.engine import TTML
 from engines.ttml.hf_map import Entry
 from engines.ttml.tensors import Tensors
-from tests.support.boards import machine
+from tests.support.boards import DESCRIPTOR, machine
 from tests.support.engines import config_for, engine
 from tests.support.no_torch import run_without_torch
 from tools.bringup import numpy_llama, reference_llama
@@ -89,6 +89,20 @@ def test_every_line_holds_on_the_doubles(tmp_path, generation, devices):
     assert {k for k, v in verdicts.items() if v[0] == "skipped"} == no_fp32 | (MESH if devices == 1 else set())
     assert all(evidence for _, evidence in verdicts.values())
     assert ("stale" in results["reads"].evidence) == (generation == "B"), "how this build reads by default is said"
+
+
+def test_a_descriptor_that_nobody_named_is_known_before_anything_is_opened(tmp_path):
+    """Take the larger mesh out of bring_up: `open` touches the devices first, and `mesh` never finds the routers."""
+    folder = tmp_path / "tt_metal/fabric/mesh_graph_descriptors"
+    folder.mkdir(parents=True)
+    (folder / "n300_mesh_graph_descriptor.textproto").write_text(DESCRIPTOR.format(devices=2))
+
+    def unnamed(patch: Patch) -> None:
+        patch.delenv("TT_MESH_GRAPH_DESC_PATH")
+        patch.setenv("TT_METAL_RUNTIME_ROOT", str(tmp_path))
+
+    results = brought_up(tmp_path, 2, defect=unnamed, ids={"open", "reopen", "mesh", "rows"})
+    assert {result.verdict for result in results.values()} == {"pass"}, results["mesh"]
 
 
 def test_a_healthy_card_that_takes_nan_for_a_number_passes(tmp_path):
