@@ -162,20 +162,31 @@ def test_random_weights_train_and_are_exported(run, tmp_path, generation):
     assert "ttml.close_device_mesh" in manifest(folder)["backend"]["versions"]["ttml"]
 
 
+@pytest.mark.parametrize("generation", ["B", "C"])
 @pytest.mark.parametrize(("first", "then"), [("n150", "cpu"), ("cpu", "n150")])
-def test_a_checkpoint_of_one_engine_goes_on_in_the_other(run, tiny_base, tmp_path, first, then):
+def test_a_checkpoint_of_one_engine_goes_on_in_the_other(run, tiny_base, tmp_path, first, then, generation):
+    """The twin ties as newer builds do; for a checkpoint of another build, or for one, its groups are named there."""
     recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
     same = sets("training_config.precision=bf16", "training_config.learning_rate=1e-3", "eval_config.max_new_tokens=2")
-    ended(run(str(recipe), first, *same, "--stop-at", "2"), 75)
+    named = {"cpu": sets(f"model_config.lora.tie_groups={json.dumps(TIES['B'])}") if generation == "B" else []}
+
+    def command(hw: str, *options: str) -> Ended:
+        return run(str(recipe), hw, *same, *named.get(hw, []), *options, generation=generation)
+
+    ended(command(first, "--stop-at", "2"), 75)
     (parent,) = folders(tmp_path / "runs")
-    screen = ended(run(str(recipe), then, *same, "--resume", str(parent)))
+    if generation == "B":
+        tied = sets(f"model_config.lora.tie_groups={json.dumps(TIES['C'])}")
+        other = run(str(recipe), "cpu", *same, *tied, "--resume", str(parent))
+        assert "another training: model_config.lora.tie_groups: " in ended(other, 2)
+    screen = ended(command(then, "--resume", str(parent)))
     child = next(folder for folder in folders(tmp_path / "runs") if folder != parent)
     assert manifest(child)["parent"] == f"{parent.name}/step-00000002"
     assert "changed: backend: " in screen
     assert "not bit-exact from here" in screen
     records = [r for r in metrics.read(child / "metrics.jsonl") if "loss" in r]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    whole = ended(run(str(recipe), then, *same, "--resume", "never"))
+    whole = ended(command(then, "--resume", "never"))
     assert whole
     unbroken = max(folders(tmp_path / "runs"), key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
     own = [r["loss"] for r in metrics.read(unbroken / "metrics.jsonl") if "loss" in r]
