@@ -100,8 +100,9 @@ def ended(done: Ended, code: int = 0) -> str:
 def test_a_recipe_whose_results_name_this_file_trains_resumes_and_exports(run, base, tmp_path, recipe, hw):
     from_rows = configs.load(recipe, hardware.get(hw)).model.base
     small = (f"model_config.base={base}", "data_config.max_length=64") if from_rows else tiny_scratch(tmp_path / "play")
-    ended(run(recipe.name, hw, "--steps", "4", "--stop-at", "2", *sets(*QUICK, *small)), 75)
-    screen = ended(run(recipe.name, hw, "--steps", "4", *sets(*QUICK, *small)))
+    generation = {"n150": "B", "n300": "C"}[hw]
+    ended(run(recipe.name, hw, "--steps", "4", "--stop-at", "2", *sets(*QUICK, *small), generation=generation), 75)
+    screen = ended(run(recipe.name, hw, "--steps", "4", *sets(*QUICK, *small), generation=generation))
     (folder,) = folders(tmp_path / "runs")
     values = manifest(folder)
     assert "resuming" in screen
