@@ -13,6 +13,7 @@ import yaml
 from ci import docs
 from common import hardware
 from common.errors import RecipeError, UsageError, VerificationError
+from tests.doubles.tiny_recipe import FROM_SCRATCH
 from tools.results.schema import DoubleOnly, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,7 +210,10 @@ def test_the_gallery_says_of_each_figure_whose_it_is(folder: Path) -> None:
 
 
 def test_a_recipe_on_whose_boards_models_differ_names_them(folder: Path) -> None:
-    (folder / "hw/n300.yaml").write_text("device_config: {mesh_shape: [1, 4]}\n")  # more devices than it has
+    shutil.rmtree(folder)
+    shutil.copytree(FROM_SCRATCH, folder)  # which has a preset, as not every recipe does
+    write_results(folder)
+    (folder / "hw").mkdir()
     found = {folder: load(folder)}
     shutil.copy(next(folder.glob("presets/*.yaml")), folder / "presets/other.yaml")
     (folder / "hw/n300.yaml").write_text("device_config: {mesh_shape: [1, 4]}\n")  # more devices than it has
