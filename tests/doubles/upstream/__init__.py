@@ -31,17 +31,17 @@ from tests.doubles.upstream.registry import Registry
 from tests.doubles.upstream.site import Sites
 from tests.doubles.upstream.tools import run
 
-BASE = "recipes-upstream-base:local"
 SUITE = "bookworm"  # of the base that ci/engine.sh makes
 PYTHON = "3.11"  # of that base
 TAG, SFPI, OPENMPI = "v0.81.1", "7.89.0", "5.0.7"
 PLACES = ("build/tt-train/sources/ttml", "build_Release/ttml")  # where builds are known to leave _ttml*.so
-# What the steps of docker/Dockerfile run, and the base lacks; the base's own archive has it. The certificates, which
-# Python's venv brings there, go: ubuntu:22.04 has none.
+# What the steps of docker/Dockerfile run, of the base's own archive; then neither certificates nor another archive are
+# left, as ubuntu:22.04 has none. The base is Debian 12, as debootstrap makes it or with Docker Hub's Python on top.
 BASE_FILE = """\
 FROM {base}
-RUN apt-get update && apt-get install --yes --no-install-recommends binutils curl git && \
-    rm -rf /var/lib/apt/lists/* /etc/ssl/certs/* /usr/share/ca-certificates/*
+RUN apt-get update && \
+    apt-get install --yes --no-install-recommends binutils curl git python3 python3-venv && \
+    rm -rf /var/lib/apt/lists/* /etc/apt/sources.list.d/* /etc/ssl/certs/* /usr/share/ca-certificates/*
 COPY sources.list /etc/apt/sources.list
 COPY archive.gpg /etc/apt/trusted.gpg.d/archive.gpg
 """
@@ -64,8 +64,12 @@ class Upstream:
             "GITHUB_MIRROR": f"{self.sites.https}/github",
         }
 
-    def make_base(self, on: str, tag: str = BASE) -> str:
-        """Make the base of boards on a local Debian image of SUITE; return its name. Needs an engine and Debian."""
+    def make_base(self, on: str, tag: str | None = None) -> str:
+        """Make the base of boards on a Debian image of SUITE that is here; return its name, which only these have.
+
+        Needs an engine, and Debian's archive as that image names it.
+        """
+        tag = tag or f"recipes-upstream-base:{self.sites.https.rpartition(':')[2]}"
         context = self.folder / "base"
         context.mkdir(exist_ok=True)
         (context / "Dockerfile").write_text(BASE_FILE.format(base=on))
