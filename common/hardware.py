@@ -35,6 +35,7 @@ class Hardware:
     mesh_graph_descriptor: str | None
     image: str
     micro_batch: int
+    only_named: bool = False
 
     @property
     def is_cpu(self) -> bool:

@@ -65,7 +65,8 @@ def choose(name: str | None, require_present: bool = True) -> Choice:
         unread = "" if all(node.card for node in mine) else " (card type not readable, taken at its word)"
         return Choice(hw, f"{hw.name}: as named, found {_describe(mine)}{unread}", tuple(node.path for node in mine))
     wanted = f"{hw.nodes} node{'s' if hw.nodes > 1 else ''} of {' or '.join(hw.cards)} in /dev/tenstorrent"
-    looked = f"looked for {wanted}, found {_describe(found)}{_without_node(found)}"
+    lost = f"; {lost}" if (lost := _without_node()) else ""
+    looked = f"looked for {wanted}, found {_describe(found)}{lost}"
     if require_present:
         raise MachineError(
             f"{hw.name} was named but is not on this machine: {looked}",
@@ -88,16 +89,26 @@ def choose_board(name: str | None, require_present: bool) -> Choice:
 
 
 def _detected(found: tuple[Node, ...]) -> Choice:
-    """The largest board that these nodes make up, or cpu where there are none. Raises MachineError for any others."""
+    """The largest board that these nodes make up, or cpu where there are none. Raises MachineError for any others.
+
+    A board that is `only_named` is never guessed.
+    """
     if not found:
+        if lost := _without_node():
+            raise MachineError(
+                f"HW is not set, and there are cards that no process here can open: {lost}",
+                where="/dev/tenstorrent",
+                todo="give the container its node (--device), or see to udev; or train on the CPU twin: HW=cpu",
+            )
         return Choice(get("cpu"), f"cpu: HW is not set and no /dev/tenstorrent/<N> node here{_restriction()}", ())
     boards = {card: _largest(card, found) for card in dict.fromkeys(node.card for node in found)}
     kinds = set(boards.values())
     if len(kinds) == 1 and (hw := kinds.pop()):
         mine = tuple(node.path for node in _pick(hw, found))
-        smaller = [f"HW={board.name}" for board in _made_of(found[0].card) if board.nodes < hw.nodes]
-        fewer = f" (for fewer of them: {' or '.join(smaller)})" if smaller else ""
-        return Choice(hw, f"{hw.name}: HW is not set and found {_describe(found)}{fewer}", mine)
+        others = [b for b in _made_of(found[0].card) if b != hw and _pick(b, found)]
+        names = ", ".join(f"HW={board.name} ({board.title})" for board in others)
+        also = f"; they are also {names}" if others else ""
+        return Choice(hw, f"{hw.name}: HW is not set and found {_describe(found)}{also}", mine)
     why = [_no_board(card) for card, hw in boards.items() if hw is None] or ["these are boards of several kinds"]
     known = dict.fromkeys(f"HW={hw.name}" for hw in boards.values() if hw)
     names = " or ".join([*known, *(["HW=<its name in common/hardware.yaml>"] if None in boards else [])])
@@ -217,11 +228,12 @@ def attribute(number: int, name: str) -> str | None:
         return None
 
 
-def _without_node(nodes: tuple[Node, ...]) -> str:
+def _without_node() -> str:
     """Cards that the driver lists but that have no device node (udev, or a container without --device)."""
-    known = {f"tenstorrent!{node.index}" for node in nodes}
-    lost = sorted({path.name for path in (system_root() / "sys/class/tenstorrent").glob("tenstorrent!*")} - known)
-    return f"; sysfs lists {', '.join(lost)} without a node" if lost else ""
+    nodes = system_root() / "dev/tenstorrent"
+    cards = sorted(path.name for path in (system_root() / "sys/class/tenstorrent").glob("tenstorrent!*"))
+    lost = [name for name in cards if not (nodes / name.partition("!")[2]).exists()]
+    return f"sysfs lists {', '.join(lost)} without a node" if lost else ""
 
 
 def _restriction() -> str:
@@ -243,7 +255,7 @@ def _describe(nodes: tuple[Node, ...]) -> str:
 
 def _largest(card: str | None, nodes: tuple[Node, ...]) -> Hardware | None:
     """The board with the most nodes that the cards of this type can make up."""
-    fitting = [hw for hw in _made_of(card) if _pick(hw, nodes)]
+    fitting = [hw for hw in _made_of(card) if not hw.only_named and _pick(hw, nodes)]
     return max(fitting, key=lambda hw: hw.nodes, default=None)
 
 
