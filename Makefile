@@ -12,7 +12,7 @@ FAST := tests/common tests/engines tests/tools tests/recipes tests/runs/test_tin
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE FAULT FROM DATA MAP ARGS
+FROM_COMMAND_LINE := NAME STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
@@ -76,7 +76,7 @@ test-processes: setup ## runs of several processes and hosts that are killed, st
 test-containers: setup ## the tests that build and start containers; minutes, and a Docker engine (ci/engine.sh)
 	.venv/bin/python -m pytest -q -m "not slow" tests/containers
 
-rehearse: setup ## the hardware job of CI without a card, some minutes: HW=n300, FAULT=hung-step (a wrong one lists them), OUT=
+rehearse: setup ## the hardware job of CI without a card, some minutes: HW=n300, FAULT=hung-step (a wrong one lists them), OUT=; ROAD=1: from a clone to a checkpoint
 	.venv/bin/python -m ci.rehearse
 
 lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML and shell

@@ -1,4 +1,7 @@
-"""`python -m ci.rehearse`: HW (n300), FAULT, and OUT, a folder to keep it in. Ends with the failing phase's code."""
+"""`python -m ci.rehearse`: HW (n300), FAULT, and OUT, a folder to keep it in. Ends with the failing phase's code.
+
+ROAD=1: the road from a clone to a training step instead (ci/rehearse/road.py), with a FAULT of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 
 from ci.hardware import STEPS, Step
 from ci.hardware.job import say
+from ci.rehearse import road
 from ci.rehearse.faults import FAULTS, NOTHING, Fault, watch
 from ci.rehearse.ground import Ground, prepare, record_figures
 from common.errors import RecipeError, UsageError
@@ -64,6 +68,8 @@ def main() -> int:
     """Rehearse; 0 where the job is green, 1 where it comes to something else than it must."""
     name, board = os.environ.get("FAULT") or "", os.environ.get("HW") or "n300"
     try:
+        if os.environ.get("ROAD") == "1":
+            return road.main()
         if name and name not in FAULTS:
             raise UsageError(f"no fault {name!r}", where="FAULT", todo=f"one of {', '.join(FAULTS)}")
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:

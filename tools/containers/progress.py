@@ -19,7 +19,7 @@ from common.signals import handled
 SIGN_OF_LIFE = 30.0  # seconds: of an hour's build that is a page or two
 LAST_WORDS = 40  # lines: BuildKit repeats the failing step's own end, and the lines of the Dockerfile
 STEP = re.compile(r"#\d+ \[(?!internal\])")  # `#9 [ttml-builder 4/8] RUN ...`, as `--progress plain` prints it
-FAILED = re.compile(r"#(\d+) ERROR")
+FAILED = re.compile(r"#(\d+) ERROR: (.*\S)")
 OVER = re.compile(r"#\d+ (DONE \d|CACHED|ERROR|CANCELED)")
 WIDTH = 110
 
@@ -70,10 +70,10 @@ def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str]
 
 def cause_of(lines: Sequence[str]) -> str:
     """Return what the step that failed said last, else what BuildKit says of it: of the end of its plain progress."""
-    failed = next((found[1] for line in lines if (found := FAILED.match(line))), None)
-    said = [found[1] for line in lines if failed and (found := re.match(rf"#{failed} \d+\.\d+ (.*\S)", line))]
-    solved = [line.strip() for line in lines if line.startswith("ERROR: ")]
-    return (said or solved or [line.strip() for line in lines if line.strip()] or ["it said nothing"])[-1]
+    failed = next((found for line in lines if (found := FAILED.match(line))), None)
+    said = [found[1] for line in lines if failed and (found := re.match(rf"#{failed[1]} \d+\.\d+ (.*\S)", line))]
+    last = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
+    return (said or ([failed[2]] if failed else last))[-1]
 
 
 class Screen:
