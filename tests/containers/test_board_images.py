@@ -157,10 +157,15 @@ def test_a_release_file_of_another_hash_is_refused(base_image: str, tmp_path: Pa
 
 
 def test_an_archive_of_an_unknown_authority_needs_the_builders_own(base_image: str, tmp_path: Path) -> None:
-    """It sends http on to https: refused with one sentence, in seconds; with CA_BUNDLE apt, curl and git go through."""
+    """It sends http on to https: refused with one sentence, in seconds; with CA_BUNDLE apt, curl and git go through.
+
+    An archive that is unavailable for a moment is asked again.
+    """
     with stood_up(tmp_path, base_image, known=False) as place:
         refused = place.build()
+        place.standing.sites.unavailable = 4
         done = place.build(CA_BUNDLE=str(place.standing.ca))
+        assert place.standing.sites.unavailable == 0
     assert refused.returncode == 4
     assert "signed by no authority that this build knows" in refused.stderr
     assert "CA_BUNDLE=ca.pem" in refused.stderr

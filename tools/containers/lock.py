@@ -46,7 +46,7 @@ def renew(say: Say, *, upgrade: bool = False, ca: Path | None = None) -> None:
     if board["openmpi"]["deb_sha256"] is None:
         _hash_openmpi(board["openmpi"], ca, say)
     if board["apt_snapshot"]["timestamp"] is None or upgrade or board["base"]["digest"] != base:
-        _learn(board["apt_snapshot"], {"timestamp": snapshot(board)}, "chosen", say)
+        _learn("apt_snapshot", board["apt_snapshot"], {"timestamp": snapshot(board)}, "chosen", say)
     refuse_contradictions(board)
     before = LOCK.read_bytes()
     write_json(LOCK, lock)
@@ -98,7 +98,7 @@ def _read_digest(pin: Json, ca: Path | None, say: Say) -> None:
         return
     built = {"created": found.created} if found.created else {}
     pin.pop("created", None)
-    _learn(pin, {"digest": found.digest, **built}, "read", say)
+    _learn(pin["image"], pin, {"digest": found.digest, **built}, "read", say)
 
 
 def _follow_tag(board: Json, say: Say, upgrade: bool, ca: Path | None) -> None:
@@ -126,7 +126,7 @@ def _follow_tag(board: Json, say: Say, upgrade: bool, ca: Path | None) -> None:
             )
         if name == "openmpi":
             pin["deb_sha256"] = None  # of another version
-        _learn(pin, others, f"read in tt-metal {tag}", say)
+        _learn(name, pin, others, f"read in tt-metal {tag}", say)
 
 
 def _hash_openmpi(pin: Json, ca: Path | None, say: Say) -> None:
@@ -142,10 +142,10 @@ def _hash_openmpi(pin: Json, ca: Path | None, say: Say) -> None:
         pin.update({"built": False, "reason": f"{url} could not be read: {getattr(error, 'reason', error)}"})
         pin.pop("source", None)
         return
-    _learn(pin, {"deb_sha256": digest.hexdigest()}, f"computed of {url}", say)
+    _learn("openmpi", pin, {"deb_sha256": digest.hexdigest()}, f"computed of {url}", say)
 
 
-def _learn(pin: Json, values: Json, how: str, say: Say) -> None:
+def _learn(name: str, pin: Json, values: Json, how: str, say: Say) -> None:
     """Write values into a pin, with how they came about, and say those that are new."""
     if all(pin.get(key) == value for key, value in values.items()):
         return
@@ -153,4 +153,4 @@ def _learn(pin: Json, values: Json, how: str, say: Say) -> None:
     for word in WORDS - values.keys():
         pin.pop(word, None)
     pin["source"] = f"{how} by `recipe lock` on {utc_now()[:10]}"
-    say(f"{pin.get('image') or pin.get('tag') or how}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))

@@ -14,10 +14,16 @@ from urllib.parse import unquote, urlsplit
 
 
 class Sites:
-    """The servers, while they are entered; `http` and `https` are their addresses without a slash at the end."""
+    """The servers, while they are entered; `http` and `https` are their addresses without a slash at the end.
+
+    unavailable: so many requests for the snapshot are answered with 503, as Ubuntu's at times are; it is set while they
+    serve.
+    """
+
+    unavailable = 0
 
     def __init__(self, folder: Path, address: str, context: ssl.SSLContext) -> None:
-        self._servers = [Server(folder, address), Server(folder, address)]
+        self._servers = [Server(folder, address, self), Server(folder, address, self)]
         plain, secure = self._servers
         secure.socket = context.wrap_socket(secure.socket, server_side=True)
         self.http = f"http://{address}:{plain.server_port}"
@@ -40,9 +46,10 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     sends_to: str | None = None
 
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, address: str, sites: Sites) -> None:
         super().__init__((address, 0), Handler)
         self.folder = folder
+        self.sites = sites
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of a client that goes away: one that knows no such authority does."""
@@ -61,6 +68,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", self.server.sends_to + self.path)
             self.send_header("Content-Length", "0")
             self.end_headers()
+        elif path.startswith("/snapshot/") and self.server.sites.unavailable:
+            self.server.sites.unavailable -= 1
+            self.send_error(503)
         elif ".git/" in path:
             self.git(path)
         else:
