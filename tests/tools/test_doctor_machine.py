@@ -14,6 +14,7 @@ import pytest
 
 from common.errors import MachineError
 from common.hardware import get
+from common.paths import ROOT
 from tests.doubles.machines import MACHINES, descriptor, fake_host, pci, remove_card, remove_node, write
 from tools.cli import main
 from tools.containers import images, offer
@@ -317,6 +318,19 @@ def test_packages_that_are_not_the_lock_s_are_named(monkeypatch):
     assert found.ok is False
     assert "click 0.1, not " in found.evidence
     assert "no rich" in found.evidence
+
+
+def test_an_environment_made_of_a_board_s_lock_is_held_to_that(monkeypatch):
+    """As the README makes one for a board without Docker: no torch, and the numpy that ttnn asks for."""
+    text = (ROOT / "requirements/board-3.10.txt").read_text("utf-8")
+    pins = {name: version for name, version, _ in doctor_host.PIN.findall(text)}
+    monkeypatch.setattr(doctor_host, "installed", pins.get)
+    monkeypatch.setattr("sys.version_info", (3, 10, 12))
+    (found,) = doctor_host.lock(doctor_host.Machine(get("n150"), (), False))
+    assert (found.ok, found.evidence) == (True, f"{len(pins)} packages are those of requirements/board-3.10.txt")
+    monkeypatch.setattr("sys.version_info", (3, 12, 3))
+    (found,) = doctor_host.lock(doctor_host.Machine(get("n150"), (), False))
+    assert (found.ok, "no requirements/board-3.12.txt" in found.evidence) == (None, True)
 
 
 def test_a_pin_of_another_python_lock_is_a_fault(doctor, tmp_path, monkeypatch):

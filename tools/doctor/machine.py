@@ -289,7 +289,13 @@ def python(machine: Machine) -> Iterator[Diagnosis]:
 
 def lock(_machine: Machine) -> Iterator[Diagnosis]:
     """Return whether the packages here are those of the lock they were installed from."""
-    name = f"cpu-{sys.version_info[0]}.{sys.version_info[1]}.txt" if installed("torch") else "launcher.txt"
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    # Of these three the launcher's has no numpy, and no board's has torch.
+    kind = "cpu" if installed("torch") else "board" if installed("numpy") else "launcher"
+    name = "launcher.txt" if kind == "launcher" else f"{kind}-{python}.txt"
+    if not (ROOT / "requirements" / name).is_file():
+        yield Diagnosis("python.lock", None, f"there is no requirements/{name}: these packages are held to no lock")
+        return
     text = (ROOT / "requirements" / name).read_text("utf-8")
     wanted = {key: (version, bool(only)) for key, version, only in PIN.findall(text)}
     here = {key: installed(key) for key in wanted}
