@@ -92,7 +92,8 @@ class Break:
     """Something planted, and what must come of it: a training all the same, or a refusal that has `answer` in it.
 
     stand_ins: arguments of upstream.serve. plant: changes the place. environment: of the command, by the place.
-    command: what is typed; without, the command that trains.
+    published: the image is in the registry, by the lock, and nobody says BUILD=1. asks: `recipe` is asked this in place
+    of training, and `answer` is in what it says.
     """
 
     says: str
@@ -100,11 +101,16 @@ class Break:
     stand_ins: Mapping[str, Any] = field(default_factory=dict)
     plant: Callable[[Place], object] = lambda _place: None
     environment: Callable[[Place], Mapping[str, str]] = lambda _place: {}
-    command: Sequence[str] = ()
+    published: bool = False
+    asks: str = ""
 
-    @property
-    def trains(self) -> bool:
-        return not self.answer
+    def command(self, place: Place) -> list[str]:
+        """Return what a user types in the clone."""
+        if self.asks:
+            return ["make", "do", f"ARGS={self.asks}"]
+        settings = " ".join((f"model_config.base={place.folder / 'model'}", *SET))
+        build = [] if self.published else ["BUILD=1"]
+        return ["make", "recipe-finetune", f"HW={BOARD}", *build, f"STEPS={STEPS}", f"SET={settings}"]
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,11 @@ class Arrival:
 
     def is_that_of(self, planted: Break) -> bool:
         """Return whether it came to what it must: a checkpoint, or one message with the cure and nothing begun."""
-        if planted.command:
+        if planted.asks:
             return planted.answer in self.said
-        if planted.trains:
-            return self.code == 0 and self.checkpoints > 0
+        if not planted.answer:
+            built = "[ttml-builder" in self.said
+            return self.code == 0 and self.checkpoints > 0 and built is not planted.published
         messages = re.findall(r"^error: (?:.*\n)(?:(?:  ).*\n)*", self.said, re.MULTILINE)
         return self.code == 4 and not self.checkpoints and len(messages) == 1 and planted.answer in messages[0]
 
@@ -161,14 +168,15 @@ BREAKS: Mapping[str, Break] = {
         environment=lambda place: {"CA_BUNDLE": str(place.standing.ca)},
     ),
     "ttml-elsewhere": Break("the build leaves _ttml in build_Release/ttml", stand_ins={"ttml": upstream.PLACES[1]}),
-    "ttml-nowhere": Break("the build leaves no _ttml", "left no _ttml*.so", stand_ins={"ttml": None}),
+    "ttml-nowhere": Break("the build leaves no _ttml", "report it", stand_ins={"ttml": None}),
     "old-firmware": Break("firmware 80.17.0.0, which is from before 18", "tt-installer", plant=firmware("80.17.0.0")),
     "few-pages": Break("no IOMMU, and three huge pages too few", "hugepages=4", plant=too_few_pages),
+    "published": Break("the image was built and published elsewhere", published=True),
     "no-tt-smi": Break(
         "no tt-smi on PATH, and doctor is asked",
         "warning: board.tt-smi: no tt-smi on PATH",
         plant=lambda place: (place.folder / "bin/tt-smi").unlink(),
-        command=("make", "do", f"ARGS=doctor --hw {BOARD}"),
+        asks=f"doctor --hw {BOARD}",
     ),
 }
 
@@ -183,7 +191,7 @@ def main() -> int:
         arrival = travel(Path(folder), planted)
     say(f"\n{PROVEN}\n{NOT_PROVEN}")
     as_it_must = arrival.is_that_of(planted)
-    must = "a checkpoint" if planted.trains else f"one message that has {planted.answer!r}"
+    must = f"words that have {planted.answer!r}" if planted.answer else "a checkpoint"
     say(f"planted: {planted.says}; it must come to: {must}")
     say(f"exit code {arrival.code}, {arrival.checkpoints} checkpoints: {'GREEN' if as_it_must else 'RED'}")
     return 0 if as_it_must else 1
@@ -203,7 +211,12 @@ def travel(folder: Path, planted: Break) -> Arrival:
         planted.plant(place)
         commit(place)
         try:
-            code, said = typed(place, planted)
+            environment = environment_of(place, planted)
+            if planted.published:
+                publish(place, environment)
+            command = planted.command(place)
+            say(f"planted: {planted.says}\n$ git clone ...; cd clone\n$ LAUNCHER=1 {' '.join(command)}")
+            code, said = typed(place, command, environment)
         finally:
             remove_images(place)
         return Arrival(code, said, len(place.checkpoints))
@@ -243,13 +256,25 @@ def commit(place: Place) -> None:
         raise MachineError(f"could not commit: {done.stderr.strip()[-200:]}", where=str(place.clone))
 
 
-def typed(place: Place, planted: Break) -> tuple[int, str]:
-    """Run the command in the clone, its output on this screen; return `recipe`'s exit code and all of the output."""
-    settings = " ".join((f"model_config.base={place.folder / 'model'}", *SET))
-    training = ("make", "recipe-finetune", f"HW={BOARD}", "BUILD=1", f"STEPS={STEPS}", f"SET={settings}")
-    command = list(planted.command or training)
+def publish(place: Place, environment: Mapping[str, str]) -> None:
+    """Build the image, publish it to the registry, commit the lock, and forget the image, as if it were another's.
+
+    Raises MachineError where that fails.
+    """
+    repository = f"{place.standing.registry.host}/recipes-{BOARD}"
+    words = ["image", "publish", BOARD, "--to", repository, "--no-attestations", "--no-rebuild"]
+    for command in (["make", "image", f"HW={BOARD}"], [".venv/bin/recipe", *words]):
+        if typed(place, command, environment)[0]:
+            raise MachineError("the image could not be published", where=" ".join(command))
+    remove_images(place)
+    (place.clone / "docker/images.local.json").unlink()
+    commit(place)
+
+
+def environment_of(place: Place, planted: Break) -> dict[str, str]:
+    """Return the variables of what is typed: stand-ins for mirrors, the faked machine, nothing of this process's."""
     kept = {key: value for key, value in os.environ.items() if key not in (*OF_MAKE, *OF_THIS)}
-    environment = {key: value for key, value in kept.items() if not key.startswith(("RECIPES_", "TT_", "GITHUB_"))} | {
+    return {key: value for key, value in kept.items() if not key.startswith(("RECIPES_", "TT_", "GITHUB_"))} | {
         **place.standing.environment(),
         "APT_MIRROR": f"{place.standing.sites.https}/snapshot",
         "PATH": f"{place.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -258,7 +283,10 @@ def typed(place: Place, planted: Break) -> tuple[int, str]:
         "LAUNCHER": "1",
         **planted.environment(place),
     }
-    say(f"planted: {planted.says}\n$ git clone ...; cd clone\n$ LAUNCHER=1 {' '.join(command)}")
+
+
+def typed(place: Place, command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run a command in the clone, its output on this screen; return `recipe`'s exit code and all of the output."""
     said = []
     with subprocess.Popen(
         command, cwd=place.clone, env=environment, text=True, errors="replace",

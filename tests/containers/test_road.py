@@ -41,6 +41,7 @@ def test_a_break_is_answered_as_it_must_be(name: str, tmp_path: Path) -> None:
         assert "buildx" not in arrival.said, "an hour of building is not begun on a host that cannot train"
 
 
+BUILT = "#9 [ttml-builder 1/8] RUN"
 ONE = "error: no such\n  where: here\n  to do: say CURE\n"
 REFUSED = Break("x", "CURE")
 
@@ -48,9 +49,12 @@ REFUSED = Break("x", "CURE")
 @pytest.mark.parametrize(
     ("planted", "arrival", "as_it_must"),
     [
-        (NOTHING, Arrival(0, "", 1), True),
-        (NOTHING, Arrival(0, "", 0), False),
-        (NOTHING, Arrival(5, "", 1), False),
+        (NOTHING, Arrival(0, BUILT, 1), True),
+        (NOTHING, Arrival(0, BUILT, 0), False),
+        (NOTHING, Arrival(5, BUILT, 1), False),
+        (NOTHING, Arrival(0, "", 1), False),
+        (BREAKS["published"], Arrival(0, "", 1), True),
+        (BREAKS["published"], Arrival(0, BUILT, 1), False),
         (REFUSED, Arrival(4, ONE, 0), True),
         (REFUSED, Arrival(0, ONE, 0), False),
         (REFUSED, Arrival(4, ONE, 1), False),

@@ -139,7 +139,7 @@ def bake(target: str, variables: Mapping[str, str], *options: str, context: Path
         known = known_errors.match(" ".join(ended.last_words.split()), "build", "docker")
         raise MachineError(
             f"the build of {target} failed: {known.means if known else ended.cause}",
-            where=str(log),
+            where=f"{log}: {ended.cause}" if known else str(log),
             todo=f"{known.answer if known else 'mend what it names'}; the same command then goes on with the steps "
             "that are done",
         )

@@ -47,7 +47,8 @@ def cost_of(hw: Hardware) -> Cost:
 def outlook(hw: Hardware) -> list[str]:
     """Return in words what a build of the board's image would make, of what, how long that takes and how much disk."""
     pins, cost = pins_of(read_lock(), hw.image), cost_of(hw)
-    source = f"tt-metal {pins['tt_metal']['tag']} with tt-train, from source" if "tt_metal" in pins else "packages"
+    packages = f"the packages of {', '.join(pins['python'])}"
+    source = f"tt-metal {pins['tt_metal']['tag']} with tt-train, from source" if "tt_metal" in pins else packages
     return [
         f"to build: {source}, by the pins of docker/images.lock.json (target {hw.image} of docker/docker-bake.hcl)",
         f"how long: {cost.time}; less where an earlier build, or another board's, left its steps",
