@@ -5,6 +5,7 @@ The others of BREAKS are minutes each: `make rehearse ROAD=1 FAULT=...`, and mar
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,25 @@ from ci.rehearse import road
 from ci.rehearse.road import BREAKS, NOTHING, Arrival, Break, travel
 from common.errors import UsageError
 from common.paths import ROOT
+from tools.containers.build import LOCAL_BASE
+from tools.containers.docker import inspect_image
 
 QUICK = ("old-firmware", "few-pages", "no-tt-smi", "unknown-authority")
 
 
-@pytest.fixture(autouse=True)
-def wheels(base_image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this checkout has collected of wheels is not downloaded again; each still has its hash."""
+@pytest.fixture
+def place(base_image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to rehearse in. What this checkout has of wheels is not downloaded again; each still has its hash."""
+    if os.getuid():
+        pytest.skip("only root can make device nodes")
+    if inspect_image(LOCAL_BASE) is None:
+        pytest.skip(f"this engine has no {LOCAL_BASE} (ci/engine.sh makes it)")
     monkeypatch.setenv("PIP_FIND_LINKS", str(ROOT / "docker/wheelhouse"))
+    return tmp_path
 
 
-def test_one_command_goes_from_a_clone_to_a_checkpoint(tmp_path: Path) -> None:
-    arrival = travel(tmp_path, NOTHING)
+def test_one_command_goes_from_a_clone_to_a_checkpoint(place: Path) -> None:
+    arrival = travel(place, NOTHING)
     assert arrival.is_that_of(NOTHING)
     for step in ("setup: ready in", "it is built now", "[ttml-builder 6/8] RUN", "n150: sha256:", "step 2/2  loss "):
         assert step in arrival.said
@@ -34,8 +42,8 @@ def test_one_command_goes_from_a_clone_to_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(it, marks=pytest.mark.slow) for it in BREAKS if it not in QUICK)]
 )
-def test_a_break_is_answered_as_it_must_be(name: str, tmp_path: Path) -> None:
-    arrival = travel(tmp_path, BREAKS[name])
+def test_a_break_is_answered_as_it_must_be(name: str, place: Path) -> None:
+    arrival = travel(place, BREAKS[name])
     assert arrival.is_that_of(BREAKS[name]), arrival.said
     if name in ("old-firmware", "few-pages"):
         assert "buildx" not in arrival.said, "an hour of building is not begun on a host that cannot train"
