@@ -166,7 +166,7 @@ def test_random_weights_train_and_are_exported(run, tmp_path, generation):
 @pytest.mark.parametrize("generation", ["B", "C"])
 @pytest.mark.parametrize(("first", "then"), [("n150", "cpu"), ("cpu", "n150")])
 def test_a_checkpoint_of_one_engine_goes_on_in_the_other(run, tiny_base, tmp_path, first, then, generation):
-    """The twin ties as newer builds do; for a checkpoint of another build, or for one, its groups are named there."""
+    """The twin ties as newer builds do, or as the run that it goes on with; for another build its groups are named."""
     recipe = make_tiny_recipe(tmp_path / "tiny", tiny_base)
     same = sets("training_config.precision=bf16", "training_config.learning_rate=1e-3", "eval_config.max_new_tokens=2")
     named = {"cpu": sets(f"model_config.lora.tie_groups={json.dumps(TIES['B'])}") if generation == "B" else []}
@@ -180,7 +180,8 @@ def test_a_checkpoint_of_one_engine_goes_on_in_the_other(run, tiny_base, tmp_pat
         tied = sets(f"model_config.lora.tie_groups={json.dumps(TIES['C'])}")
         other = run(str(recipe), "cpu", *same, *tied, "--resume", str(parent))
         assert "another training: model_config.lora.tie_groups: " in ended(other, 2)
-    screen = ended(command(then, "--resume", str(parent)))
+    # The twin takes the groups of the run that it goes on with; a board has those of its build.
+    screen = ended(run(str(recipe), then, *same, "--resume", str(parent), generation=generation))
     child = next(folder for folder in folders(tmp_path / "runs") if folder != parent)
     assert manifest(child)["parent"] == f"{parent.name}/step-00000002"
     assert "changed: backend: " in screen

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import config as configs
+from common.config import Config
 from common.errors import UsageError
 from common.model import llama
 from common.paths import ROOT
@@ -18,6 +19,7 @@ from engines import registry
 from tools import git
 from tools.launch import lint
 from tools.machine import detect, host
+from tools.runs.folder import is_run
 
 STALL = "RECIPES_STALL_SECONDS"
 
@@ -49,6 +51,9 @@ def resolve(
     choice = detect.choose(hw, require_present)
     overrides = (*overrides, *mesh_override(world))
     config = configs.load(recipe_dir, choice.hardware, overrides, steps)
+    resume = resume if resume in ("auto", "never") else str(Path(resume).expanduser().absolute())
+    if choice.hardware.is_cpu and resume not in ("auto", "never"):
+        config = tied_as(Path(resume), config)
     if config.model.architecture:  # a base's is known when it is here
         registry.engine_for(choice.hardware).refuse_model(llama.hf_config(config.model.architecture.model_dump()))
     commit, dirty = git.head()
@@ -64,7 +69,7 @@ def resolve(
         departures=tuple(map(key_of, config.departures())) if choice.hardware.is_cpu else (),
         warnings=tuple(lint.lint(config, choice.hardware)),
         stop_at=stop_at,
-        resume=resume if resume in ("auto", "never") else str(Path(resume).expanduser().absolute()),
+        resume=resume,
         accept_changes=accept_changes,
         command=tuple(command),
         overrides=overrides,
@@ -75,6 +80,18 @@ def resolve(
         stall_seconds=stall_seconds(),
         hosts=hosts,
     )
+
+
+def tied_as(resume: Path, config: Config) -> Config:
+    """Return the config with the tie groups of the run or checkpoint `resume`, where it leaves them to the build.
+
+    A CPU trains any groups: so it goes on with those of whatever build of ttml the run was trained by.
+    """
+    run = resume.parent.parent if (resume / "state.json").is_file() else resume
+    if not (config.model.lora and config.model.lora.tie_groups == "build" and is_run(run)):
+        return config
+    theirs = configs.load_resolved(run / "config.resolved.yaml").model.lora
+    return config.with_values(run.name, **{"model.lora.tie_groups": theirs.tie_groups}) if theirs else config
 
 
 def stall_seconds() -> float | None:
