@@ -6,17 +6,16 @@ import click
 
 from ci.command import run
 from common import hardware
-from tools.containers.docker import fetch
-from tools.containers.images import image_for
+from tools.containers.docker import fetch, find_image
 
 
 @click.command()
 @click.argument("board", envvar="HW")
 def main(board: str) -> None:
     """Code 4 where no image is published (docker/images.lock.json says why) and none was built on this machine."""
-    image = image_for(hardware.get(board))
+    image = find_image(hardware.get(board))
     fetch(image, click.echo)
-    click.echo(f"{board}: {image.source} image {image.reference}")
+    click.echo(f"{board}: the {image}")
 
 
 if __name__ == "__main__":

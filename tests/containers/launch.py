@@ -18,5 +18,5 @@ from tools.containers.images import Image
 if __name__ == "__main__":
     reference, pins = sys.argv.pop(1), sys.argv.pop(1)
     spec.MEMLOCK = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-    launcher.image_for = lambda hw: Image(hw.image, reference, "local", pins)  # type: ignore[attr-defined]
+    launcher.find_image = lambda hw: Image(hw.image, reference, "local", pins)  # type: ignore[attr-defined]
     main.main()

@@ -19,6 +19,7 @@ from tests.support.registry import NoRegistry, running
 from tools.containers import docker as engine
 from tools.containers import images, publish, verify
 from tools.containers.build import Inputs
+from tools.containers.images import NoImage
 from tools.containers.publish import Target
 
 CPU = hardware.get("cpu")
@@ -69,10 +70,10 @@ def go(registry: str, name: str, *, rebuild: bool = False) -> None:
 def test_what_is_published_is_pulled_by_its_digest_on_another_machine(registry: str, built: str) -> None:
     layers = json.loads(docker("image", "inspect", "--format", "{{json .RootFS.Layers}}", built))
     go(registry, "good")
-    image = images.image_for(CPU)
-    assert (image.source, image.reference.partition("@")[0]) == ("published", f"{registry}/good")
     docker("image", "rm", "--force", built)  # as on a machine that never built it
     images.LOCAL.unlink()
+    image = images.image_for(CPU)
+    assert (image.source, image.reference.partition("@")[0]) == ("published", f"{registry}/good")
     said: list[str] = []
     engine.fetch(image, said.append)
     assert said == [f"fetching {image.reference} (once)"]
@@ -95,8 +96,9 @@ def test_a_digest_that_the_registry_has_not_is_one_message(registry: str, built:
     lock = images.read_lock()
     lock["targets"]["cpu"]["digest"] = "sha256:" + "0" * 64
     images.LOCK.write_text(json.dumps(lock))
-    with pytest.raises(MachineError, match="the registry has no image of the locked digest"):
-        engine.fetch(images.image_for(CPU), print)
+    images.LOCAL.unlink()
+    with pytest.raises(NoImage, match="the registry has no image of the locked digest"):
+        engine.fetch(engine.find_image(CPU), print)
 
 
 def test_a_registry_that_does_not_answer_is_one_message(built: str) -> None:

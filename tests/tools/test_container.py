@@ -472,7 +472,7 @@ def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place):
 def test_what_looks_at_a_board_does_so_in_its_image(words, node, double, place, monkeypatch):
     """As a run: the same words on the board's nodes, nothing to write but the caches, the container's exit code."""
     fake_host(place / "machine", "n150")
-    monkeypatch.setattr(launcher, "image_for", lambda hw: IMAGE)
+    monkeypatch.setattr(launcher, "find_image", lambda hw: IMAGE)
     for name, text in (("info", '{"ServerVersion": "1"}'), ("image", image_of(IMAGE.reference)), ("end", "6")):
         (double / name).write_text(text)
     monkeypatch.setattr(sys, "argv", ["recipe", *words])

@@ -150,4 +150,5 @@ def test_what_a_workflow_pushed_is_recorded_by_another_job(lock: Path) -> None:
     with pytest.raises(UsageError, match="not a digest"):
         publish.record_pushed(OURS, "", print, attestations=True)
     publish.record_pushed(OURS, DIGEST, print, attestations=True)
+    images.LOCAL.unlink()
     assert images.image_for(CPU).reference == f"{OURS.repository}@{DIGEST}"

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -93,12 +94,12 @@ class Bench:
         assert said.splitlines() == "\n".join(numbered).splitlines()
         return steps
 
-    def at_a_terminal(self, answer: str, *words: str) -> tuple[int, str]:
+    def at_a_terminal(self, answer: str, command: list[str] | None = None) -> tuple[int, str]:
         """Run it on a terminal and answer the first question; its exit code and what the screen had."""
         process, terminal = pty.fork()
         if not process:
             os.chdir(ROOT)
-            os.execve(sys.executable, self.command(*words), self.environment())
+            os.execve(sys.executable, command or self.command(), self.environment())
         said, answered, deadline = "", False, time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             if select.select([terminal], [], [], 0.1)[0]:
@@ -250,16 +251,66 @@ def test_an_image_that_the_engine_has_lost_is_built_again(bench: Bench) -> None:
     assert bench.run("--build").returncode == 0
 
 
-def test_a_published_image_is_pulled_by_its_digest_and_nothing_is_built(bench: Bench) -> None:
+@pytest.fixture
+def published(bench: Bench) -> str:
+    """What the lock names as the published image of n150, and the registry has: repository@digest."""
     pins = images.pins_sha256(images.read_lock(), "n150")
     reference = f"registry.example/recipes@{DIGEST}"
     of = {"repository": "registry.example/recipes", "digest": DIGEST, "date": "2026-11-30", "lock_sha256": pins}
     (bench.folder / "images.lock.json").write_text(json.dumps(lock_of_today(**of)))
     (bench.double / "registry").write_text(json.dumps([json.loads(image(pins))[0] | {"RepoDigests": [reference]}]))
+    return reference
+
+
+def test_a_published_image_is_pulled_by_its_digest_and_nothing_is_built(bench: Bench, published: str) -> None:
     done = bench.run()
     assert done.returncode == 0, done.stderr
-    assert bench.asked("pull") == [f"pull --quiet {reference} "]
+    assert f"it runs in the published image {published}" in done.stdout
+    assert bench.asked("pull") == [f"pull --quiet {published} "]
     assert not bench.asked("buildx")
+
+
+@pytest.mark.parametrize(
+    ("says", "means", "cure"),
+    [
+        ("pull access denied for recipes, may require 'docker login': denied: x", "refuses to give", "`docker login`"),
+        ("dial tcp: lookup registry.example: no such host", "the registry cannot be reached", "network and proxy"),
+    ],
+)
+def test_a_published_image_that_cannot_be_pulled_can_be_built(
+    bench: Bench, published: str, says: str, means: str, cure: str
+) -> None:
+    (bench.double / "pull").write_text(f"Error response from daemon: {says}")
+    refused = bench.run()
+    assert refused.returncode == 4
+    assert re.search(rf"error: the published image of n150 cannot be fetched: .*{means}", refused.stderr)
+    assert re.search(rf"to do: .*{cure}.*; or build it here: make image HW=n150; or BUILD=1", refused.stderr)
+    assert says in refused.stderr
+    done = bench.run("--build")
+    assert done.returncode == 0, done.stderr
+    assert f"it runs in the local image {ID}" in done.stdout
+    pulls = len(bench.asked("pull"))
+    assert bench.run().returncode == 0
+    assert len(bench.asked("pull")) == pulls, "what was built asks no registry"
+
+
+def test_a_published_image_takes_the_place_of_one_that_the_engine_has_lost(bench: Bench, published: str) -> None:
+    assert bench.done(bench.recipe("image", "build", "n150")).returncode == 0
+    (bench.double / "image").unlink()
+    done = bench.run()
+    assert done.returncode == 0, done.stderr
+    assert f"it runs in the published image {published}" in done.stdout
+
+
+def test_what_looks_at_a_board_asks_whether_to_build_its_image(bench: Bench) -> None:
+    look = bench.recipe("verify", "board", "--hw", "n150", "--json")
+    refused = bench.done(look)
+    assert refused.returncode == 4
+    assert f"error: {NO_IMAGE}, and nobody is at a terminal" in refused.stderr
+    assert ("make image HW=n150" in refused.stderr, "BUILD=1" in refused.stderr) == (True, False)
+    code, said = bench.at_a_terminal("y\n", look)
+    assert (code, said.count("[y/N]")) == (0, 1), said
+    assert (len(bench.asked("buildx bake")), len(bench.asked("start"))) == (1, 1)
 
 
 def test_a_host_that_is_not_ready_is_said_before_an_hour_of_building(bench: Bench) -> None:
@@ -345,7 +396,16 @@ def test_what_an_engine_lacks_for_a_build_is_on_the_road_until_there_is_an_image
     assert "recipe lock" in step["do"]
     built = {"id": ID, "lock_sha256": images.pins_sha256(lock, "n150"), "created": "2026-11-01T00:00:00Z"}
     (bench.folder / "images.local.json").write_text(json.dumps({"format": 1, "images": {"n150": built}}))
+    (bench.double / "image").write_text(image(built["lock_sha256"]))
     assert ids(bench.road()) == ["data.fetched", "run"]
+
+
+def test_an_image_that_the_engine_has_lost_is_on_the_road_again(bench: Bench) -> None:
+    assert bench.run("--build").returncode == 0
+    (bench.double / "image").unlink()
+    (step,) = (step for step in bench.road() if step["id"] == "engine.image")
+    assert step["why"] == "the image of n150 is gone from the Docker engine"
+    assert step["do"] == "make image HW=n150"
 
 
 def test_without_a_container_the_road_has_no_image_and_a_ttml(bench: Bench) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from common import known_errors
 from common.errors import MachineError
-from tools.containers.images import Image, Json, log_of
+from common.hardware import Hardware
+from tools.containers.images import Image, Json, NoImage, image_for, images_of, log_of
 from tools.containers.progress import watched
 
 ANSWER_SECONDS = 60  # for what an engine does at once even on a busy machine: one that hangs is as good as none
@@ -85,6 +86,20 @@ def inspect_image(reference: str) -> Json | None:
     return described[0]
 
 
+def find_image(hw: Hardware) -> Image:
+    """Return the image that a board's containers start from: one that was built here and that the engine still has,
+    else the published one, which the engine need not have yet (`fetch`).
+
+    Raises NoImage where there is neither.
+    """
+    for image in images_of(hw):
+        if image.source == "published" or inspect_image(image.reference) is not None:
+            return image
+    image = image_for(hw)
+    todo = f"make image HW={hw.name}"
+    raise NoImage(f"the image of {hw.name} is gone from the Docker engine", where=image.reference, todo=todo)
+
+
 def present(image: Image) -> Json:
     """Return the engine's description of an image. Raises MachineError where it is gone or another one."""
     described = inspect_image(image.reference)
@@ -106,11 +121,19 @@ def present(image: Image) -> Json:
 def fetch(image: Image, say: Callable[[str], None]) -> None:
     """Have the image on this engine: a published one is fetched by its digest.
 
-    Raises MachineError where it is not to be had, or is not the one that the lock means.
+    Raises NoImage where a published one is not to be had, MachineError where the engine's is not the one that the
+    lock means.
     """
     if image.source == "published" and inspect_image(image.reference) is None:
         say(f"fetching {image.reference} (once)")
-        docker("pull", "--quiet", image.reference)
+        try:
+            docker("pull", "--quiet", image.reference)
+        except MachineError as error:
+            raise NoImage(
+                f"the published image of {image.target} cannot be fetched: {error.what}",
+                where=error.where,
+                todo=f"{error.todo}; or build it here: make image HW={image.target}",
+            ) from error
     pins = (present(image)["Config"]["Labels"] or {}).get("recipes.lock")
     if pins != image.lock_sha256:
         raise MachineError(

@@ -39,21 +39,19 @@ class Image:
     source: Literal["local", "published"]
     lock_sha256: str
 
+    def __str__(self) -> str:
+        return f"{self.source} image {self.reference}"
+
 
 def image_for(hw: Hardware) -> Image:
-    """The image of a board: the published one, else the one built here from the pins of today.
+    """Return the image of a board: the one built here from the pins of today, else the published one.
 
-    Asks no engine and no network. Raises NoImage where there is none, or where the one that there is was made from
-    other pins.
+    Asks no engine and no network; `docker.find_image` asks the engine, too. Raises NoImage where there is none, or
+    where the one that there is was made from other pins.
     """
-    lock = read_lock()
-    entry = target_of(lock, hw.image)
-    pins = pins_sha256(lock, hw.image)
-    if entry["digest"] is not None and entry["lock_sha256"] == pins:
-        return Image(hw.image, f"{entry['repository']}@{entry['digest']}", "published", pins)
-    if image := local_image(hw):
-        return image
-    local = read_local().get(hw.image)
+    if found := images_of(hw):
+        return found[0]
+    local, entry = read_local().get(hw.image), target_of(read_lock(), hw.image)
     todo = f"make image HW={hw.name}"
     if local is not None:
         raise NoImage(
@@ -68,6 +66,23 @@ def image_for(hw: Hardware) -> Image:
             todo=todo,
         )
     raise NoImage(f"no image for {hw.name}: none is published, none was built here", where=hw.image, todo=todo)
+
+
+def images_of(hw: Hardware) -> list[Image]:
+    """Return the images of a board from the pins of today, the one to take first: built here, then published.
+
+    What was built here goes first, so that a registry that is gone, or gives nothing, is in nobody's way.
+    """
+    return [image for image in (local_image(hw), published_image(hw)) if image]
+
+
+def published_image(hw: Hardware) -> Image | None:
+    """Return the published image of a board, if it is of the pins of today."""
+    lock = read_lock()
+    entry, pins = target_of(lock, hw.image), pins_sha256(lock, hw.image)
+    if entry["digest"] is None or entry["lock_sha256"] != pins:
+        return None
+    return Image(hw.image, f"{entry['repository']}@{entry['digest']}", "published", pins)
 
 
 def local_image(hw: Hardware) -> Image | None:

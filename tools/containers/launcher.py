@@ -23,8 +23,8 @@ from common.hardware import Hardware
 from common.signals import handled
 from common.train.launch import Launch
 from tools.containers import offer, ownership
-from tools.containers.docker import ANSWER_SECONDS, check_engine, docker, explained, fetch, inspect_image
-from tools.containers.images import Image, Json, NoImage, image_for
+from tools.containers.docker import ANSWER_SECONDS, check_engine, docker, explained, fetch, find_image
+from tools.containers.images import Image, Json, NoImage
 from tools.containers.spec import (
     LABEL,
     LABELS,
@@ -62,10 +62,10 @@ def launch(found: Launch, say: Say, *, build: bool = False) -> int:
 
     What refuses a run before its container starts, in this order: the board is not here (tools/machine/detect.py, in
     `resolve`), several hosts and a host that is not ready (tools/launch/run.py), no engine that can be used
-    (`check_engine`), no image and none to be built (offer.py), a base or corpus that cannot be fetched, a build that
-    fails, a board in use (lease.py, `refuse_orphan`), an image that is not the locked one (`fetch`), a folder that the
-    run's user cannot write (`folders`; of a root caller: ownership.py). What Docker itself says then is explained by
-    common/known_errors.yaml.
+    (`check_engine`), an image that is not the locked one (`fetch`), none to be had and none to be built (offer.py), a
+    base or corpus that cannot be fetched, a build that fails, a board in use (lease.py, `refuse_orphan`), a folder that
+    the run's user cannot write (`folders`; of a root caller: ownership.py). What Docker itself says then is explained
+    by common/known_errors.yaml.
     """
     say(f"{found.recipe_dir.name} in a container, on {found.reason}")
     for name, value in users_environment().items():
@@ -74,8 +74,9 @@ def launch(found: Launch, say: Say, *, build: bool = False) -> int:
     image = image_or_consent(found.hw, build, say)
     fetch_pinned(found.config, say)  # this machine knows its index, proxies and keys; no image does
     image = image or offer.build_it(found.hw, say)
+    say(f"it runs in the {image}")
     errand = errand_of(with_image(found, image))
-    with taken(errand, image, say), folders(found) as lent:
+    with taken(errand), folders(found) as lent:
         return follow(spec_of(errand, lent))
 
 
@@ -83,34 +84,37 @@ def run_words(words: Sequence[str], hw: Hardware, nodes: Sequence[str], say: Say
     """Run `recipe WORDS` in the board's image, as a run would be; return the exit code.
 
     For what looks at a board and leaves no file: it writes nothing but the caches of RECIPES_HOME, and reads the
-    checkout and `readable`. Raises NoImage where there is no image of today's pins, MachineError as `launch` does.
+    checkout and `readable`. Where there is no image a person at a terminal is asked whether to build it. Raises
+    MachineError as `launch` does.
     """
     check_engine()
-    image = image_for(hw)
+    image = image_or_consent(hw, None, say) or offer.build_it(hw, say)
+    say(f"it runs in the {image}")
     name = f"{'-'.join(word for word in words[:2] if word.isalnum())}-{secrets.token_hex(2)}"
     errand = Errand(name, hw, tuple(nodes), image.reference, tuple(words), tuple(readable))
-    with taken(errand, image, say):
+    with taken(errand):
         ownership.share_caches()
         return follow(spec_of(errand))
 
 
 @contextlib.contextmanager
-def taken(errand: Errand, image: Image, say: Say) -> Iterator[None]:
-    """Have the board's cards and the image, until the block ends. Raises MachineError where one is not to be had."""
+def taken(errand: Errand) -> Iterator[None]:
+    """Have the board's cards until the block ends. Raises MachineError where one is not to be had."""
     keys = [card.key for card in host.cards(errand.nodes)]
     with lease.taken(keys, Owner(errand.hw.name, os.getpid(), errand.name, f"recipes-{errand.name}")):
         remove_ended()
         refuse_orphan(errand.hw.name, keys)
-        fetch(image, say)
         yield
 
 
-def image_or_consent(hw: Hardware, build: bool, say: Say) -> Image | None:
-    """Return the board's image, or None where there is none and it is to be built. Raises MachineError."""
+def image_or_consent(hw: Hardware, build: bool | None, say: Say) -> Image | None:
+    """Return the board's image, which the engine then has, or None where there is none and it is to be built.
+
+    `build` as in `offer.accept`. Raises MachineError.
+    """
     try:
-        image = image_for(hw)
-        if image.source == "local" and inspect_image(image.reference) is None:
-            raise NoImage(f"the image of {hw.name} is gone from the Docker engine", where=image.reference)
+        image = find_image(hw)
+        fetch(image, say)
     except NoImage as lack:
         offer.accept(hw, lack, build, say)
         return None

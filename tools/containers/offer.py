@@ -56,11 +56,11 @@ def outlook(hw: Hardware) -> list[str]:
     ]
 
 
-def accept(hw: Hardware, lack: NoImage, build: bool, say: Say) -> None:
+def accept(hw: Hardware, lack: NoImage, build: bool | None, say: Say) -> None:
     """Return where the board's image is to be built: by `build`, or by a person at this terminal, who is asked.
 
-    Raises MachineError where its pins or the engine's disk do not do, where the answer is no, and where nobody can be
-    asked.
+    `build` is None of a verb that has no such word. Raises MachineError where its pins or the engine's disk do not do,
+    where the answer is no, and where nobody can be asked.
     """
     try:
         able(hw)
@@ -74,12 +74,12 @@ def accept(hw: Hardware, lack: NoImage, build: bool, say: Say) -> None:
         raise MachineError(
             "\n    ".join([f"{lack.what}, and nobody is at a terminal to be asked", *outlook(hw)]),
             where=lack.where,
-            todo=f"BUILD=1 (--build) builds it first and goes on; make image HW={hw.name} builds it alone",
+            todo=lack.todo if build is None else f"{lack.todo}; or BUILD=1 (--build), which builds it and goes on",
         )
     for line in outlook(hw):
         say(f"  {line}")
-    if not build and not click.confirm("build it now, and go on with the run?"):
-        raise MachineError("nothing was built", where=lack.where, todo=f"make image HW={hw.name} builds it alone")
+    if not build and not click.confirm("build it now, and go on?", err=True):
+        raise MachineError("nothing was built", where=lack.where, todo=lack.todo)
 
 
 def able(hw: Hardware) -> str:

@@ -13,8 +13,8 @@ from common.errors import MachineError, UsageError, VerificationError
 from common.hardware import Hardware
 from common.paths import ROOT
 from tools.containers.build import Inputs, build, build_variables, commit_of, fill_wheelhouse
-from tools.containers.docker import docker, present
-from tools.containers.images import Image, Json, image_for, pins_of, read_lock
+from tools.containers.docker import docker, find_image, present
+from tools.containers.images import Image, Json, pins_of, read_lock
 from tools.git import git
 
 Say = Callable[[str], None]
@@ -32,7 +32,7 @@ def verify_contents(hw: Hardware, container: str | None, say: Say, image: Image 
     Raises MachineError where there is no image, VerificationError where something differs.
     """
     lock = read_lock()
-    image = image or image_for(hw)
+    image = image or find_image(hw)
     described = present(image)
     if container and (runs := docker("inspect", "--format", "{{.Image}}", container).strip()) != described["Id"]:
         raise VerificationError(
@@ -50,7 +50,7 @@ def verify_contents(hw: Hardware, container: str | None, say: Say, image: Image 
             todo=f"make image HW={hw.name}",
         )
     what = f"container {container}" if container else "image"
-    say(f"{what}: {image.source} {image.reference} holds the lock's packages, at their versions; never root")
+    say(f"{what}: the {image} holds the lock's packages, at their versions; never root")
 
 
 def differences(image: Image, described: Json, pins: Json, installed: dict[str, str]) -> Iterator[str]:

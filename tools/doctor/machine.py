@@ -19,7 +19,7 @@ from common.paths import ROOT, home
 from engines.ttml.mesh import check_descriptor, find_descriptor
 from tools.containers import launcher, offer
 from tools.containers.build import check_python_pins
-from tools.containers.docker import check_engine
+from tools.containers.docker import check_engine, find_image
 from tools.containers.images import image_for, pins_of, read_lock, requirements_of
 from tools.data.fetch import missing
 from tools.doctor import findings, road
@@ -204,21 +204,17 @@ def descriptor(machine: Machine) -> Iterator[Diagnosis]:
 
 
 def engine(machine: Machine) -> Iterator[Diagnosis]:
-    """Look whether an engine answers, and where there is no image yet, whether it could build one."""
+    """Look whether an engine answers and has the image, and where there is none yet, whether it could build one.
+
+    An image that is not here yet is no fault of the machine.
+    """
     answers = attempt("engine.answers", lambda: f"Docker {check_engine()} answers", untold=not machine.contained)
     yield answers
-    if answers.ok and not attempt("", lambda: image_for(machine.hw).reference).ok:
+    find = find_image if answers.ok else image_for
+    image = attempt("engine.image", lambda: f"the {find(machine.hw)}", untold=True)
+    if answers.ok and not image.ok:
         yield attempt("engine.builds", lambda: offer.able(machine.hw), untold=not machine.contained)
-
-
-def image(machine: Machine) -> Iterator[Diagnosis]:
-    """Look for the image; one that is not here yet is no fault of the machine."""
-
-    def look() -> str:
-        found = image_for(machine.hw)
-        return f"{found.source} image {found.reference}"
-
-    yield attempt("engine.image", look, untold=True)
+    yield image
 
 
 def pins(machine: Machine) -> Iterator[Diagnosis]:
@@ -344,4 +340,4 @@ def numbers(version: str) -> tuple[int, ...]:
 
 HOST: tuple[Check, ...] = (nodes, driver, firmware, memory)
 BOARD: tuple[Check, ...] = (*HOST, owner, smi, descriptor)
-ANY: tuple[Check, ...] = (engine, image, pins, data, disk, python, lock, ttml)
+ANY: tuple[Check, ...] = (engine, pins, data, disk, python, lock, ttml)
