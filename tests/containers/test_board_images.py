@@ -69,8 +69,10 @@ def stood_up(folder: Path, base_image: str, **options: Any) -> Iterator[Place]:
     with upstream.serve(folder / "upstream", torch=False, **options) as standing:
         place = Place(standing, standing.make_base(base_image), clone)
         place.prepare()
-        yield place
-        docker("image", "rm", place.base)
+        try:
+            yield place
+        finally:
+            docker("image", "rm", place.base)
 
 
 @pytest.fixture(scope="module")
