@@ -16,13 +16,13 @@ def git(
 ) -> subprocess.CompletedProcess[str]:
     """Run git in the checkout `root` (default: this one), with `environment` over this process's own.
 
-    Return output and code, 127 if it is not here or too slow.
+    Return output and code, 127 if it is not here or too slow. It asks nobody for a name and a password: a server that
+    wants them is answered with git's own error.
     """
     command = ["git", "-C", str(root or ROOT), *words]
+    variables = os.environ | {"GIT_TERMINAL_PROMPT": "0"} | dict(environment)
     try:
-        return subprocess.run(
-            command, env=os.environ | dict(environment), capture_output=True, text=True, check=False, timeout=seconds
-        )
+        return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))
 

@@ -19,6 +19,7 @@ from common.errors import MachineError
 from tests.doubles import machines
 from tests.doubles.upstream import certificates, github
 from tests.doubles.upstream.registry import Registry
+from tests.doubles.upstream.tools import run
 from tests.support.image_lock import unexplained
 from tools.containers import images, lock, registry
 from tools.containers.registry import MANIFESTS, find
@@ -228,6 +229,22 @@ def test_the_time_of_the_packages_is_a_week_back_and_never_before_the_base(
     change("apt_snapshot", timestamp=day(back=-1) if pinned == "tomorrow" else pinned)
     renew(upgrade=True)
     assert pin("apt_snapshot")["timestamp"] == day(back=chosen)
+
+
+def test_a_branch_that_is_named_like_the_tag_is_not_taken_for_it(home: Path) -> None:
+    run("git", "update-ref", "-d", f"refs/tags/{TAG}", cwd=home / "github/tenstorrent/tt-metal.git")
+    assert "its repository does not answer: fatal: couldn't find remote ref refs/tags/v0.81.1" in "\n".join(renew())
+
+
+def test_a_repository_that_wants_a_password_is_no_question_at_the_terminal(
+    home: Path, served: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GIT_ASKPASS", "SSH_ASKPASS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GITHUB_MIRROR", served.url)
+    served.token = True
+    assert "terminal prompts disabled" in "\n".join(renew())
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------

@@ -34,19 +34,21 @@ def read_tag(tag: str, ca: Path | None = None) -> dict[str, dict[str, str]]:
     by. Raises MachineError with git's own words where the repository does not answer or has no such tag.
     """
     with tempfile.TemporaryDirectory() as folder:
-        words = ["clone", "--quiet", "--depth=1", "--filter=tree:0", "--no-checkout", "--branch", tag]
-        clone = Path(folder) / "tt-metal"
-        asked = partial(git, seconds=SECONDS, environment={"GIT_SSL_CAINFO": str(ca.absolute())} if ca else {})
-        done = asked(*words, f"{github()}/tenstorrent/tt-metal.git", str(clone))
+        environment = {"GIT_SSL_CAINFO": str(ca.absolute())} if ca else {}
+        asked = partial(git, root=Path(folder), seconds=SECONDS, environment=environment)
+        asked("init", "--quiet")
+        asked("remote", "add", "origin", f"{github()}/tenstorrent/tt-metal.git")
+        # By its whole name: what `clone --branch` takes first is a branch of that name.
+        done = asked("fetch", "--quiet", "--depth=1", "--filter=tree:0", "origin", f"refs/tags/{tag}")
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith("fatal:")] or ["git gave no reason"]
             raise MachineError(f"its repository does not answer: {said[0]}")
-        told = {"tt_metal": {"commit": asked("rev-parse", "HEAD", root=clone).stdout.strip()}}
-        text = asked("show", f"HEAD:{SFPI_FILE}", root=clone).stdout  # which fetches the file
+        told = {"tt_metal": {"commit": asked("rev-parse", "FETCH_HEAD^{commit}").stdout.strip()}}
+        text = asked("show", f"FETCH_HEAD:{SFPI_FILE}").stdout  # which fetches the file
         found = {key: match[1] for key, pattern in SFPI.items() if (match := pattern.search(text))}
         if found.keys() == SFPI.keys():
             told["sfpi"] = found
-        if match := OPENMPI.search(asked("show", f"HEAD:{OPENMPI_FILE}", root=clone).stdout):
+        if match := OPENMPI.search(asked("show", f"FETCH_HEAD:{OPENMPI_FILE}").stdout):
             told["openmpi"] = {"version": match[1]}
         return told
 

@@ -86,12 +86,17 @@ def make_repositories(
 
 
 def publish_tree(folder: Path, tag: str, ttml: str | None) -> None:
-    """Commit a build that leaves _ttml*.so in the folder `ttml` of its tree, or nowhere; tag it, and serve it."""
+    """Commit a build that leaves _ttml*.so in the folder `ttml` of its tree, or nowhere; tag it, and serve it.
+
+    A branch has the tag's name and is another commit: whoever does not name the tag in full takes that.
+    """
     tree = folder / "tt-metal"
     machines.write(tree / "build_metal.sh", BUILD.format(umd=UMD, place=ttml or ""))
     (tree / "build_metal.sh").chmod(0o755)
     commit_all(tree)
     run("git", "tag", "--annotate", "--force", "--message", tag, tag, cwd=tree, **AUTHOR)
+    another = run("git", "commit-tree", "HEAD^{tree}", "-m", "A branch's", cwd=tree, **AUTHOR)
+    run("git", "update-ref", f"refs/heads/{tag}", another, cwd=tree)
     publish(tree, folder / "github/tenstorrent/tt-metal.git")
 
 
@@ -138,4 +143,4 @@ def publish(tree: Path, bare: Path) -> None:
 
 def commit(folder: Path, tag: str) -> str:
     """Return the commit that a tag of tt-metal names."""
-    return run("git", "rev-parse", f"{tag}^{{commit}}", cwd=folder / "tt-metal")
+    return run("git", "rev-parse", f"refs/tags/{tag}^{{commit}}", cwd=folder / "tt-metal")
