@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import MachineError
+from common.errors import MachineError, UsageError
 from tests.doubles import machines
 from tests.doubles.upstream import certificates, github
 from tests.doubles.upstream.registry import Registry
@@ -231,6 +231,22 @@ def test_the_time_of_the_packages_is_a_week_back_and_never_before_the_base(
     assert pin("apt_snapshot")["timestamp"] == day(back=chosen)
 
 
+@pytest.mark.parametrize("created", ["2026-99-99T00:00:00Z", "9999-12-31T00:00:00Z", None])
+def test_a_time_of_build_that_is_none_costs_no_pin(created: str | None, home: Path, served: Registry) -> None:
+    again = publish(served, "ttml", created=created)
+    renew(upgrade=True)
+    assert (pin("base")["digest"], pin("base").get("created")) == (again, None)
+
+
+def test_a_file_without_certificates_is_refused_by_its_name(tmp_path: Path, home: Path) -> None:
+    wrong = tmp_path / "ca.pem"
+    wrong.write_text("not PEM\n")
+    before = images.LOCK.read_bytes()
+    with pytest.raises(UsageError, match=rf"no certificate can be read there(?s:.*){re.escape(str(wrong))}"):
+        renew(ca=wrong)
+    assert images.LOCK.read_bytes() == before
+
+
 def test_a_branch_that_is_named_like_the_tag_is_not_taken_for_it(home: Path) -> None:
     run("git", "update-ref", "-d", f"refs/tags/{TAG}", cwd=home / "github/tenstorrent/tt-metal.git")
     assert "its repository does not answer: fatal: couldn't find remote ref refs/tags/v0.81.1" in "\n".join(renew())
@@ -277,6 +293,21 @@ def test_a_wrong_answer_is_no_digest(fault: str, message: str, served: Registry)
         find(f"{served.host}/team/base:1")
 
 
+def test_a_place_of_content_that_cannot_be_reached_costs_the_time_and_not_the_pin(home: Path, served: Registry) -> None:
+    """A registry sends to another host for what is not a manifest; some networks let only the registry through."""
+    again = publish(served, "ttml")
+    served.fault = "content-elsewhere"
+    renew(upgrade=True)
+    assert (pin("base")["digest"], pin("base").get("created")) == (again, None)
+
+
+def test_what_is_no_answer_of_http_is_one_sentence(served: Registry) -> None:
+    publish(served, "team/base")
+    served.fault = "no-http"
+    with pytest.raises(MachineError, match=rf"^{served.host} does not answer: "):
+        find(f"{served.host}/team/base:1")
+
+
 def test_what_a_registry_does_not_have_is_said(served: Registry) -> None:
     with pytest.raises(MachineError, match=r"asked for team/none:1: it answers 404"):
         find(f"{served.host}/team/none:1")
@@ -294,10 +325,10 @@ def test_a_registry_is_asked_by_https_and_the_authorities_that_are_given(
     with Registry(tmp_path / "registry", context) as place:
         digest = publish(place, "team/base")
         place.token = True
-        assert find(f"{place.host}/team/base:1", tmp_path / "ca.pem").digest == digest
-        for authorities in (None, tmp_path / "stranger.pem"):
+        assert find(f"{place.host}/team/base:1", registry.authorities(tmp_path / "ca.pem")).digest == digest
+        for ca in (None, tmp_path / "stranger.pem"):
             with pytest.raises(MachineError, match=r"does not answer: .*CERTIFICATE_VERIFY_FAILED"):
-                find(f"{place.host}/team/base:1", authorities)
+                find(f"{place.host}/team/base:1", registry.authorities(ca))
 
 
 @pytest.mark.parametrize(

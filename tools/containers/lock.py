@@ -31,8 +31,10 @@ def renew(say: Say, *, upgrade: bool = False, ca: Path | None = None) -> None:
     """Write the hashes of today's requirements, and what is unknown where it can be read now.
 
     `upgrade` also reads again what is known: a tag may have moved. `ca` is the PEM file of the authorities to go by.
-    What cannot be read stays as it is. Raises MachineError, and writes nothing, where a pin contradicts another.
+    What cannot be read stays as it is. Raises MachineError, and writes nothing, where a pin contradicts another;
+    UsageError where `ca` has no certificate.
     """
+    trust = registry.authorities(ca)
     lock = read_lock()
     board = lock["pins"]["ttml"]
     base = board["base"]["digest"]
@@ -41,10 +43,10 @@ def renew(say: Say, *, upgrade: bool = False, ca: Path | None = None) -> None:
             files.update({name: sha256_file(ROOT / name) for name in files})
     for pin in (*(pins["base"] for pins in lock["pins"].values()), *lock["tools"].values()):
         if pin["digest"] is None or upgrade:
-            _read_digest(pin, ca, say)
+            _read_digest(pin, trust, say)
     _follow_tag(board, say, upgrade, ca)
     if board["openmpi"]["deb_sha256"] is None:
-        _hash_openmpi(board["openmpi"], ca, say)
+        _hash_openmpi(board["openmpi"], trust, say)
     if board["apt_snapshot"]["timestamp"] is None or upgrade or board["base"]["digest"] != base:
         _learn("apt_snapshot", board["apt_snapshot"], {"timestamp": snapshot(board)}, "chosen", say)
     refuse_contradictions(board)
@@ -86,13 +88,13 @@ def _after_base(board: Json) -> str | None:
     """Return the first midnight after the base was built; None where the base does not say when."""
     if not (created := board["base"].get("created")):
         return None
-    day = datetime.datetime.strptime(created, "%Y-%m-%dT%H:%M:%SZ") + datetime.timedelta(days=1)
+    day = datetime.datetime.strptime(created, registry.TIME) + datetime.timedelta(days=1)
     return day.strftime("%Y%m%dT000000Z")
 
 
-def _read_digest(pin: Json, ca: Path | None, say: Say) -> None:
+def _read_digest(pin: Json, trust: ssl.SSLContext, say: Say) -> None:
     try:
-        found = registry.find(pin["image"], ca)
+        found = registry.find(pin["image"], trust)
     except MachineError as error:
         say(f"{pin['image']}: {'kept' if pin['digest'] else 'still unknown'}: {error.what}")
         return
@@ -129,16 +131,15 @@ def _follow_tag(board: Json, say: Say, upgrade: bool, ca: Path | None) -> None:
         _learn(name, pin, others, f"read in tt-metal {tag}", say)
 
 
-def _hash_openmpi(pin: Json, ca: Path | None, say: Say) -> None:
+def _hash_openmpi(pin: Json, trust: ssl.SSLContext, say: Say) -> None:
     """Hash OpenMPI's release file: upstream names no hash of it, so the first download is trusted, by its https."""
     url = tt_metal.openmpi_url(pin["version"])
     digest = hashlib.sha256()
     try:
-        context = ssl.create_default_context(cafile=str(ca) if ca else None)
-        with urllib.request.urlopen(url, timeout=SECONDS, context=context) as answer:
+        with urllib.request.urlopen(url, timeout=SECONDS, context=trust) as answer:
             while piece := answer.read(1 << 20):
                 digest.update(piece)
-    except (OSError, ValueError) as error:
+    except registry.NETWORK as error:
         pin.update({"built": False, "reason": f"{url} could not be read: {getattr(error, 'reason', error)}"})
         pin.pop("source", None)
         return

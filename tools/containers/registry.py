@@ -6,6 +6,7 @@ what was sent, never taken from a header; nothing is sent to a registry but the 
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import ipaddress
 import json
@@ -15,17 +16,20 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPMessage
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import Any
 
-from common.errors import MachineError
+from common.errors import MachineError, UsageError
 
 SECONDS = 30  # without an answer
 LARGEST = 4 << 20  # bytes of a manifest or an image's config: what the specification has registries take at least
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
 PLATFORM = {"os": "linux", "architecture": "amd64"}
+TIME = "%Y-%m-%dT%H:%M:%SZ"  # of an image's build
+# What a request ends with where no answer comes, or one that is none: http.client has errors that are no OSError.
+NETWORK = (OSError, ValueError, HTTPException)
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,28 @@ def place_of(image: str) -> Place:
     return Place("registry-1.docker.io", repository, parts["tag"])
 
 
-def find(image: str, ca: Path | None = None) -> Found:
-    """Return what the registry of `image` has for its tag now; `ca` is the PEM file of the authorities to go by.
+def authorities(ca: Path | None) -> ssl.SSLContext:
+    """Return whose certificates are believed: of those in the PEM file `ca`, or of this machine's.
+
+    Raises UsageError where that file cannot be read or has no certificate.
+    """
+    try:
+        return ssl.create_default_context(cafile=str(ca) if ca else None)
+    except OSError as error:  # SSLError is one
+        raise UsageError(
+            f"no certificate can be read there: {error.strerror or error}",
+            where=str(ca),
+            todo="name a PEM file, with a line -----BEGIN CERTIFICATE-----: CA_BUNDLE=ca.pem",
+        ) from error
+
+
+def find(image: str, trust: ssl.SSLContext | None = None) -> Found:
+    """Return what the registry of `image` has for its tag now; `trust` is of `authorities`, default this machine's.
 
     Raises MachineError where it does not answer, or answers something that is not to be trusted.
     """
     place = place_of(image)
-    asked = _Asked(place, ca)
+    asked = _Asked(place, trust or authorities(None))
     digest, manifest = asked.manifest(place.tag)
     try:
         return Found(digest, asked.created(manifest))
@@ -89,10 +108,9 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
 class _Asked:
     """One registry, asked anonymously about one repository."""
 
-    def __init__(self, place: Place, ca: Path | None) -> None:
+    def __init__(self, place: Place, trust: ssl.SSLContext) -> None:
         self.place = place
-        context = ssl.create_default_context(cafile=str(ca) if ca else None)
-        self._open = urllib.request.build_opener(_StayHere(), urllib.request.HTTPSHandler(context=context)).open
+        self._open = urllib.request.build_opener(_StayHere(), urllib.request.HTTPSHandler(context=trust)).open
         self._token: str | None = None
 
     def manifest(self, reference: str) -> tuple[str, Any]:
@@ -105,7 +123,10 @@ class _Asked:
         return digest, self._json(body)
 
     def created(self, manifest: Any) -> str | None:
-        """Return when the image of this machine's platform was built, as its config has it."""
+        """Return when the image of this machine's platform was built, as its config has it.
+
+        None where that is no time, or one that is yet to come: a build can write there what it likes.
+        """
         if manifest.get("mediaType") in INDEXES:
             found = [one for one in manifest["manifests"] if PLATFORM.items() <= one.get("platform", {}).items()]
             if not found:
@@ -115,8 +136,13 @@ class _Asked:
         body, _ = self._get(f"{self.place.url}/blobs/{digest}", elsewhere=True)
         if f"sha256:{hashlib.sha256(body).hexdigest()}" != digest:
             raise self._wrong(f"it sends other content than that of {digest}")
-        created = self._json(body).get("created") or ""
-        return created[:19] + "Z" if re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", created) else None
+        created = str(self._json(body).get("created"))[:19] + "Z"
+        try:
+            built = datetime.datetime.strptime(created, TIME)
+        except ValueError:
+            return None
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return created if built.date() <= now.date() else None
 
     def _get(self, url: str, *, elsewhere: bool = False) -> tuple[bytes, HTTPMessage]:
         """Return the content at an address, and its headers. `elsewhere`: follow one redirect, without the token."""
@@ -124,21 +150,32 @@ class _Asked:
         if self._token:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            with self._open(request, timeout=SECONDS) as answer:
-                return self._content(answer), answer.headers
+            return self._answer(request)
         except urllib.error.HTTPError as error:
             with error:
                 if error.code == 401 and self._token is None:
                     self._token = self._ask_for_token(error.headers.get("WWW-Authenticate", ""))
                     return self._get(url, elsewhere=elsewhere)
                 target = error.headers.get("Location", "")
-                if elsewhere and 300 <= error.code < 400 and target.startswith("https://"):
-                    with self._open(target, timeout=SECONDS) as answer:
-                        return self._content(answer), answer.headers
-                sends = f", to {target}" if target else ""
-                raise self._wrong(f"it answers {error.code} {error.reason}{sends}") from error
-        except (OSError, ValueError) as error:
-            raise MachineError(f"{self.place.host} does not answer: {getattr(error, 'reason', error)}") from error
+                if not (elsewhere and 300 <= error.code < 400 and target.startswith("https://")):
+                    sends = f", to {target}" if target else ""
+                    raise self._wrong(f"it answers {error.code} {error.reason}{sends}") from error
+        try:
+            return self._answer(target)
+        except urllib.error.HTTPError as error:
+            raise self._wrong(f"it sends to {target}, which answers {error.code} {error.reason}") from error
+
+    def _answer(self, request: urllib.request.Request | str) -> tuple[bytes, HTTPMessage]:
+        """Return what one request is answered with. Raises HTTPError for an answer of another code than 200's."""
+        try:
+            with self._open(request, timeout=SECONDS) as answer:
+                return self._content(answer), answer.headers
+        except urllib.error.HTTPError:
+            raise
+        except NETWORK as error:
+            url = request if isinstance(request, str) else request.full_url
+            host = urllib.parse.urlsplit(url).netloc
+            raise MachineError(f"{host} does not answer: {getattr(error, 'reason', error)}") from error
 
     def _ask_for_token(self, challenge: str) -> str:
         """Return the token that a registry gives to anybody. Raises MachineError where it does not say where it is."""
@@ -149,10 +186,9 @@ class _Asked:
             raise self._wrong("it wants a login, and names no place that gives a token to anybody")
         query = urllib.parse.urlencode({key: fields[key] for key in ("service", "scope") if key in fields})
         try:
-            with self._open(f"{realm}?{query}", timeout=SECONDS) as answer:
-                given = self._json(self._content(answer))
-        except (OSError, ValueError) as error:
-            raise self._wrong(f"the place of its tokens does not answer: {realm}: {error}") from error
+            given = self._json(self._answer(f"{realm}?{query}")[0])
+        except urllib.error.HTTPError as error:
+            raise self._wrong(f"the place of its tokens, {realm}, answers {error.code} {error.reason}") from error
         token = given.get("token") or given.get("access_token")
         if not isinstance(token, str):
             raise self._wrong(f"the place of its tokens gives none: {realm}")

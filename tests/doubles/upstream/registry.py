@@ -24,7 +24,8 @@ class Registry:
     It keeps blobs and manifests below `folder`. Set while it serves:
     token: whether a pull needs an anonymous token, as Docker Hub's does.
     fault: what it answers wrongly. "no-token": 401 without saying where tokens are. "digest": a manifest's header names
-    another digest than its content has. "redirect": manifests are said to lie elsewhere.
+    another digest than its content has. "redirect": manifests are said to lie elsewhere. "content-elsewhere": blobs are
+    said to lie where nobody listens. "no-http": what it answers is no HTTP.
     """
 
     def __init__(self, folder: Path, context: ssl.SSLContext | None = None) -> None:
@@ -90,7 +91,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         registry = self.server.registry
         address = urlsplit(self.path)
-        if address.path == "/token":
+        if registry.fault == "no-http":
+            self.wfile.write(b"no HTTP\r\n")
+            self.close_connection = True
+        elif address.path == "/token":
             self.answer(200, json.dumps({"token": "anonymous"}).encode())
         elif registry.token and self.headers.get("Authorization") != "Bearer anonymous":
             found = PATH.match(address.path)
@@ -103,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404)
         elif found["kind"] == "manifests":
             self.manifest(found["name"], found["reference"])
+        elif registry.fault == "content-elsewhere":
+            self.answer(307, fields={"Location": "https://127.0.0.1:1/blob"})  # port 1: nobody listens
         elif registry.blob(found["reference"]).exists():
             content = registry.blob(found["reference"]).read_bytes()
             self.answer(200, content, fields={"Docker-Content-Digest": found["reference"]})
