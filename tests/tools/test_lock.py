@@ -216,7 +216,9 @@ def test_packages_older_than_the_base_are_refused_and_cured_by_upgrade(home: Pat
     [
         ("20200101T000000Z", None, 7),
         ("20200101T000000Z", 3, 2),  # the base is younger than a week: the midnight after it
-        ("tomorrow", None, -1),  # packages never become older
+        ("20200101T000000Z", 1, 0),
+        ("yesterday", None, 1),  # packages never become older
+        ("tomorrow", None, 7),  # which the archive does not have
     ],
 )
 def test_the_time_of_the_packages_is_a_week_back_and_never_before_the_base(
@@ -226,9 +228,23 @@ def test_the_time_of_the_packages_is_a_week_back_and_never_before_the_base(
     if built is not None:
         created = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=built)
     publish(served, "ttml", created=created.strftime("%Y-%m-%dT%H:%M:%S.123Z") if created else None)
-    change("apt_snapshot", timestamp=day(back=-1) if pinned == "tomorrow" else pinned)
+    change("apt_snapshot", timestamp={"yesterday": day(back=1), "tomorrow": day(back=-1)}.get(pinned, pinned))
     renew(upgrade=True)
     assert pin("apt_snapshot")["timestamp"] == day(back=chosen)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_base_that_was_built_today_waits_for_the_midnight_after_it(known: bool, home: Path, served: Registry) -> None:
+    """No time of the archive is after it yet: the base that is pinned stays, with a time that exists."""
+    if not known:
+        change("base", digest=None, built=False, reason="nobody read it")
+    before = pin("base")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    publish(served, "ttml", created=now.strftime("%Y-%m-%dT%H:%M:%SZ"))
+    (line,) = [line for line in renew(upgrade=True) if "no midnight of Ubuntu's archive is after that yet" in line]
+    assert f"ttml:1: {'kept' if known else 'still unknown'}: what it is now was built on 20" in line
+    assert pin("base") == before
+    assert pin("apt_snapshot")["timestamp"] == day(back=7)
 
 
 @pytest.mark.parametrize("created", ["2026-99-99T00:00:00Z", "9999-12-31T00:00:00Z", None])

@@ -19,7 +19,8 @@ from common.paths import ROOT
 from tools.containers import registry, tt_metal
 from tools.containers.images import LOCK, WORDS, Json, read_lock, unknown_pins
 
-TIME = "%Y%m%dT%H%M%SZ"  # of a snapshot
+TIME = "%Y%m%dT%H%M%SZ"  # of a snapshot, UTC
+MIDNIGHT = "%Y%m%dT000000Z"
 # The service has every time since March 2023 (documentation.ubuntu.com/server, "snapshot service"): a week back, the
 # archive of that day is complete everywhere.
 AGE = datetime.timedelta(days=7)
@@ -43,7 +44,7 @@ def renew(say: Say, *, upgrade: bool = False, ca: Path | None = None) -> None:
             files.update({name: sha256_file(ROOT / name) for name in files})
     for pin in (*(pins["base"] for pins in lock["pins"].values()), *lock["tools"].values()):
         if pin["digest"] is None or upgrade:
-            _read_digest(pin, trust, say)
+            _read_digest(pin, trust, say, dated=pin is board["base"])
     _follow_tag(board, say, upgrade, ca)
     if board["openmpi"]["deb_sha256"] is None:
         _hash_openmpi(board["openmpi"], trust, say)
@@ -60,10 +61,11 @@ def renew(say: Say, *, upgrade: bool = False, ca: Path | None = None) -> None:
 def snapshot(board: Json) -> str:
     """Return a time of Ubuntu's archive for the board images: a week back at midnight, never before the base's build.
 
-    Nor before the time that is pinned: packages are not to become older.
+    Nor before the time that is pinned: packages are not to become older. But no time that is yet to come.
     """
-    chosen = (datetime.datetime.now(datetime.timezone.utc) - AGE).strftime("%Y%m%dT000000Z")
-    return max(chosen, _after_base(board) or chosen, board["apt_snapshot"]["timestamp"] or chosen)
+    week_back = (_now() - AGE).strftime(MIDNIGHT)
+    others = (_after_base(board["base"]), board["apt_snapshot"]["timestamp"])
+    return max([week_back, *(time for time in others if time and not _is_to_come(time))])
 
 
 def refuse_contradictions(board: Json) -> None:
@@ -75,30 +77,47 @@ def refuse_contradictions(board: Json) -> None:
             where=f"{LOCK}: pins.ttml",
             todo="name one version in tt_metal.tag, ttnn.version and requirements/ttnn.in, then make lock UPGRADE=1",
         )
-    time, earliest = board["apt_snapshot"]["timestamp"], _after_base(board)
+    time, earliest = board["apt_snapshot"]["timestamp"], _after_base(board["base"])
     if time and earliest and time < earliest:
         raise MachineError(
             f"the packages of {time} are older than the base, which was built on {board['base']['created']}",
             where=f"{LOCK}: pins.ttml.apt_snapshot",
-            todo="recipe lock --upgrade",
+            todo=f"recipe lock --upgrade, at {earliest} or later",
         )
 
 
-def _after_base(board: Json) -> str | None:
-    """Return the first midnight after the base was built; None where the base does not say when."""
-    if not (created := board["base"].get("created")):
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+def _is_to_come(time: str) -> bool:
+    return time > _now().strftime(TIME)
+
+
+def _after_base(base: Json) -> str | None:
+    """Return the first midnight (UTC) after a base was built; None where it does not say when."""
+    if not (created := base.get("created")):
         return None
-    day = datetime.datetime.strptime(created, registry.TIME) + datetime.timedelta(days=1)
-    return day.strftime("%Y%m%dT000000Z")
+    return (datetime.datetime.strptime(created, registry.TIME) + datetime.timedelta(days=1)).strftime(MIDNIGHT)
 
 
-def _read_digest(pin: Json, trust: ssl.SSLContext, say: Say) -> None:
+def _read_digest(pin: Json, trust: ssl.SSLContext, say: Say, *, dated: bool) -> None:
+    """Pin what the registry has for an image's tag; where it cannot be read or taken, say why it stays as it was.
+
+    `dated`: its packages are to be of a time of Ubuntu's archive; an image that is too young for any is not taken.
+    """
     try:
         found = registry.find(pin["image"], trust)
+        built = {"created": found.created} if found.created else {}
+        earliest = _after_base(built) if dated else None
+        if earliest and _is_to_come(earliest):
+            raise MachineError(
+                f"what it is now was built on {found.created}, and no midnight of Ubuntu's archive is after that yet: "
+                f"recipe lock --upgrade, at {earliest} or later"
+            )
     except MachineError as error:
         say(f"{pin['image']}: {'kept' if pin['digest'] else 'still unknown'}: {error.what}")
         return
-    built = {"created": found.created} if found.created else {}
     pin.pop("created", None)
     _learn(pin["image"], pin, {"digest": found.digest, **built}, "read", say)
 
