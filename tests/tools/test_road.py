@@ -100,15 +100,19 @@ class Bench:
         if not process:
             os.chdir(ROOT)
             os.execve(sys.executable, command or self.command(), self.environment())
-        said, answered, deadline = "", False, time.monotonic() + SECONDS
+        said, answer_at, deadline = "", 0.0, time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             if select.select([terminal], [], [], 0.1)[0]:
                 try:
                     said += os.read(terminal, 65536).decode()
                 except OSError:  # the process has ended
                     break
-            if "[y/N]" in said and not answered:
-                answered = bool(os.write(terminal, answer.encode()))
+            # Again after a while: a Ctrl-C that comes between the question and the reading of its answer is not heard.
+            if "[y/N]" in said and time.monotonic() > answer_at:
+                os.write(terminal, answer.encode())
+                answer_at = time.monotonic() + 5
+        else:
+            os.kill(process, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         os.close(terminal)
         return code, said
@@ -242,6 +246,22 @@ def test_an_image_of_other_pins_is_built_anew(bench: Bench) -> None:
     done = bench.run("--build")
     assert done.returncode == 0, done.stderr
     assert json.loads((bench.folder / "images.local.json").read_text())["images"]["n150"]["id"] == ID
+
+
+def test_a_builder_that_keeps_what_it_makes_is_told_to_hand_it_over(bench: Bench) -> None:
+    (bench.double / "keeps").touch()
+    done = bench.run("--build")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_older_image_of_the_same_name_is_not_taken_for_what_was_built(bench: Bench) -> None:
+    (bench.double / "build").write_text(image("0" * 64))
+    done = bench.run("--build")
+    assert done.returncode == 4
+    assert f"its image did not reach the engine, which has one of the pins {'0' * 64}" in done.stderr
+    assert "docker buildx ls" in done.stderr
+    assert not (bench.folder / "images.local.json").exists(), "nothing is remembered by a name that is not its own"
+    assert not bench.asked("create")
 
 
 def test_an_image_that_the_engine_has_lost_is_built_again(bench: Bench) -> None:

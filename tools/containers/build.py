@@ -15,7 +15,7 @@ from pathlib import Path
 from common.errors import MachineError, UsageError
 from common.files import sha256_file, utc_now
 from common.paths import ROOT
-from tools.containers.docker import bake, inspect_image
+from tools.containers.docker import bake, inspect_image, lock_of
 from tools.containers.images import LOCK, Json, pins_of, pins_sha256, record_local, requirements_of, unknown_pins
 from tools.git import git
 
@@ -71,13 +71,22 @@ def build_and_record(target: str, lock: Json, inputs: Inputs, say: Say, *, no_ca
 
 
 def build(target: str, variables: dict[str, str], *, context: Path, no_cache: bool = False, tag: str = "local") -> Json:
-    """Run one `docker buildx bake` of `target` with `context` as the checkout; return the engine's image."""
+    """Run one `docker buildx bake` of `target` with `context` as the checkout; return the engine's image.
+
+    Raises MachineError where the build fails, and where the engine has no image of it: the name may be an older one's.
+    """
     name = f"recipes-{target}:{tag}"
     options = ["--no-cache"] if no_cache else []
-    bake(target, variables, *options, "--set", f"{target}.tags={name}", context=context)
+    # A builder of the driver docker-container, which may be the user's default, keeps what it makes unless it is told.
+    bake(target, variables, *options, "--load", "--set", f"{target}.tags={name}", context=context)
     image = inspect_image(name)
-    if image is None:
-        raise MachineError(f"the build ended well, but the engine has no image {name}", todo="docker buildx ls")
+    if image is None or lock_of(image) != variables["LOCK_SHA256"]:
+        has = "no image of that name" if image is None else f"one of the pins {lock_of(image)}"
+        raise MachineError(
+            f"the build of {target} ended well, but its image did not reach the engine, which has {has}",
+            where=f"{name}, pins {variables['LOCK_SHA256']}",
+            todo="BUILDX_BUILDER=default takes the engine's own builder; docker buildx ls marks the one that was used",
+        )
     return image
 
 

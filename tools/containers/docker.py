@@ -86,6 +86,12 @@ def inspect_image(reference: str) -> Json | None:
     return described[0]
 
 
+def lock_of(described: Json) -> str | None:
+    """Return the hash of the pins that an image was built from, its label `recipes.lock`; None: it has none."""
+    labels: dict[str, str] = described["Config"]["Labels"] or {}
+    return labels.get("recipes.lock")
+
+
 def find_image(hw: Hardware) -> Image:
     """Return the image that a board's containers start from: one that was built here and that the engine still has,
     else the published one, which the engine need not have yet (`fetch`).
@@ -134,7 +140,7 @@ def fetch(image: Image, say: Callable[[str], None]) -> None:
                 where=error.where,
                 todo=f"{error.todo}; or build it here: make image HW={image.target}",
             ) from error
-    pins = (present(image)["Config"]["Labels"] or {}).get("recipes.lock")
+    pins = lock_of(present(image))
     if pins != image.lock_sha256:
         raise MachineError(
             f"the engine's image of {image.target} is not the locked one: its label recipes.lock is {pins}",

@@ -13,7 +13,7 @@ from common.errors import MachineError, UsageError, VerificationError
 from common.hardware import Hardware
 from common.paths import ROOT
 from tools.containers.build import Inputs, build, build_variables, commit_of, fill_wheelhouse
-from tools.containers.docker import docker, find_image, present
+from tools.containers.docker import docker, find_image, lock_of, present
 from tools.containers.images import Image, Json, pins_of, read_lock
 from tools.git import git
 
@@ -55,8 +55,7 @@ def verify_contents(hw: Hardware, container: str | None, say: Say, image: Image 
 
 def differences(image: Image, described: Json, pins: Json, installed: dict[str, str]) -> Iterator[str]:
     """In words, what of an image is not as its pins say."""
-    labelled = (described["Config"]["Labels"] or {}).get("recipes.lock")
-    if labelled != image.lock_sha256:
+    if (labelled := lock_of(described)) != image.lock_sha256:
         yield f"it was built from the pins {labelled}, today's are {image.lock_sha256}"
     if described["Config"]["User"] in ("", "0", "root") or described["Config"]["User"].startswith(("0:", "root:")):
         yield "it runs as root"
