@@ -68,9 +68,13 @@ def check_engine() -> str:
 def disk() -> tuple[Path, float] | None:
     """Return the folder in which the engine keeps its layers, and the free bytes there.
 
-    None where that folder is on another machine, as with Docker Desktop or a DOCKER_HOST elsewhere.
+    None where that folder is on another machine, as with Docker Desktop or a DOCKER_HOST elsewhere, and where the
+    layers are in containerd's own store, of which `docker info` names no folder.
     """
     info: Json = json.loads(docker("info", "--format", "{{json .}}", seconds=ANSWER_SECONDS))
+    # So Docker's documentation of that store has it (docs.docker.com/engine/storage/containerd).
+    if ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or []):
+        return None
     folder = Path(info.get("DockerRootDir") or "/nowhere")
     return (folder, shutil.disk_usage(folder).free) if folder.is_dir() else None
 
@@ -162,7 +166,7 @@ def bake(target: str, variables: Mapping[str, str], *options: str, context: Path
     environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
     environment |= {"BUILDX_BAKE_ENTITLEMENTS_FS": "0", **variables}
     log = log_of(target)
-    ended = watched(command, context, environment, log)
+    ended = watched(command, context, environment, log, variables["LOCK_SHA256"])
     if ended.code:
         sys.stderr.write(ended.last_words)
         known = known_errors.match(" ".join(ended.last_words.split()), "build", "docker")

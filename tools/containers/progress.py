@@ -20,6 +20,8 @@ SIGN_OF_LIFE = 30.0  # seconds: of an hour's build that is a page or two
 LAST_WORDS = 40  # lines: BuildKit repeats the failing step's own end, and the lines of the Dockerfile
 STEP = re.compile(r"#\d+ \[(?!internal\])")  # `#9 [ttml-builder 4/8] RUN ...`, as `--progress plain` prints it
 FAILED = re.compile(r"#(\d+) ERROR: (.*\S)")
+OF_BUILDER = re.compile(r"#\d+ \[(ttml-builder|cpu-packages) +\d+/\d+\] RUN")  # what takes long
+KEPT = re.compile(r"#\d+ (DONE \d|CACHED)")
 OVER = re.compile(r"#\d+ (DONE \d|CACHED|ERROR|CANCELED)")
 WIDTH = 110
 
@@ -33,9 +35,10 @@ class Ended:
     cause: str
 
 
-def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> Ended:
+def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, pins: str) -> Ended:
     """Run a build in `folder`, its output in `log` and its steps on stderr; return how it ended.
 
+    `pins` is the hash of what it builds from: the first line of the log, by which `left_steps` knows it.
     The first signal asks the build to end, and the third kills it; raises KeyboardInterrupt once it has.
     """
     heard: list[int] = []
@@ -48,6 +51,7 @@ def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str]
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as client,
     ):  # fmt: skip
+        file.write(f"pins {pins}\n")
 
         def hear(number: int, _frame: FrameType | None) -> None:
             heard.append(number)
@@ -66,6 +70,14 @@ def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str]
         print("the build was interrupted; the same command goes on with the steps that are done", file=sys.stderr)
         raise KeyboardInterrupt
     return Ended(code, "".join(last), cause_of(last))
+
+
+def left_steps(log: Path, pins: str) -> bool:
+    """Return whether a log is of a build from these pins that ended a step of its own, which a builder then keeps."""
+    lines = log.read_text("utf-8").splitlines() if log.is_file() else []
+    steps = {line.partition(" ")[0] for line in lines if OF_BUILDER.match(line)}
+    done = any(KEPT.match(line) and line.partition(" ")[0] in steps for line in lines)
+    return done and lines[0] == f"pins {pins}"
 
 
 def cause_of(lines: Sequence[str]) -> str:
