@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
@@ -132,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         found = PATH.match(self.path.split("?")[0])
-        upload = f"{threading.get_ident()}-{id(self)}"
+        upload = secrets.token_hex(8)  # several go on at once, by connections that are shared
         (self.server.registry.folder / "uploads" / upload).write_bytes(b"")
         self.answer(
             202, fields={"Location": f"/v2/{found['name'] if found else ''}/blobs/uploads/{upload}", "Range": "0-0"}
