@@ -2,6 +2,7 @@
 # ci/lock-pull-request.sh: a pull request that renews docker/images.lock.json, with the goldens recorded again in it.
 #
 #   TARGET= REPOSITORY= DIGEST=   record what was published; without them, read every pin again: recipe lock --upgrade
+#   ACTOR=user                    pull that to look at its pins by a login with GH_TOKEN: a private package
 #   DRY=1                         commits here, and prints the pull request instead of opening it
 #   GH_TOKEN=                     may write contents and pull requests; gh and git are the machine's own
 #
@@ -14,6 +15,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -n "${DIGEST:-}" ]; then
     what="The image of ${TARGET:?} is published"
+    if [ -n "${ACTOR:-}" ]; then # the login lies in a folder of its own, which goes with this script
+        DOCKER_CONFIG=$(mktemp -d)
+        export DOCKER_CONFIG
+        trap 'rm -rf "$DOCKER_CONFIG"' EXIT
+        docker login "${REPOSITORY%%/*}" --username "$ACTOR" --password-stdin <<<"${GH_TOKEN:?}" >&2
+    fi
     .venv/bin/recipe image publish "$TARGET" --to "${REPOSITORY:?}" --pushed "$DIGEST" --replace
 else
     what="The pins of the images, read again"

@@ -245,6 +245,27 @@ def test_a_lock_whose_pull_request_is_open_is_not_recorded_again(
     assert bool([line for line in calls(home / ".venv/bin") if "golden" in line]) is not there
 
 
+def test_what_was_pushed_is_looked_at_by_a_login_that_goes_with_the_script(tools: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for folder in ("ci", ".venv/bin"):
+        (home / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "ci/lock-pull-request.sh", home / "ci")
+    subprocess.run(["git", "init", "-q"], cwd=home, check=True)
+    tool(tools, "docker", 'echo "$DOCKER_CONFIG" >>"$(dirname "$0")/where"; cat >"$(dirname "$0")/password"')
+    tool(home / ".venv/bin", "recipe", f'echo "$DOCKER_CONFIG" >>{tools}/where; exit 6')
+    facts = {"TARGET": "n150", "REPOSITORY": "ghcr.io/o/n150", "DIGEST": DIGEST, "ACTOR": "me", "GH_TOKEN": "secret"}
+    done = subprocess.run(
+        [home / "ci/lock-pull-request.sh"], env=os.environ | facts, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 6, done.stderr
+    assert calls(tools) == ["docker login ghcr.io --username me --password-stdin"]
+    assert (tools / "password").read_text() == "secret\n"
+    login, pull = (tools / "where").read_text().split()
+    assert (login == pull, Path(login).exists()) == (True, False)
+    (called,) = calls(home / ".venv/bin")
+    assert called == f"recipe image publish n150 --to ghcr.io/o/n150 --pushed {DIGEST} --replace"
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 

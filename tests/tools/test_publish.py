@@ -37,7 +37,8 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def engine(lock: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `docker` was told, as `said`, and what it answers of the proved, the rebuilt and the pushed image."""
-    described = {"Config": {"Labels": {LABEL: COMMIT}}, "RootFS": {"Layers": ["base", "ours"]}}
+    pins = images.pins_sha256(images.read_lock(), "cpu")
+    described = {"Config": {"Labels": {LABEL: COMMIT, "recipes.lock": pins}}, "RootFS": {"Layers": ["base", "ours"]}}
     found: dict[str, Any] = {name: copy.deepcopy(described) for name in ("proved", "built", "pushed")}
     found["said"] = []
 
@@ -146,9 +147,21 @@ def test_a_tool_without_a_digest_is_not_used(engine: dict[str, Any], lock: Path)
         go()
 
 
-def test_what_a_workflow_pushed_is_recorded_by_another_job(lock: Path) -> None:
+def test_what_a_workflow_pushed_is_recorded_by_another_job(engine: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="not a digest"):
         publish.record_pushed(OURS, "", print, attestations=True)
     publish.record_pushed(OURS, DIGEST, print, attestations=True)
     images.LOCAL.unlink()
     assert images.image_for(CPU).reference == f"{OURS.repository}@{DIGEST}"
+    assert engine["said"] == [f"pull --quiet {OURS.repository}@{DIGEST}"]
+
+
+@pytest.mark.parametrize("labels", [{"recipes.lock": "0" * 64}, {}, None])
+def test_an_image_of_other_pins_is_not_recorded_as_one_of_today(
+    engine: dict[str, Any], lock: Path, labels: dict[str, str] | None
+) -> None:
+    before = lock.read_bytes()
+    engine["pushed"]["Config"]["Labels"] = labels
+    with pytest.raises(VerificationError, match=r"what was pushed was built from the pins (0{64}|None), today's are "):
+        publish.record_pushed(OURS, DIGEST, print, attestations=True)
+    assert lock.read_bytes() == before

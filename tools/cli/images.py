@@ -71,7 +71,7 @@ def verify(hw: str, rebuild: bool, container: str | None, **inputs: Any) -> None
 @click.option("--rebuild/--no-rebuild", default=True, help="First build it twice more and compare the layers.")
 @click.option("--attestations/--no-attestations", default=True, help="An SBOM and its provenance; recorded.")
 @click.option("--replace", is_flag=True, help="Put it in the place of a digest that the lock has already.")
-@click.option("--pushed", metavar="DIGEST", help="It was pushed elsewhere: only record it.")
+@click.option("--pushed", metavar="DIGEST", help="It was pushed elsewhere: only pull and record it.")
 def publish(
     hw: str, repository: str, rebuild: bool, attestations: bool, replace: bool, pushed: str | None, **inputs: Any
 ) -> None:

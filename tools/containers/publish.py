@@ -22,7 +22,7 @@ from common.hardware import Hardware
 from common.paths import ROOT
 from tools.containers import images, verify
 from tools.containers.build import Inputs, build_variables, fill_wheelhouse
-from tools.containers.docker import bake, docker, inspect_image
+from tools.containers.docker import bake, docker, inspect_image, lock_of
 from tools.containers.images import Image, Json, local_image, read_lock, target_of
 
 Say = Callable[[str], None]
@@ -83,8 +83,7 @@ def publish(target: Target, inputs: Inputs, say: Say, *, rebuild: bool = True, a
         compare("two more builds", verify.verify_layers(target.hw, inputs, say), proved)
     digest = (push_attested if attestations else push_proved)(target, lock, image, proved, inputs, say)
     reference = f"{target.repository}@{digest}"
-    docker("pull", "--quiet", reference)
-    compare(reference, (inspect_image(reference) or {})["RootFS"]["Layers"], proved)
+    compare(reference, pulled(target, digest)["RootFS"]["Layers"], proved)
     say(f"pushed: {reference}, with {'an SBOM and its provenance' if attestations else 'no attestations'}")
     record(target, digest, say, attestations=attestations)
 
@@ -108,6 +107,27 @@ def compare(what: str, layers: list[str], proved: Json) -> None:
             where="docker/Dockerfile",
             todo="nothing is recorded; see what differs: two builders, or two versions of BuildKit",
         )
+
+
+def pulled(target: Target, digest: str) -> Json:
+    """Pull what was pushed, as whoever clones this will; return the engine's description of it.
+
+    Raises UsageError for a digest that is none, MachineError where it is not to be had, VerificationError where it was
+    built from other pins than those of today, by which the lock would record it.
+    """
+    if not DIGEST.fullmatch(digest):
+        raise UsageError(f"not a digest: {digest!r}", where="--pushed")
+    reference = f"{target.repository}@{digest}"
+    docker("pull", "--quiet", reference)
+    described = inspect_image(reference) or {}
+    pins = images.pins_sha256(read_lock(), target.hw.image)
+    if (labelled := lock_of(described)) != pins:
+        raise VerificationError(
+            f"what was pushed was built from the pins {labelled}, today's are {pins}",
+            where=reference,
+            todo="nothing is recorded: check out the commit that it was built from, or build and push it from this one",
+        )
+    return described
 
 
 # --- two ways to a registry -----------------------------------------------------------------------------------------
@@ -176,12 +196,7 @@ def push_proved(target: Target, _lock: Json, image: Image, _proved: Json, _input
 
 
 def record(target: Target, digest: str, say: Say, *, attestations: bool) -> None:
-    """Write into the lock what was pushed: repository, digest, date, pins, and whether it has attestations.
-
-    Raises UsageError for a digest that is none.
-    """
-    if not DIGEST.fullmatch(digest):
-        raise UsageError(f"not a digest: {digest!r}", where="--pushed")
+    """Write into the lock what was pushed: repository, digest, date, pins, and whether it has attestations."""
     lock = read_lock()
     name = target.hw.image
     lock["targets"][name] = {
@@ -197,6 +212,7 @@ def record(target: Target, digest: str, say: Say, *, attestations: bool) -> None
 
 
 def record_pushed(target: Target, digest: str, say: Say, *, attestations: bool) -> None:
-    """Record what was pushed elsewhere, as a workflow's other job did. Raises UsageError as `publish` does."""
+    """Record what was pushed elsewhere, as a workflow's other job did. Raises as `publish` and `pulled` do."""
     target.refuse(read_lock(), say)
+    pulled(target, digest)
     record(target, digest, say, attestations=attestations)
