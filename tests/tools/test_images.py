@@ -57,6 +57,13 @@ def test_each_pin_names_its_source() -> None:
     )
 
 
+def test_the_source_of_a_digest_is_one_that_a_reader_can_open() -> None:
+    """A registry's answer to `recipe lock`, or a file of a public repository at a commit that has the digest."""
+    opened = re.compile(r"read by `recipe lock` on |github\.com/[\w.-]+/[\w.-]+ \S+ at [0-9a-f]{40}\b")
+    named = [pin for group in LOCK["pins"].values() for pin in group.values()] + [*LOCK["tools"].values()]
+    assert [pin["image"] for pin in named if "image" in pin and not opened.search(pin["source"])] == []
+
+
 def test_an_image_stays_of_its_pins_when_a_source_is_reworded() -> None:
     lock = copy.deepcopy(LOCK)
     lock["pins"]["ttml"]["base"] |= {"source": "another page", "built": True}
