@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,6 +171,19 @@ def test_an_archive_of_an_unknown_authority_needs_the_builders_own(base_image: s
         assert place.standing.sites.unavailable == 0
     assert refused.returncode == 4
     assert "signed by no authority that this build knows" in refused.stderr
+    assert "CA_BUNDLE=ca.pem" in refused.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_the_internet_a_mirror_that_answers_by_http_is_enough(base_image: str, tmp_path: Path) -> None:
+    """No certificate is needed then, and the live archive is not asked for any; else its silence is a sentence."""
+    with stood_up(tmp_path, base_image) as place:
+        shutil.rmtree(place.standing.folder / "live")
+        refused = place.build()
+        place.standing.sites.redirects = False
+        done = place.build(GITHUB_MIRROR=f"{place.standing.sites.http}/github")
+    assert refused.returncode == 4
+    assert "its own archive does not give the package ca-certificates" in refused.stderr
     assert "CA_BUNDLE=ca.pem" in refused.stderr
     assert done.returncode == 0, done.stdout + done.stderr
 

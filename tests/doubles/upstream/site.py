@@ -16,11 +16,13 @@ from urllib.parse import unquote, urlsplit
 class Sites:
     """The servers, while they are entered; `http` and `https` are their addresses without a slash at the end.
 
-    unavailable: so many requests for the snapshot are answered with 503, as Ubuntu's at times are; it is set while they
-    serve.
+    Set while they serve:
+    unavailable: so many requests for the snapshot are answered with 503, as Ubuntu's at times are.
+    redirects: False for a plain mirror, whose http answers itself.
     """
 
     unavailable = 0
+    redirects = True
 
     def __init__(self, folder: Path, address: str, context: ssl.SSLContext) -> None:
         self._servers = [Server(folder, address, self), Server(folder, address, self)]
@@ -63,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if self.server.sends_to and not path.startswith("/live/"):
+        if self.server.sends_to and self.server.sites.redirects and not path.startswith("/live/"):
             self.send_response(301)
             self.send_header("Location", self.server.sends_to + self.path)
             self.send_header("Content-Length", "0")
