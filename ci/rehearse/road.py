@@ -303,9 +303,10 @@ def typed(place: Place, command: Sequence[str], environment: Mapping[str, str]) 
 
 
 def remove_images(place: Place) -> None:
-    """Remove the image that the clone has built: nothing else uses it."""
+    """Remove the image that the clone has built, or pulled: nothing else uses it."""
     path = place.clone / "docker/images.local.json"
     built = json.loads(path.read_text("utf-8"))["images"] if path.exists() else {}
-    for image in built.values():
+    target = json.loads((place.clone / "docker/images.lock.json").read_text("utf-8"))["targets"][BOARD]
+    for name in (*(image["id"] for image in built.values()), f"{target['repository']}@{target['digest']}"):
         with contextlib.suppress(MachineError):
-            docker("image", "rm", "--force", image["id"])
+            docker("image", "rm", "--force", name)
