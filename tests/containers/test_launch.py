@@ -269,7 +269,9 @@ def test_a_board_is_brought_up_in_its_image(board, board_image):
     assert ours(board.folder) == []
     names = board.start(board_image, "doctor", "--ttml", "--json", "--no-device")
     assert names.end() == 0, names.said
-    assert json.loads(names.said)["hw"] == "n150"
+    line, _, report = names.said.partition("\n")  # the first is of stderr
+    assert line.startswith("it runs in the local image sha256:")
+    assert json.loads(report)["hw"] == "n150"
 
 
 @pytest.fixture

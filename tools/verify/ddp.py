@@ -286,7 +286,8 @@ def run(
         words = ["verify", "ddp", "--recipe", str(recipe_dir), "--hw", launch.hw.name, "--steps", str(steps)]
         words += [word for change in launch.overrides for word in ("--set", change)]
         words += ["--weak"] * weak + ["--json"] * as_json
-        return launcher.run_words(words, launch.hw, launch.nodes, say, (recipe_dir, *named_paths(launch)))
+        readable = (recipe_dir, *named_paths(launch))
+        return launcher.run_words(words, launch.hw, launch.nodes, functools.partial(click.echo, err=True), readable)
     with lease.of_board(launch.hw, launch.nodes, "verify ddp"):
         return in_processes(launch, lead, say, steps=steps, weak=weak, record=record, as_json=as_json)
 
