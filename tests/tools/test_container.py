@@ -452,8 +452,9 @@ def test_an_image_of_another_digest_is_refused(double, here, registry, image, wo
         docker.fetch(image, print)
 
 
-def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place):
+def test_an_image_that_is_not_in_the_lock_is_named(monkeypatch, place, double):
     fake_host(place / "machine", "n150")
+    (double / "info").write_text('{"ServerVersion": "1"}')
     lock = images.read_lock()
     lock["targets"].pop("n150", None)
     monkeypatch.setattr(images, "read_lock", lambda: lock)
