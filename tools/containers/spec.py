@@ -22,6 +22,7 @@ from common.train.launch import Launch
 from engines.ttml.mesh import DESCRIPTOR
 from tools.machine import host
 from tools.machine.detect import VISIBLE, system_root
+from tools.runs.folder import run_of
 
 LABEL = "training-recipes."
 LABELS = ("run", "hw", "cards", "launcher", "lent")  # of every container; labels_of gives them their values
@@ -232,8 +233,7 @@ def named_paths(run: Launch) -> Iterator[Path]:
     config, resume = run.config, run.resume
     named = [config.model.base, config.data.source, config.data.corpus, users_environment().get(DESCRIPTOR)]
     if resume not in ("auto", "never"):
-        start = Path(resume)
-        named.append(str(start.parent.parent if (start / "state.json").is_file() else start))  # its run's records, too
+        named.append(str(run_of(Path(resume))))  # of a checkpoint, its run's records, too
     named += [config.eval.prompts] if isinstance(config.eval.prompts, str) else []
     for name in named:
         path = (run.recipe_dir / Path(name).expanduser()) if name else None

@@ -19,7 +19,7 @@ from engines import registry
 from tools import git
 from tools.launch import lint
 from tools.machine import detect, host
-from tools.runs.folder import is_run
+from tools.runs.folder import is_run, run_of
 
 STALL = "RECIPES_STALL_SECONDS"
 
@@ -87,7 +87,7 @@ def tied_as(resume: Path, config: Config) -> Config:
 
     A CPU trains any groups: so it goes on with those of whatever build of ttml the run was trained by.
     """
-    run = resume.parent.parent if (resume / "state.json").is_file() else resume
+    run = run_of(resume)
     if not (config.model.lora and config.model.lora.tie_groups == "build" and is_run(run)):
         return config
     theirs = configs.load_resolved(run / "config.resolved.yaml").model.lora

@@ -280,6 +280,11 @@ def is_run(folder: Path) -> bool:
     return (folder / NAME).is_file() or (folder / "config.resolved.yaml").is_file()
 
 
+def run_of(path: Path) -> Path:
+    """Return the run's folder that a path names, which is one, or that of one of its checkpoints."""
+    return path.parent.parent if (path / "state.json").is_file() else path
+
+
 def runs_in(out: Path) -> Iterator[RunFolder]:
     """Yield every run of a folder of runs, the newest first: their names begin with the time of their start."""
     for path in sorted(out.glob(f"*/{NAME}"), key=lambda path: path.parent.name, reverse=True):

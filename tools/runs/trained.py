@@ -22,7 +22,7 @@ from common.train.checkpoint import Checkpoint, read_tensors
 from common.train.evaluate import evaluated_rows
 from engines.registry import engine_for
 from tools.data.fetch import base_of
-from tools.runs.folder import RunFolder, Say, read_run
+from tools.runs.folder import RunFolder, Say, read_run, run_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ def read(path: Path, say: Say) -> TrainedRun:
     Raises UsageError when it is no run, MachineError when its checkpoints or its base are damaged or changed.
     """
     at = path.resolve()
-    is_checkpoint = (at / "state.json").is_file()
-    run = read_run(at.parent.parent if is_checkpoint else at)
-    found = checkpoint.verify(at) if is_checkpoint else run.result(say)
+    folder = run_of(at)
+    run = read_run(folder)
+    found = run.result(say) if folder == at else checkpoint.verify(at)
     base = find_base(run, say)
     tokenizer = ChatTokenizer.load(base.folder)
     if tokenizer.sha256 != run.manifest.tokenizer_sha256:
