@@ -327,10 +327,10 @@ def test_a_folder_that_somebody_else_owns_is_refused_before_the_container_starts
             (Path(place) / name).mkdir()
             (Path(place) / name).chmod(0o777)
         monkeypatch.setenv("RECIPES_HOME", str(Path(place) / "home"))
-        found = launched("run", str(RECIPE), "--hw", "cpu", "--no-container", "--out", str(out))
+        errand = errand_of(launched("run", str(RECIPE), "--hw", "cpu", "--no-container", "--out", str(out)))
         os.seteuid(65534)
         try:
-            with pytest.raises(MachineError, match="Permission denied") as caught, launcher.folders(found):
+            with pytest.raises(MachineError, match="Permission denied") as caught, launcher.folders(errand, "tiny"):
                 pass
         finally:
             os.seteuid(0)

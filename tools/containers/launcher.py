@@ -76,7 +76,7 @@ def launch(found: Launch, say: Say, *, build: bool = False) -> int:
     image = image or offer.build_it(found.hw, say)
     say(f"it runs in the {image}")
     errand = errand_of(with_image(found, image))
-    with taken(errand), folders(found) as lent:
+    with taken(errand), folders(errand, found.config.recipe) as lent:
         return follow(spec_of(errand, lent))
 
 
@@ -130,17 +130,18 @@ def with_image(found: Launch, image: Image | None) -> Launch:
 
 
 @contextlib.contextmanager
-def folders(found: Launch) -> Iterator[list[Path]]:
-    """The folders that a run writes to, writable for its user; gives those that are only lent."""
-    with disk_errors("make the folders of a run", found.out):
-        for folder in (*writable_of(errand_of(found)), *ownership.caches()):
+def folders(errand: Errand, recipe: str) -> Iterator[list[Path]]:
+    """Have the folders that a run of `recipe` writes to, writable for its user; yield those that are only lent."""
+    (out,) = errand.writable
+    with disk_errors("make the folders of a run", out):
+        for folder in (*writable_of(errand), *ownership.caches()):
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK, effective_ids=True):  # a folder that was there may be somebody else's
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     if os.getuid() != 0:
         yield []
         return
-    lent = ownership.candidates(found.out, found.run, found.config.recipe)
+    lent = ownership.candidates(out, errand.name, recipe)
     with ownership.lent(lent):
         yield lent
 
