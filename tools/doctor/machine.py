@@ -79,10 +79,10 @@ def examine(choice: Choice, container: bool | None = None) -> list[Diagnosis]:
     return [finding for check in checks for finding in check(machine)]
 
 
-def refuse_unready(choice: Choice) -> None:
+def refuse_unready(hw: Hardware, nodes: tuple[str, ...]) -> None:
     """Raise MachineError, with every finding, where a board's nodes, driver, firmware or memory for DMA do not do."""
-    if not choice.hardware.is_cpu:
-        machine = Machine(choice.hardware, choice.nodes, contained=True)
+    if not hw.is_cpu:
+        machine = Machine(hw, nodes, contained=True)
         findings.end([finding for check in HOST for finding in check(machine)])
 
 

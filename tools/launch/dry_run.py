@@ -67,8 +67,8 @@ def lacks(board: Hardware, config: Config, contained: bool) -> Iterator[str]:
     """What a run needs and this machine does not have: in a container, or on this machine's own Python."""
     needs: list[Callable[[], object]]
     if contained:
-        here = detect.choose(board.name, require_present=False)
-        needs = [lambda: refuse_unready(here), lambda: image_for(board), check_engine]
+        nodes = detect.choose(board.name, require_present=False).nodes
+        needs = [lambda: refuse_unready(board, nodes), lambda: image_for(board), check_engine]
     elif board.is_cpu:
         needs = [lambda: engine_for(board).refuse_launch(board, config)]
     else:

@@ -11,7 +11,6 @@ from tools.data.fetch import fetch_pinned
 from tools.doctor.machine import refuse_unready
 from tools.launch.processes import in_processes
 from tools.machine import lease
-from tools.machine.detect import Choice
 
 
 def run(launch: Launch, container: bool | None, build: bool = False) -> int:
@@ -19,7 +18,7 @@ def run(launch: Launch, container: bool | None, build: bool = False) -> int:
     if launcher.wanted(container, launch.hw):
         if launch.hosts.number > 1:
             raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
-        refuse_unready(Choice(launch.hw, launch.reason, launch.nodes))
+        refuse_unready(launch.hw, launch.nodes)
         return launcher.launch(launch, click.echo, build=build)
     fetch_pinned(launch.config, click.echo)
     with lease.of_board(launch.hw, launch.nodes, launch.recipe_dir.name):
