@@ -44,7 +44,7 @@ def check_engine() -> str:
 
     Raises MachineError: none, no permission, not Docker's, or one whose containers' users are others outside of them.
     """
-    info: Json = json.loads(docker("info", "--format", "{{json .}}", seconds=ANSWER_SECONDS))
+    info = _info()
     if errors := info.get("ServerErrors"):  # an older command ends with 0 all the same
         raise explained(errors[0], "docker info")
     if "ServerVersion" not in info:
@@ -71,7 +71,7 @@ def disk() -> tuple[Path, float] | None:
     None where that folder is on another machine, as with Docker Desktop or a DOCKER_HOST elsewhere, and where the
     layers are in containerd's own store, of which `docker info` names no folder.
     """
-    info: Json = json.loads(docker("info", "--format", "{{json .}}", seconds=ANSWER_SECONDS))
+    info = _info()
     # So Docker's documentation of that store has it (docs.docker.com/engine/storage/containerd).
     if ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or []):
         return None
@@ -176,6 +176,12 @@ def bake(target: str, variables: Mapping[str, str], *options: str, context: Path
             todo=f"{known.answer if known else 'mend what it names'}; the same command then goes on with the steps "
             "that are done",
         )
+
+
+def _info() -> Json:
+    """Return what the engine says of itself."""
+    info: Json = json.loads(docker("info", "--format", "{{json .}}", seconds=ANSWER_SECONDS))
+    return info
 
 
 def _run(arguments: tuple[str, ...], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
