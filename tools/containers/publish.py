@@ -8,7 +8,6 @@ has the pinned BuildKit and SBOM generator.
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 import tempfile
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import MachineError, UsageError, VerificationError
-from common.files import write_json
+from common.files import utc_now, write_json
 from common.hardware import Hardware
 from common.paths import ROOT
 from tools.containers import images, verify
@@ -81,7 +80,7 @@ def publish(target: Target, inputs: Inputs, say: Say, *, rebuild: bool = True, a
     refuse_unknown_commit(image, proved)
     if rebuild:
         compare("two more builds", verify.verify_layers(target.hw, inputs, say), proved)
-    digest = (push_attested if attestations else push_proved)(target, lock, image, proved, inputs, say)
+    digest = push_attested(target, lock, proved, inputs, say) if attestations else push_proved(target, image)
     reference = f"{target.repository}@{digest}"
     compare(reference, pulled(target, digest)["RootFS"]["Layers"], proved)
     say(f"pushed: {reference}, with {'an SBOM and its provenance' if attestations else 'no attestations'}")
@@ -133,9 +132,9 @@ def pulled(target: Target, digest: str) -> Json:
 # --- two ways to a registry -----------------------------------------------------------------------------------------
 
 
-def push_attested(target: Target, lock: Json, image: Image, proved: Json, inputs: Inputs, say: Say) -> str:
+def push_attested(target: Target, lock: Json, proved: Json, inputs: Inputs, say: Say) -> str:
     """Build with the pinned BuildKit, compare, then push that build with SBOM and provenance; return its digest."""
-    name = image.target
+    name = target.hw.image
     variables = build_variables(lock, name, inputs)
     buildkit, generator = tool(lock, "buildkit"), tool(lock, "sbom_generator")
     fill_wheelhouse(lock, name, inputs.wheelhouse, ROOT / "docker" / "wheelhouse", say)
@@ -176,7 +175,7 @@ def push_options(name: str, repository: str, generator: str) -> list[str]:
     return [word for setting in settings for word in ("--set", f"{name}.{setting}")]
 
 
-def push_proved(target: Target, _lock: Json, image: Image, _proved: Json, _inputs: Inputs, _say: Say) -> str:
+def push_proved(target: Target, image: Image) -> str:
     """Push the proved image itself; return its digest. `docker push` wants a tag: it is the pins' hash."""
     name = f"{target.repository}:pins-{image.lock_sha256[:12]}"
     docker("tag", image.reference, name)
@@ -203,7 +202,7 @@ def record(target: Target, digest: str, say: Say, *, attestations: bool) -> None
         "pins": target_of(lock, name)["pins"],
         "repository": target.repository,
         "digest": digest,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": utc_now()[:10],
         "lock_sha256": images.pins_sha256(lock, name),
         "attestations": attestations,
     }
