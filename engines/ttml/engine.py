@@ -312,18 +312,18 @@ class TTML:
 
     def _refuse_not_finite(self, loss: float, norm: float, learning_rate: float, step: int) -> None:
         """Raise TrainingError, with the gradients cleared, where `loss` (nats) or `norm` is none of a sound model."""
-        vocabulary = int(self.architecture["vocab_size"])
-        most = FAR * math.log(vocabulary)
-        if math.isfinite(loss) and math.isfinite(norm) and loss <= most:
+        guess = math.log(self.architecture["vocab_size"])
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite and loss <= FAR * guess:
             return
         self.optimizer.zero_grad()
         plain = not_finite(loss, norm, learning_rate, step)
         overflowed = (
-            f"step {step} has overflowed: loss {loss:.4g} nats, where guessing among {vocabulary} tokens costs "
-            f"{most / FAR:.1f} and {most:.0f} are allowed; the update was refused"
+            f"step {step} has overflowed: loss {loss:.4g} nats, where guessing among {self.architecture['vocab_size']} "
+            f"tokens costs {guess:.1f} and {FAR * guess:.0f} are allowed; the update was refused"
         )
         raise TrainingError(
-            overflowed if math.isfinite(loss) and math.isfinite(norm) else plain.what,
+            overflowed if finite else plain.what,
             where=plain.where,
             todo="recipe verify board: where the same step has other bits each time, the board is at fault and not the "
             f"training; else {plain.todo}",
