@@ -68,11 +68,8 @@ class Ground:
 
     def environment(self, switches: Mapping[str, Any], **more: str) -> dict[str, str]:
         """Of every process of the job; `switches` are the double's."""
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("RECIPES_", "TT_", "GITHUB_"))
-        }
         double = doubles.environment("C", math.prod(self.board.mesh_shape), **switches)
-        return kept | double | self.machine() | {
+        return machines.bare_environment() | double | self.machine() | {
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "RECIPES_QUARANTINE": str(self.quarantine),
             "HW": self.board.name,

@@ -273,8 +273,8 @@ def publish(place: Place, environment: Mapping[str, str]) -> None:
 
 def environment_of(place: Place, planted: Break) -> dict[str, str]:
     """Return the variables of what is typed: stand-ins for mirrors, the faked machine, nothing of this process's."""
-    kept = {key: value for key, value in os.environ.items() if key not in (*OF_MAKE, *OF_THIS)}
-    return {key: value for key, value in kept.items() if not key.startswith(("RECIPES_", "TT_", "GITHUB_"))} | {
+    bare = machines.bare_environment()
+    return {key: value for key, value in bare.items() if key not in (*OF_MAKE, *OF_THIS)} | {
         **place.standing.environment(),
         "APT_MIRROR": f"{place.standing.sites.https}/snapshot",
         "PATH": f"{place.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",

@@ -31,6 +31,11 @@ MACHINES = {
 }
 
 
+def bare_environment() -> dict[str, str]:
+    """Return this process's environment without what names a machine, a board, our own settings or a job of CI."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RECIPES_", "TT_", "GITHUB_"))}
+
+
 def fake_machine(root: Path, cards: Sequence[str | None], serials: Sequence[str] = ()) -> Path:
     """Device nodes and sysfs as the driver makes them; a card of None has no readable type."""
     (root / "dev/tenstorrent/by-id").mkdir(parents=True)

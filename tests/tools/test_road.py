@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from common.paths import ROOT
-from tests.doubles.machines import fake_host
+from tests.doubles.machines import bare_environment, fake_host
 from tests.doubles.tiny_recipe import FROM_SCRATCH
 from tools.containers import images
 
@@ -67,8 +67,7 @@ class Bench:
         return [sys.executable, "-m", "tests.support.own_images", str(self.folder), *words]
 
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TT_", "RECIPES_"))}
-        return kept | {
+        return bare_environment() | {
             "PATH": f"{ROOT / 'tests/doubles'}{os.pathsep}{os.environ['PATH']}",
             "DOUBLE": str(self.double),
             "RECIPES_SYSFS_ROOT": str(self.folder / "machine"),
