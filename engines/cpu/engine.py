@@ -212,7 +212,7 @@ class TorchCPU:
             if not (syncs or batch.loss_mask.any()):
                 continue
             with gloo_errors(), contextlib.nullcontext() if syncs else self.ranks.no_sync(self.parallel_objective):
-                with self._autocast():
+                with self.autocast():
                     if batch.loss_mask.any():
                         nll = self.parallel_objective(batch)
                     else:  # every rank has to take part in the sum: one without a supervised token adds zeros
@@ -273,7 +273,7 @@ class TorchCPU:
             ids, mask = np.zeros((1, TILE), np.uint32), np.zeros((1, TILE), np.float32)
             self.model.eval()  # never compiled for this one batch
             with gloo_errors():
-                with self._autocast():
+                with self.autocast():
                     nll = self.parallel_objective(supervise_first_token(Batch(ids, ids, mask, np.zeros(1, np.int64))))
                 (nll * 0).backward()
             if unreached := self._without_gradient():
@@ -291,7 +291,8 @@ class TorchCPU:
             digest.update(to_numpy(tensor).tobytes())
         return self.ranks.all_gather_text(digest.hexdigest())
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Return the context that forward passes run in: bf16 where the run is mixed, else nothing."""
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.mixed)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ class TorchCPU:
             positions, last = cache["next"][:, None], torch.zeros(len(new), dtype=torch.int64)
             cache["next"] = cache["next"] + 1
         self.model.set_attn_implementation("sdpa")
-        with self._autocast():
+        with self.autocast():
             hidden = self.model.model(
                 input_ids=new,
                 attention_mask=cache["attend"].long(),

@@ -1,0 +1,118 @@
+"""Answers that share a batch: a row's logits are bit for bit those it gets alone, whoever comes and goes beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the CPU engine is torch")
+
+from common.model.weights import Weights
+from engines.cpu.engine import TorchCPU, open_cpu
+from engines.cpu.places import Places, cache_bytes
+from tools.generate.chat import architecture_of, folder_config
+from tools.verify.tiny_base import write_tiny_base
+
+COUNT, CONTEXT, VOCABULARY = 4, 96, 512
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+KINDS: dict[str, dict[str, Any]] = {
+    "fp32": {"device.threads": 2},
+    "mixed with adapters": {"device.threads": 1, "training.precision": "bf16-mixed", "model.lora": LORA},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose query heads share keys, with an output head of its own."""
+    folder = tmp_path_factory.mktemp("grouped") / "tiny"
+    return write_tiny_base(folder, hidden=96, layers=3, heads=6, kv_heads=3, tied=False)
+
+
+@pytest.fixture(params=KINDS)
+def backend(request: pytest.FixtureRequest, folder: Path) -> Iterator[TorchCPU]:
+    with open_cpu(folder_config(folder).with_values(**KINDS[request.param])) as backend:
+        backend.build(architecture_of(folder))
+        backend.load(Weights([folder / "model.safetensors"]))
+        for _, layer in backend.trained.items():  # adapters that do something: B is zero before training
+            layer.data.normal_(0, 0.05)
+        yield backend
+
+
+def alone(places: Places, place: int, ids: list[int], prompt: int) -> list[np.ndarray]:
+    """The logits after the prompt, and after each token that follows it, with every other place free."""
+    logits = [places.join(place, ids[:prompt])]
+    logits += [places.step({place: token})[place] for token in ids[prompt:]]
+    places.leave(place)
+    return logits
+
+
+def test_a_row_has_the_same_bits_whoever_joins_and_leaves(backend):
+    rng = random.Random(7)
+    sizes = [(rng.randint(1, 40), rng.randint(1, 30)) for _ in range(10)]
+    texts = [([rng.randrange(VOCABULARY) for _ in range(prompt + more)], prompt) for prompt, more in sizes]
+    expected = [alone(Places(backend, COUNT, CONTEXT), 0, *text) for text in texts]
+
+    places = Places(backend, COUNT, CONTEXT)
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    waiting = list(range(len(texts)))
+    sitting: dict[int, int] = {}  # place: text
+    beside = set()
+    while waiting or sitting:
+        free = [place for place in range(COUNT) if place not in sitting]
+        if waiting and free and (not sitting or rng.random() < 0.5):
+            place = rng.choice(free)
+            sitting[place] = waiting.pop(0)
+            ids, prompt = texts[sitting[place]]
+            found[sitting[place]].append(places.join(place, ids[:prompt]))
+        stepping = {p: t for p, t in sitting.items() if rng.random() < 0.9 and len(found[t]) <= sizes[t][1]}
+        beside.add(len(stepping))
+        tokens = {p: texts[t][0][sizes[t][0] + len(found[t]) - 1] for p, t in stepping.items()}
+        logits = places.step(tokens)
+        for place, text in stepping.items():
+            found[text].append(logits[place])
+        for place, text in list(sitting.items()):
+            if len(found[text]) == sizes[text][1] + 1:
+                places.leave(place)
+                del sitting[place]
+
+    assert beside >= {1, 2, 3, 4}, "the rows must have had all numbers of neighbors"
+    for here, there in zip(found, expected, strict=True):
+        assert len(here) == len(there)
+        assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
+    assert places.lengths == [0] * COUNT
+
+
+def test_every_place_computes_the_same_bits(backend):
+    ids = [3, 141, 59, 26, 5, 35, 89, 79]
+    first, *others = [alone(Places(backend, COUNT, CONTEXT), place, ids, 3) for place in range(COUNT)]
+    for other in others:
+        assert all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_logits_are_those_of_generation(backend):
+    """Kernels differ by the shape of a product, so the last bits may: fp32 agrees to 1e-5, bf16 to its own rounding."""
+    ids = list(range(100, 120))
+    found = alone(Places(backend, COUNT, CONTEXT), 2, ids, 12)
+    logits, cache = backend.next_token_logits(np.array([ids[:12]]), np.array([12]))
+    expected = [logits[0]]
+    for token in ids[12:]:
+        logits, cache = backend.next_token_logits(np.array([[token]]), np.array([1]), cache)
+        expected.append(logits[0])
+    allowed = 0.02 if backend.mixed else 1e-5
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=allowed)
+    assert float(np.std(expected)) > 10 * allowed, "logits this small would agree whatever they were computed from"
+
+
+def test_the_bound_is_what_full_places_hold(folder):
+    with open_cpu(folder_config(folder)) as backend:
+        backend.build(architecture_of(folder))
+        backend.load(Weights([folder / "model.safetensors"]))
+        places = Places(backend, COUNT, CONTEXT)
+        places.join(1, [1, 2, 3])
+        held = sum(tensor.nbytes for tensor in (*places.keys, *places.values))
+        assert held == cache_bytes(architecture_of(folder), COUNT, CONTEXT)
