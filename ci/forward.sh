@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ci/forward.sh WORD...: runs `recipe WORD...`, where a word in capitals is one of make's variables, handed over as
-# environment: NAME, BOARD and ARGS stand for their words, every other one that is set for its flag and its value.
+# environment: NAME, BOARD, RUN and ARGS stand for their words, every other one that is set for its flag and its value.
 # Prints the command as it could be typed, and becomes it. Nothing in a value is evaluated.
 set -euf -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +17,7 @@ for word in "$@"; do
     flag=${flag//_/-}
     [ "$word" != DRY ] || flag=--dry-run
     case $word=$value in
-    NAME=* | BOARD=*) command+=("$value") ;;
+    NAME=* | BOARD=* | RUN=*) command+=("$value") ;;
     ARGS=*) for item in $value; do command+=("$item"); done ;; # split at blanks: a value with one goes to `recipe` itself
     SET=* | MAP=*) for item in $value; do command+=("$flag" "$item"); done ;;
     CONTAINER=0) command+=(--no-container) ;;

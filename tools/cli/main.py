@@ -44,6 +44,7 @@ class Verbs(click.Group):
         "report": ("tools.cli.runs:report", "Write the page of a run, or one over all runs."),
         "repro": ("tools.cli.runs:repro", "Run a run again from its manifest, and compare."),
         "runs": ("tools.cli.runs:runs", "List, show, compare and prune runs."),
+        "serve": ("tools.cli.serve:serve", "Serve a run behind OpenAI's API, or test what does."),
         "verify": ("tools.cli.verify:verify", "Prove that a run, data parallel or a board does what it should."),
     }
 

@@ -1,0 +1,1 @@
+"""`recipe serve`: a trained model behind the requests of OpenAI's API."""

@@ -1,0 +1,259 @@
+"""What a request asks for: OpenAI's fields, each of them honored, refused by name, or neutral. None is passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from common.data.rows import ROLES, Message, kind_of
+
+STOPS = 4  # as many as OpenAI's API takes
+R = TypeVar("R", bound="Asked")
+
+# Fields whose work is not done here, with the values that ask for nothing: those pass, any other is refused.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "logit_bias": (None, {}),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "min_p": (None, 0),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+}
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "name": (None,),
+    "refusal": (None,),
+    "annotations": (None, []),
+    "audio": (None,),
+    "tool_calls": (None, []),
+    "function_call": (None,),
+    "reasoning_content": (None,),
+}
+
+
+class Refused(Exception):
+    """A request that is not served, as OpenAI's API says it: status, message, type, param and code."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.param, self.status, self.code, self.kind = message, param, status, code, kind
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the response."""
+        error = {"message": printable(self.message), "type": self.kind, "param": None, "code": self.code}
+        return {"error": error if self.param is None else {**error, "param": printable(self.param)}}
+
+
+def printable(text: str) -> str:
+    """Return `text` as UTF-8 can carry it: a name that a request made up may hold half of a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def unicode(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff): not Unicode text")
+    return text
+
+
+def text_of(value: Any) -> str:
+    """Return a message's content: a string, or the text of its parts. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        return unicode(value)
+    if not isinstance(value, list):
+        raise ValueError(f"is {kind_of(value)}, not a string or a list of parts")
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"part of type {kind!r} is not supported: this model reads text")
+        if not isinstance(part.get("text"), str) or set(part) != {"type", "text"}:
+            raise ValueError('a part is {"type": "text", "text": "..."} and nothing else')
+    return unicode("".join(part["text"] for part in value))
+
+
+def one_prompt(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        (value,) = value
+    if isinstance(value, list):
+        raise ValueError("several prompts, or token ids, are not supported: one text a request")
+    if not isinstance(value, str):
+        raise ValueError(f"is {kind_of(value)}, not a string")
+    if not value:
+        raise ValueError("is empty: there is nothing to continue")
+    return unicode(value)
+
+
+def stops_of(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("is a string, or a list of strings")
+    if len(stops) > STOPS:
+        raise ValueError(f"has {len(stops)} strings, at most {STOPS} are taken")
+    if "" in stops:
+        raise ValueError("holds an empty string, which would end every answer at once")
+    return tuple(map(unicode, stops))
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields, and takes no text for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Number = Annotated[float | None, Field(allow_inf_nan=False)]
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class Asked(Strict):
+    """What both kinds of request have in common. A field that is left out, or null, is the server's to choose."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: Number = Field(default=None, ge=0, le=2)
+    top_p: Number = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    repetition_penalty: Number = Field(default=None, gt=0)
+    seed: int | None = None
+    stop: Annotated[tuple[str, ...], BeforeValidator(stops_of)] = ()
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # About who asks, not about the answer; kept nowhere.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def longest(self) -> tuple[int | None, str]:
+        """Return the most tokens that the answer may have, and the field that says so."""
+        return self.max_tokens, "max_tokens"
+
+    @property
+    def tells_usage(self) -> bool:
+        """Return whether a stream ends with a chunk that has the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> dict[str, Any]:
+        """Return what is asked of the choice of tokens, by the names of the config's eval section."""
+        names = ("temperature", "top_p", "top_k", "repetition_penalty")
+        found = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if found.get("top_k") == -1:  # what other servers call "off"
+            found["top_k"] = 0
+        return found
+
+
+class Turn(Strict):
+    role: str
+    content: Annotated[str, BeforeValidator(text_of)]
+
+
+def conversation(turns: list[Turn]) -> list[Turn]:
+    if not turns:
+        raise ValueError("is empty: there is nothing to answer")
+    if turns[-1].role != "user" or not turns[-1].content.strip():
+        raise ValueError("must end with what the user says, and that must not be empty")
+    return turns
+
+
+class Chat(Asked):
+    messages: Annotated[list[Turn], AfterValidator(conversation)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def longest(self) -> tuple[int | None, str]:
+        """Return the most tokens that the answer may have, and the field that says so: the newer one first."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens, "max_completion_tokens"
+        return super().longest
+
+    def turns(self) -> tuple[Message, ...]:
+        """Return the conversation as the tokenizer takes it."""
+        return tuple(Message(turn.role, turn.content) for turn in self.messages)
+
+
+class Completion(Asked):
+    prompt: Annotated[str, BeforeValidator(one_prompt)]
+
+
+def parse(body: bytes, form: type[R]) -> R:
+    """Return the request in `body`. Raises Refused, which names the field that is at fault."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise Refused(f"the body is {kind_of(fields)}, not an object")
+    fields = without_neutral(fields, NEUTRAL, "")
+    if isinstance(fields.get("messages"), list):
+        fields["messages"] = [
+            without_neutral(turn, NEUTRAL_IN_MESSAGE, f"messages[{at}].") if isinstance(turn, dict) else turn
+            for at, turn in enumerate(fields["messages"])
+        ]
+        for at, turn in enumerate(fields["messages"]):
+            if isinstance(turn, dict) and isinstance(turn.get("role"), str) and turn["role"] not in ROLES:
+                raise Refused(f"unknown role {turn['role']!r}; known: {', '.join(ROLES)}", f"messages[{at}].role")
+    try:
+        asked = form.model_validate(fields)
+    except ValidationError as error:
+        raise explained(error) from None
+    if asked.stream_options and not asked.stream:
+        raise Refused("stream_options is for answers that are streamed: set stream to true", "stream_options")
+    if asked.max_tokens not in (None, asked.longest[0]):
+        raise Refused("max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
+    return asked
+
+
+def without_neutral(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> dict[str, Any]:
+    """Return `fields` less those that ask for nothing. Raises Refused for one that asks for what is not done here."""
+    for name in fields.keys() & neutral.keys():
+        if not any(same(fields[name], value) for value in neutral[name]):
+            raise Refused(f"{where}{name} is not supported", where + name, code="unsupported_parameter")
+    return {name: value for name, value in fields.items() if name not in neutral}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal; 1 and true are not, 0 and 0.0 are."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def explained(error: ValidationError) -> Refused:
+    """Return the refusal of a request by its first fault."""
+    first = error.errors(include_url=False)[0]
+    param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        return Refused(f"{param} is not supported: unknown field", param, code="unsupported_parameter")
+    if first["type"] == "missing":
+        return Refused(f"{param} is required", param)
+    return Refused(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)

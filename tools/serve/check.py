@@ -1,0 +1,383 @@
+"""`recipe serve --check URL`: what a user expects of an OpenAI-compatible server, asked by OpenAI's own client.
+
+Whatever serves there is asked: this repository's server, vLLM on a board, llama.cpp, transformers. Each line is one
+expectation and what came; the exit code is 6 where one does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.data.chat import ChatTokenizer
+from common.errors import MachineError, UsageError
+from common.train.generate import generate
+from tools.generate.chat import Speaker, open_speakers, within
+from tools.runs.folder import is_run
+from tools.serve.batcher import UNFINISHED
+
+Say = Callable[[str], None]
+TIMEOUT = 300.0  # seconds for one answer: a CPU that does other things may need them
+SHORT, LONG = 8, 24  # tokens of the answers that are asked for
+COMPARED = 32  # tokens of a greedy answer that is held against ours
+PROMPTS = ("Hello!", "What is a learning rate?", "Write a short poem about the sea.", "Count to ten.")
+HELD, FAILED = 0, 6
+
+
+class Unmet(Exception):
+    """An expectation does not hold; its text is what came."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The server that is asked: OpenAI's client, the model's name, and whether it takes conversations."""
+
+    client: Any
+    model: str
+    chats: bool
+
+    def ask(self, text: str, **fields: Any) -> Any:
+        """Return the response to one prompt, as a conversation where the server takes those."""
+        fields = {"model": self.model, "max_tokens": SHORT, "temperature": 0, **fields}
+        if self.chats:
+            return self.client.chat.completions.create(messages=[{"role": "user", "content": text}], **fields)
+        return self.client.completions.create(prompt=text, **fields)
+
+    def said(self, choice: Any) -> str:
+        """Return the text of a choice."""
+        return (choice.message.content if self.chats else choice.text) or ""
+
+    def streamed(self, text: str, **fields: Any) -> tuple[str, list[Any]]:
+        """Return a streamed answer's text, and its chunks."""
+        chunks = list(self.ask(text, stream=True, **fields))
+        choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+        pieces = [(choice.delta.content if self.chats else choice.text) or "" for choice in choices]
+        return "".join(pieces), chunks
+
+
+# --- what is expected -----------------------------------------------------------------------------------------------
+
+
+def whole_answer(site: Site) -> str:
+    """An answer has a text, a reason of its end, and the tokens that it took."""
+    response = site.ask(PROMPTS[0])
+    expect(
+        response.choices[0].finish_reason in ("stop", "length"), f"it ended by {response.choices[0].finish_reason!r}"
+    )
+    usage = response.usage
+    expect(usage is not None and usage.prompt_tokens > 0, "no usage")
+    expect(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens, f"usage does not add up: {usage}")
+    return f"{usage.prompt_tokens} tokens in, {usage.completion_tokens} out"
+
+
+def limit(site: Site) -> str:
+    """max_tokens is kept, and the answer says that it was cut off."""
+    response = site.ask(PROMPTS[2], max_tokens=3)
+    tokens, reason = response.usage.completion_tokens, response.choices[0].finish_reason
+    expect(tokens <= 3 and (reason == "length" or tokens < 3), f"{tokens} tokens, ended by {reason!r}")
+    return f"{tokens} tokens, {reason}"
+
+
+def newer_limit(site: Site) -> str:
+    """max_completion_tokens is kept."""
+    if not site.chats:
+        return "of conversations only"
+    response = site.ask(PROMPTS[2], max_tokens=omitted(), max_completion_tokens=3)
+    expect(response.usage.completion_tokens <= 3, f"{response.usage.completion_tokens} tokens")
+    return f"{response.usage.completion_tokens} tokens"
+
+
+def stream(site: Site) -> str:
+    """A stream says what the whole answer says, ends with its reason, and has no usage that nobody asked for."""
+    expected = site.said(site.ask(PROMPTS[1], max_tokens=LONG).choices[0])
+    found, chunks = site.streamed(PROMPTS[1], max_tokens=LONG)
+    expect(found == expected, f"{found!r}, the whole answer is {expected!r}")
+    expect(any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks), "no chunk has a finish_reason")
+    return f"{len(chunks)} chunks"
+
+
+def end_of_stream(site: Site) -> str:
+    """A stream ends with the line `data: [DONE]`."""
+    fields: dict[str, Any] = {"model": site.model, "max_tokens": 2, "stream": True}
+    api = site.client.with_streaming_response
+    if site.chats:
+        asked = api.chat.completions.create(messages=[{"role": "user", "content": PROMPTS[0]}], **fields)
+    else:
+        asked = api.completions.create(prompt=PROMPTS[0], **fields)
+    with asked as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data:")]
+    expect(bool(lines) and lines[-1].removeprefix("data:").strip() == "[DONE]", f"it ends with {lines[-1:]}")
+    return f"{len(lines)} events"
+
+
+def usage_in_stream(site: Site) -> str:
+    """stream_options.include_usage brings a last chunk with usage and without choices."""
+    _, chunks = site.streamed(PROMPTS[0], stream_options={"include_usage": True})
+    expect(bool(chunks) and chunks[-1].usage is not None, "the last chunk has no usage")
+    expect(not chunks[-1].choices, "the chunk with usage has choices")
+    return f"{chunks[-1].usage.total_tokens} tokens"
+
+
+def stop(site: Site) -> str:
+    """A stop string ends the answer and is not part of it, streamed or not."""
+    text = site.said(site.ask(PROMPTS[2], max_tokens=LONG).choices[0])
+    middle = text[len(text) // 2 :]
+    string = middle[:3]
+    expect(len(string) == 3, f"the answer {text!r} is too short to be stopped")
+    before = text[: text.index(string)]
+    found = site.ask(PROMPTS[2], max_tokens=LONG, stop=[string]).choices[0]
+    expect(site.said(found) == before, f"stopped at {string!r} it is {site.said(found)!r}, must be {before!r}")
+    expect(found.finish_reason == "stop", f"it ended by {found.finish_reason!r}")
+    streamed, _ = site.streamed(PROMPTS[2], max_tokens=LONG, stop=[string])
+    expect(streamed == before, f"streamed, it is {streamed!r}, must be {before!r}")
+    return f"{string!r}"
+
+
+def seeds(site: Site) -> str:
+    """At a temperature, one seed gives one answer, and other seeds give others."""
+    hot = {"max_tokens": LONG, "temperature": 1.5}
+    first, again, *others = [site.said(site.ask(PROMPTS[2], seed=seed, **hot).choices[0]) for seed in (1, 1, 2, 3)]
+    expect(first == again, f"seed 1 gave {first!r}, then {again!r}")
+    expect(any(other != first for other in others), "three seeds gave one answer: temperature or seed does nothing")
+    return "repeats, and differs"
+
+
+def parts(site: Site) -> str:
+    """A message's content may be a list of text parts."""
+    if not site.chats:
+        return "of conversations only"
+    pieces = [{"type": "text", "text": PROMPTS[1][:6]}, {"type": "text", "text": PROMPTS[1][6:]}]
+    fields = {"model": site.model, "max_tokens": SHORT, "temperature": 0}
+    found = site.client.chat.completions.create(messages=[{"role": "user", "content": pieces}], **fields)
+    expected = site.ask(PROMPTS[1])
+    expect(site.said(found.choices[0]) == site.said(expected.choices[0]), "the answer is another one than to the text")
+    return "as the text"
+
+
+def completions(site: Site) -> str:
+    """/v1/completions continues a text."""
+    response = site.client.completions.create(model=site.model, prompt="Once upon a", max_tokens=SHORT, temperature=0)
+    expect(response.choices[0].text is not None, "no text")
+    return f"{response.usage.completion_tokens} tokens"
+
+
+def unknown_model(site: Site) -> str:
+    """A model that is not served is refused with 404."""
+    return refused(lambda: site.ask(PROMPTS[0], extra_body={"model": "no-such-model"}), (404,))
+
+
+def bad_input(site: Site) -> str:
+    """Wrong fields are refused with 400 or 422: no messages, max_tokens 0, a temperature below 0."""
+    asked: list[dict[str, Any]] = [{"max_tokens": 0}, {"temperature": -1}]
+    asked.append({"messages": []} if site.chats else {"prompt": ""})
+    return ", ".join(refused(lambda body=body: site.ask(PROMPTS[0], extra_body=body), (400, 422)) for body in asked)  # type: ignore[misc]
+
+
+def too_long(site: Site) -> str:
+    """A prompt longer than any context is refused with 400 or 413, not cut or run."""
+    return refused(lambda: site.ask("word " * 180_000), (400, 413, 422))
+
+
+def no_silence(site: Site) -> str:
+    """n=2, log-probabilities and JSON are given or refused; none is passed over in silence."""
+    found = []
+    logprobs: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if site.chats else {"logprobs": 2}
+    wanted: list[tuple[str, dict[str, Any], Callable[[Any], bool]]] = [
+        ("n", {"n": 2}, lambda response: len(response.choices) == 2),
+        ("logprobs", logprobs, lambda response: response.choices[0].logprobs is not None),
+    ]
+    if site.chats:
+        form = {"response_format": {"type": "json_object"}}
+        wanted.append(("response_format", form, lambda response: is_json(site.said(response.choices[0]))))
+    for name, fields, given in wanted:
+        try:
+            response = site.ask(PROMPTS[0], **fields)
+        except Exception as error:
+            found.append(f"{name} {refusal_of(error, (400, 422, 501))}")
+            continue
+        expect(given(response), f"{name} was passed over")
+        found.append(f"{name} given")
+    return ", ".join(found)
+
+
+def goes_on(site: Site) -> str:
+    """After a stream that was closed at its first chunk, the next request is answered."""
+    with site.ask(PROMPTS[2], max_tokens=LONG, stream=True) as chunks:
+        next(iter(chunks))
+    return whole_answer(site)
+
+
+FLOOR: tuple[Callable[[Site], str], ...] = (
+    whole_answer,
+    limit,
+    newer_limit,
+    stream,
+    end_of_stream,
+    usage_in_stream,
+    stop,
+    seeds,
+    parts,
+    completions,
+    unknown_model,
+    bad_input,
+    too_long,
+    no_silence,
+    goes_on,
+)
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Unmet(otherwise)
+
+
+def omitted() -> Any:
+    import openai
+
+    return openai.omit
+
+
+def is_json(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        json.loads(text)
+        return True
+    return False
+
+
+def refused(ask: Callable[[], Any], statuses: Sequence[int]) -> str:
+    """Return how a request was refused. Raises Unmet where it was not, or in another way."""
+    try:
+        ask()
+    except Exception as error:
+        return refusal_of(error, statuses)
+    raise Unmet("it was answered")
+
+
+def refusal_of(error: Exception, statuses: Sequence[int]) -> str:
+    status = getattr(error, "status_code", None)
+    expect(status in statuses, f"{type(error).__name__}{f' {status}' if status else ''}: {error}"[:200])
+    return str(status)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def check(url: str, name: str | None, key_file: Path | None, against: Path | None, say: Say) -> int:
+    """Print what holds of the server at `url`, and how its greedy answers compare with those of the run `against`.
+
+    Returns 6 where an expectation does not hold or a first token differs, else 0. Raises MachineError where nothing
+    answers there.
+    """
+    site = reached(url, name, key_file)
+    say(f"{url}: model {site.model}, {'conversations and completions' if site.chats else 'completions only'}")
+    unmet = 0
+    for expectation in FLOOR:
+        sentence = (expectation.__doc__ or "").strip()
+        try:
+            say(f"  holds  {sentence} ({expectation(site)})")
+        except Unmet as error:
+            unmet += 1
+            say(f"  FAILS  {sentence} {error}")
+        except Exception as error:  # whatever the client raises: a user would meet it, too
+            unmet += 1
+            say(f"  FAILS  {sentence} {type(error).__name__}: {error}")
+    say(f"{len(FLOOR) - unmet} of {len(FLOOR)} hold")
+    agrees = against is None or compare(site, against, say)
+    return HELD if agrees and not unmet else FAILED
+
+
+def reached(url: str, name: str | None, key_file: Path | None) -> Site:
+    """Return the server at `url`, asked for its models. Raises MachineError where it does not answer."""
+    import openai
+
+    from tools.serve.target import key_in
+
+    if not url.startswith(("http://", "https://")):
+        raise UsageError("not a URL", where=url, todo="such as http://127.0.0.1:8000/v1")
+    key = key_in(key_file) if key_file else "none"
+    base = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
+    client = openai.OpenAI(base_url=base, api_key=key, max_retries=0, timeout=TIMEOUT)
+    try:
+        known = [model.id for model in client.models.list()]
+    except openai.OpenAIError as error:
+        raise MachineError(f"no models there: {error}", where=f"{base}/models", todo="look whether it runs") from error
+    if name is not None and name not in known:
+        raise UsageError(f"the server has {', '.join(known)}", where=f"--name {name}")
+    if not known:
+        raise MachineError("the server names no model", where=f"{base}/models")
+    model = name or known[0]
+    try:
+        Site(client, model, True).ask(PROMPTS[0], max_tokens=1)
+    except openai.BadRequestError:
+        return Site(client, model, False)  # a model without a chat template
+    except openai.OpenAIError:
+        pass  # the floor says what is wrong with it
+    return Site(client, model, True)
+
+
+def compare(site: Site, against: Path, say: Say) -> bool:
+    """Print how far the server's greedy answers are those of our engine; return whether all begin with the same token.
+
+    Its first token differs where the weights, the tokenizer or the template are others. Later ones may part where two
+    tokens are as likely as each other: another engine, or bf16, sums in another order.
+    """
+    same, begun = 0, True
+    target = against / "export" / "merged" if is_run(against) else against
+    with open_speakers(target, False, {"eval.max_new_tokens": COMPARED, "eval.temperature": 0.0}, say) as (speaker,):
+        system = system_of(against)
+        for prompt in PROMPTS:
+            ids = prompt_ids(speaker.tokenizer, prompt, system, site.chats)
+            ours = answer_of(speaker, ids)
+            fields: dict[str, Any] = {"max_tokens": COMPARED}
+            theirs = site.said(site.ask(prompt, **fields).choices[0])
+            shared = agreement(speaker.tokenizer, ids, ours, theirs)
+            same += shared == len(ours)
+            begun = begun and (shared > 0 or not ours)
+            say(f"  {shared} of {len(ours)} tokens as ours: {prompt!r}")
+    say(f"{same} of {len(PROMPTS)} greedy answers are ours")
+    return begun
+
+
+def system_of(against: Path) -> str | None:
+    """Return the system prompt of a run's recipe; None for a folder."""
+    from tools.runs.folder import read_run
+
+    return read_run(against).config.data.system_prompt if is_run(against) else None
+
+
+def prompt_ids(tokenizer: ChatTokenizer, prompt: str, system: str | None, chats: bool) -> list[int]:
+    return tokenizer.prompt_ids(prompt, system) if chats else tokenizer.encode_text(prompt)
+
+
+def answer_of(speaker: Speaker, ids: Sequence[int]) -> list[int]:
+    """Return the tokens that our engine answers with, greedy, as `recipe generate` does."""
+    tokenizer = speaker.tokenizer
+    sampling = within(speaker.config, speaker.context - len(ids))
+    options: dict[str, Any] = {"eos_ids": tokenizer.eos_ids, "vocab_size": tokenizer.vocab_size}
+    (answer,) = generate(speaker.backend, [ids], sampling, never_ids=tokenizer.never_ids, **options)
+    return answer
+
+
+def agreement(tokenizer: ChatTokenizer, ids: Sequence[int], ours: Sequence[int], theirs: str) -> int:
+    """Return how many of our tokens the text of the other answer begins with, white space at its begin aside.
+
+    A token without a text of its own, or a part of a character, is counted with the next that has one.
+    """
+    after = list(ids[-1:])
+    skipped = len(tokenizer.decode(after, skip_special=True))
+    texts = [tokenizer.decode([*after, *ours[:n]], skip_special=True)[skipped:].lstrip() for n in range(len(ours) + 1)]
+    theirs = theirs.lstrip()
+    if theirs.rstrip() == texts[-1].rstrip():
+        return len(ours)
+    shared, known = 0, 0
+    for count, text in enumerate(texts):
+        text = text.rstrip(UNFINISHED)
+        if not theirs.startswith(text):
+            break
+        if len(text) > known:
+            shared, known = count, len(text)
+    return shared

@@ -1,0 +1,73 @@
+"""A model under its name: requests to tokens, and how its answers are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.config.schema import Evaluation
+from common.data.chat import with_system
+from common.data.rows import Message
+from common.errors import DataError
+from tools.generate.chat import Speaker
+from tools.serve.asked import Asked, Chat, Completion, Refused
+from tools.serve.batcher import Lane
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the models that a server answers as, under `name`."""
+
+    name: str
+    speaker: Speaker
+    lane: Lane
+
+    @property
+    def context(self) -> int:
+        """Return the most tokens of a prompt and its answer together."""
+        return self.lane.places.context
+
+    def prompt(self, asked: Asked) -> list[int]:
+        """Return the ids to answer or to continue. Raises Refused."""
+        if isinstance(asked, Chat):
+            ids, field = self.chat_prompt(asked.turns()), "messages"
+        else:
+            assert isinstance(asked, Completion)
+            ids, field = self.speaker.tokenizer.encode_text(asked.prompt), "prompt"
+        if not ids:
+            raise Refused(f"{field}: no token comes of it", field)
+        if len(ids) >= self.context:
+            message = (
+                f"the prompt has {len(ids)} tokens, of the {self.context} that prompt and answer may have together"
+            )
+            raise Refused(message, field, code="context_length_exceeded")
+        return ids
+
+    def chat_prompt(self, turns: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation with the assistant's turn opened, the recipe's system prompt before it."""
+        tokenizer = self.speaker.tokenizer
+        if not tokenizer.template:
+            message = f"{self.name} has no chat template: it continues text, at /v1/completions"
+            raise Refused(message, "messages", code="no_chat_template")
+        for at, turn in enumerate(turns):
+            if marker := tokenizer.marker_in(turn.content):
+                message = f"messages[{at}].content holds {marker!r}, which this model reads as structure, not as text"
+                raise Refused(message, f"messages[{at}].content")
+        try:
+            text = tokenizer.render(with_system(turns, self.speaker.config.data.system_prompt), answer_next=True)
+        except DataError as error:  # some templates take no system message, or want turns to alternate
+            raise Refused(error.what, "messages") from None
+        return tokenizer.encode_text(text)
+
+    def sampling(self, asked: Asked, prompt: Sequence[int]) -> Evaluation:
+        """Return how the answer is chosen: what is asked for, else the recipe's own way. Raises Refused."""
+        room = self.context - len(prompt)
+        longest, field = asked.longest
+        if longest is not None and longest > room:
+            message = (
+                f"{field} is {longest}, but the prompt has {len(prompt)} of {self.context} tokens: {room} are left"
+            )
+            raise Refused(message, field, code="context_length_exceeded")
+        default = self.speaker.config.eval
+        limit = min(default.max_new_tokens, room) if longest is None else longest
+        return default.model_copy(update={**asked.sampling(), "max_new_tokens": limit})

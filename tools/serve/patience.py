@@ -1,0 +1,53 @@
+"""Closes connections whose request does not come: uvicorn itself waits for the rest of a header for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+PATIENCE = 30.0  # seconds for a header, and again for a body; nginx gives a header 60, Apache 20 to 40
+TOO_SLOW = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
+    b'{"error":{"message":"the request did not come in time","type":"invalid_request_error","param":null,"code":null}}'
+)
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 whose headers have to be there within PATIENCE of the connection, or of the response before."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._unwatch()
+        elif self.timer is None:  # not anew with every byte
+            self.timer = self.loop.call_later(PATIENCE, self._give_up)
+
+    def _unwatch(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def _give_up(self) -> None:
+        if self.conn.trailing_data[0]:  # a part of a header is there, so somebody may read why
+            self.transport.write(TOO_SLOW)
+        self.transport.close()
