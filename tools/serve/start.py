@@ -60,7 +60,7 @@ class Options:
 
 
 class Log:
-    """serve.log: a line a request, and the traceback of every exception of ours. Never what was asked or answered."""
+    """serve.log: a line a request, and the traceback of every exception of ours. No line has what was asked or answered."""
 
     def __init__(self, path: Path, say: Say) -> None:
         self.path, self.say = path, say

@@ -1,0 +1,339 @@
+"""The server's parts one by one, with an engine that says what a test wants it to say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+
+from common.data.chat import ChatTokenizer
+from common.errors import MachineError, UsageError, VerificationError
+from tests.support.server import Server as Connected
+from tools.generate.chat import Speaker, folder_config
+from tools.serve import patience
+from tools.serve.app import Service, make_app
+from tools.serve.batcher import Answer, Batcher, Full, Lane, Part, Stopping, Text
+from tools.serve.model import Model
+from tools.serve.patience import PatientProtocol
+from tools.serve.start import Log, Options, serve
+from tools.serve.target import bind, find_target, free_memory, refuse_too_large
+
+TEXT = " a fox 🦊 says: the slope, then 🦊🦊"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(tiny_base)
+
+
+class Recital:
+    """Places whose every answer is `TEXT`, over and over. A token waits for `go`; a prompt with token 7 is a fault."""
+
+    count, context = 2, 256
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.script = tokenizer.encode_text(TEXT)
+        self.said: dict[int, int] = {}
+        self.go = threading.Semaphore(0)
+        self.breaks = False
+
+    def logits(self, place: int) -> np.ndarray:
+        found = np.zeros(512, np.float32)
+        found[self.script[self.said[place] % len(self.script)]] = 1
+        self.said[place] += 1
+        return found
+
+    def join(self, place: int, prompt: Sequence[int]) -> np.ndarray:
+        if 7 in prompt:
+            raise ZeroDivisionError("a prompt's secret text")
+        self.said[place] = 0
+        return self.logits(place)
+
+    def step(self, tokens: Mapping[int, int]) -> np.ndarray:
+        self.go.acquire()
+        if self.breaks:
+            raise ZeroDivisionError
+        return np.stack([self.logits(place) if place in tokens else np.zeros(512, np.float32) for place in range(2)])
+
+    def leave(self, place: int) -> None:
+        self.said.pop(place, None)
+
+
+class Heard:
+    """An answer to [1, 2], and what was told of it."""
+
+    def __init__(self, tokenizer: ChatTokenizer, base: Path, tokens: int = 20, prompt: Sequence[int] = (1, 2)) -> None:
+        sampling = folder_config(base).with_values(**{"eval.max_new_tokens": tokens}).eval
+        self.parts: list[Part] = []
+        self.over = threading.Event()
+        self.answer = Answer(prompt, sampling, 0, tokenizer, self.tell)
+
+    def tell(self, part: Part) -> None:
+        self.parts.append(part)
+        if part.reason or part.error:
+            self.over.set()
+
+    @property
+    def end(self) -> object:
+        """Return how it ended."""
+        assert self.over.wait(60)
+        return self.parts[-1].reason or type(self.parts[-1].error)
+
+
+@contextlib.contextmanager
+def running(places: Recital, queue: int = 1) -> Iterator[tuple[Batcher, Lane, list[Exception]]]:
+    faults: list[Exception] = []
+    lane = Lane(places)
+    batcher = Batcher([lane], queue, faults.append)
+    thread = threading.Thread(target=batcher.run, daemon=True)
+    thread.start()
+    try:
+        yield batcher, lane, faults
+    finally:
+        batcher.stop()
+        places.go.release(1000)
+        thread.join(60)
+    assert not thread.is_alive()
+    assert batcher.answering == batcher.waiting == 0
+
+
+# --- the text of an answer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stops", [["says"], ["🦊"], ["🦊🦊"], ["x 🦊 s"], [" a"], ["slope, t", "the"], ["never"], [TEXT[-1:]]]
+)
+def test_a_stop_string_is_found_wherever_tokens_are_cut_and_never_told(tokenizer, stops):
+    text = Text(tokenizer, stops)
+    told = []
+    for token in tokenizer.encode_text(TEXT):
+        told.append(text.add(token))
+        assert "\ufffd" not in told[-1]
+        if text.stopped:
+            break
+    told.append(text.rest())
+    ends = [TEXT.index(stop) for stop in stops if stop in TEXT]
+    assert "".join(told) == TEXT[: min(ends, default=len(TEXT))]
+    assert text.stopped == bool(ends)
+
+
+def test_a_character_that_never_gets_whole_is_told_at_the_end(tokenizer):
+    text = Text(tokenizer, [])
+    cut = tokenizer.encode_text("a🦊")[:-1]
+    assert "".join(text.add(token) for token in cut) == "a"
+    assert text.rest().startswith("\ufffd")
+
+
+# --- who is answered when -------------------------------------------------------------------------------------------
+
+
+def test_a_request_joins_between_tokens_and_the_queue_is_bounded(tokenizer, tiny_base):
+    places = Recital(tokenizer)
+    heard = [Heard(tokenizer, tiny_base, tokens) for tokens in (20, 3, 4)]
+    with running(places) as (batcher, lane, _):
+        batcher.submit(lane, heard[0].answer)
+        places.go.release(5)
+        for other in heard[1:]:
+            batcher.submit(lane, other.answer)
+        with pytest.raises(Full):
+            batcher.submit(lane, Heard(tokenizer, tiny_base).answer)
+        places.go.release(12)
+        assert [other.end for other in heard[1:]] == ["length", "length"]
+        assert not heard[0].over.is_set()
+        places.go.release(20)
+        assert heard[0].end == "length"
+    texts = ["".join(part.text for part in one.parts) for one in heard]
+    assert texts[1] == texts[0][: len(texts[1])] == TEXT[: len(texts[1])]
+
+
+def test_nothing_is_computed_for_whoever_has_gone(tokenizer, tiny_base):
+    places = Recital(tokenizer)
+    first, second, queued = (Heard(tokenizer, tiny_base, 100) for _ in range(3))
+    with running(places) as (batcher, lane, _):
+        for heard in (first, second, queued):
+            batcher.submit(lane, heard.answer)
+        batcher.cancel(queued.answer)
+        assert batcher.waiting <= 2
+        batcher.cancel(first.answer)
+        places.go.release(50)
+        other = Heard(tokenizer, tiny_base, 3)
+        batcher.submit(lane, other.answer)
+        assert other.end == "length"
+        batcher.cancel(second.answer)
+    assert len(first.answer.tokens) <= 2, "one token may have been on its way"
+    assert queued.answer.tokens == []
+
+
+def test_a_fault_ends_the_answers_that_it_happened_to(tokenizer, tiny_base):
+    places = Recital(tokenizer)
+    fine, poisoned, later = (
+        Heard(tokenizer, tiny_base, 9),
+        Heard(tokenizer, tiny_base, 9, [7]),
+        Heard(tokenizer, tiny_base, 3),
+    )
+    with running(places) as (batcher, lane, faults):
+        batcher.submit(lane, fine.answer)
+        batcher.submit(lane, poisoned.answer)
+        places.go.release(100)
+        assert (poisoned.end, fine.end) == (ZeroDivisionError, "length")
+        places.breaks = True
+        broken = Heard(tokenizer, tiny_base, 9)
+        batcher.submit(lane, broken.answer)
+        assert broken.end is ZeroDivisionError
+        places.breaks = False
+        batcher.submit(lane, later.answer)
+        assert later.end == "length"
+        assert len(faults) == 2
+
+
+def test_stopping_ends_those_in_places_and_those_who_wait(tokenizer, tiny_base):
+    places = Recital(tokenizer)
+    heard = [Heard(tokenizer, tiny_base, 100) for _ in range(3)]
+    with running(places) as (batcher, lane, _):
+        for one in heard:
+            batcher.submit(lane, one.answer)
+        batcher.stop()
+        places.go.release(100)
+        assert [one.end for one in heard] == [Stopping] * 3
+        with pytest.raises(Stopping):
+            batcher.submit(lane, Heard(tokenizer, tiny_base).answer)
+    assert all(len(one.answer.tokens) < 10 for one in heard)
+
+
+# --- the HTTP side --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening(places: Recital, tokenizer: ChatTokenizer, base: Path, log: Path) -> Iterator[Connected]:
+    """The app in this process, in front of `places`."""
+    lines: list[str] = []
+    notes = Log(log, lines.append)
+    speaker: Any = Speaker("tiny", None, tokenizer, folder_config(base), 256)  # type: ignore[arg-type]
+    with running(places) as (batcher, lane, _):
+        batcher.fault = notes.fault
+        service = Service(notes.line, notes.fault, models={"tiny": Model("tiny", speaker, lane)}, batcher=batcher)
+        config = uvicorn.Config(
+            make_app(service), http=PatientProtocol, lifespan="off", log_config=None, log_level="critical", ws="none"
+        )
+        server, bound = uvicorn.Server(config), bind("127.0.0.1", 0)
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        connected = Connected()
+        connected.url, connected.lines = "http://{}:{}".format(*bound.getsockname()), lines
+        try:
+            yield connected
+        finally:
+            server.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_our_own_exception_is_a_500_whose_traceback_is_in_the_log(tokenizer, tiny_base, tmp_path):
+    places = Recital(tokenizer)
+    places.go.release(1000)
+    fault = tokenizer.decode([7])
+    with listening(places, tokenizer, tiny_base, tmp_path / "serve.log") as server:
+        status, answer, _ = server.ask("/v1/completions", {"prompt": fault})
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+        assert "ZeroDivisionError" in answer["error"]["message"]
+        assert "secret" not in answer["error"]["message"]
+        status, answer, _ = server.ask("/v1/completions", {"prompt": "Hello", "max_tokens": 12})
+        assert (status, answer["choices"][0]["text"]) == (200, TEXT[: len(answer["choices"][0]["text"])])
+        with server.socket() as connection:
+            body = json.dumps({"prompt": fault, "stream": True})
+            head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            connection.sendall(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+            events = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+        assert '"error"' in events
+        assert "[DONE]" not in events
+    log = (tmp_path / "serve.log").read_text()
+    assert log.count("Traceback") == 2
+    assert "in join" in log, "the traceback names the function"
+    assert log.count("fault, seed") == 2
+
+
+def test_what_does_not_come_is_not_waited_for(tokenizer, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    places = Recital(tokenizer)
+    places.go.release(1000)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    whole = head + b'content-length: 32\r\n\r\n{"prompt": "x", "max_tokens": 3}'
+    said = {}
+    with listening(places, tokenizer, tiny_base, tmp_path / "serve.log") as server:
+        parts = {"nothing": b"", "half a header": head[:30], "half a body": whole[:-5], "a second header": whole + head}
+        for name, data in parts.items():
+            with server.socket() as connection:
+                connection.sendall(data)
+                said[name] = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+        assert server.ask("/v1/completions", {"prompt": "x", "max_tokens": 3})[0] == 200
+    assert said["nothing"] == ""
+    assert said["half a header"].startswith("HTTP/1.1 408")
+    assert json.loads(said["half a header"].partition("\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    assert said["half a body"].startswith("HTTP/1.1 408")
+    assert said["a second header"].startswith("HTTP/1.1 200")
+    assert "HTTP/1.1 408" in said["a second header"]
+
+
+# --- what is refused at the start -----------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(tiny_base, tmp_path):
+    for name, content in {"adapter_config.json": "{}", "config.json": '{"model_type": "gpt2"}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(content)
+    for folder, words in {"adapter_config.json": "adapter", "config.json": "gpt2", ".": "no run"}.items():
+        with pytest.raises(UsageError, match=words):
+            find_target(tmp_path / folder, False)
+    with pytest.raises(UsageError, match="no untuned model"):
+        find_target(tiny_base, True)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(UsageError, match="checkpoint"):
+        find_target(tmp_path, False)
+
+
+def test_a_run_needs_a_verified_export_as_it_was_verified(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="no export") as caught:
+        find_target(tmp_path, False)
+    assert f"recipe export {tmp_path}" in str(caught.value)
+    (tmp_path / "export" / "merged").mkdir(parents=True)
+    record = {
+        "format": 1,
+        "verified": False,
+        "status": "failed",
+        "reason": "too far",
+        "sha256": {"merged/x": "0" * 64},
+    }
+    (tmp_path / "export" / "export.json").write_text(json.dumps(record))
+    with pytest.raises(VerificationError, match="the export is failed: too far"):
+        find_target(tmp_path, False)
+    (tmp_path / "export" / "export.json").write_text(json.dumps({**record, "verified": True}))
+    with pytest.raises(VerificationError, match="merged/x is missing"):
+        find_target(tmp_path, False)
+    (tmp_path / "export" / "merged" / "x").write_text("other")
+    with pytest.raises(VerificationError, match="merged/x is damaged"):
+        find_target(tmp_path, False)
+
+
+def test_memory_port_key_and_context_are_looked_at_first(tiny_base, tmp_path):
+    free = free_memory()
+    refuse_too_large(free // 4, free // 4, 4, 256)
+    with pytest.raises(MachineError, match="--places 1"):
+        refuse_too_large(free // 2, free, 4, 256)
+    with bind("127.0.0.1", 0) as taken, pytest.raises(MachineError, match="Address already in use"):
+        serve(tiny_base, Options(port=taken.getsockname()[1]), print)
+    with pytest.raises(UsageError, match="a key is needed"):
+        serve(tiny_base, Options(host="0.0.0.0", port=0), print)
+    with pytest.raises(UsageError, match="256 positions"):
+        serve(tiny_base, Options(port=0, context=257), print)
+    for text in ("", "two words", "schlüssel"):
+        (tmp_path / "key").write_text(text)
+        with pytest.raises(UsageError, match="one key"):
+            serve(tiny_base, Options(port=0, key_file=tmp_path / "key"), print)
