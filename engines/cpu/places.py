@@ -26,7 +26,6 @@ from engines.cpu.engine import TorchCPU
 
 NAME = "places"  # what `set_attn_implementation` is told
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, q, k, v, scaling
-WIDEST = 4  # bytes of a key's number: fp32; a run in bf16 takes half
 
 
 class Places:
@@ -105,14 +104,6 @@ class Places:
             self.keys.append(like.new_empty(shape))
             self.values.append(like.new_empty(shape))
         return self.keys[layer], self.values[layer]
-
-
-def cache_bytes(architecture: Mapping[str, Any], count: int, context: int) -> int:
-    """Return the most bytes that keys and values take: of `count` places with `context` tokens, in every layer."""
-    heads = architecture["num_attention_heads"]
-    width = architecture.get("head_dim") or architecture["hidden_size"] // heads
-    of_a_token = 2 * (architecture.get("num_key_value_heads") or heads) * width * WIDEST
-    return int(count * context * architecture["num_hidden_layers"] * of_a_token)
 
 
 def attend(

@@ -217,6 +217,7 @@ def test_variables_become_flags(house: Path) -> None:
         (["data", "HW=n150"], "data build tinyllama-finetune --hw n150"),
         (["image", "HW=cpu", "BASE_IMAGE=b", "WHEELHOUSE=w"], "image build --base-image b --wheelhouse w cpu"),
         (["image-verify"], "image verify"),
+        (["serve", "RUN=runs/x", "PORT=8001"], "serve runs/x --port 8001"),
         (["do"], "--help"),
         (["do", "ARGS=doctor --hw  n150", "HW=p150"], "doctor --hw n150"),
     ):

@@ -14,8 +14,9 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 
 from common.model.weights import Weights
 from engines.cpu.engine import TorchCPU, open_cpu
-from engines.cpu.places import Places, cache_bytes
+from engines.cpu.places import Places
 from tools.generate.chat import architecture_of, folder_config
+from tools.serve.target import cache_bytes
 from tools.verify.tiny_base import write_tiny_base
 
 COUNT, CONTEXT, VOCABULARY = 4, 96, 512

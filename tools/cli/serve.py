@@ -24,7 +24,7 @@ def say(line: str) -> None:
     help="Where to listen; another than this machine's own needs a key.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@click.option("--name", help="The model's name in requests; without: the folder's.")
+@click.option("--name", "label", help="The model's name in requests; without: the folder's.")
 @click.option("--base", is_flag=True, help="Serve the untuned model too, under its own name.")
 @click.option(
     "--api-key-file", "key_file", type=click.Path(path_type=Path), help="A file with the key that is asked for."
@@ -51,7 +51,7 @@ def serve(run: Path | None, check: str | None, against: Path | None, key_file: P
             raise UsageError("--check serves nothing", todo="leave out RUN; --against RUN compares with its answers")
         from tools.serve.check import check as check_url
 
-        return check_url(check, options["name"], key_file, against, click.echo)
+        return check_url(check, options["label"], key_file, against, click.echo)
     if run is None or against is not None:
         raise UsageError("what is to be served?", todo="recipe serve RUN, or recipe serve --check URL [--against RUN]")
     from tools.serve.start import Options

@@ -49,7 +49,7 @@ class Options:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    name: str | None = None
+    label: str | None = None
     base: bool = False
     key_file: Path | None = None
     max_tokens: int | None = None
@@ -60,7 +60,7 @@ class Options:
 
 
 class Log:
-    """serve.log: a line a request, and the traceback of every exception of ours. No line has what was asked or answered."""
+    """serve.log: a line a request, without what was asked or answered, and the traceback of each exception of ours."""
 
     def __init__(self, path: Path, say: Say) -> None:
         self.path, self.say = path, say
@@ -154,7 +154,7 @@ def run_threads(
     def compute() -> None:
         # All of torch is on this thread: how many threads a product takes is a setting of the thread that asks for it.
         try:
-            name = options.name or target.name
+            name = options.label or target.name
             opened = open_models(target, name, options.base, options.max_tokens, options.places, context, say)
             with opened as models:
                 service.models = {model.name: model for model in models}

@@ -13,8 +13,6 @@ from typing import Any
 
 from common.errors import MachineError, UsageError, VerificationError
 from common.model.weights import Weights
-from engines.cpu.engine import TorchCPU
-from engines.cpu.places import WIDEST, Places, cache_bytes
 from tools.export.export import damaged, read_record
 from tools.generate.chat import architecture_of, folder_speaker, run_speakers
 from tools.runs.folder import RunFolder, is_run, read_run
@@ -24,6 +22,7 @@ from tools.serve.model import Model
 Say = Callable[[str], None]
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")  # of the config's eval section
 GB = 1e9
+WIDEST = 4  # bytes of a number in fp32; keys and values of a run in bf16 take half
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,14 @@ def find_target(path: Path, base: bool) -> Target:
         )
     folder = export / "merged"
     return Target(path, folder, read_run(path), int(record["step"]), architecture_of(folder))
+
+
+def cache_bytes(architecture: Mapping[str, Any], count: int, context: int) -> int:
+    """Return the most bytes that keys and values take: of `count` places with `context` tokens, in every layer."""
+    heads = architecture["num_attention_heads"]
+    width = architecture.get("head_dim") or architecture["hidden_size"] // heads
+    of_a_token = 2 * (architecture.get("num_key_value_heads") or heads) * width * WIDEST
+    return int(count * context * architecture["num_hidden_layers"] * of_a_token)
 
 
 def refuse_too_large(weights: int, cache: int, places: int, context: int) -> None:
@@ -160,6 +167,9 @@ def open_models(
     Without `base` it is the export that answers. With it, it is the run's checkpoint, whose adapter is on for the one
     and off for the other: the same weights in memory, once.
     """
+    from engines.cpu.engine import TorchCPU  # torch takes seconds to import: only once all that can be refused was
+    from engines.cpu.places import Places
+
     changes = {} if base else target.changes()
     if max_tokens is not None:
         changes["eval.max_new_tokens"] = max_tokens
