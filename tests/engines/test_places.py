@@ -46,7 +46,7 @@ def backend(request: pytest.FixtureRequest, folder: Path) -> Iterator[TorchCPU]:
 
 def alone(places: Places, place: int, ids: list[int], prompt: int) -> list[np.ndarray]:
     """The logits after the prompt, and after each token that follows it, with every other place free."""
-    logits = [places.join(place, ids[:prompt])]
+    logits = [places.join(place, ids[:prompt], len(ids))]
     logits += [places.step({place: token})[place] for token in ids[prompt:]]
     places.leave(place)
     return logits
@@ -69,7 +69,7 @@ def test_a_row_has_the_same_bits_whoever_joins_and_leaves(backend):
             place = rng.choice(free)
             sitting[place] = waiting.pop(0)
             ids, prompt = texts[sitting[place]]
-            found[sitting[place]].append(places.join(place, ids[:prompt]))
+            found[sitting[place]].append(places.join(place, ids[:prompt], len(ids)))
         stepping = {p: t for p, t in sitting.items() if rng.random() < 0.9 and len(found[t]) <= sizes[t][1]}
         beside.add(len(stepping))
         tokens = {p: texts[t][0][sizes[t][0] + len(found[t]) - 1] for p, t in stepping.items()}
@@ -85,7 +85,7 @@ def test_a_row_has_the_same_bits_whoever_joins_and_leaves(backend):
     for here, there in zip(found, expected, strict=True):
         assert len(here) == len(there)
         assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
-    assert places.lengths == [0] * COUNT
+    assert not places.taken
 
 
 def test_every_place_computes_the_same_bits(backend):
@@ -114,6 +114,7 @@ def test_the_bound_is_what_full_places_hold(folder):
         backend.build(architecture_of(folder))
         backend.load(Weights([folder / "model.safetensors"]))
         places = Places(backend, COUNT, CONTEXT)
-        places.join(1, [1, 2, 3])
-        held = sum(tensor.nbytes for tensor in (*places.keys, *places.values))
+        for place in range(COUNT):
+            places.join(place, [1, 2, 3], CONTEXT)
+        held = sum(tensor.nbytes for seat in places.taken.values() for pair in seat.cache for tensor in pair)
         assert held == cache_bytes(architecture_of(folder), COUNT, CONTEXT)

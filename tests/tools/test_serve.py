@@ -50,17 +50,18 @@ class Recital:
         self.said[place] += 1
         return found
 
-    def join(self, place: int, prompt: Sequence[int]) -> np.ndarray:
+    def join(self, place: int, prompt: Sequence[int], tokens: int) -> np.ndarray:
+        assert len(prompt) < tokens <= self.context
         if 7 in prompt:
             raise ZeroDivisionError("a prompt's secret text")
         self.said[place] = 0
         return self.logits(place)
 
-    def step(self, tokens: Mapping[int, int]) -> np.ndarray:
+    def step(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
         self.go.acquire()
         if self.breaks:
             raise ZeroDivisionError
-        return np.stack([self.logits(place) if place in tokens else np.zeros(512, np.float32) for place in range(2)])
+        return {place: self.logits(place) for place in tokens}
 
     def leave(self, place: int) -> None:
         self.said.pop(place, None)

@@ -35,11 +35,11 @@ class Places(Protocol):
     count: int
     context: int
 
-    def join(self, place: int, prompt: Sequence[int]) -> Array:
-        """Put a prompt into a free place; return the logits [V] after it."""
+    def join(self, place: int, prompt: Sequence[int], tokens: int) -> Array:
+        """Put a prompt into a free place, for `tokens` together with its answer; return the logits [V] after it."""
 
-    def step(self, tokens: Mapping[int, int]) -> Array:
-        """Append a token to each place in `tokens`; return logits [P, V]."""
+    def step(self, tokens: Mapping[int, int]) -> Mapping[int, Array]:
+        """Append a token to each place in `tokens`; return the logits [V] after it, by place."""
 
     def leave(self, place: int) -> None:
         """Free a place."""
@@ -153,7 +153,8 @@ class Lane:
         """Compute the prompt of the answer that has just been given `place`, and its first token."""
         answer = self.sitting[place]
         with self.mode():
-            logits = self.places.join(place, answer.prompt)
+            tokens = len(answer.prompt) + answer.sampling.max_new_tokens
+            logits = self.places.join(place, answer.prompt, tokens)
         if not answer.take(logits):
             self.leave(place)
 
