@@ -126,8 +126,8 @@ def attend_tokens(seats: Sequence[Place], layer: int, q: Tensor, k: Tensor, v: T
         keys, values = seat.room(layer, k[row])
         end = seat.length
         keys[:, end - 1], values[:, end - 1] = k[row, :, 0], v[row, :, 0]
-        own = (tensor[None, :, :end] for tensor in (keys, values))
-        out[row] = F.scaled_dot_product_attention(q[row : row + 1], *own, scale=scaling, enable_gqa=True)[0]
+        mine = q[row : row + 1], keys[None, :, :end], values[None, :, :end]
+        out[row] = F.scaled_dot_product_attention(*mine, scale=scaling, enable_gqa=True)[0]
     return out
 
 

@@ -169,8 +169,8 @@ def run_threads(
         finally:
             server.should_exit = True
 
-    # Threads that wait for each other sleep. Spinning, they took 3 times as long for 4 rows of SmolLM2-135M's matrices on
-    # two busy cores (torch 2.13: 0.15 s and 0.05 s); OpenMP reads it when torch is imported, on the thread below.
+    # Threads that wait for each other sleep. Spinning, they took 3 times as long for 4 rows of SmolLM2-135M's matrices
+    # on two busy cores (torch 2.13: 0.15 s and 0.05 s); OpenMP reads it when torch is imported, on the thread below.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     thread = threading.Thread(target=compute, name="compute")
     with handled([signal.SIGINT, signal.SIGTERM], server.handle_exit):
