@@ -229,6 +229,14 @@ def test_the_command_that_is_printed_works_as_it_stands(run):
     assert json.loads(done.stdout)["model"] == "my model's"
 
 
+def test_the_command_of_the_page_works_as_it_stands(server):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (command,) = re.findall(r"^curl (?:.*\\\n)*.*$", page, re.MULTILINE)
+    typed = command.replace("http://127.0.0.1:8000", server.url)
+    done = subprocess.run(["bash", "-c", typed], capture_output=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant"
+
+
 def test_the_untuned_model_is_served_beside_the_tuned_one(run):
     with Server(run, "--base", "--name", "tuned") as server:
         client = server.client()
