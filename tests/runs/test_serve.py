@@ -214,6 +214,9 @@ def test_a_run_answers_with_its_export_its_sampling_and_its_system_prompt(run):
         assert text_of(response).strip() == "\n".join(said(run, PROMPTS[0]))
         own = [{"role": "system", "content": "Shout."}, {"role": "user", "content": PROMPTS[0]}]
         other = client.chat.completions.create(model=run.name, messages=own)
+        brief = [{"role": "system", "content": "Be brief."}, own[1]]
+        same = client.chat.completions.create(model=run.name, messages=brief)
+        assert (same.choices, same.usage) == (response.choices, response.usage)
         assert other.usage.prompt_tokens != response.usage.prompt_tokens
         assert "at most 8 tokens" in "\n".join(server.lines)
     log = (run / "serve.log").read_text()
@@ -521,7 +524,7 @@ def test_the_floor_holds_and_greedy_answers_are_ours(server, folder, char_server
     for url, other in ((server.url, folder), (char_server.url, char_server.cwd)):
         done = command("--check", url, "--against", other)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "15 of 15 hold" in done.stdout
+        assert "16 of 16 hold" in done.stdout
         assert "4 of 4 greedy answers are ours" in done.stdout
 
 
@@ -529,7 +532,7 @@ def test_another_model_is_told_from_ours(server, tmp_path):
     other = write_tiny_base(tmp_path / "other", seed=1)
     done = command("--check", server.url, "--against", other)
     assert done.returncode == 6
-    assert "15 of 15 hold" in done.stdout
+    assert "16 of 16 hold" in done.stdout
     assert "0 of 4 greedy answers are ours" in done.stdout
 
 

@@ -62,6 +62,13 @@ class Site:
 # --- what is expected -----------------------------------------------------------------------------------------------
 
 
+def named(site: Site) -> str:
+    """GET /v1/models names the model."""
+    known = [model.id for model in site.client.models.list()]
+    expect(site.model in known, f"it has {', '.join(known) or 'none'}")
+    return f"{len(known)} named"
+
+
 def whole_answer(site: Site) -> str:
     """An answer has a text, a reason of its end, and the tokens that it took."""
     response = site.ask(PROMPTS[0])
@@ -212,6 +219,7 @@ def goes_on(site: Site) -> str:
 
 
 FLOOR: tuple[Callable[[Site], str], ...] = (
+    named,
     whole_answer,
     limit,
     newer_limit,
@@ -304,11 +312,12 @@ def reached(url: str, name: str | None, key_file: Path | None) -> Site:
     try:
         known = [model.id for model in client.models.list()]
     except openai.OpenAIError as error:
-        raise MachineError(f"no models there: {error}", where=f"{base}/models", todo="look whether it runs") from error
-    if name is not None and name not in known:
-        raise UsageError(f"the server has {', '.join(known)}", where=f"--name {name}")
-    if not known:
-        raise MachineError("the server names no model", where=f"{base}/models")
+        if name is None or not isinstance(error, openai.APIStatusError):
+            todo = "look whether it runs, or say the model's name with --name"
+            raise MachineError(f"no models there: {error}", where=f"{base}/models", todo=todo) from error
+        known = []
+    if not (known or name):
+        raise MachineError("the server names no model", where=f"{base}/models", todo="say its name with --name")
     model = name or known[0]
     try:
         Site(client, model, True).ask(PROMPTS[0], max_tokens=1)
