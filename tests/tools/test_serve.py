@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from tokenizers import Tokenizer, decoders, models
 
 from common.data.chat import ChatTokenizer
 from common.errors import MachineError, UsageError, VerificationError
@@ -131,6 +132,15 @@ def test_a_character_that_never_gets_whole_is_told_at_the_end(tokenizer):
     cut = tokenizer.encode_text("a🦊")[:-1]
     assert "".join(text.add(token) for token in cut) == "a"
     assert text.rest().startswith("\ufffd")
+
+
+def test_a_text_that_is_continued_keeps_its_space():
+    """Llama-2's kind of tokenizer drops the space before the first word of whatever it decodes."""
+    pieces = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581fox": 1, "es": 2}, unk_token="es"))
+    pieces.decoder = decoders.Metaspace()
+    tokenizer = ChatTokenizer(pieces, "", {}, [], "")
+    text = Text(tokenizer, [], after=[0])
+    assert [text.add(1), text.add(2), text.rest()] == [" fox", "es", ""]
 
 
 # --- who is answered when -------------------------------------------------------------------------------------------

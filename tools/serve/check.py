@@ -308,7 +308,7 @@ def reached(url: str, name: str | None, key_file: Path | None) -> Site:
         raise UsageError("not a URL", where=url, todo="such as http://127.0.0.1:8000/v1")
     key = key_in(key_file) if key_file else "none"
     base = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
-    client = openai.OpenAI(base_url=base, api_key=key, max_retries=0, timeout=TIMEOUT)
+    client = openai.OpenAI(base_url=base, api_key=key, timeout=TIMEOUT)  # it tries twice again, as users' clients do
     try:
         known = [model.id for model in client.models.list()]
     except openai.OpenAIError as error:
