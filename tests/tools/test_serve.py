@@ -165,6 +165,17 @@ def test_a_request_joins_between_tokens_and_the_queue_is_bounded(tokenizer, tiny
     assert texts[1] == texts[0][: len(texts[1])] == TEXT[: len(texts[1])]
 
 
+def test_a_place_is_free_before_the_end_of_its_answer_is_told(tokenizer, tiny_base):
+    """Else a client that asks again at once may find it taken."""
+    heard, taken = Heard(tokenizer, tiny_base, 3), []
+    with running(Recital(tokenizer)) as (batcher, lane, _):
+        heard.answer.tell = lambda part: (taken.append(batcher.answering), heard.tell(part))
+        lane.places.go.release(3)
+        batcher.submit(lane, heard.answer)
+        assert heard.end == "length"
+    assert taken == [1, 1, 0]
+
+
 def test_nothing_is_computed_for_whoever_has_gone(tokenizer, tiny_base):
     places = Recital(tokenizer)
     first, second, queued = (Heard(tokenizer, tiny_base, 100) for _ in range(3))

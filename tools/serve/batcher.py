@@ -106,8 +106,8 @@ class Answer:
     def __post_init__(self) -> None:
         self.text = Text(self.tokenizer, self.stops, self.prompt[-1:])
 
-    def take(self, logits: Array) -> bool:
-        """Choose the next token from `logits` [V], tell what it adds; return whether the answer goes on.
+    def take(self, logits: Array) -> Part:
+        """Choose the next token from `logits` [V]; return what it adds to the answer, and whether it ends it.
 
         Draws are those of `common.train.generate`: the same seed gives the same answer there.
         """
@@ -116,20 +116,12 @@ class Answer:
         seen = [*self.prompt, *self.tokens]
         token = choose(logits[: self.tokenizer.vocab_size], self.sampling, seen, draw)
         if token in self.tokenizer.eos_ids:
-            self.tell(Part(self.text.rest(), "stop"))
-            return False
+            return Part(self.text.rest(), "stop")
         self.tokens.append(token)
-        told = self.text.add(token)
-        if self.text.stopped:
-            self.tell(Part(told, "stop"))
-        elif len(self.tokens) == self.sampling.max_new_tokens:
-            told += self.text.rest()
-            self.tell(Part(told, "stop" if self.text.stopped else "length"))
-        else:
-            if told:
-                self.tell(Part(told))
-            return True
-        return False
+        text = self.text.add(token)
+        if len(self.tokens) == self.sampling.max_new_tokens and not self.text.stopped:
+            return Part(text + self.text.rest(), "stop" if self.text.stopped else "length")
+        return Part(text, "stop" if self.text.stopped else None)
 
 
 @dataclass(eq=False)
@@ -155,8 +147,7 @@ class Lane:
         with self.mode():
             tokens = len(answer.prompt) + answer.sampling.max_new_tokens
             logits = self.places.join(place, answer.prompt, tokens)
-        if not answer.take(logits):
-            self.leave(place)
+        self.give(place, logits)
 
     def step(self) -> None:
         """Give every answer its next token."""
@@ -166,9 +157,20 @@ class Lane:
             return
         with self.mode():
             logits = self.places.step({place: answer.tokens[-1] for place, answer in self.sitting.items()})
-        for place, answer in list(self.sitting.items()):
-            if not answer.take(logits[place]):
-                self.leave(place)
+        for place in list(self.sitting):
+            self.give(place, logits[place])
+
+    def give(self, place: int, logits: Array) -> None:
+        """Give the answer in `place` the token that `logits` [V] choose.
+
+        At its end the place is free before the client knows: whoever asks again at once must not find it taken.
+        """
+        answer = self.sitting[place]
+        part = answer.take(logits)
+        if part.reason:
+            self.leave(place)
+        if part.text or part.reason:
+            answer.tell(part)
 
     def leave(self, place: int) -> None:
         self.places.leave(place)
