@@ -167,10 +167,15 @@ def test_a_request_joins_between_tokens_and_the_queue_is_bounded(tokenizer, tiny
 
 def test_a_place_is_free_before_the_end_of_its_answer_is_told(tokenizer, tiny_base):
     """Else a client that asks again at once may find it taken."""
-    heard, taken = Heard(tokenizer, tiny_base, 3), []
-    with running(Recital(tokenizer)) as (batcher, lane, _):
-        heard.answer.tell = lambda part: (taken.append(batcher.answering), heard.tell(part))
-        lane.places.go.release(3)
+    places, heard, taken = Recital(tokenizer), Heard(tokenizer, tiny_base, 3), []
+    with running(places) as (batcher, lane, _):
+
+        def tell(part: Part) -> None:
+            taken.append(batcher.answering)
+            heard.tell(part)
+
+        heard.answer.tell = tell
+        places.go.release(3)
         batcher.submit(lane, heard.answer)
         assert heard.end == "length"
     assert taken == [1, 1, 0]
