@@ -8,25 +8,24 @@ export/export.json   step, dtype, sha256 of each file, and what the check measur
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import MachineError, UsageError, VerificationError
+from common.errors import UsageError, VerificationError
 from common.files import disk_errors, sha256_file, sync, try_lock, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
 from tools.export.check import ExportCheck, check
 from tools.export.hf_folder import export_dtype, write_adapter, write_merged
 from tools.export.model_card import adapter_card, merged_card
+from tools.export.record import FORMAT, damaged, read_record
 from tools.runs import trained
 from tools.runs.folder import read_run
 from tools.runs.trained import TrainedRun
 
-FORMAT = 1
 Say = Callable[[str], None]
 TO_DO = "do not use this export; run it again, and if it fails again report it with export.json"
 
@@ -137,30 +136,8 @@ def record_in(manifest: Manifest, run_folder: Path, record: dict[str, Any]) -> N
     manifest.save(run_folder)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return export.json, or None where there is no readable one. Raises MachineError for an unknown format."""
-    try:
-        record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if record.get("format") != FORMAT:
-        raise MachineError(
-            f"export.json has format {record.get('format')!r}, this version reads {FORMAT}", where=str(folder)
-        )
-    return dict(record)
-
-
 def is_of(record: dict[str, Any], run: TrainedRun, dtype: str) -> bool:
     """Return whether a record is that of a verified export of this checkpoint in this dtype."""
     if not record["verified"] or record["dtype"] != dtype:
         return False
     return dict(record["checkpoint"]) == dict(run.checkpoint.state["sha256"])
-
-
-def damaged(folder: Path, record: dict[str, Any]) -> str:
-    """Return which file is not as export.json has it; empty when all are."""
-    for name, sha256 in record["sha256"].items():
-        path = folder / name
-        if not path.is_file() or sha256_file(path) != sha256:
-            return f"{name} is {'damaged' if path.is_file() else 'missing'}"
-    return ""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import MachineError, UsageError, VerificationError
+from common.errors import MachineError, UsageError
 from common.model.weights import Weights
-from tools.export.export import damaged, read_record
+from tools.export.record import verified
 from tools.generate.chat import architecture_of, folder_speaker, run_speakers
 from tools.runs.folder import RunFolder, is_run, read_run
 from tools.serve.batcher import Lane
@@ -76,18 +76,8 @@ def find_target(path: Path, base: bool) -> Target:
             if not any(path.glob(pattern)):
                 raise UsageError(f"no {pattern} there", where=str(path), todo="give a whole Hugging Face folder")
         return Target(path, path, None, None, architecture)
-    export = path / "export"
-    record = read_record(export)
-    if record is None:
-        raise UsageError("the run has no export", where=str(path), todo=f"recipe export {path}")
-    if not record["verified"]:
-        todo = f"recipe export {path}"
-        raise VerificationError(f"the export is {record['status']}: {record['reason']}", where=str(export), todo=todo)
-    if fault := damaged(export, record):
-        raise VerificationError(
-            f"the export is not as it was verified: {fault}", where=str(export), todo=f"recipe export {path}"
-        )
-    folder = export / "merged"
+    record = verified(path)
+    folder = path / "export" / "merged"
     return Target(path, folder, read_run(path), int(record["step"]), architecture_of(folder))
 
 

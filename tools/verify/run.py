@@ -28,8 +28,9 @@ from common.train.first_loss import check_first_loss
 from common.train.schedule import learning_rate
 from tools.checklist import CheckEnded, ChecklistLine, Result, failed, go_through, hold, silent, to_json
 from tools.data.checks import leaks
-from tools.export import check, export
+from tools.export import check
 from tools.export.hf_folder import adapters_of, merged_shapes, stored
+from tools.export.record import damaged, read_record
 from tools.export.unmoved import unmoved
 from tools.runs import trained
 from tools.runs.folder import RunFolder, at_step, read_run
@@ -174,10 +175,10 @@ def exported(case: Case) -> str:
     """Check that the export computes what the run computed, asked of plain transformers and PEFT."""
     need_transformers()
     folder = case.folder / "export"
-    record = export.read_record(folder)
+    record = read_record(folder)
     if record is None:
         raise CheckEnded("not checkable", "the run has no export")
-    hold(not (damage := export.damaged(folder, record)), damage)
+    hold(not (damage := damaged(folder, record)), damage)
     run = trained.read(case.folder / "checkpoints" / f"step-{record['step']:08d}", lambda _line: None)
     outcome = check.check(folder, run, record["dtype"])
     if outcome.status == "unverified":
