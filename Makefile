@@ -49,9 +49,9 @@ new-recipe: setup ## a recipe for your data: NAME=support-tickets FROM=tinyllama
 data: setup ## build the data set of a recipe: NAME= (the fine-tuning recipe), HW=, SET=
 	@NAME="$${NAME:-$(MAIN_RECIPE)}" ci/forward.sh data build NAME HW SET
 
-serve: setup ## a trained run behind OpenAI's API, on this CPU: RUN=runs/... PORT=8000
+serve: setup ## a trained run behind OpenAI's API, on this CPU: RUN=runs/... PORT=8000; HW=n150: what would serve it there
 	@: "$${RUN:?which run? make serve RUN=runs/...}"
-	@ci/forward.sh serve RUN PORT
+	@ci/forward.sh serve RUN PORT HW ROAD
 
 do: setup ## any other verb of `recipe`: ARGS="doctor --hw n150", ARGS="grade runs/..."; without ARGS a list of them
 	@ARGS="$${ARGS:---help}" ci/forward.sh ARGS

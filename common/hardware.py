@@ -33,6 +33,7 @@ class Hardware:
     dram_gib_per_chip: float | None
     mesh_shape: tuple[int, int]
     mesh_graph_descriptor: str | None
+    mesh_device: str | None
     image: str
     micro_batch: int
     only_named: bool = False

@@ -218,6 +218,7 @@ def test_variables_become_flags(house: Path) -> None:
         (["image", "HW=cpu", "BASE_IMAGE=b", "WHEELHOUSE=w"], "image build --base-image b --wheelhouse w cpu"),
         (["image-verify"], "image verify"),
         (["serve", "RUN=runs/x", "PORT=8001"], "serve runs/x --port 8001"),
+        (["serve", "RUN=runs/x", "HW=t3k", "ROAD=vllm"], "serve runs/x --hw t3k --road vllm"),
         (["do"], "--help"),
         (["do", "ARGS=doctor --hw  n150", "HW=p150"], "doctor --hw n150"),
     ):
