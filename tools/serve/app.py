@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tools.serve import patience
+from tools.serve import page, patience
 from tools.serve.asked import Asked, Chat, Completion, Refused, parse
 from tools.serve.batcher import Answer, Batcher, Full, Part, Stopping
 from tools.serve.model import Model
@@ -32,6 +32,7 @@ LARGEST_BODY = 1 << 20  # bytes: some 250,000 tokens of English, more than any m
 DRAINED = 8 * LARGEST_BODY  # bytes that are read, and dropped, so that a client gets to the answer that it is too much
 RETRY_AFTER = "1"  # seconds: a place is free as soon as any of the answers ends
 DONE = "[DONE]"
+OPEN = ("/", "/health")  # what needs no key: a browser sends none with an address, and the page asks for it
 
 
 @dataclass
@@ -96,6 +97,7 @@ def make_app(service: Service, cors: str | None = None) -> Starlette:
         )
         middleware.insert(0, allowed)
     routes = [
+        Route("/", front),
         Route("/health", health),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
@@ -150,7 +152,7 @@ class Guard:
         host = headers.get("host", "")
         if self.service.hosts is not None and host and name_of(host) not in self.service.hosts:
             raise Refused(f"this server is not {name_of(host)!r}", status=403, code="foreign_host")
-        if self.service.key is not None and path != "/health":
+        if self.service.key is not None and path not in OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.service.key.encode()):
                 raise Refused(
@@ -180,6 +182,12 @@ def ours(error: Exception) -> Refused:
 # --- what is served -------------------------------------------------------------------------------------------------
 
 
+async def front(request: Request) -> Response:
+    """Return the page to talk to the models in a browser."""
+    service: Service = request.app.state.service
+    return page.response(loading=service.status == "loading", needs_key=service.key is not None)
+
+
 async def health(request: Request) -> Response:
     """Return whether requests are answered, and how many are."""
     service: Service = request.app.state.service
@@ -193,16 +201,12 @@ async def models(request: Request) -> Response:
     """Return the models that can be asked by name."""
     service: Service = request.app.state.service
     service.ready()
-    return JSONResponse({"object": "list", "data": [described(model) for model in service.models.values()]})
+    return JSONResponse({"object": "list", "data": [model.card() for model in service.models.values()]})
 
 
 async def one_model(request: Request) -> Response:
     """Return one model by its name."""
-    return JSONResponse(described(request.app.state.service.model(request.path_params["name"])))
-
-
-def described(model: Model) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": 0, "owned_by": "recipe", "max_model_len": model.context}
+    return JSONResponse(request.app.state.service.model(request.path_params["name"]).card())
 
 
 async def chat(request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from common.config.schema import Evaluation
 from common.data.chat import with_system
@@ -16,16 +17,43 @@ from tools.serve.batcher import Lane
 
 @dataclass(frozen=True)
 class Model:
-    """One of the models that a server answers as, under `name`."""
+    """One of the models that a server answers as, under `name`.
+
+    `parent` is the name of the untuned model, where that is served beside it. `examples` are prompts to try it with.
+    """
 
     name: str
     speaker: Speaker
     lane: Lane
+    parent: str | None = None
+    examples: Sequence[str] = ()
 
     @property
     def context(self) -> int:
         """Return the most tokens of a prompt and its answer together."""
         return self.lane.places.context
+
+    def card(self) -> dict[str, Any]:
+        """Return what /v1/models says of it: OpenAI's keys, vLLM's `parent` and `max_model_len`, and the page's."""
+        chosen, tokenizer = self.speaker.config.eval, self.speaker.tokenizer
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "recipe",
+            "parent": self.parent,
+            "max_model_len": self.context,
+            "chat": bool(tokenizer.template),
+            "defaults": {
+                "temperature": chosen.temperature,
+                "top_p": chosen.top_p,
+                "top_k": chosen.top_k,
+                "repetition_penalty": chosen.repetition_penalty,
+                "max_tokens": chosen.max_new_tokens,
+            },
+            "system_prompt": self.speaker.config.data.system_prompt,
+            "examples": list(self.examples),
+        }
 
     def prompt(self, asked: Asked) -> list[int]:
         """Return the ids to answer or to continue. Raises Refused."""

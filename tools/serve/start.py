@@ -195,7 +195,7 @@ def ready_lines(target: Target, models: list[Model], bound: socket.socket, optio
     penalty = f"repetition_penalty {chosen.repetition_penalty:g}"
     lines.append(f"unless a request says otherwise: {how}, {penalty}, at most {chosen.max_new_tokens} tokens")
     url = url_of(bound)
-    lines.append(f"ready at {url}/v1; a development server on the CPU: Ctrl-C ends it")
+    lines.append(f"ready at {url}/v1, and in a browser at {url}; a development server on the CPU: Ctrl-C ends it")
     return [*lines, curl(url, models[0], options.key_file)]
 
 

@@ -7,7 +7,7 @@ import ipaddress
 import math
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tools.serve.model import Model
 
 Say = Callable[[str], None]
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")  # of the config's eval section
+EXAMPLES, EXAMPLE = 4, 120  # prompts to try it with, and the most characters of one: what fits a phone
 GB = 1e9
 WIDEST = 4  # bytes of a number in fp32; keys and values of a run in bf16 take half
 
@@ -47,6 +48,13 @@ class Target:
         config = self.run.config
         sampling = {f"eval.{name}": getattr(config.eval, name) for name in SAMPLING}
         return {**sampling, "data.system_prompt": config.data.system_prompt}
+
+    def examples(self) -> list[str]:
+        """Return a few of the prompts that the run was asked at its evaluations; none of a plain folder."""
+        records = [] if self.run is None else self.run.evaluations
+        samples = [sample for sample in records[-1]["samples"] if isinstance(sample, dict)] if records else []
+        asked = [str(sample.get("prompt", "")) for sample in samples]
+        return [prompt for prompt in asked if 0 < len(prompt) <= EXAMPLE][:EXAMPLES]
 
     def weights_bytes(self, base: bool) -> int:
         """Return the bytes that the weights take in memory; with `base` those of what is then loaded."""
@@ -169,11 +177,15 @@ def open_models(
         else:
             speakers = [stack.enter_context(folder_speaker(target.folder, changes))]
         models: list[Model] = []
+        examples = target.examples()
         for speaker in speakers:
             assert isinstance(speaker.backend, TorchCPU), "speakers are opened on the CPU"
             taken = [model.name for model in models]
             own = name if not models else speaker.name if speaker.name not in taken else f"{speaker.name}-untuned"
-            models.append(Model(own, speaker, Lane(Places(speaker.backend, places, context), speaker.mode)))
+            lane = Lane(Places(speaker.backend, places, context), speaker.mode)
+            models.append(Model(own, speaker, lane, examples=examples))
+        if base:
+            models[0] = replace(models[0], parent=models[1].name)
         yield models
 
 
