@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import json
 import re
@@ -19,9 +20,12 @@ import pytest
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
+import numpy as np
 import openai
+from safetensors.numpy import load_file, save_file
 
 from common.data import vocabulary
+from common.data.chat import ChatTokenizer
 from common.data.texts import Document
 from common.paths import ROOT
 from tests.doubles.tiny_recipe import PROMPTS, make_tiny_recipe
@@ -62,6 +66,29 @@ def char_server(tmp_path_factory):
     made = vocabulary.train("char", 96, [Document("text", text)], folder / "tokenizer")
     for path in made.iterdir():
         path.rename(folder / path.name)
+    with Server(folder, cwd=folder) as server:
+        yield server
+
+
+PARROTED = " the fox🦊 paw"
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> Iterator[Server]:
+    """A model that says PARROTED over and over: its layers add nothing, and its head follows each token by the next."""
+    folder = write_tiny_base(tmp_path_factory.mktemp("parrot") / "tiny", tied=False)
+    script = ChatTokenizer.load(folder).encode_text(PARROTED)
+    assert len({*script}) == len(script) == 10, "no token comes twice, and the fox's four bytes are four"
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name][:] = 0
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embedding[:], head[:] = np.eye(64)[-1], 0
+    embedding[script] = np.eye(64)[: len(script)]
+    head[script] = 9 * np.eye(64)[[-1, *range(len(script) - 1)]]
+    head[script[0]] += 9 * np.eye(64)[len(script) - 1]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with Server(folder, cwd=folder) as server:
         yield server
 
@@ -187,6 +214,29 @@ def test_a_stop_string_is_not_told_wherever_its_tokens_are_cut(client):
     assert (text, chunks[-1].choices[0].finish_reason) == (before, "stop")
 
 
+@pytest.mark.parametrize("string", ["🦊", "🦊 p", "x🦊", "fox🦊 paw the fo"])
+def test_a_stop_string_may_be_of_characters_whose_bytes_are_tokens(parrot, string):
+    said = PARROTED * 3
+    fields = {"max_tokens": 30, "temperature": 0}
+    whole = parrot.client().completions.create(model="tiny", prompt="Hello!", **fields)
+    assert said.startswith(whole.choices[0].text)
+    assert whole.choices[0].text.count("🦊") >= 2
+    stopped = parrot.client().completions.create(model="tiny", prompt="Hello!", stop=string, **fields)
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (said[: said.index(string)], "stop")
+    text, chunks = streamed(parrot.client(), stop=[string], **fields)
+    assert (text, chunks[-1].choices[0].finish_reason) == (said[: said.index(string)], "stop")
+
+
+def test_a_temperature_next_to_nothing_is_greedy_and_penalties_stay_numbers(server, client):
+    greedy = text_of(chat(client, max_tokens=24))
+    for cold in (5e-324, 1e-300, 1e-21):
+        assert text_of(chat(client, max_tokens=24, temperature=cold, seed=1)) == greedy
+    for penalty in (0.01, 100):
+        fields = {"temperature": 1e-19, "top_p": 5e-324, "extra_body": {"repetition_penalty": penalty, "top_k": 10**30}}
+        assert chat(client, max_tokens=24, seed=-(2**63), **fields).usage.completion_tokens == 24
+    assert not [line for line in server.lines if "Warning" in line], "numpy tells of an overflow, or of no number"
+
+
 def test_a_character_model_continues_text_and_takes_no_chat(char_server):
     client = char_server.client()
     response = client.completions.create(model="chars", prompt="feel the", max_tokens=40, temperature=1.5, seed=2)
@@ -226,10 +276,15 @@ def test_a_run_answers_with_its_export_its_sampling_and_its_system_prompt(run):
 
 
 def test_the_command_that_is_printed_works_as_it_stands(run):
-    with Server(run, "--name", "my model's") as server:
+    with Server(run, "--name", "org/my model's") as server:
+        assert server.client().models.retrieve("org/my model's").id == "org/my model's"
+        assert server.ask("/v1/models/org%2Fmy%20model's")[0] == 200
+        assert (
+            server.ask("/v1/models/org")[0] == server.ask("/v1/models/")[0] == server.ask("/v1/models/%ff%00")[0] == 404
+        )
         (line,) = [line for line in server.lines if line.startswith("try: ")]
         done = subprocess.run(shlex.split(line)[1:], capture_output=True, check=True)
-    assert json.loads(done.stdout)["model"] == "my model's"
+    assert json.loads(done.stdout)["model"] == "org/my model's"
 
 
 def test_the_command_of_the_page_works_as_it_stands(server):
@@ -308,6 +363,35 @@ REFUSED = {
     "usage of no stream": (MESSAGE | {"stream_options": {"include_usage": True}}, "stream_options"),
     "too long": ({"messages": [{"role": "user", "content": "word " * 3000}]}, "messages"),
     "no room": (MESSAGE | {"max_tokens": 2048}, "max_tokens"),
+    "no room by far": (MESSAGE | {"max_tokens": 10**4000}, "max_tokens"),
+    "half a token": (MESSAGE | {"max_tokens": 1.5}, "max_tokens"),
+    "a seed of digits": (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 500_000 + b"}", None),
+    "a seed beyond 64 bits": (MESSAGE | {"seed": 1 << 63}, "seed"),
+    "a seed of a fraction": (MESSAGE | {"seed": 1.0}, "seed"),
+    "a seed that is true": (MESSAGE | {"seed": True}, "seed"),
+    "temperature true": (MESSAGE | {"temperature": True}, "temperature"),
+    "endless": (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "temperature"),
+    "top_k true": (MESSAGE | {"top_k": True}, "top_k"),
+    "no penalty": (MESSAGE | {"repetition_penalty": 1e-300}, "repetition_penalty"),
+    "no end of a penalty": (MESSAGE | {"repetition_penalty": 1e300}, "repetition_penalty"),
+    "a field twice": (b'{"messages": [{"role": "user", "content": "x"}], "seed": 1, "seed": 2}', "seed"),
+    "a content twice": (b'{"messages": [{"role": "user", "content": "x", "content": "y"}]}', "content"),
+    "a tool's turn": ({"messages": [{"role": "tool", "content": "4", "tool_call_id": "a"}]}, "messages[0].role"),
+    "a name": ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
+    "an unknown key": ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
+    "no turns but numbers": ({"messages": [1] * 300_000}, "messages[0]"),
+    "a picture beside text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+        "messages[0].content",
+    ),
+    "stream in words": (MESSAGE | {"stream": "true"}, "stream"),
+    "half a surrogate to stop at": (b'{"messages": [{"role": "user", "content": "x"}], "stop": "\\ud800"}', "stop"),
+    "a long unknown field": (MESSAGE | {"k" * 900_000: 1}, None),
+    "a long unknown role": ({"messages": [{"role": "r" * 900_000, "content": "x"}]}, "messages[0].role"),
+    "a part of a long type": (
+        {"messages": [{"role": "user", "content": [{"type": "t" * 900_000}]}]},
+        "messages[0].content",
+    ),
 }
 
 
@@ -318,8 +402,9 @@ def test_what_cannot_be_answered_is_a_400_that_names_the_field(server, name):
     assert status == 400, answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
-    if name != "a surrogate field":
+    if name not in ("a surrogate field", "a long unknown field"):
         assert answer["error"]["param"] == param
+    assert len(json.dumps(answer)) < 3000, "it says back no more than a part of what was sent"
     if name in ("too long", "no room"):
         assert re.search(r"\d+ .*2048", answer["error"]["message"])
 
@@ -360,6 +445,8 @@ def test_a_page_in_a_browser_is_kept_out(server):
     assert form[0] == 415
     assert server.ask(CHAT, MESSAGE, host="evil.example")[0] == 403
     assert server.ask("/v1/models", host="evil.example:8000")[0] == 403
+    assert server.ask("/v1/models", host="[::1]evil.example")[0] == 403
+    assert server.ask("/v1/models", host="[::1]:8000")[0] == 200
     status, _, headers = server.ask(CHAT, MESSAGE, host="localhost:1234", origin="http://evil.example")
     assert status == 200
     assert headers["access-control-allow-origin"] is None
@@ -459,30 +546,103 @@ def all_of(connection: socket.socket) -> str:
     return found.decode()
 
 
-def test_a_socket_may_send_anything(server):
-    body = json.dumps({"messages": HELLO, "max_tokens": 2})
-    sent = {
-        "HTTP/1.0": (raw(server, CHAT, body, "1.0"), "HTTP/1.1 200"),
-        "Expect": (raw(server, CHAT, body, extra="expect: 100-continue\r\n"), "HTTP/1.1 100"),
-        "no HTTP": (b"hello\r\n\r\n", "HTTP/1.1 400"),
-        "a huge header": (b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 200_000 + b"\r\n\r\n", "HTTP/1.1 400"),
-        "too short a length": (raw(server, CHAT, body, length=10), "HTTP/1.1 400"),
-        "pipelined": (
-            b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" + raw(server, CHAT, body),
-            "HTTP/1.1 200",
-        ),
-    }
-    for name, (data, expected) in sent.items():
+HEAD = b"host: localhost\r\ncontent-type: application/json\r\n"
+CLOSE = HEAD + b"connection: close\r\n"
+ASKED = json.dumps({"messages": HELLO, "max_tokens": 2}).encode()
+CHUNKED = b"%x\r\n%s\r\n%x;a=b\r\n%s\r\n0\r\nx: y\r\n\r\n" % (9, ASKED[:9], len(ASKED) - 9, ASKED[9:])
+LENGTH = b"content-length: %d\r\n" % len(ASKED)
+IN_CHUNKS = b"transfer-encoding: chunked\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\n"
+SENT = {
+    "HTTP/1.0": (POST.replace(b"1.1", b"1.0") + CLOSE + LENGTH + b"\r\n" + ASKED, 200),
+    "Expect": (POST + CLOSE + LENGTH + b"expect: 100-continue\r\n\r\n" + ASKED, 100),
+    "no HTTP": (b"hello\r\n\r\n", 400),
+    "TLS": (b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(99) + b"\r\n\r\n", 400),
+    "a huge header": (b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 200_000 + b"\r\n\r\n", 400),
+    "a header without a colon": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nfoo\r\n\r\n", 400),
+    "two hosts": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n\r\n", 400),
+    "HEAD": (b"HEAD /v1/models HTTP/1.1\r\n" + CLOSE + b"\r\n", 200),
+    "HEAD of an answer": (b"HEAD /v1/chat/completions HTTP/1.1\r\n" + CLOSE + b"\r\n", 405),
+    "OPTIONS": (b"OPTIONS /v1/chat/completions HTTP/1.1\r\n" + CLOSE + b"\r\n", 405),
+    "too short a length": (POST + CLOSE + b"content-length: 10\r\n\r\n" + ASKED, 400),
+    "too long a length": (POST + CLOSE + b"content-length: 2000000000\r\n\r\n" + ASKED, 413),
+    "two lengths": (POST + CLOSE + LENGTH + b"content-length: 5\r\n\r\n" + ASKED, 400),
+    "less than nothing": (POST + CLOSE + b"content-length: -5\r\n\r\n" + ASKED, 400),
+    "no length": (POST + CLOSE + b"\r\n" + ASKED, 400),
+    "chunks": (POST + CLOSE + IN_CHUNKS + b"\r\n" + CHUNKED, 200),
+    "chunks and a length": (POST + CLOSE + IN_CHUNKS + LENGTH + b"\r\n" + CHUNKED, 400),
+    "chunks of no size": (POST + CLOSE + IN_CHUNKS + b"\r\nzz\r\n" + CHUNKED, 400),
+    "another encoding": (POST + CLOSE + b"transfer-encoding: gzip\r\n\r\n" + ASKED, 400),
+    "pipelined": (b"GET /health HTTP/1.1\r\n" + HEAD + b"\r\n" + POST + CLOSE + LENGTH + b"\r\n" + ASKED, 200),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_a_socket_may_send_anything(server, name):
+    data, status = SENT[name]
+    with server.socket() as connection:
+        connection.sendall(data)
+        answer = all_of(connection)
+    if name == "a huge header" and not answer:
+        return  # the connection was reset before the answer was read
+    assert answer.startswith(f"HTTP/1.1 {status} ")
+    assert answer.count("HTTP/1.1 200") == (2 if name == "pipelined" else status in (100, 200))
+    head, _, body = answer.partition("\r\n\r\n")
+    if status >= 400 and not name.startswith("HEAD"):
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+    elif name.startswith("HEAD"):
+        assert "content-length: " in head
+        assert not body
+
+
+def test_what_comes_after_an_answer_has_begun_does_no_harm(server):
+    """A body that goes on wrongly once it is refused; a second request, and no wait for the first one's answer."""
+    for begun in (b"GET /v1/models", b"POST /nowhere", b"POST /v1/completions"):
         with server.socket() as connection:
-            connection.sendall(data)
-            answer = all_of(connection)
-        assert answer.startswith(expected) or (name == "a huge header" and not answer), (name, answer)
-        if name == "pipelined":
-            assert answer.count("HTTP/1.1 200") == 2
+            connection.sendall(begun + b" HTTP/1.1\r\n" + HEAD + IN_CHUNKS + b"\r\n")
+            if b"completions" not in begun:
+                assert connection.recv(9) == b"HTTP/1.1 "
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"zz\r\n")
+                all_of(connection)
+    long = json.dumps({"prompt": "x", "max_tokens": 1900}).encode()
+    asked = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + b"content-length: %d\r\n\r\n" % len(long) + long
+    with server.socket() as connection:
+        connection.sendall(asked + asked)
+        server.until(answering=1)
+    with server.socket() as connection:  # whoever says no more may have gone, and is taken as gone
+        connection.sendall(asked)
+        server.until(answering=1)
+        connection.shutdown(socket.SHUT_WR)
+        assert all_of(connection) == ""
     with server.socket() as connection:  # half a request, and gone
-        connection.sendall(raw(server, CHAT, body)[:-5])
+        connection.sendall(POST + HEAD + LENGTH + b"\r\n" + ASKED[:-5])
+    server.until(answering=0, waiting=0)
     assert server.ask(CHAT, MESSAGE)[0] == 200
-    assert server.ask("/health")[1] == {"status": "ok", "answering": 0, "waiting": 0}
+    assert not [line for line in server.lines if "Traceback" in line or "Error" in line]
+
+
+def test_a_connection_is_kept_after_a_refusal_but_of_too_much(server):
+    connection = http.client.HTTPConnection(*server.url.removeprefix("http://").split(":"))
+    with contextlib.closing(connection):
+        sent = [(b"{", 400), (b'{"model": "none", "messages": [{"role": "user", "content": "x"}]}', 404), (ASKED, 200)]
+        sockets = set()
+        for body, status in [*sent, (b"x" * (1 << 21), 413)]:
+            connection.request("POST", CHAT, body, {"content-type": "application/json"})
+            sockets.add(connection.sock)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == status
+            assert (response.getheader("connection") == "close") == (status == 413)
+    assert len(sockets) == 1
+
+
+def test_connections_that_say_nothing_keep_nobody_out(server):
+    with contextlib.ExitStack() as stack:
+        for number in range(200):
+            connection = stack.enter_context(server.socket())
+            connection.sendall((POST + HEAD + b"content-length: 1000000\r\n\r\n" + b"x" * 9000)[: 90 * number])
+        assert server.ask(CHAT, MESSAGE)[0] == 200
 
 
 # --- beginning and ending -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models
 
 from common.data.chat import ChatTokenizer
@@ -20,6 +21,7 @@ from tests.support.server import Server as Connected
 from tools.generate.chat import Speaker, folder_config
 from tools.serve import patience
 from tools.serve.app import Service, make_app
+from tools.serve.asked import Chat
 from tools.serve.batcher import Answer, Batcher, Full, Lane, Part, Stopping, Text
 from tools.serve.model import Model
 from tools.serve.patience import PatientProtocol
@@ -310,6 +312,13 @@ def test_what_does_not_come_is_not_waited_for(tokenizer, tiny_base, tmp_path, mo
     assert said["half a body"].startswith("HTTP/1.1 408")
     assert said["a second header"].startswith("HTTP/1.1 200")
     assert "HTTP/1.1 408" in said["a second header"]
+
+
+def test_the_first_fault_of_a_request_is_looked_for_and_not_all():
+    """A megabyte of wrong turns would else be a megabyte of faults, told for seconds while nobody else is answered."""
+    with pytest.raises(ValidationError) as caught:
+        Chat.model_validate({"messages": [1] * 1000})
+    assert caught.value.error_count() == 1
 
 
 # --- what is refused at the start -----------------------------------------------------------------------------------

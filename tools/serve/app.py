@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -148,7 +149,11 @@ class Guard:
                 await refusal(ours(error))(scope, receive, send)
 
     def check(self, method: str, path: str, headers: Headers) -> None:
-        """Raise Refused for a foreign Host, a wrong key, or a body that is not said to be JSON."""
+        """Raise Refused for two lengths of a body, a foreign Host, a wrong key, or a body that is not called JSON."""
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy before this server may go by the other of the two, and see other requests (RFC 9112, 6.1).
+            message = "content-length and transfer-encoding: a body has one length"
+            raise Refused(message, headers={"connection": "close"})
         host = headers.get("host", "")
         if self.service.hosts is not None and host and name_of(host) not in self.service.hosts:
             raise Refused(f"this server is not {name_of(host)!r}", status=403, code="foreign_host")
@@ -169,8 +174,7 @@ class Guard:
 
 def name_of(host: str) -> str:
     """Return a Host header's name, less its port."""
-    name = host.partition("]")[0] + "]" if host.startswith("[") else host.rpartition(":")[0] or host
-    return name.lower()
+    return re.sub(r":\d*$", "", host).lower()
 
 
 def ours(error: Exception) -> Refused:
@@ -227,7 +231,7 @@ async def answered(request: Request, form: type[Asked]) -> Response:
     prompt = await anyio.to_thread.run_sync(model.prompt, asked)  # a long text takes a while, and others are answered
     sampling = model.sampling(asked, prompt)
     exchange = Exchange(service, model, asked, asyncio.get_running_loop())
-    seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**64
+    seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**64  # the counter's key has no sign
     tokenizer = model.speaker.tokenizer
     answer = Answer(prompt, sampling, seed, tokenizer, exchange.tell, asked.stop)
     exchange.submit(answer)
@@ -239,6 +243,9 @@ async def answered(request: Request, form: type[Asked]) -> Response:
 async def body_of(request: Request) -> bytes:
     """Return the body. Raises Refused for one that is too large, or does not come in time."""
     size, chunks = 0, []
+    too_large = Refused(f"the body has more than {LARGEST_BODY} bytes", status=413, headers={"connection": "close"})
+    if int(request.headers.get("content-length", 0)) > DRAINED:
+        raise too_large
 
     async def read() -> None:
         nonlocal size
@@ -254,8 +261,7 @@ async def body_of(request: Request) -> bytes:
     except asyncio.TimeoutError:
         raise Refused("the body did not come in time", status=408, headers={"connection": "close"}) from None
     if size > LARGEST_BODY:
-        message = f"the body has more than {LARGEST_BODY} bytes"
-        raise Refused(message, status=413, headers={"connection": "close"})
+        raise too_large
     return b"".join(chunks)
 
 

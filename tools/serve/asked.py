@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from common.data.rows import ROLES, Message, kind_of
 
 STOPS = 4  # as many as OpenAI's API takes
+SEEDS = 1 << 63  # from minus this up to it, as OpenAI's API has them
+PENALTY = 100.0  # and its inverse: far beyond what is of use, and no logit times or over it leaves float64
+# Below this a temperature is 0: float32 logits that differ at all then differ by 1e12 and more, which exp makes 0;
+# smaller ones still would leave float64 when a logit is divided by them.
+COLDEST = 1e-20
+QUOTED = 300  # characters of a request that an error says back
 R = TypeVar("R", bound="Asked")
 
 # Fields whose work is not done here, with the values that ask for nothing: those pass, any other is refused.
@@ -75,13 +82,20 @@ class Refused(Exception):
 
 
 def printable(text: str) -> str:
-    """Return `text` as UTF-8 can carry it: a name that a request made up may hold half of a surrogate pair."""
+    """Return `text` shortened and as UTF-8 can carry it: a name that a request made up may be a megabyte of anything.
+
+    The begin and the end stay, where what is wrong and what would be right are said.
+    """
+    if len(text) > 2 * QUOTED:
+        text = f"{text[:QUOTED]} ... {text[-QUOTED:]}"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def unicode(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff): not Unicode text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff): not Unicode text") from None
     return text
 
 
@@ -144,8 +158,8 @@ class Asked(Strict):
     temperature: Number = Field(default=None, ge=0, le=2)
     top_p: Number = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
-    repetition_penalty: Number = Field(default=None, gt=0)
-    seed: int | None = None
+    repetition_penalty: Number = Field(default=None, ge=1 / PENALTY, le=PENALTY)
+    seed: int | None = Field(default=None, ge=-SEEDS, lt=SEEDS)
     stop: Annotated[tuple[str, ...], BeforeValidator(stops_of)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -171,6 +185,8 @@ class Asked(Strict):
         found = {name: value for name in names if (value := getattr(self, name)) is not None}
         if found.get("top_k") == -1:  # what other servers call "off"
             found["top_k"] = 0
+        if found.get("temperature", 1) < COLDEST:
+            found["temperature"] = 0.0
         return found
 
 
@@ -188,7 +204,7 @@ def conversation(turns: list[Turn]) -> list[Turn]:
 
 
 class Chat(Asked):
-    messages: Annotated[list[Turn], AfterValidator(conversation)]
+    messages: Annotated[list[Turn], FailFast(), AfterValidator(conversation)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     @property
@@ -210,7 +226,7 @@ class Completion(Asked):
 def parse(body: bytes, form: type[R]) -> R:
     """Return the request in `body`. Raises Refused, which names the field that is at fault."""
     try:
-        fields = json.loads(body)
+        fields = json.loads(body, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -235,6 +251,15 @@ def parse(body: bytes, form: type[R]) -> R:
     return asked
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises Refused where it has a name twice: one of the two would be passed over."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise Refused(f"{twice!r} is there twice", twice)
+    return found
+
+
 def without_neutral(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> dict[str, Any]:
     """Return `fields` less those that ask for nothing. Raises Refused for one that asks for what is not done here."""
     for name in fields.keys() & neutral.keys():
@@ -250,10 +275,12 @@ def same(one: Any, other: Any) -> bool:
 
 def explained(error: ValidationError) -> Refused:
     """Return the refusal of a request by its first fault."""
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
         return Refused(f"{param} is not supported: unknown field", param, code="unsupported_parameter")
     if first["type"] == "missing":
         return Refused(f"{param} is required", param)
+    if first["type"] == "model_type":
+        return Refused(f"{param} is not an object", param)
     return Refused(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)

@@ -77,8 +77,12 @@ class Text:
 
 def held(text: str, stops: Sequence[str]) -> int:
     """Return how many characters at the end of `text` may be the begin of a stop string."""
-    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
-    return max(lengths, default=0)
+
+    def begun(stop: str) -> int:
+        lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+        return next((length for length in lengths if text.endswith(stop[:length])), 0)
+
+    return max(map(begun, stops), default=0)
 
 
 @dataclass

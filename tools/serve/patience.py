@@ -1,18 +1,25 @@
-"""Closes connections whose request does not come: uvicorn itself waits for the rest of a header for ever."""
+"""Closes connections whose request does not come, or is no HTTP.
+
+uvicorn itself waits for the rest of a header for ever, and says in plain text that something is no HTTP.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 PATIENCE = 30.0  # seconds for a header, and again for a body; nginx gives a header 60, Apache 20 to 40
-TOO_SLOW = (
-    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
-    b'{"error":{"message":"the request did not come in time","type":"invalid_request_error","param":null,"code":null}}'
-)
+
+
+def last_words(status: str, message: str) -> bytes:
+    """Return a response that needs no application: OpenAI's shape of an error, and the end of the connection."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
+    return head.encode() + json.dumps({"error": error}).encode()
 
 
 class PatientProtocol(H11Protocol):
@@ -36,6 +43,13 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
         self._unwatch()
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; where a response has begun nothing can be said any more, and h11 would raise."""
+        del msg
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.write(last_words("400 Bad Request", "the request is no valid HTTP/1.1"))
+        self.transport.close()
+
     def _watch(self) -> None:
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._unwatch()
@@ -49,5 +63,5 @@ class PatientProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         if self.conn.trailing_data[0]:  # a part of a header is there, so somebody may read why
-            self.transport.write(TOO_SLOW)
+            self.transport.write(last_words("408 Request Timeout", "the request did not come in time"))
         self.transport.close()
