@@ -200,14 +200,14 @@ def run_speakers(target: Path, base: bool, changes: Mapping[str, Any], say: Say)
 
 
 @contextlib.contextmanager
-def folder_speaker(folder: Path, changes: Mapping[str, Any]) -> Iterator[Speaker]:
-    """Yield the Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise."""
+def folder_speaker(folder: Path, changes: Mapping[str, Any], weights: Weights | None = None) -> Iterator[Speaker]:
+    """Yield the Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise; `weights` are its own."""
     architecture = architecture_of(folder)
     config = folder_config(folder).with_values(**changes)
     cpu = hardware.get("cpu")
     with engine_for(cpu).open_backend(cpu, config) as backend:
         backend.build(architecture)
-        backend.load(Weights(sorted(folder.glob("*.safetensors"))))
+        backend.load(weights or Weights(sorted(folder.glob("*.safetensors"))))
         context = architecture["max_position_embeddings"]
         yield Speaker(folder.name, backend, ChatTokenizer.load(folder), config, context)
 

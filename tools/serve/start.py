@@ -169,9 +169,12 @@ def run_threads(
         finally:
             server.should_exit = True
 
-    # Threads that wait for each other sleep. Spinning, they took 3 times as long for 4 rows of SmolLM2-135M's matrices
-    # on two busy cores (torch 2.13: 0.15 s and 0.05 s); OpenMP reads it when torch is imported, on the thread below.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other spin for some 0.1 ms (10,000 pauses), then sleep. With 4 places a token of
+    # SmolLM2-135M took 51 ms so on two idle cores; 52 with libgomp's own 300,000, 100 asleep at once
+    # (OMP_WAIT_POLICY=PASSIVE). On two busy cores its matrices alone took 0.1 to 0.6 s, 0.5 to 0.8 and 0.1 to 0.2.
+    # (torch 2.13 on an EPYC; OpenMP reads it when torch is imported, on the thread below.)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     thread = threading.Thread(target=compute, name="compute")
     with handled([signal.SIGINT, signal.SIGTERM], server.handle_exit):
         say(f"listening at {url_of(bound)}; reading the weights")

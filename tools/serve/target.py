@@ -16,6 +16,7 @@ from common.model.weights import Weights
 from tools.export.record import verified
 from tools.generate.chat import architecture_of, folder_speaker, run_speakers
 from tools.runs.folder import RunFolder, is_run, read_run
+from tools.serve.ahead import ReadAhead, uncollected
 from tools.serve.batcher import Lane
 from tools.serve.model import Model
 
@@ -165,8 +166,10 @@ def open_models(
     Without `base` it is the export that answers. With it, it is the run's checkpoint, whose adapter is on for the one
     and off for the other: the same weights in memory, once.
     """
-    from engines.cpu.engine import TorchCPU  # torch takes seconds to import: only once all that can be refused was
-    from engines.cpu.places import Places
+    weights = None if base else ReadAhead(sorted(target.folder.glob("*.safetensors")))
+    with uncollected():  # torch takes seconds to import: only once all that can be refused was
+        from engines.cpu.engine import TorchCPU
+        from engines.cpu.places import Places
 
     changes = {} if base else target.changes()
     if max_tokens is not None:
@@ -175,7 +178,7 @@ def open_models(
         if base:
             speakers = stack.enter_context(run_speakers(target.path, True, changes, say))
         else:
-            speakers = [stack.enter_context(folder_speaker(target.folder, changes))]
+            speakers = [stack.enter_context(folder_speaker(target.folder, changes, weights))]
         models: list[Model] = []
         examples = target.examples()
         for speaker in speakers:
