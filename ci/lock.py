@@ -41,7 +41,7 @@ class Lock:
 
     @property
     def has_torch(self) -> bool:
-        return bool({"cpu.in", "requirements-trl.in"} & set(self.inputs))
+        return bool({"cpu.in", "requirements-trl.in", "requirements-serving.in"} & set(self.inputs))
 
 
 BOARD_IMAGES = ("board", "ttml-build")
@@ -57,8 +57,9 @@ LOCKS = (
     ),
     # The images of boards: Ubuntu 22.04's Python.
     *(Lock(f"{name}-3.10.txt", (f"{name}.in",), "3.10", platform="x86_64-manylinux_2_34") for name in BOARD_IMAGES),
-    # After the cpu locks: the bench's peer is constrained to their versions.
+    # After the cpu locks: the bench's peers are constrained to their versions.
     Lock("requirements-trl.txt", ("requirements-trl.in",), "3.11", folder=Path("bench")),
+    Lock("requirements-serving.txt", ("requirements-serving.in",), "3.11", folder=Path("bench")),
 )
 
 

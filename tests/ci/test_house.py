@@ -15,7 +15,7 @@ from ci import lock as lock_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"), key=lambda path: path.name)
-OF_THE_BENCH = ROOT / "bench/requirements-trl.txt"
+OF_THE_BENCH = [ROOT / f"bench/requirements-{peer}.txt" for peer in ("serving", "trl")]
 PYTHONS = ("3.10", "3.11", "3.12")
 
 
@@ -52,7 +52,7 @@ def test_every_lock_is_there() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", [*LOCKS, OF_THE_BENCH], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, *OF_THE_BENCH], ids=lambda path: path.name)
 def test_every_requirement_is_pinned_by_hash(path: Path) -> None:
     for requirement, hashes in requirements(path).items():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][\w.+]*", requirement), requirement
@@ -60,7 +60,7 @@ def test_every_requirement_is_pinned_by_hash(path: Path) -> None:
         assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in hashes), requirement
 
 
-@pytest.mark.parametrize("path", [*LOCKS, OF_THE_BENCH], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, *OF_THE_BENCH], ids=lambda path: path.name)
 def test_a_lock_says_what_and_never_where_from(path: Path) -> None:
     text = path.read_text()
     for sign in (
@@ -105,7 +105,7 @@ def test_a_board_host_needs_no_torch_and_no_numpy() -> None:
 def test_a_lock_holds_everything_that_was_asked_for(lock: lock_tool.Lock) -> None:
     path = ROOT / lock.path
     lines = [line for name in lock.inputs for line in (ROOT / lock.folder / name).read_text().splitlines()]
-    wanted = {line.split("==")[0] for line in lines if re.match(r"\w", line)} - {"torch"}
+    wanted = {re.split(r"==|\[", line)[0] for line in lines if re.match(r"\w", line)} - {"torch"}
     assert wanted <= names(path)
 
 
