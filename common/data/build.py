@@ -151,7 +151,7 @@ def rows_sha256(rows: Sequence[Row]) -> str:
     """Return the sha256 over what rows say and the file names and lines they stand at, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        turns = [[turn.role, turn.content] for turn in row.messages]
+        turns = [[turn.role, turn.content, *([] if turn.trained else [0])] for turn in row.messages]
         digest.update(json.dumps([Path(row.where).name, turns]).encode() + b"\n")
     return digest.hexdigest()
 

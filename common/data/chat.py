@@ -153,8 +153,8 @@ class ChatTokenizer:
     ) -> Encoded:
         """Return the tokens and mask of a row: ids uint32 [n], mask uint8 [n].
 
-        mask is 1 on every assistant turn from its first token through its end token, 0 elsewhere (1
-        everywhere with `supervise_all`). `system` is put before a row that has no system message. A row of
+        mask is 1 on every assistant turn that is trained on, from its first token through its end token, 0 elsewhere
+        (1 everywhere with `supervise_all`). `system` is put before a row that has no system message. A row of
         more than `max_tokens` tokens is shortened: the users' words first (oldest first, from their end),
         markers and answers last; only when that is not enough is the end cut off. Raises DataError naming the
         row.
@@ -165,6 +165,8 @@ class ChatTokenizer:
         if max_tokens is not None and len(encoded.ids) > max_tokens:
             encoded = self._shorten(messages, max_tokens, row.where)
         if supervise_all:
+            if not all(message.trained for message in messages):
+                raise DataError("a message of weight 0, and data_config.supervise_all trains on all", where=row.where)
             encoded = replace(encoded, mask=np.ones_like(encoded.mask))
         if not encoded.mask[1:].any():
             raise DataError(
@@ -180,7 +182,7 @@ class ChatTokenizer:
         ids, offsets = encoding.ids, encoding.offsets  # each access copies them out of the library
         mask = np.zeros(len(ids), dtype=np.uint8)
         for turn, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or not message.trained:
                 continue
             opened = self.render(messages[:turn], answer_next=True, where=where)
             prompt = self.encode_text(opened)

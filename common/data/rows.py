@@ -1,13 +1,15 @@
 """Rows: what a data set is before it is tokens. JSON lines in UTF-8, one object a line.
 
 A line is `{"prompt": ..., "response": ...}` or `{"messages": [{"role", "content"}, ...]}`; other keys are
-kept. Every line that cannot be used is named with its number and its reason: nothing is skipped in silence.
+kept, but for those that other tools read as part of it: they are for `recipe data convert`. `"weight": 0` in an
+assistant's message keeps it out of the loss. Every line that cannot be used is named with its number and reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,17 +18,22 @@ from typing import Any, TypeVar
 from common.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-SHOWN = 10  # problems that a message lists: enough to see what they have in common, and they fit a screen
+PLACES = 3  # rows that a fault names behind its first: enough to see what they have in common
 T = TypeVar("T")
 CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
+# Keys that hold a part of the conversation, or say how it is trained on, where other tools read them (docs/data.md):
+# beside the turns of a row, and beside role and content of a message.
+ROW_KEYS = frozenset("system history tools functions chosen rejected images chat_template_kwargs".split())
+MESSAGE_KEYS = frozenset("train train_detail training mask loss tool_calls function_call reasoning_content".split())
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: role is system, user or assistant."""
+    """One turn: role is system, user or assistant; an assistant's words are trained on unless `trained` is False."""
 
     role: str
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,8 @@ def read_rows(path: Path) -> list[Row]:
     rows, problems = scan(path, row_of)
     refuse(problems, path)
     if not rows:
-        raise DataError(
-            "no row in this file", where=str(path), todo='one object a line: {"prompt": ..., "response": ...}'
-        )
+        todo = 'one object a line: {"prompt": ..., "response": ...}'
+        raise DataError("no row in this file", where=str(path), todo=todo)
     return rows
 
 
@@ -88,6 +94,8 @@ def scan(path: Path, read: Callable[[Mapping[str, Any], str], T]) -> tuple[list[
 
 def row_of(record: Mapping[str, Any], where: str) -> Row:
     """Return the row that a record holds. Raises ValueError with the reason when it holds none."""
+    if said := next((key for key in record if key in ROW_KEYS and record[key]), None):
+        raise ValueError(f"{said!r} would be left out of the conversation; {CONVERT}")
     if "messages" in record:
         messages, used = conversation(record["messages"]), {"messages"}
     elif {"prompt", "response"} <= set(record):
@@ -121,14 +129,27 @@ def prompt_of(record: Mapping[str, Any], _where: str) -> str:
 
 
 def refuse(problems: Sequence[Problem], path: Path | str) -> None:
-    """Raise one DataError for all problems: the first ten and how many more."""
-    if not problems:
-        return
-    lines = [f"  {problem}" for problem in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"  and {len(problems) - SHOWN} more")
-    count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
-    raise DataError("\n".join([f"{count} cannot be used:", *lines]), where=str(path), todo="correct or remove them")
+    """Raise one DataError for all problems, a line a fault."""
+    if problems:
+        count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
+        lines = "\n  ".join([f"{count} cannot be used:", *grouped(problems)])
+        raise DataError(lines, where=str(path), todo="correct or remove them")
+
+
+def grouped(problems: Iterable[Problem]) -> list[str]:
+    """Return a line a fault: its first row with the reason there, then the number of its rows and the next few.
+
+    Reasons that differ in their numbers alone are one fault.
+    """
+    faults: dict[str, list[Problem]] = {}
+    for problem in problems:
+        faults.setdefault(re.sub(r"\d+", "0", problem.reason), []).append(problem)
+    lines = []
+    for first, *others in faults.values():
+        places = [other.where.rpartition("/")[2] for other in others[:PLACES]]
+        places += ["..."] if len(others) > PLACES else []
+        lines.append(f"{first} ({len(others) + 1} rows, then {', '.join(places)})" if others else str(first))
+    return lines
 
 
 def conversation(value: Any) -> tuple[Message, ...]:
@@ -144,10 +165,16 @@ def conversation(value: Any) -> tuple[Message, ...]:
             raise ValueError(f"message {number} has no role and content")
         if item["role"] not in ROLES:
             raise ValueError(f"message {number}: role {item['role']!r}; known: {', '.join(ROLES)}")
-        turns.append(Message(item["role"], valid_text(item["content"], f"message {number}")))
+        if odd := next((key for key in item if key in MESSAGE_KEYS and item[key] is not None), None):
+            raise ValueError(f"message {number} has {odd!r}, which says how it is trained on or written; {CONVERT}")
+        if (weight := item.get("weight")) not in (None, 0, 1):
+            raise ValueError(f"message {number}: 'weight' is {weight!r}; known: 0 (not trained on) and 1")
+        turns.append(Message(item["role"], valid_text(item["content"], f"message {number}"), weight in (None, 1)))
     spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise ValueError("after an optional system message, user and assistant must alternate, the assistant last")
+    if not any(turn.trained for turn in turns if turn.role == "assistant"):
+        raise ValueError("no answer is trained on: every one has weight 0")
     return tuple(turns)
 
 
@@ -180,9 +207,9 @@ def columns_of(record: Mapping[str, Any]) -> str:
     return ", ".join(str(key) for key in record) or "none"
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
-    """Yield (place, object or problem) of every line that is not blank. Raises DataError if it cannot be opened."""
-    for number, offset, line in raw_lines(path):
+def json_lines(path: Path, data: bytes | None = None) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
+    """Yield (place, object or problem) of every line of a file, or of `data` in its place; DataError if unreadable."""
+    for number, offset, line in raw_lines(path, data):
         where = f"{path}:{number}"
         try:
             text = line.decode("utf-8")
@@ -195,20 +222,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
             value = json.loads(text, object_pairs_hook=unique_keys)
         except RecursionError:
             yield where, Problem(where, "nested too deeply")
+        except json.JSONDecodeError as error:
+            yield where, Problem(where, f"not JSON: {error.msg}, column {error.colno}")
         except ValueError as error:
-            message = (
-                f"not JSON: {error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            )
-            yield where, Problem(where, str(message))
+            yield where, Problem(where, str(error))
         else:
             found = value if isinstance(value, dict) else Problem(where, f"{kind_of(value)}, not an object")
             yield where, found
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+def raw_lines(path: Path, data: bytes | None) -> Iterator[tuple[int, int, bytes]]:
     """Yield (number from 1, byte offset, bytes) of every line; a byte-order mark at the start is passed over."""
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     # Split at the line feed alone: str.splitlines would also cut at U+2028 and its like, which JSON may hold.
@@ -291,12 +317,8 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
         orders = [permutation(len(found), at, 1).tolist() for at, found in enumerate(words)]
         answers = [" ".join(found[at] for at in order) for found, order in zip(words, orders, strict=True)]
     supply = iter(answers)
-    return [
-        replace(
-            row,
-            messages=tuple(
-                Message(turn.role, next(supply)) if turn.role == "assistant" else turn for turn in row.messages
-            ),
-        )
-        for row in rows
-    ]
+
+    def answered(turn: Message) -> Message:
+        return replace(turn, content=next(supply)) if turn.role == "assistant" else turn
+
+    return [replace(row, messages=tuple(map(answered, row.messages))) for row in rows]

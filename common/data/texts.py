@@ -85,17 +85,17 @@ def _text_of(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def decode(path: Path) -> str:
-    """Return the whole file as text. Raises DataError with line and byte offset of the first byte that is no UTF-8."""
+def decode(path: Path, data: bytes | None = None) -> str:
+    """Return a file, or `data` in its place, as text. Raises DataError with line and offset of what is no UTF-8."""
     try:
-        data = path.read_bytes()
-        return data.decode("utf-8-sig")
+        raw = path.read_bytes() if data is None else data
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
-        at = error.start + len(data) - len(error.object)  # the codec counts from behind a byte-order mark
-        line, begin = data.count(b"\n", 0, at) + 1, data.rfind(b"\n", 0, at) + 1
-        fault = encoding_fault(data[begin:], at - begin, begin)
+        at = error.start + len(raw) - len(error.object)  # the codec counts from behind a byte-order mark
+        line, begin = raw.count(b"\n", 0, at) + 1, raw.rfind(b"\n", 0, at) + 1
+        fault = encoding_fault(raw[begin:], at - begin, begin)
         raise DataError(fault, where=f"{path}:{line}", todo="save the file as UTF-8") from error
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from common import config, hardware
 from common.data import build
 from common.data.chat import ChatTokenizer
+from common.data.rows import Message, Row
 from common.errors import DataError, UsageError
 from common.recipe import load_dataset
 from tests.support.data_recipe import DATASET, make_recipe
@@ -202,3 +204,12 @@ def test_processes_that_build_at_once_get_the_same_whole_data_set(recipe, tiny_b
     for worker in workers:
         worker.join()
     assert len(list((recipe.parent / "home/tokens").glob("[!.]*"))) == 1
+
+
+def test_what_is_not_trained_on_is_in_the_key_and_without_it_the_key_is_as_it_was():
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    plain = [Row((*turns, *turns), {}, "f:1")]
+    masked = [Row((turns[0], Message("assistant", "b", trained=False), *turns), {}, "f:1")]
+    assert build.rows_sha256(plain) != build.rows_sha256(masked)
+    expected = '["f:1", [["user", "a"], ["assistant", "b"], ["user", "a"], ["assistant", "b"]]]\n'
+    assert build.rows_sha256(plain) == hashlib.sha256(expected.encode()).hexdigest()

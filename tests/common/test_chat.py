@@ -352,3 +352,15 @@ def test_no_torch_and_no_transformers_is_imported(tiny_base):
         "assert not {'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_answer_of_weight_0_has_no_label_and_the_tokens_are_the_same(tiny_base):
+    tokenizer = ChatTokenizer.load(tiny_base)
+    turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    both = tokenizer.encode_row(Row(tuple(turns)))
+    one = tokenizer.encode_row(Row((turns[0], Message("assistant", "b", trained=False), *turns[2:])))
+    assert one.ids.tolist() == both.ids.tolist()
+    assert tokenizer.decode(one.ids[one.mask == 1]) == "d</s>"
+    assert tokenizer.decode(both.ids[both.mask == 1]) == "b</s>d</s>"
+    with pytest.raises(DataError, match="supervise_all"):
+        tokenizer.encode_row(Row((turns[0], Message("assistant", "b", trained=False), *turns[2:])), supervise_all=True)

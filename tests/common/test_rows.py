@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.data.rows import (
+    MESSAGE_KEYS,
     Message,
     Row,
     control_rows,
@@ -75,14 +76,52 @@ def test_a_bad_line_is_named_with_its_number_and_reason(tmp_path, line, reason):
     assert error.value.what.startswith("1 row cannot")
 
 
-def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path):
-    path = file_of(tmp_path, *[pair(response="") if n % 2 else pair() for n in range(1, 31)])
+def test_rows_with_one_fault_are_one_line_and_different_faults_a_line_each(tmp_path):
+    path = file_of(tmp_path, *[pair(response="") if n % 2 else pair() for n in range(1, 81)], {"prompt": "a"})
     with pytest.raises(DataError) as error:
         read_rows(path)
-    text = error.value.what
-    assert text.startswith("15 rows cannot be used")
-    assert [line for line in range(1, 31) if f":{line}: " in text] == list(range(1, 20, 2))
-    assert "and 5 more" in text
+    count, empty, other = error.value.what.splitlines()
+    assert count == "41 rows cannot be used:"
+    assert empty == f"  {path}:1: 'response' is empty (40 rows, then rows.jsonl:3, rows.jsonl:5, rows.jsonl:7, ...)"
+    assert other.startswith(f"  {path}:81: no prompt and response")
+    file_of(tmp_path, *[{f"column_{'x' * n}": 1} for n in range(30)])
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert len(error.value.what.splitlines()) == 31
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (pair(system="Be kind."), "'system' would be left out"),
+        (pair(history=[["a", "b"]]), "'history' would be left out"),
+        (pair(chosen="a", rejected="b"), "'chosen' would be left out"),
+    ],
+)
+def test_a_column_that_other_tools_read_as_part_of_the_conversation_is_refused(tmp_path, record, reason):
+    with pytest.raises(DataError, match=reason):
+        read_rows(file_of(tmp_path, record))
+
+
+def talk(**of_the_answer: object) -> dict:
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **of_the_answer}]}
+
+
+def test_an_answer_of_weight_0_is_not_trained_on(tmp_path):
+    turns = [*talk(weight=0)["messages"], *talk(weight=1)["messages"]]
+    [row] = read_rows(file_of(tmp_path, {"messages": turns}))
+    assert [turn.trained for turn in row.messages] == [True, False, True, True]
+    for other in (0.5, 2, "0"):
+        with pytest.raises(DataError, match=r"'weight' is .*; known: 0"):
+            read_rows(file_of(tmp_path, talk(weight=other)))
+    with pytest.raises(DataError, match="no answer is trained on"):
+        read_rows(file_of(tmp_path, talk(weight=0)))
+
+
+@pytest.mark.parametrize("key", sorted(MESSAGE_KEYS))
+def test_a_key_of_a_message_that_other_tools_give_a_meaning_is_refused(tmp_path, key):
+    with pytest.raises(DataError, match=f"message 2 has '{key}'.*recipe data convert"):
+        read_rows(file_of(tmp_path, talk(**{key: False})))
 
 
 def test_a_wrong_encoding_names_line_and_byte_offset(tmp_path):
@@ -212,6 +251,12 @@ def test_shuffled_words_keep_the_words_of_each_answer():
     first, second = control_rows(rows, "shuffled_words")
     assert sorted(first.response.split()) == sorted(text.split())
     assert text != first.response != second.response
+
+
+def test_a_control_keeps_what_is_not_trained_on():
+    rows = [Row((*topic_rows(1)[0].messages[:1], Message("assistant", f"a b {n}", n > 0))) for n in range(4)]
+    for control in ("permuted_responses", "shuffled_words"):
+        assert [row.messages[1].trained for row in control_rows(rows, control)] == [False, True, True, True]
 
 
 def test_control_none_changes_nothing():
