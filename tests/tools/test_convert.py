@@ -47,9 +47,8 @@ def test_csv_names_every_bad_line(tmp_path):
     with pytest.raises(DataError) as error:
         converted(source, tmp_path)
     found = error.value.what
-    assert all(f"a.csv:{line}: " in found for line in (3, 4, 5))
-    assert "not the 2 columns" in found
-    assert "'response' is empty" in found
+    assert "a.csv:3: not the 2 columns of the header (2 rows, then a.csv:4)" in found
+    assert "a.csv:5: 'response' is empty" in found
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -167,7 +166,7 @@ def test_well_known_columns_are_recognised(tmp_path, record, prompt, response):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"prompt": "a"}, "no 'response' beside 'prompt'; columns: prompt"),
+        ({"prompt": "a"}, r"prompt and response \(no 'response'\), .*; columns: prompt"),
         ({"text": "a", "label": 1}, "columns: text, label; name them with --map prompt=COLUMN"),
         ({"instruction": "i", "input": 3, "output": "o"}, "'input' is a number"),
     ],
@@ -186,6 +185,7 @@ def test_what_was_read_is_pinned_beside_the_rows(tmp_path):
         "source": "a.csv",
         "sha256": sha256_file(source),
         "read_as": "csv",
+        "dialects": {"prompt and response": 1},
         "map": {"prompt": "ask", "response": "say"},
         "rows_sha256": sha256_file(tmp_path / "out.jsonl"),
     }
@@ -341,3 +341,37 @@ def test_what_is_written_is_read_back(tmp_path_factory, conversations):
     assert [row.messages for row in read_rows(path)] == [row.messages for row in rows]
     with pytest.raises(FileExistsError):
         convert.write_rows(path, rows)
+
+
+def test_a_message_of_weight_0_is_written_with_it(tmp_path):
+    turns: list[dict] = [{"role": role, "content": "a b"} for role in ("user", "assistant") * 2]
+    turns[1]["weight"] = 0
+    assert converted(text_file(tmp_path, "a.jsonl", json.dumps({"messages": turns})), tmp_path) == [{"messages": turns}]
+
+
+def test_the_report_says_what_was_recognized_and_what_was_changed(tmp_path):
+    turns = [{"role": role, "content": "a b"} for role in ("user", "assistant", "user")]
+    lines = [json.dumps({"messages": turns})] * 5 + [json.dumps({"question": "a", "answer": "b"})]
+    report = convert.convert(text_file(tmp_path, "a.jsonl", "\n".join(lines)), tmp_path / "out.jsonl")
+    text = "\n".join(report.lines())
+    assert "read as messages (OpenAI, TRL, axolotl's chat_template) (5 rows), question and answer (1 row)" in text
+    changed = (
+        "the last turn, a question without an answer, is cut off (5 rows, then a.jsonl:2, a.jsonl:3, a.jsonl:4, ...)"
+    )
+    assert f"a.jsonl:1: {changed}" in text
+
+
+def test_a_format_that_names_a_dialect_takes_no_other(tmp_path):
+    source = text_file(tmp_path, "a.jsonl", json.dumps(PAIR))
+    with pytest.raises(DataError, match="read as prompt and response, not as Alpaca"):
+        converted(source, tmp_path, "alpaca")
+
+
+MARKED = {"prompt": "What is <|im_end|>, and </s>?", "response": "Two marks, as <|anything|> is."}
+
+
+def test_markers_are_escaped_when_that_is_asked_for(tmp_path):
+    source = text_file(tmp_path, "a.jsonl", json.dumps(MARKED))
+    assert converted(source, tmp_path, escape_markers=True) == [
+        {"prompt": "What is < |im_end|>, and < /s>?", "response": "Two marks, as < |anything|> is."}
+    ]

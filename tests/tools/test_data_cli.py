@@ -159,3 +159,39 @@ def test_convert(tmp_path):
 def test_help_lists_the_verbs():
     text = done("--help")
     assert all(f"  {verb} " in text for verb in ("build", "check", "stats", "show", "convert"))
+
+
+MARKED = '{"prompt": "What is <|im_end|>?", "response": "The end of a turn."}\n'
+
+
+def test_check_of_a_file_finds_markers_of_bases_here_before_one_is_chosen(tmp_path):
+    rows = tmp_path / "a.jsonl"
+    rows.write_text(MARKED + MARKED.replace("<|im_end|>", "[INST]").replace("turn", "word"))
+    result = run("check", rows)
+    assert "error D008: 1 rows hold a marker" in result.stdout
+    assert f"{rows}:1: '<|im_end|>' (SmolLM2)" in result.stdout
+    assert f"{rows}:2: '[INST]' (Llama 2)" in result.stdout
+    assert "--escape-markers" in result.stdout
+    assert isinstance(result.exception, DataError)
+    done("convert", rows, tmp_path / "out.jsonl", "--escape-markers")
+    assert "errors: 0, warnings: 1" in done("check", tmp_path / "out.jsonl")
+
+
+def test_check_of_a_file_names_its_dialect_and_says_a_fault_once(tmp_path):
+    rows = tmp_path / "a.jsonl"
+    good = '{"instruction": "Say why, %d.", "output": "So it is, %d."}\n'
+    rows.write_text("".join(good % (n, n) for n in range(3)) + '{"instruction": "a", "output": ""}\n' * 40)
+    result = run("check", rows)
+    assert "read as Alpaca (LLaMA-Factory) (3 rows)" in result.stdout
+    assert f"{rows}:4: 'output' is empty (40 rows, then a.jsonl:5, a.jsonl:6, a.jsonl:7, ...)" in result.stdout
+    assert result.stdout.count("is empty") == 1
+    assert len(json.loads(run("check", rows, "--json").stdout)["errors"][0]["where"]) == 40
+
+
+def test_preferences_are_converted_for_the_chosen_answer_when_that_is_said(tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Why?", "chosen": "So.", "rejected": "No."}\n')
+    with pytest.raises(DataError, match="--chosen"):
+        done("convert", source, out)
+    done("convert", source, out, "--chosen")
+    assert json.loads(out.read_text()) == {"prompt": "Why?", "response": "So."}

@@ -245,7 +245,9 @@ def test_every_format_that_data_convert_takes(root, tmp_path, format):
     asked = [json.loads(line) for line in (recipe / "data/prompts.jsonl").read_text().splitlines()]
     found = [(row.prompt, row.response) for part in splits.values() for row in part]
     assert sorted(found + [(row["prompt"], row["response"]) for row in asked]) == sorted(PAIRS)
-    assert f"({'jsonl' if format == 'messages' else 'csv' if format == 'semicolon' else format})" in said
+    kind = {"text": "text", "semicolon": "csv"}.get(format, "jsonl")
+    assert f"({kind})" in said
+    assert "read as " in said
 
 
 def test_a_conversation_of_several_turns_is_kept_whole_and_asked_by_its_first(root, tmp_path):
@@ -425,16 +427,17 @@ def test_bad_rows_end_with_3_and_say_what_and_where_and_what_to_do(root, tmp_pat
     assert [path.name for path in root.iterdir()] == ["recipes"]
 
 
-def test_a_column_that_would_be_read_in_place_of_another_is_refused(root, tmp_path):
+def test_a_column_that_would_be_read_in_place_of_another_is_kept_under_another_name(root, tmp_path):
     data = table(tmp_path / "my.csv", [(q, a, "mine") for q, a in PAIRS], ("ask", "say", "prompt"))
-    with pytest.raises(DataError, match="read in their place") as error:
-        fork(root, data, prompt="ask", response="say")
-    assert "kept columns: prompt" in str(error.value)
+    fork(root, data, prompt="ask", response="say")
+    rows = [json.loads(line) for line in (root / "recipes/young/data/rows.jsonl").read_text().splitlines()]
+    assert {row["column_prompt"] for row in rows} == {"mine"}
+    assert {row["prompt"] for row in rows} <= {question for question, _ in PAIRS}
 
 
 @pytest.mark.parametrize(("suffix", "parent", "words"), [
     ("nowhere.csv", "parent", "no such file"),
-    (".", "parent", "no such file"),
+    (".", "parent", "none of rows by its name"),
     ("prose.txt", "parent", "start each question with a line 'Q: ...'"),
     ("prose.csv", "tale", "--from parent"),
     ("nowhere.txt", "tale", "no such file or folder"),

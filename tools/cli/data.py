@@ -65,7 +65,16 @@ def check(name: str, strict: bool, as_json: bool, **options: Any) -> None:
         return
     seen = rows_of_recipe(recipe) if recipe else rows_of_file(Path(name), options["pairs"], options["base"])
     licence = licence_of(seen.card_folders)
-    report = checks.check(seen.rows, seen.prompts, seen.tokenizer, seen.config, problems=seen.problems, licence=licence)
+    report = checks.check(
+        seen.rows,
+        seen.prompts,
+        seen.tokenizer,
+        seen.config,
+        problems=seen.problems,
+        notes=seen.notes,
+        read_as=seen.read_as,
+        licence=licence,
+    )
     if as_json:
         show_json({**report.to_dict(), "failed": report.failed(strict)})
     else:
@@ -126,16 +135,18 @@ def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: 
     "format_",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "jsonl", "csv", "parquet", "alpaca", "sharegpt", "text"]),
+    type=click.Choice(["auto", "jsonl", "csv", "parquet", "arrow", "folder", "text", "alpaca", "sharegpt"]),
 )
 @map_option
 @click.option("--revision", metavar="COMMIT", help="Commit of a hub:owner/name source: 40 hex digits.")
 @click.option("--subset", help="Configuration of a Hub data set.")
-@click.option("--split", default="train", show_default=True, help="Split of a Hub data set.")
+@click.option("--split", default="train", show_default=True, help="Split of a Hub or saved data set.")
+@click.option("--chosen", is_flag=True, help="Of rows of preferences, read the answer that was chosen.")
+@click.option("--escape-markers", is_flag=True, help="Write marks of chat templates in the texts with a space inside.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad rows out and list them, instead of failing.")
 @json_option
 def convert(source: str, out: Path, format_: str, pairs: Sequence[str], as_json: bool, **options: Any) -> None:
-    """Write the rows of SOURCE (a file, or hub:owner/name) to the new file OUT.jsonl."""
+    """Write the rows of SOURCE (a file, a folder, or hub:owner/name) to the new file OUT.jsonl."""
     from tools.data import convert as converter
 
     report = converter.convert(source, out, format_, converter.parse_map(pairs), **options)
@@ -153,6 +164,8 @@ class Seen:
     card_folders: Sequence[Path]
     rows: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     problems: Sequence[Problem] = ()
+    notes: Sequence[Problem] = ()
+    read_as: Sequence[str] = ()
     prompts: Sequence[str] = ()
     tokenizer: ChatTokenizer | None = None
     config: Config | None = None
@@ -162,7 +175,8 @@ def recipe_called(
     name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence[str], base: str | None
 ) -> Launch | None:
     """Return the recipe, or None where `name` is a file of rows. Raises UsageError for options of the other kind."""
-    is_file = Path(name).is_file()
+    path = Path(name)
+    is_file = path.is_file() or (path.is_dir() and not (path / "config.yaml").is_file())
     wrong = {"--set": overrides} if is_file else {"--map": pairs, "--base": base}
     if given := [option for option, value in wrong.items() if value]:
         kind = "a file of rows" if is_file else "a recipe, which has rows as JSONL and model_config.base"
@@ -201,9 +215,11 @@ def rows_of_file(path: Path, pairs: Sequence[str], base: str | None) -> Seen:
     """Return the rows of a file in any form that `convert` takes; bad lines are kept as problems."""
     from tools.data import convert
 
-    rows, problems = convert.scan(path, convert.guess_format(path, "auto"), convert.parse_map(pairs))
+    found = convert.scan(path, convert.guess_format(path, "auto"), convert.parse_map(pairs))
     tokenizer = tokenizer_of(base, None) if base else None
-    return Seen(path, [path.parent], {"train": rows}, problems, tokenizer=tokenizer)
+    card = path if path.is_dir() else path.parent
+    rows = {"train": found.rows}
+    return Seen(path, [card], rows, found.problems, found.notes, found.read_as(), tokenizer=tokenizer)
 
 
 def rows_of_recipe(recipe: Launch) -> Seen:
@@ -221,7 +237,8 @@ def rows_of_recipe(recipe: Launch) -> Seen:
         return Seen(source, cards, problems=problems)
     splits, prompts = load_dataset(folder)
     rows, asked = read_splits(splits, config, folder), call(prompts, config, folder)
-    return Seen(source, cards, rows, (), asked, tokenizer_of(config.model.base, folder), config)
+    tokenizer = tokenizer_of(config.model.base, folder)
+    return Seen(source, cards, rows, prompts=asked, tokenizer=tokenizer, config=config)
 
 
 def report_corpus(recipe: Launch, strict: bool, as_json: bool) -> None:

@@ -10,15 +10,17 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from common.data.build import supervised_share
 from common.data.chat import ChatTokenizer
 from common.data.rows import Problem, Row, plain
+from common.data.rows import grouped as by_fault
 from common.data.tokens import Encoded
 from common.errors import DataError
 from common.hardware import TILE, round_up
+from tools.data import markers
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -40,6 +42,7 @@ SECRETS = {
     "a GitLab token": r"\bglpat-[\w-]{20,}",
     "a web token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
 }
+FORGED = "it would forge a turn; recipe data convert --escape-markers writes it with a space inside"
 EMAIL = re.compile(r"\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
 PHONE = re.compile(
     r"(?<![\w.+])(?<!\d[ ,])(?:"
@@ -57,6 +60,7 @@ class Finding:
     id: str
     message: str
     where: Sequence[str]
+    faults: Sequence[str] = ()  # the same places by what is wrong with them, a line a fault, where that differs
 
     @property
     def is_error(self) -> bool:
@@ -64,8 +68,10 @@ class Finding:
         return self.id.startswith("D0")
 
     def lines(self) -> list[str]:
-        """Return the finding for a person: its first ten places and how many more."""
+        """Return the finding for a person: a line a fault, or its first ten places and how many more."""
         found = [f"{'error' if self.is_error else 'warning'} {self.id}: {self.message}"]
+        if self.faults:
+            return [*found, *(f"  {fault}" for fault in self.faults)]
         found += [f"  {place}" for place in self.where[:SHOWN]]
         return [*found, f"  and {len(self.where) - SHOWN} more"] if len(self.where) > SHOWN else found
 
@@ -76,6 +82,7 @@ class CheckReport:
 
     rows: Mapping[str, int]
     findings: Sequence[Finding]
+    read_as: Sequence[str] = ()  # the dialects of a file, each with its rows
 
     @property
     def errors(self) -> list[Finding]:
@@ -92,14 +99,19 @@ class CheckReport:
         return bool(self.findings if strict else self.errors)
 
     def lines(self) -> list[str]:
-        """Return the report for a person: errors first."""
-        found = [line for finding in [*self.errors, *self.warnings] for line in finding.lines()]
+        """Return the report for a person: what it was read as, then errors first."""
+        found = [f"read as {', '.join(self.read_as)}"] if self.read_as else []
+        found += [line for finding in [*self.errors, *self.warnings] for line in finding.lines()]
         return [*found, f"{counted(self.rows)} rows; errors: {len(self.errors)}, warnings: {len(self.warnings)}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         kinds = {"errors": self.errors, "warnings": self.warnings}
-        return {"rows": dict(self.rows)} | {kind: [asdict(one) for one in found] for kind, found in kinds.items()}
+        told = {
+            kind: [{"id": one.id, "message": one.message, "where": list(one.where)} for one in found]
+            for kind, found in kinds.items()
+        }
+        return {"rows": dict(self.rows), "read_as": list(self.read_as), **told}
 
 
 def check(
@@ -109,18 +121,22 @@ def check(
     config: Config | None = None,
     *,
     problems: Sequence[Problem] = (),
+    notes: Sequence[Problem] = (),
+    read_as: Sequence[str] = (),
     licence: str | None = "",
 ) -> CheckReport:
     """Return all findings about rows by split ("train", "held_out") and the evaluation prompts, ordered by their ids.
 
     Without a tokenizer the checks on tokens and template markers are left out; without a config, those on its
-    options. `problems` are lines that were no rows. `licence` is what the data set's card says, None when
+    options. `problems` are lines that were no rows, `notes` what was changed on reading the others, `read_as` the
+    dialects that they are in. `licence` is what the data set's card says, None when
     nothing does, "" when nobody looked.
     """
     everything = [row for part in rows.values() for row in part]
     train, held_out = list(rows.get("train", ())), list(rows.get("held_out", ()))
     found: list[Iterator[Finding]] = [
-        listed("D001", "rows that cannot be used", map(str, problems)),
+        faults("D001", "rows that cannot be used", problems),
+        faults("D112", "changes to rows as they were read", notes),
         leaks(train, held_out, prompts),
         duplicates(everything),
         private_data(everything),
@@ -128,6 +144,8 @@ def check(
     ]
     if tokenizer is not None:
         found.append(template_findings(everything, tokenizer, config))
+    else:
+        found.append(known_markers(everything))
     if config is not None and train:
         found.append(batch_findings(len(train), config))
     if licence is None:
@@ -137,6 +155,7 @@ def check(
     return CheckReport(
         rows={name: len(part) for name, part in rows.items()},
         findings=sorted((one for part in found for one in part), key=lambda one: one.id),
+        read_as=read_as,
     )
 
 
@@ -150,6 +169,12 @@ def listed(id: str, message: str, where: Iterable[str]) -> Iterator[Finding]:
     places = list(where)
     if places:
         yield Finding(id, f"{len(places)} {message}", places)
+
+
+def faults(id: str, message: str, problems: Sequence[Problem]) -> Iterator[Finding]:
+    """Yield one finding with its count in front, which says every fault once, if there is any."""
+    for finding in listed(id, message, map(str, problems)):
+        yield replace(finding, faults=by_fault(problems))
 
 
 def canonical(text: str) -> str:
@@ -282,6 +307,15 @@ def untidy_text(rows: Sequence[Row]) -> Iterator[Finding]:
     yield from listed("D114", "rows have white space around a text: the model learns to write it", edges)
 
 
+def known_markers(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Yield rows with a marker of a chat template, where no base is named: an error for those that recipes here use."""
+    found = [(row.where, *mark) for row in rows if (mark := markers.found_in(row))]
+    here = [f"{where}: {mark!r} ({base})" for where, mark, base in found if mark in markers.HERE]
+    yield from listed("D008", f"rows hold a marker of the templates of bases here: {FORGED}", here)
+    elsewhere = [f"{where}: {mark!r} ({base})" for where, mark, base in found if mark not in markers.HERE]
+    yield from listed("D113", f"rows hold a marker of another base's template: {FORGED}", elsewhere)
+
+
 def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Config | None) -> Iterator[Finding]:
     """Yield markers of the chat template inside texts, rows that the template refuses, rows that would be cut."""
     marked = {
@@ -290,7 +324,7 @@ def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Con
         for turn in row.messages
         if (marker := tokenizer.marker_in(turn.content))
     }
-    yield from listed("D005", "rows hold a marker of the chat template: it would forge a turn", marked.values())
+    yield from listed("D005", f"rows hold a marker of the chat template: {FORGED}", marked.values())
     limit = config.data.max_length if config else None
     refused, cut = [], []
     for row in rows:

@@ -214,7 +214,10 @@ def fork_rows(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts
     # The larger batch of the two: the fork has to fill one of it wherever it runs.
     batch = max(config.training.batch_size for config in parents.values())
     kind = convert.guess_format(own.path, own.format)
-    found = split(convert.load_rows(own.path, kind, own.mapping), batch, str(own.path))
+    read = convert.load(own.path, kind, own.mapping)
+    for line in read.lines():
+        say(line)
+    found = split(read.rows, batch, str(own.path))
     counts = f"{found.train} to train on, {found.held_out} held out, {len(found.asked)} asked at every evaluation"
     counts += f", {found.left_out} left out, which have the prompt of one that is asked" if found.left_out else ""
     total = len(found.rows) + len(found.asked) + found.left_out

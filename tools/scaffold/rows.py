@@ -11,7 +11,7 @@ from common.config import Config
 from common.data import build
 from common.data.chat import ChatTokenizer
 from common.data.order import steps_for
-from common.data.rows import groups_of, hold_out, read_rows
+from common.data.rows import groups_of, hold_out
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import bases
@@ -32,23 +32,13 @@ Settings = dict[str, tuple[object, str]]  # by dotted key: the value, and why it
 
 
 def write(folder: Path, found: Split) -> None:
-    """Write the rows and the prompts, and read the rows back.
-
-    Raises DataError where a column that is kept beside prompt and response would be read in their place.
-    """
+    """Write the rows and the prompts."""
     (folder / SOURCE).parent.mkdir()
     write_rows(folder / SOURCE, found.rows)
     with (folder / PROMPTS).open("x", encoding="utf-8", newline="\n") as file:
         for row in found.asked:  # with the answer that was written for it, for whoever reads the file
             record = {**record_of(row), "prompt": row.prompt}
             file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-    for row, again in zip(found.rows, read_rows(folder / SOURCE), strict=True):
-        if row.messages != again.messages:
-            raise DataError(
-                "a column that is kept beside prompt and response would be read in their place",
-                where=f"{row.where}, kept columns: {', '.join(sorted(row.extra))}",
-                todo="rename or remove the column that is called prompt, response, messages or conversations",
-            )
 
 
 def base_here(config: Config, recipe: Path) -> bases.Base | None:

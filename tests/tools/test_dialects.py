@@ -1,0 +1,308 @@
+"""What other tools write in their rows, and what is made of it: the rules are the named tools' own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from common.data.rows import MESSAGE_KEYS
+from tools.data import dialects, turns
+
+
+def read(record: dict[str, Any], *, chosen: bool = False, **mapping: str) -> dialects.Read:
+    return dialects.read(record, mapping, "f:1", chosen=chosen)
+
+
+def turns_of(record: dict[str, Any], *, chosen: bool = False, **mapping: str) -> list[tuple[str, str]]:
+    """The turns of a row as (role, words), the role with a 0 where its words are not trained on."""
+    row = read(record, chosen=chosen, **mapping).row
+    assert row is not None
+    return [(turn.role if turn.trained else f"{turn.role} 0", turn.content) for turn in row.messages]
+
+
+def talk(*pairs: tuple[str, Any], **of_the_last: object) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in pairs]
+    return [*found[:-1], {**found[-1], **of_the_last}]
+
+
+ASKED, SAID = ("user", "Why?"), ("assistant", "So.")
+TWICE = (ASKED, SAID, ("user", "How?"))
+
+
+# What was trained on, or left out, without a word.
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+def test_a_message_that_its_tool_does_not_train_on_is_not_trained_on(key):
+    """OpenAI's weight, axolotl's train, ms-swift's loss."""
+    record = {"messages": talk(*TWICE, ("assistant", "Thus."))}
+    record["messages"][1][key] = 0 if key == "weight" else False
+    assert turns_of(record) == [ASKED, ("assistant 0", "So."), ("user", "How?"), ("assistant", "Thus.")]
+    record["messages"][1][key] = 1 if key == "weight" else True
+    assert turns_of(record)[1] == SAID
+    record["messages"][1][key] = "no"
+    with pytest.raises(ValueError, match=f"message 2: '{key}' is 'no'"):
+        read(record)
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "'train_detail'"),
+        ({"mask": True}, "'mask'"),
+        ({"weight": 0, "train": True}, "'weight' and 'train' contradict"),
+        ({"tool_calls": [{"id": "1"}]}, "'tool_calls'"),
+        ({"function_call": {"name": "f"}}, "'function_call'"),
+        ({"reasoning_content": "Hm."}, "'reasoning_content'"),
+        ({"refusal": "No."}, "'refusal'"),
+    ],
+)
+def test_a_key_of_a_message_that_cannot_be_kept_is_refused(held, reason):
+    with pytest.raises(ValueError, match=reason):
+        read({"messages": talk(ASKED, SAID, **held)})
+    empty: dict[str, Any] = dict.fromkeys(held)
+    assert turns_of({"messages": talk(ASKED, SAID, **empty)}) == [ASKED, SAID], "a column of Parquet is null elsewhere"
+
+
+def test_every_key_that_training_leaves_to_convert_is_known_to_it():
+    assert {*turns.WORDS, *turns.SWITCHES, "mask", "train_detail"} >= MESSAGE_KEYS
+
+
+def test_training_on_what_the_user_says_is_refused():
+    messages = talk(ASKED, SAID)
+    messages[0]["train"] = True
+    with pytest.raises(ValueError, match="message 1: 'train' asks to train on what the user says"):
+        read({"messages": messages})
+
+
+def test_other_keys_of_a_message_are_said():
+    found = read({"messages": talk(ASKED, SAID, name="Ada", id=None)})
+    assert found.notes == ["of a message role, content and weight are kept; left out: name"]
+
+
+def test_llama_factorys_history_comes_first_and_its_answers_are_trained_on():
+    record = {
+        "instruction": "And 3?",
+        "input": "",
+        "output": "6.",
+        "system": "Double.",
+        "history": [["1?", "2."], ["2?", "4."]],
+    }
+    said = [("user", "1?"), ("assistant", "2."), ("user", "2?"), ("assistant", "4.")]
+    assert turns_of(record) == [("system", "Double."), *said, ("user", "And 3?"), ("assistant", "6.")]
+    assert turns_of({**record, "history": [], "system": ""}) == [("user", "And 3?"), ("assistant", "6.")]
+    with pytest.raises(ValueError, match="'history' is no list of"):
+        read({**record, "history": ["1?", "2."]})
+
+
+@pytest.mark.parametrize("column", ["tools", "functions", "images", "chat_template_kwargs"])
+def test_a_column_that_no_template_here_writes_is_refused_unless_it_is_empty(column):
+    pair = {"prompt": "Why?", "response": "So."}
+    for empty in (None, "", [], "[]", {}):
+        assert turns_of({**pair, column: empty}) == [ASKED, SAID]
+    with pytest.raises(ValueError, match=f"'{column}' is not empty"):
+        read({**pair, column: [{"name": "f"}]})
+
+
+def test_a_mapped_name_wins_and_the_column_called_so_is_kept_under_another_name():
+    found = read({"prompt": "theirs", "ask": "Why?", "say": "So.", "n": 1}, prompt="ask", response="say")
+    assert found.row is not None
+    assert (found.row.prompt, found.row.response) == ("Why?", "So.")
+    assert found.row.extra == {"column_prompt": "theirs", "n": 1}
+    assert found.notes == ["the column 'prompt' is kept beside the row as 'column_prompt'"]
+    taken = {"prompt": "theirs", "column_prompt": "too", "ask": "Why?", "say": "So."}
+    row = read(taken, prompt="ask", response="say").row
+    assert row is not None
+    assert row.extra == {"column_column_prompt": "theirs", "column_prompt": "too"}
+
+
+def test_a_system_text_in_a_column_is_used_and_not_twice():
+    assert turns_of({"prompt": "Why?", "response": "So.", "system": "Be kind."})[0] == ("system", "Be kind.")
+    mine = {"messages": talk(("system", "Be kind."), ASKED, SAID), "system": "Be kind."}
+    assert turns_of(mine) == [("system", "Be kind."), ASKED, SAID]
+    with pytest.raises(ValueError, match="a system text in a column and another one"):
+        read({**mine, "system": "Be brief."})
+
+
+# What each dialect makes.
+
+TO_TURNS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
+    ("messages", {"messages": talk(("developer", "s"), ASKED, SAID)}, [("system", "s"), ASKED, SAID]),
+    ("messages", {"messages": json.dumps(talk(ASKED, SAID))}, [ASKED, SAID]),
+    (
+        "messages",
+        {"messages": talk(("user", [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]), SAID)},
+        [ASKED, SAID],
+    ),
+    (
+        "ShareGPT",
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "system": "s"},
+        [("system", "s"), ASKED, SAID],
+    ),
+    ("conversation", {"conversation": talk(ASKED, SAID)}, [ASKED, SAID]),
+    (
+        "prompt and completion as messages",
+        {"prompt": talk(*TWICE), "completion": talk(("assistant", "Thus."))},
+        [ASKED, ("assistant 0", "So."), ("user", "How?"), ("assistant", "Thus.")],
+    ),
+    ("prompt and completion (TRL)", {"prompt": "Why?", "completion": "So."}, [ASKED, SAID]),
+    ("Alpaca", {"instruction": "Add.", "input": "1 2", "output": "3"}, [("user", "Add.\n\n1 2"), ("assistant", "3")]),
+    ("Alpaca", {"instruction": "", "input": "Why?", "output": "So."}, [ASKED, SAID]),
+    ("Dolly", {"instruction": "Who?", "context": "c", "response": "r"}, [("user", "Who?\n\nc"), ("assistant", "r")]),
+    ("Dolly", {"instruction": "Why?", "context": "", "response": "So.", "category": "qa"}, [ASKED, SAID]),
+    (
+        "SQuAD",
+        {"context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
+        [("user", "c\n\nq"), ("assistant", "a")],
+    ),
+    (
+        "question and answer about",
+        {"context": "c", "question": "q", "answer": "a"},
+        [("user", "c\n\nq"), ("assistant", "a")],
+    ),
+    ("question and answer", {"context": {"c": 1}, "question": "Why?", "answer": "So."}, [ASKED, SAID]),
+    (
+        "OpenOrca",
+        {"system_prompt": "s", "question": "Why?", "response": "So."},
+        [("system", "s"), ASKED, SAID],
+    ),
+    ("query", {"query": "Why?", "response": "So."}, [ASKED, SAID]),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "expected"), TO_TURNS)
+def test_the_turns_of_a_dialect(name, record, expected):
+    assert turns_of(record) == expected
+    assert read(record).dialect.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected", "note"),
+    [
+        (talk(ASKED, SAID, ("user", "How?")), [ASKED, SAID], "the last turn, a question without an answer, is cut off"),
+        (talk(("assistant", "Hi."), ASKED, SAID), [ASKED, SAID], "the first turn, an answer to nothing, is cut off"),
+        (
+            talk(("system", "a"), ("developer", "b"), ASKED, SAID),
+            [("system", "a\n\nb"), ASKED, SAID],
+            "system messages are joined, with a blank line between them",
+        ),
+    ],
+)
+def test_what_is_changed_is_said(messages, expected, note):
+    assert turns_of({"messages": messages}) == expected
+    assert read({"messages": messages}).notes == [note]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": talk(ASKED, ("tool", "7"))}, "role 'tool': the chat templates of the bases here"),
+        ({"conversations": [{"from": "observation", "value": "7"}]}, "role 'observation'"),
+        ({"messages": talk(ASKED, SAID, ("system", "s"), *TWICE[2:], SAID)}, "a system message after the first turn"),
+        ({"messages": talk(ASKED, ("assistant", [{"type": "image_url"}]))}, "a part of type 'image_url'"),
+        ({"messages": talk(ASKED, ASKED, SAID)}, "must alternate"),
+        ({"messages": [None]}, "message 1 is null, not an object"),
+        ({"messages": {}}, "'messages' is an object"),
+        ({"segments": [{"label": True, "text": "a"}]}, "axolotl's input_output"),
+        ({"context": "c", "question": "q", "answers": {"text": []}}, "'answers' is empty"),
+        ({"chosen": "a", "rejected": "b", "prompt": "p"}, "--chosen"),
+        ({"prompt": "p", "completion": "c", "label": False}, "'label' says whether an answer is good"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        read(record)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+        {"prompt": talk(ASKED), "chosen": talk(SAID), "rejected": talk(("assistant", "No."))},
+        {"prompt": "Why?", "chosen": talk(ASKED, SAID), "rejected": talk(ASKED, ("assistant", "No."))},
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
+        {"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."},
+        {
+            "conversations": [{"from": "human", "value": "Why?"}],
+            "chosen": {"from": "gpt", "value": "So."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        {"prompt": "Why?", "completion": "So.", "label": True},
+        {"instruction": "Why?", "output": "So.", "kto_tag": True},
+    ],
+)
+def test_the_chosen_answer_is_trained_on_when_that_is_asked_for(record):
+    assert turns_of(record, chosen=True) == [ASKED, SAID]
+    row = read(record, chosen=True).row
+    assert row is not None
+    assert not {"rejected", "chosen", "column_prompt"} & set(row.extra)
+
+
+def test_an_answer_that_was_judged_bad_is_left_out_and_that_is_said():
+    found = read({"prompt": "Why?", "completion": "No.", "label": False}, chosen=True)
+    assert (found.row, found.notes) == (None, ["rows whose 'label' is false are left out"])
+
+
+def test_a_place_inside_of_a_column_by_its_path():
+    record = {"q": "Why?", "answers": {"text": ["So.", "Thus."]}, "a.b": "Dot."}
+    assert turns_of(record, prompt="q", response="answers.text.1") == [ASKED, ("assistant", "Thus.")]
+    assert turns_of(record, prompt="q", response="a.b") == [ASKED, ("assistant", "Dot.")]
+    with pytest.raises(ValueError, match=r"nothing at 'answers.text.2': no '2' in 'answers.text'"):
+        read(record, prompt="q", response="answers.text.2")
+
+
+def test_the_nearest_two_are_named_with_what_is_missing():
+    with pytest.raises(ValueError, match=r"the nearest: Alpaca .*\(no 'output'\), Dolly \(no 'response'\)"):
+        read({"instruction": "Add.", "n": 1})
+
+
+# Texts that are written in a template.
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ChatML", "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"),
+        ("Zephyr", "<|user|>\nWhy?</s>\n<|assistant|>\nSo.</s>\n"),
+        ("Llama 2", "<s>[INST] Why? [/INST] So. </s>"),
+        (
+            "Llama 3",
+            "<|start_header_id|>{}<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>{}<|end_header_id|>\n\nSo.<|eot_id|>",
+        ),
+        ("Gemma", "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\nSo.<end_of_turn>\n"),
+        (
+            "### headings",
+            "Below is an instruction that describes a task.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.",
+        ),
+        ("### headings", "### Human: Why?\n### Assistant: So."),
+        ("Human and Assistant", "\n\nHuman: Why?\n\nAssistant: So."),
+    ],
+)
+def test_a_text_in_a_template_is_taken_apart(name, text):
+    text = text.format("user", "assistant")
+    assert turns_of({"text": text}) == [ASKED, SAID]
+    assert read({"text": text}).notes == [f"'text' is taken apart into turns: it is written as {name}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Once upon a time.", "in no template that is known .*columns: text"),
+        ("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.", "words outside of its turns"),
+        ("<|im_start|>tool\n7<|im_end|>", "a turn of 'tool'"),
+        ("### Instruction:\na\n### Response:\nb\n### Input:\nc", "the headings Instruction, Response, Input"),
+    ],
+)
+def test_a_text_that_would_lose_words_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        read({"text": text})
+
+
+def test_a_system_text_and_an_input_of_a_template_are_kept():
+    llama = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWhy? [/INST] So. </s><s>[INST] How? [/INST] Thus. </s>"
+    expected = [("system", "Be kind."), ASKED, SAID, ("user", "How?"), ("assistant", "Thus.")]
+    assert turns_of({"text": llama}) == expected
+    alpaca = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3</s>"
+    assert turns_of({"text": alpaca}) == [("user", "Add.\n\n1 2"), ("assistant", "3")]

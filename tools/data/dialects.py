@@ -1,0 +1,427 @@
+"""The shapes that rows of other tools have: how each is recognized, and what is made of it.
+
+`DIALECTS` is tried from its start; the first whose columns a record has reads it. docs/data.md has its table, made from
+it. Each rule is the named tool's own, but for what is said under "not as there".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.data.rows import Message, Row, columns_of, kind_of, valid_text
+from tools.data import templated, turns
+
+Record = Mapping[str, Any]
+CHOSEN = "a row of preferences: --chosen trains on the answer that was chosen, and leaves the other one out"
+NEXT_TO = "\n\n"  # between an instruction and what it is about
+# Columns that carry a part of the conversation whatever the dialect, which no template here writes.
+UNWRITTEN = ("tools", "functions", "images", "videos", "audios", "chat_template_kwargs")
+SYSTEM = ("system", "system_prompt")
+OURS = ("prompt", "response", "messages", "system", "history", *UNWRITTEN, "chosen", "rejected")
+TARGETS = ("prompt", "response", "system", "messages")  # of --map
+EMPTY: tuple[Any, ...] = (
+    None,
+    "",
+    "[]",
+    [],
+    {},
+)  # what a column says that has nothing to say; LLaMA-Factory's tools are JSON
+
+
+@dataclass
+class Reading:
+    """A record while it is read: which of its columns were used, and what there is to say about it."""
+
+    record: Record
+    chosen: bool = False
+    used: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def value(self, name: str) -> Any:
+        """Return the value of a column, and count it as used; None where there is none."""
+        self.used.add(name)
+        return self.record.get(name)
+
+    def text(self, name: str) -> str:
+        """Return the text of a column. Raises ValueError where it is none."""
+        return valid_text(self.value(name), name)
+
+    def text_or_nothing(self, name: str) -> str:
+        """Return the text of a column that may be absent or empty. Raises ValueError for what is no text."""
+        value = self.value(name)
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name!r} is {kind_of(value)}, not a string")
+        return valid_text(value, name) if value and value.strip() else ""
+
+    def messages(self, name: str, *, trained: bool = True) -> list[Message]:
+        """Return the messages of a column: a list of them, or that list as JSON. Raises ValueError."""
+        value = self.value(name)
+        if isinstance(value, str) and value.lstrip().startswith("["):  # as a cell of a CSV file has it
+            value = json.loads(value)
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name!r} is {kind_of(value)}, no list of {name}")
+        if not value:
+            raise ValueError("no messages")
+        return turns.messages_of(value, self.notes, trained=trained)
+
+    def either(self, name: str, role: str, *, trained: bool = True) -> list[Message]:
+        """Return the messages of a column that is a list of them, or one message of `role` that is its text."""
+        value = self.record.get(name)
+        if isinstance(value, Mapping):
+            self.used.add(name)
+            return [turns.message_of(value, 1, self.notes)]
+        return self.messages(name, trained=trained) if is_list(value) else [Message(role, self.text(name))]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A shape of rows: the columns it is told by, what is read from it, and in words what is trained and refused.
+
+    `read` returns None for a row that is left out on purpose. `fits` tells dialects apart that have the same columns.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Reading], list[Message] | None]
+    trained: str
+    refused: str = ""
+    fits: Callable[[Record], bool] = lambda _record: True
+    told: str = ""  # what `fits` looks at, for a reader
+
+    def missing(self, record: Record) -> list[str]:
+        """Return the columns of this dialect that a record has not."""
+        return [column for column in self.columns if column not in record]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What became of a record: its row, None where it is left out on purpose; the dialect; what there is to say."""
+
+    row: Row | None
+    dialect: str
+    notes: Sequence[str]
+
+
+def is_list(value: Any) -> bool:
+    """Return whether a value is a list of messages, or one written as JSON."""
+    return isinstance(value, list | tuple) or (isinstance(value, str) and value.startswith('[{"'))
+
+
+def read(record: Record, mapping: Mapping[str, str], where: str, *, chosen: bool = False) -> Read:
+    """Return the row that a record holds; `mapping` names the columns of prompt, response, system text or messages.
+
+    A mapped name wins over a column that is called so. With `chosen`, preferences are read for their chosen answer.
+    Raises ValueError with the reason when there is none.
+    """
+    reading = Reading(record, chosen)
+    picked = {name: picked_from(reading, column) for name, column in mapping.items()}
+    if mapping:
+        # What is mapped stands under our names, and hides a column of the record that is called so.
+        shown = {key: value for key, value in record.items() if key not in reading.used} | picked
+        inner = Reading(shown, chosen, notes=reading.notes)
+        dialect = mapped_dialect(mapping) or recognized(shown, mapping)
+        found = dialect.read(inner)
+        messages = finished(found, inner)
+        used = reading.used | (inner.used - set(mapping))
+    else:
+        dialect = recognized(record)
+        found = dialect.read(reading)
+        messages, used = finished(found, reading), reading.used
+    if messages is None:
+        return Read(None, dialect.name, reading.notes)
+    extra = kept({key: value for key, value in record.items() if key not in used}, reading.notes)
+    return Read(Row(messages, extra, where), dialect.name, reading.notes)
+
+
+def finished(found: list[Message] | None, reading: Reading) -> tuple[Message, ...] | None:
+    """Return the conversation of what a dialect read, with the system text and history of its other columns."""
+    if found is None:
+        return None
+    for name in UNWRITTEN:
+        if reading.value(name) not in EMPTY:
+            raise ValueError(f"{name!r} is not empty: {turns.NO_TOOLS}; remove the column or the row")
+    if earlier := reading.value("history"):
+        at = 1 if found and found[0].role == "system" else 0
+        found = [*found[:at], *turns.history_of(earlier), *found[at:]]
+    for name in SYSTEM:
+        if system := reading.text_or_nothing(name):
+            found = turns.messages_of([turns.record_of(turn) for turn in found], reading.notes, system)
+    return turns.settled(found, reading.notes)
+
+
+def kept(extra: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Return the columns that stay beside a row: one that is called as a part of a row gets another name."""
+    found: dict[str, Any] = {}
+    for key, value in extra.items():
+        name = key
+        while name in OURS or (name != key and name in extra):
+            name = f"column_{name}"
+        if name != key:
+            notes.append(f"the column {key!r} is kept beside the row as {name!r}")
+        found[name] = value
+    return found
+
+
+def picked_from(reading: Reading, column: str) -> Any:
+    """Return what a name of `--map` stands for: a column, or a place in one, as answers.text.0. Raises ValueError."""
+    if column in reading.record:
+        return reading.value(column)
+    value: Any = reading.record
+    for at, part in enumerate(steps := column.split(".")):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        elif at == 0:
+            raise ValueError(f"no column {part!r}; columns: {columns_of(reading.record)}")
+        else:
+            raise ValueError(f"nothing at {column!r}: no {part!r} in {'.'.join(steps[:at])!r}")
+    reading.used.add(steps[0])
+    return value
+
+
+def mapped_dialect(mapping: Mapping[str, str]) -> Dialect | None:
+    """Return the dialect of columns that were named, None where they say neither both texts nor the messages."""
+    if "messages" in mapping:
+        return MESSAGES
+    return PROMPT_RESPONSE if {"prompt", "response"} <= set(mapping) else None
+
+
+def recognized(record: Record, mapping: Mapping[str, str] | None = None) -> Dialect:
+    """Return the dialect of a record. Raises ValueError that names the two nearest, and what each of them misses."""
+    for dialect in DIALECTS:
+        if not dialect.missing(record) and dialect.fits(record):
+            return dialect
+    for prompt, response in PAIRS:  # one of both was mapped
+        names = {"prompt" if "prompt" in (mapping or {}) else prompt: "user"}
+        names["response" if "response" in (mapping or {}) else response] = "assistant"
+        if mapping and set(names) <= set(record):
+            return pair("columns of --map", *names)
+    # The most columns there, then the fewest missing; of two alike the one that is told by its columns alone.
+    absent = {one.name: one.missing(record) for one in DIALECTS}
+    ranked = sorted(
+        DIALECTS, key=lambda one: (len(absent[one.name]) - len(one.columns), len(absent[one.name]), bool(one.told))
+    )
+    nearest = [f"{one.name} (no {' and no '.join(map(repr, absent[one.name]))})" for one in ranked if absent[one.name]]
+    raise ValueError(f"no dialect that is known; the nearest: {', '.join(nearest[:2])}; {columns_said(record)}")
+
+
+def columns_said(record: Record) -> str:
+    """Return the columns of a record and how to say which of them is what, for a message."""
+    return f"columns: {columns_of(record)}; name them with --map prompt=COLUMN --map response=COLUMN"
+
+
+# --- how each is read -------------------------------------------------------------------------------------------------
+
+
+def pair(name: str, prompt: str, response: str, about: str = "", note: str = "") -> Dialect:
+    """Return a dialect of one question and its answer, in two columns, with perhaps a third that it is about."""
+
+    def exchange(reading: Reading) -> list[Message]:
+        parts = [reading.record.get(prompt), reading.text_or_nothing(about) if about else ""]
+        if not about or not parts[1]:
+            parts[0] = reading.text(prompt)
+        else:
+            parts[0] = reading.text_or_nothing(prompt)
+        return [
+            Message("user", NEXT_TO.join(part for part in parts if part)),
+            Message("assistant", reading.text(response)),
+        ]
+
+    said = f"`{response}`" + (f"; the question is `{prompt}`, a blank line, `{about}`" if about else "")
+    return Dialect(name, (prompt, response), exchange, said + note)
+
+
+def of_messages(column: str) -> Callable[[Reading], list[Message]]:
+    """Return the reader of a column that is a list of messages."""
+    return lambda reading: reading.messages(column)
+
+
+def prompt_and_completion(reading: Reading) -> list[Message]:
+    """Return the turns of TRL's conversational prompt and completion; the loss is over the completion alone."""
+    asked = reading.either("prompt", "user", trained=False)
+    if any(turn.role == "assistant" for turn in asked):
+        reading.notes.append("answers inside of 'prompt' get weight 0: TRL trains on the completion alone")
+    return [*asked, *reading.either("completion", "assistant")]
+
+
+def preference(reading: Reading) -> list[Message]:
+    """Return the turns up to the chosen answer. Raises ValueError unless that was asked for."""
+    if not reading.chosen:
+        raise ValueError(CHOSEN)
+    reading.used.add("rejected")
+    value = reading.record["chosen"]
+    if isinstance(value, str) and "\n\nHuman:" in f"\n\n{value.lstrip()}":  # hh-rlhf: all in one text
+        reading.used.add("chosen")
+        return [Message(*turn) for turn in templated.split(value.strip())[1]]
+    answer = reading.either("chosen", "assistant")
+    if answer[0].role != "assistant":  # the whole conversation, as UltraFeedback has it
+        reading.used.add("prompt")
+        return answer
+    if "conversations" in reading.record:
+        return [*reading.messages("conversations", trained=False), *answer]
+    if "instruction" in reading.record:
+        asked = [reading.text("instruction"), reading.text_or_nothing("input")]
+        return [Message("user", NEXT_TO.join(part for part in asked if part)), *answer]
+    if "prompt" not in reading.record:
+        raise ValueError("a chosen answer without its 'prompt'")
+    return [*reading.either("prompt", "user", trained=False), *answer]
+
+
+def judged(label: str) -> Callable[[Reading], list[Message] | None]:
+    """Return the reader of answers that were judged good or bad, true or false in the column `label`."""
+
+    def good(reading: Reading) -> list[Message] | None:
+        if not reading.chosen:
+            raise ValueError(f"{CHOSEN} ({label!r} says whether an answer is good)")
+        if not reading.value(label):
+            reading.notes.append(f"rows whose {label!r} is false are left out")
+            return None
+        inner = {key: value for key, value in reading.record.items() if key != label}
+        rest = Reading(inner, reading.chosen, reading.used, reading.notes)
+        return recognized(inner).read(rest)
+
+    return good
+
+
+def squad(reading: Reading) -> list[Message]:
+    """Return SQuAD's question below its paragraph, and the first of its answers."""
+    answers = reading.value("answers")
+    texts = answers.get("text") if isinstance(answers, Mapping) else answers
+    first = texts[0] if isinstance(texts, list | tuple) and texts else None
+    if first is None:
+        raise ValueError("'answers' is empty: the paragraph does not answer the question; remove the row")
+    first = first.get("text") if isinstance(first, Mapping) else first
+    question = NEXT_TO.join([reading.text("context"), reading.text("question")])
+    return [Message("user", question), Message("assistant", valid_text(first, "answers.text.0"))]
+
+
+def about_context(reading: Reading) -> list[Message]:
+    """Return a question below the text that it is about, and its answer."""
+    parts = [reading.text_or_nothing("context"), reading.text("question")]
+    question = NEXT_TO.join(part for part in parts if part)
+    return [Message("user", question), Message("assistant", reading.text("answer"))]
+
+
+def segments(_reading: Reading) -> list[Message]:
+    """Refuse axolotl's input_output, which has text and no turns. Raises ValueError."""
+    raise ValueError("axolotl's input_output: 'segments' are text without turns; write them as messages with weight 0")
+
+
+def templated_text(reading: Reading) -> list[Message]:
+    """Return the turns of a text that is written in a template. Raises ValueError where it is in none."""
+    try:
+        name, found = templated.split(reading.text("text"))
+    except ValueError as fault:
+        raise ValueError(f"{fault}; {columns_said(reading.record)}") from fault
+    reading.notes.append(f"'text' is taken apart into turns: it is written as {name}")
+    return [Message(*turn) for turn in found]
+
+
+def is_bool(column: str) -> Callable[[Record], bool]:
+    """Return a test for a column that is true or false."""
+    return lambda record: isinstance(record[column], bool)
+
+
+MESSAGES = Dialect(
+    "messages (OpenAI, TRL, axolotl's chat_template)",
+    ("messages",),
+    of_messages("messages"),
+    "every assistant's turn and its end token, but for `weight` 0, and for `train`, `training` or `loss` false",
+    "`mask`, `train_detail`, `train: true` on a user's turn, tool calls, parts other than text",
+)
+PROMPT_RESPONSE = pair("prompt and response", "prompt", "response")
+PAIRS = (
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("input", "target"),
+)
+DIALECTS: tuple[Dialect, ...] = (
+    Dialect(
+        "preferences (TRL, LLaMA-Factory, UltraFeedback, hh-rlhf)",
+        ("chosen", "rejected"),
+        preference,
+        "with `--chosen`: the chosen answer alone",
+        "without `--chosen`",
+    ),
+    Dialect(
+        "judged answers (TRL's unpaired preferences)",
+        ("prompt", "completion", "label"),
+        judged("label"),
+        "with `--chosen`: the rows whose `label` is true",
+        "without `--chosen`",
+        is_bool("label"),
+        "`label` is true or false",
+    ),
+    Dialect(
+        "judged answers (LLaMA-Factory's KTO)",
+        ("kto_tag",),
+        judged("kto_tag"),
+        "with `--chosen`: the rows whose `kto_tag` is true",
+        "without `--chosen`",
+        is_bool("kto_tag"),
+        "`kto_tag` is true or false",
+    ),
+    MESSAGES,
+    Dialect(
+        "ShareGPT (LLaMA-Factory, Unsloth, axolotl)",
+        ("conversations",),
+        of_messages("conversations"),
+        "every turn `from` gpt; a `system` column comes first",
+        "function_call, observation, `tools`; a `system` column at odds with a first system turn",
+    ),
+    Dialect(
+        "conversation (LMSYS, WildChat)",
+        ("conversation",),
+        of_messages("conversation"),
+        "every assistant's turn",
+        "as of messages",
+    ),
+    Dialect(
+        "prompt and completion as messages (TRL)",
+        ("prompt", "completion"),
+        prompt_and_completion,
+        "the completion's answers; those inside of the prompt get weight 0",
+        "as of messages; `chat_template_kwargs`",
+        lambda record: is_list(record["prompt"]) or is_list(record["completion"]),
+        "one of them is a list",
+    ),
+    Dialect(
+        "input_output (axolotl)", ("segments",), segments, "nothing", "all: text without turns fits no chat template"
+    ),
+    PROMPT_RESPONSE,
+    Dialect(
+        "SQuAD",
+        ("context", "question", "answers"),
+        squad,
+        "the first answer; the question is `context`, a blank line, `question`",
+        "a question without an answer",
+    ),
+    Dialect(
+        "question and answer about a text",
+        ("context", "question", "answer"),
+        about_context,
+        "`answer`; the question is `context`, a blank line, `question`",
+        fits=lambda record: isinstance(record["context"], str),
+        told="`context` is a text",
+    ),
+    pair("question and answer", "question", "answer"),
+    pair("Alpaca (LLaMA-Factory)", "instruction", "output", "input", ", and the answers of `history`"),
+    pair("Dolly", "instruction", "response", "context"),
+    pair("prompt and completion (TRL)", "prompt", "completion"),
+    pair("input and target", "input", "target"),
+    pair("OpenOrca", "question", "response", "", "; `system_prompt` comes first"),
+    pair("query and response", "query", "response"),
+    Dialect(
+        "text in a template",
+        ("text",),
+        templated_text,
+        "every assistant's turn; known: ChatML, Llama 3, Llama 2, Zephyr, Gemma, `### Instruction:`, `Human:`",
+        "plain text, and words outside of turns",
+    ),
+)
