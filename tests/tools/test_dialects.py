@@ -100,7 +100,7 @@ def test_llama_factorys_history_comes_first_and_its_answers_are_trained_on():
 @pytest.mark.parametrize("column", ["tools", "functions", "images", "chat_template_kwargs"])
 def test_a_column_that_no_template_here_writes_is_refused_unless_it_is_empty(column):
     pair = {"prompt": "Why?", "response": "So."}
-    for empty in (None, "", [], "[]", {}):
+    for empty in dialects.EMPTY:
         assert turns_of({**pair, column: empty}) == [ASKED, SAID]
     with pytest.raises(ValueError, match=f"'{column}' is not empty"):
         read({**pair, column: [{"name": "f"}]})
