@@ -137,17 +137,13 @@ def refuse(problems: Sequence[Problem], path: Path | str) -> None:
 
 
 def grouped(problems: Iterable[Problem]) -> list[str]:
-    """Return a line a fault: its first row with the reason there, then the number of its rows and the next few.
-
-    Reasons that differ in their numbers alone are one fault.
-    """
+    """Return a line a fault (reasons that differ in their numbers alone are one): its first row, how many, the next."""
     faults: dict[str, list[Problem]] = {}
     for problem in problems:
         faults.setdefault(re.sub(r"\d+", "0", problem.reason), []).append(problem)
     lines = []
     for first, *others in faults.values():
-        places = [other.where.rpartition("/")[2] for other in others[:PLACES]]
-        places += ["..."] if len(others) > PLACES else []
+        places = [other.where.rpartition("/")[2] for other in others[:PLACES]] + ["..."][: len(others) > PLACES]
         lines.append(f"{first} ({len(others) + 1} rows, then {', '.join(places)})" if others else str(first))
     return lines
 
