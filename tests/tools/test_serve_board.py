@@ -183,7 +183,7 @@ class Said:
 
     @property
     def command(self) -> list[str]:
-        return shlex.split("\n".join(self.shown).replace("\\\n", " "))
+        return shlex.split("\n".join(self.shown).replace("\\\n", " "), comments=True)
 
 
 def serve(run: Path, board: str = "n150", **options: Any) -> Said:
@@ -421,12 +421,20 @@ def test_it_says_that_nobody_tried_it_until_results_yaml_has_it(exported, monkey
     assert "UNTESTED" in serve(run, "n300").text
 
 
-def test_nodes_are_named_where_the_machine_has_others(exported, tmp_path, monkeypatch):
+def test_a_board_beside_other_cards_is_named_to_what_would_open_them_all(exported, tmp_path, monkeypatch):
     run = exported()
-    assert "--device-id" not in serve(run).command
+    assert not {"--device-id", "TT_VISIBLE_DEVICES"} & set(" ".join(serve(run).command).replace("=", " ").split())
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(fake_machine(tmp_path / "two", ["n150", "n150"])))
-    command = serve(run, road=ROADS[0]).command
+    command = serve(run).command
     assert command[command.index("--device-id") + 1] == "0"
+    assert "TT_VISIBLE_DEVICES=0000:01:00.0" in command
+    monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(fake_machine(tmp_path / "three", ["n150", "n300"])))
+    with pytest.raises(UsageError, match=r"no mesh N300 of 2 chips .* are 1 in number"):
+        serve(run, "n300", road="vllm")
+    command = serve(run, "n300").command
+    assert command[command.index("--device-id") + 1] == "1"
+    assert "vllm" not in command
+    assert "MESH_DEVICE=N150" in serve(run, "n300", mesh="N150").command
 
 
 # --- started --------------------------------------------------------------------------------------------------------
@@ -444,6 +452,7 @@ RUN_PY = """import os, sys
 if "--help" in sys.argv:
     sys.exit(print(os.environ["HELP"]))
 open(os.environ["RECORD"] + ".words", "w").write("\\n".join(sys.argv[1:]))
+os.environ["PWD"] = os.getcwd()
 open(os.environ["RECORD"] + ".env", "w").write("\\n".join(f"{k}={v}" for k, v in os.environ.items()))
 """
 
@@ -494,6 +503,7 @@ def test_without_the_board_nothing_is_started_and_what_is_missing_is_said(export
         serve(run, road="vllm", yes=True)
     assert "n150 was named but is not on this machine" in caught.value.what
     assert "the kernel module tenstorrent is not loaded" in caught.value.what
+    assert "recipe doctor --hw n150" in str(caught.value.todo)
     assert not (run / "serve").exists()
 
 
@@ -572,14 +582,8 @@ def test_a_server_that_lacks_an_option_is_refused_and_one_that_has_it_is_started
     words, environment = recorded(tmp_path)
     assert words == printed[printed.index("run.py") + 1 :]
     assert environment["MODEL_SOURCE"] == "local"
-    assert Path(environment["PWD"]) == server or said.shown[0].startswith(f"cd {server} && ")
-
-
-def test_a_mesh_that_the_plugin_would_make_smaller_is_refused(machine, tmp_path, monkeypatch):
-    run = machine("n300")
-    monkeypatch.setenv("TT_VISIBLE_DEVICES", "0")
-    with pytest.raises(MachineError, match="no mesh N300 of 2 chips"):
-        serve(run, "n300", road="vllm", yes=True)
+    assert Path(environment["PWD"]) == server
+    assert f"cd {server} && MODEL_SOURCE=local" in "\n".join(said.shown)
 
 
 def test_a_boards_host_needs_neither_numpy_nor_torch(exported):

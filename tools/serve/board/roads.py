@@ -47,7 +47,8 @@ class Served:
     context: int
     places: int
     sampling: Mapping[str, float]
-    nodes: Sequence[int] = ()  # numbers of the board's nodes, where the machine has others beside them
+    visible: str | None = None  # TT_VISIBLE_DEVICES, and the numbers of these nodes: where the machine has others, too
+    nodes: Sequence[int] = ()
 
     @property
     def name(self) -> str:
@@ -118,6 +119,14 @@ def vllm(served: Served) -> Command:
     if wrong := stage.misread(str(served.folder), served.name):
         todo = f"move or rename the folder in it; {ROADS[0]} sees the folder's own name alone"
         raise UsageError(f"tt-metal would take it for {wrong}", where=str(served.folder), todo=todo)
+    if served.visible is not None and (count := len(served.visible.split(","))) != served.mesh.chips:
+        # The plugin takes a chip for each word (worker.py, _resolve_mesh_grid): one for an n300, which has two.
+        mesh = f"{served.mesh.name} of {served.mesh.chips} chips"
+        what = f"vllm-tt-plugin makes no mesh {mesh} where the devices that it may see are {count} in number"
+        todo = (
+            f"a machine without other cards, TT_VISIBLE_DEVICES unset; or --road {ROADS[0]}, or a mesh of {count} chips"
+        )
+        raise UsageError(what, where=f"TT_VISIBLE_DEVICES={served.visible}", todo=todo)
     environment = {
         "HF_MODEL": str(served.folder),  # the model reads it, the plugin does not: it must be --model's
         "TT_CACHE_PATH": str(served.cache),
@@ -125,6 +134,8 @@ def vllm(served: Served) -> Command:
         "VLLM_PLUGINS": PLUGINS,
         "HF_HUB_OFFLINE": "1",  # all it needs is in the folder
     }
+    if served.visible is not None:
+        environment["TT_VISIBLE_DEVICES"] = served.visible
     words = ["vllm", "serve", str(served.folder), "--served-model-name", served.name]
     words += ["--host", served.host, "--port", str(served.port), "--max-model-len", str(served.context)]
     words += ["--max-num-batched-tokens", str(served.context), "--max-num-seqs", str(served.places)]

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def instructed(path: str) -> str:
     return next((word for word in ("instruct", "it") if word in path.lower()), "")
 
 
-def stage(merged: Path, folder: Path, say: Any) -> None:
+def stage(merged: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Make `folder` the export's files by hard links, with a generation_config.json of its own; keep one that is that.
 
     The export is only read. Raises MachineError where the folder has anything else in it: nothing is deleted there.

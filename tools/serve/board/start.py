@@ -62,6 +62,7 @@ def serve_on(hw: Hardware, path: Path, options: Options, show: Say, say: Say) ->
     choice = detect.choose(hw.name, require_present=False)
     digest = stage.digest_of(record)
     name = stage.name_of(str(run.fact("recipe")), run.name, int(record["step"]), digest)
+    visible = visible_devices(choice.nodes)
     served = Served(
         folder=path.resolve() / stage.FOLDER / name,
         digest=digest,
@@ -71,18 +72,18 @@ def serve_on(hw: Hardware, path: Path, options: Options, show: Say, say: Say) ->
         context=context,
         places=options.places,
         sampling=sampling_of(run),
-        nodes=numbers_beside_others(choice.nodes),
+        visible=visible,
+        nodes=[] if visible is None else [int(Path(node).name) for node in choice.nodes],
     )
     commands = commands_of(served, options)
     if options.yes:  # before anything is written
-        refuse_unready(hw, choice.nodes)
-        refuse_shrunk(mesh, choice.nodes)
+        refuse_absent(hw, choice.nodes)
         roads.check_here(str(options.road), commands[str(options.road)])
     stage.stage(merged, served.folder, say)
     for line in remarks(run, merged, architecture, served, hw):
         say(line)
     for road, command in commands.items():
-        say(f"by {road}{'' if command.folder or road != ROADS[0] else ', in a checkout of it'}:")
+        show(f"# by {road}{'' if command.folder or road != ROADS[0] else ', in a checkout of it'}")
         for line in command.lines():
             show(line)
     if not options.yes:
@@ -132,27 +133,23 @@ def sampling_of(run: RunFolder) -> dict[str, float]:
     return found
 
 
-def numbers_beside_others(nodes: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the numbers of a board's nodes where this machine has other nodes too; else none need be named."""
-    if len(detect.nodes()) == len(nodes):
-        return ()
-    return tuple(int(Path(node).name) for node in nodes)
-
-
-def refuse_shrunk(mesh: preflight.Mesh, nodes: tuple[str, ...]) -> None:
-    """Raise MachineError where the plugin would make the mesh another one.
-
-    It takes a chip for each word of TT_VISIBLE_DEVICES (worker.py, `_resolve_mesh_grid`): of an n300 beside other
-    cards that is one, for two chips.
-    """
+def visible_devices(nodes: tuple[str, ...]) -> str | None:
+    """Return the TT_VISIBLE_DEVICES that leaves these nodes alone; None where this machine has, or shows, no others."""
+    if not nodes:
+        return None
     with detect.alone(nodes):
-        words = os.environ.get(detect.VISIBLE)
-    if words is not None and (count := len(words.split(","))) != mesh.chips:
-        raise MachineError(
-            f"with {count} devices visible, vllm-tt-plugin makes no mesh {mesh.name} of {mesh.chips} chips",
-            where=f"{detect.VISIBLE}={words}",
-            todo="unset it, on a machine with no other cards; or a mesh of as many chips as there are devices",
+        return os.environ.get(detect.VISIBLE)
+
+
+def refuse_absent(hw: Hardware, nodes: tuple[str, ...]) -> None:
+    """Raise MachineError, with all that is missing, where the doctor does not see the board and what it stands on."""
+    try:
+        refuse_unready(hw, nodes)
+    except MachineError as error:
+        todo = (
+            f"recipe doctor --hw {hw.name} says what to do; without --yes the commands are printed for another machine"
         )
+        raise MachineError(error.what, where=error.where, todo=todo) from error
 
 
 def remarks(run: RunFolder, merged: Path, architecture: Mapping[str, Any], served: Served, hw: Hardware) -> list[str]:
