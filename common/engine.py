@@ -134,11 +134,8 @@ def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:
     """Return the supervised tokens of a step, by which its loss is divided. Raises DataError where there are none."""
     supervised = int(sum(batch.loss_mask.sum(dtype="int64") for batch in micro_batches))
     if not supervised:
-        raise DataError(
-            f"step {step} has no supervised token",
-            where="data_config.max_length",
-            todo="raise it: the responses of this batch were cut away",
-        )
+        todo = "raise it: the responses of this batch were cut away"
+        raise DataError(f"step {step} has no supervised token", where="data_config.max_length", todo=todo)
     return supervised
 
 

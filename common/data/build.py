@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from common import recipe
 from common.data import tokens, vocabulary
-from common.data.chat import ChatTokenizer
+from common.data.chat import ChatTokenizer, given
 from common.data.rows import Row, control_rows
 from common.data.texts import Document, text_sha256
 from common.data.tokens import Arrays, Encoded, TokenDataset
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "held_out")
 # Files whose code shapes tokens out of rows and texts: an edit of one, be it of a comment, makes every token set anew.
 # Once too often is only time; once too seldom would train on what an older rule made.
-SHAPERS = ("build.py", "chat.py", "tokens.py", "vocabulary.py")
+SHAPERS = ("build.py", "chat.py", "tokens.py", "vocabulary.py", "words.py")
 CUTS_SHOWN = 10  # of the screen; dataset.json has all
 UNKNOWN_ALLOWED = 1e-3  # share of held-out characters; above it bits per byte would leave out too much text
 
@@ -112,11 +112,9 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
         dataset = tokens.write(folder, splits, source_key=key, info=info, length=data.max_length)
     dataset.report = report_of(dataset, action, reason)
     if len(dataset.train) < config.training.batch_size:
-        raise DataError(
-            f"{len(dataset.train)} training rows do not fill one batch of {config.training.batch_size}",
-            where=str(data.corpus or data.source),
-            todo="add rows, or lower training_config.batch_size",
-        )
+        what = f"{len(dataset.train)} training rows do not fill one batch of {config.training.batch_size}"
+        todo = "add rows, or lower training_config.batch_size"
+        raise DataError(what, where=str(data.corpus or data.source), todo=todo)
     return dataset
 
 
@@ -187,36 +185,35 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
 
 def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatTokenizer) -> tuple[Any, dict[str, Any]]:
     """Encode rows; return the arrays of each split, and what is stored beside them."""
-    encoded = {name: encode(rows, tokenizer, data) for name, rows in parts.items()}
-    cut = [
-        {"split": name, "where": row.where, "what": tokens_of.cut}
-        for name, rows in parts.items()
-        for row, tokens_of in zip(rows, encoded[name], strict=True)
-        if tokens_of.cut
-    ]
+    cut: list[dict[str, str]] = []
+
+    def noted(name: str) -> Iterator[Encoded]:
+        for row, encoded in zip(parts[name], encode(parts[name], tokenizer, data), strict=True):
+            if encoded.cut:
+                cut.append({"split": name, "where": row.where, "what": encoded.cut})
+            yield encoded
+
+    splits = {name: tokens.pack(noted(name)) for name in parts}
     info = {
-        "supervised_share": supervised_share(encoded["train"]),
+        "supervised_share": supervised_share(splits["train"]),
         "cut": cut,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "rows": {name: [row.where for row in rows] for name, rows in parts.items()},
     }
-    return {name: tokens.pack(rows) for name, rows in encoded.items()}, info
+    return splits, info
 
 
-def encode(rows: Sequence[Row], tokenizer: ChatTokenizer, data: Data) -> list[Encoded]:
-    """Return the tokens and masks of rows, by a data config's options. Raises DataError naming the first bad row."""
+def encode(rows: Sequence[Row], tokenizer: ChatTokenizer, data: Data) -> Iterator[Encoded]:
+    """Yield the tokens and masks of rows, by a data config's options. Raises DataError naming the first bad row."""
     limit = None if data.max_length is None else data.max_length + 1  # n tokens make n-1 predictions
-    return [
-        tokenizer.encode_row(row, system=data.system_prompt, max_tokens=limit, supervise_all=data.supervise_all)
-        for row in rows
-    ]
+    return map(given, tokenizer.encode_rows(rows, data.system_prompt, limit, data.supervise_all))
 
 
-def supervised_share(rows: Sequence[Encoded]) -> float:
+def supervised_share(rows: Arrays) -> float:
     """Return the share of predicted tokens that count in the loss; the first token of a row is never predicted."""
-    predicted = sum(len(row.ids) - 1 for row in rows)
-    return sum(int(row.mask[1:].sum()) for row in rows) / predicted if predicted else 0.0
+    predicted = len(rows.ids) - len(rows.starts)
+    return int(rows.mask.sum() - rows.mask[rows.starts].sum()) / predicted if predicted else 0.0
 
 
 # --- texts --------------------------------------------------------------------------------------------------------

@@ -3,28 +3,25 @@
 Rendering equals `apply_chat_template` of `transformers` (a test holds the two together) without importing it,
 so that the path to a board needs no torch. The text is tokenized whole, never in pieces, so training sees the
 tokens that the model will see; the prompt part of a row must equal, id for id, what generation would feed.
-
-The folder's `tokenizer.json` is taken as it stands. `transformers` 5 instead rebuilds the pipeline of a folder
-whose `tokenizer_class` is LlamaTokenizer, and where the file puts a space before what follows a special token
-(Llama-2's layout) its ids differ from the file's own. With `tokenizer_class: PreTrainedTokenizerFast` it reads
-the file as it stands, and the ids are equal again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from common.data.rows import ROLES, Message, Row
 from common.data.tokens import Encoded
+from common.data.words import Words
 from common.errors import DataError
 from common.files import read_json
 
@@ -32,8 +29,12 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from tokenizers import Tokenizer
 
+Messages = tuple[Message, ...]
+Talk = tuple[Messages, str]  # the messages of a row and where it stands
+AT_ONCE = 1024  # rows that are tokenized together: enough for every core, and little memory
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROBE = {"system": "sysj", "user": "qzjq", "assistant": "ajzj"}  # words that no template writes itself
+T = TypeVar("T")
 # What a role marker looks like in this family's templates: <|user|>, </s>, [INST], ### Answer:
 MARKER_SHAPES = re.compile(r"<<[^<>\s]+>>|<\|?/?[^<>\s]+\|?>|\[/?[A-Z][A-Z_]+\]|#{2,} ?\w+:")
 
@@ -42,14 +43,10 @@ class ChatTokenizer:
     """A tokenizer with its chat template, read from a Hugging Face folder. `load` makes one."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        template: str,
-        tokens: Mapping[str, str],
-        stop_ids: Sequence[int],
-        sha256: str,
+        self, tokenizer: Tokenizer, template: str, tokens: Mapping[str, str], stop_ids: Sequence[int], sha256: str
     ) -> None:
         self._tokenizer = tokenizer
+        self._words = Words(tokenizer)
         self.template = template
         self.tokens = dict(tokens)
         self.sha256 = sha256
@@ -74,6 +71,9 @@ class ChatTokenizer:
         """Read tokenizer.json, tokenizer_config.json and the chat template of `folder`. Raises DataError."""
         from tokenizers import AddedToken, Tokenizer
 
+        # As the file stands. transformers 5 instead rebuilds the pipeline of a folder whose tokenizer_class is
+        # LlamaTokenizer, and where the file puts a space before what follows a special token (Llama-2's layout) its ids
+        # differ from the file's own. With `tokenizer_class: PreTrainedTokenizerFast` it reads the file, and they agree.
         path = folder / "tokenizer.json"
         try:
             raw = path.read_bytes()
@@ -126,9 +126,8 @@ class ChatTokenizer:
         try:
             return self._compiled.render(messages=turns, add_generation_prompt=answer_next, **self.tokens)
         except (TemplateError, TypeError) as error:
-            raise DataError(
-                f"the base model's chat template refuses this conversation: {error}", where=where
-            ) from error
+            what = f"the base model's chat template refuses this conversation: {error}"
+            raise DataError(what, where=where) from error
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
         """Return the ids to generate an answer from: the prompt in the template, the assistant's turn opened.
@@ -143,49 +142,66 @@ class ChatTokenizer:
         self._refuse_markers(messages, "the prompt")
         return self.encode_text(self.render(messages, answer_next=True, where="the prompt"))
 
-    def encode_row(
-        self,
-        row: Row,
-        *,
-        system: str | None = None,
-        max_tokens: int | None = None,
-        supervise_all: bool = False,
-    ) -> Encoded:
-        """Return the tokens and mask of a row: ids uint32 [n], mask uint8 [n].
+    def encode_row(self, row: Row, **options: Any) -> Encoded:
+        """Return the tokens and mask of a row, by the options of `encode_rows`. Raises DataError naming the row."""
+        return given(*self.encode_rows([row], **options))
+
+    def encode_rows(
+        self, rows: Iterable[Row], system: str | None = None, max_tokens: int | None = None, supervise_all: bool = False
+    ) -> Iterator[Encoded | DataError]:
+        """Yield the tokens and mask of each row, ids uint32 [n] and mask uint8 [n], or the error that refuses it.
 
         mask is 1 on every assistant turn that is trained on, from its first token through its end token, 0 elsewhere
         (1 everywhere with `supervise_all`). `system` is put before a row that has no system message. A row of
         more than `max_tokens` tokens is shortened: the users' words first (oldest first, from their end),
-        markers and answers last; only when that is not enough is the end cut off. Raises DataError naming the
-        row.
+        markers and answers last; only when that is not enough is the end cut off.
         """
-        messages = with_system(row.messages, system)
-        self._refuse_markers(messages, row.where)
-        encoded = self._encode(messages, row.where)
+        waiting = iter(rows)
+        while talks := [(with_system(row.messages, system), row.where) for row in itertools.islice(waiting, AT_ONCE)]:
+            for talk, encoded in zip(talks, self._encode(talks), strict=True):
+                try:
+                    yield self._fitted(given(encoded), talk, max_tokens, supervise_all)
+                except DataError as error:
+                    yield error
+
+    def _fitted(self, encoded: Encoded, talk: Talk, max_tokens: int | None, supervise_all: bool) -> Encoded:
         if max_tokens is not None and len(encoded.ids) > max_tokens:
-            encoded = self._shorten(messages, max_tokens, row.where)
+            encoded = self._shorten(*talk, max_tokens)
         if supervise_all:
-            if not all(message.trained for message in messages):
-                raise DataError("a message of weight 0, and data_config.supervise_all trains on all", where=row.where)
+            if not all(message.trained for message in talk[0]):
+                raise DataError("a message of weight 0, and data_config.supervise_all trains on all", where=talk[1])
             encoded = replace(encoded, mask=np.ones_like(encoded.mask))
         if not encoded.mask[1:].any():
-            raise DataError(
-                f"nothing of the answer is left in {len(encoded.ids)} tokens",
-                where=row.where,
-                todo="raise data_config.max_length or shorten the row",
-            )
+            todo = "raise data_config.max_length or shorten the row"
+            raise DataError(f"nothing of the answer is left in {len(encoded.ids)} tokens", where=talk[1], todo=todo)
         return encoded
 
-    def _encode(self, messages: Sequence[Message], where: str) -> Encoded:
-        text = self.render(messages, where=where)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets  # each access copies them out of the library
+    def _encode(self, talks: Sequence[Talk]) -> Iterator[Encoded | DataError]:
+        rendered = [self._rendered(*talk) for talk in talks]
+        texts_of_all = [text for texts in rendered if isinstance(texts, dict) for text in texts.values()]
+        ids = iter(self._words.encode(texts_of_all))
+        for (messages, where), texts in zip(talks, rendered, strict=True):
+            try:
+                yield self._masked(messages, where, {turn: (text, next(ids)) for turn, text in given(texts).items()})
+            except DataError as error:
+                yield error
+
+    def _rendered(self, messages: Sequence[Message], where: str) -> dict[int, str] | DataError:
+        """Return the text before each answer, as generation is fed it, by turn; the whole text at -1."""
+        try:
+            self._refuse_markers(messages, where)
+            answers = [at for at, turn in enumerate(messages) if turn.role == "assistant" and turn.trained]
+            opened = {turn: self.render(messages[:turn], answer_next=True, where=where) for turn in answers}
+            return {-1: self.render(messages, where=where), **opened}
+        except DataError as error:
+            return error
+
+    def _masked(self, messages: Sequence[Message], where: str, texts: Mapping[int, tuple[str, list[int]]]) -> Encoded:
+        text, ids = texts[-1]
         mask = np.zeros(len(ids), dtype=np.uint8)
-        for turn, message in enumerate(messages):
-            if message.role != "assistant" or not message.trained:
+        for turn, (opened, prompt) in texts.items():
+            if turn < 0:
                 continue
-            opened = self.render(messages[:turn], answer_next=True, where=where)
-            prompt = self.encode_text(opened)
             # A template that strips, or a token that lies across the seam, would teach another prompt than is asked.
             if not text.startswith(opened) or ids[: len(prompt)] != prompt:
                 raise DataError(
@@ -194,44 +210,34 @@ class ChatTokenizer:
                     todo="the base's chat template or tokenizer joins prompt and answer; use another base",
                 )
             until = next_turn_at(text, len(opened), messages[turn : turn + 2])
-            mask[len(prompt) : self._end_of_turn(ids, offsets, len(prompt), until, where)] = 1
+            last = len(ids) if until == len(text) else self._words.tokens_before(text, until)
+            mask[len(prompt) : self._end_of_turn(ids, len(prompt), last, where)] = 1
         return Encoded(np.array(ids, dtype=np.uint32), mask)
 
-    def _end_of_turn(
-        self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], start: int, until: int, where: str
-    ) -> int:
-        """Return the index after the end token of the turn that starts at token `start` and ends by character `until`.
-
-        Contents hold no end token: they were checked for markers.
-        """
-        for at in range(start, len(ids)):
-            if offsets[at][0] >= until:
-                break
+    def _end_of_turn(self, ids: Sequence[int], start: int, last: int, where: str) -> int:
+        """Return the index after the end token of the turn that lies in ids[start:last]."""
+        # Contents hold no end token: they were checked for markers.
+        for at in range(start, last):
             if ids[at] in self.eos_ids:
                 return at + 1
-        raise DataError(
-            "the chat template puts no end token after an answer: the model would never learn to stop",
-            where=where,
-            todo="use a base whose template ends turns with eos_token",
-        )
+        what = "the chat template puts no end token after an answer: the model would never learn to stop"
+        raise DataError(what, where=where, todo="use a base whose template ends turns with eos_token")
 
-    def _shorten(self, messages: tuple[Message, ...], max_tokens: int, where: str) -> Encoded:
+    def _shorten(self, messages: tuple[Message, ...], where: str, max_tokens: int) -> Encoded:
         removed = 0
         for at, message in enumerate(messages):
             if message.role != "user":
                 continue
             messages, lost = self._shorten_turn(messages, at, max_tokens, where)
             removed += lost
-            encoded = self._encode(messages, where)
+            encoded = given(*self._encode([(messages, where)]))
             if len(encoded.ids) <= max_tokens:
                 return replace(encoded, cut=f"{removed} characters of the prompt")
         lost = len(encoded.ids) - max_tokens
         cut = f"{removed} characters of the prompt and the last {lost} tokens"
         return Encoded(encoded.ids[:max_tokens], encoded.mask[:max_tokens], cut)
 
-    def _shorten_turn(
-        self, messages: tuple[Message, ...], at: int, max_tokens: int, where: str
-    ) -> tuple[tuple[Message, ...], int]:
+    def _shorten_turn(self, messages: Messages, at: int, max_tokens: int, where: str) -> tuple[Messages, int]:
         """Return the turns with as much of turn `at` as fits (a character at least), and how many characters went."""
         text = messages[at].content
 
@@ -254,11 +260,8 @@ class ChatTokenizer:
         for message in messages:
             marker = self.marker_in(message.content)
             if marker is not None:
-                raise DataError(
-                    f"the {message.role}'s text contains {marker!r}: the base model reads that as structure",
-                    where=where,
-                    todo="write the marker another way, for example with a space inside",
-                )
+                what = f"the {message.role}'s text contains {marker!r}: the base model reads that as structure"
+                raise DataError(what, where=where, todo="write the marker another way, for example with a space inside")
 
     def _own_text(self) -> list[str]:
         """Return what the template itself writes around the turns of a conversation; the last is behind an answer.
@@ -273,6 +276,13 @@ class ChatTokenizer:
                 # With the assistant's turn opened and closed: how a template begins an answer, and how it ends one.
                 pieces += [piece for text in texts for piece in re.split("|".join(PROBE.values()), text)]
         return pieces
+
+
+def given(found: T | DataError) -> T:
+    """Return what was found. Raises it where it is an error."""
+    if isinstance(found, DataError):
+        raise found
+    return found
 
 
 def next_turn_at(text: str, start: int, turns: Sequence[Message]) -> int:

@@ -44,11 +44,8 @@ def read_texts(name: str, recipe_dir: Path) -> list[Document]:
     entry = locked().get(name)
     files = sorted(corpus_folder(name).glob("*.txt")) if entry else _text_files(name, recipe_dir)
     if entry and not files:
-        raise MachineError(
-            f"the corpus {name} is not on this machine ({entry['download_mb']} MB)",
-            where=str(corpus_folder(name)),
-            todo=f"fetch it: recipe data build {recipe_dir.name}",
-        )
+        what = f"the corpus {name} is not on this machine ({entry['download_mb']} MB)"
+        raise MachineError(what, where=str(corpus_folder(name)), todo=f"fetch it: recipe data build {recipe_dir.name}")
     root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     documents = [Document(file.relative_to(root).as_posix(), _text_of(file)) for file in files]
     documents = [document for document in documents if document.text.strip()]
@@ -69,11 +66,8 @@ def _text_files(name: str, recipe_dir: Path) -> list[Path]:
         return [path]
     if path.is_dir():
         return sorted(path.rglob("*.txt"))
-    raise UsageError(
-        f"no corpus called {name!r}, and no file or folder {path}",
-        where="data_config.corpus",
-        todo=f"name one of {', '.join(locked())}, a text file, or a folder with *.txt files",
-    )
+    todo = f"name one of {', '.join(locked())}, a text file, or a folder with *.txt files"
+    raise UsageError(f"no corpus called {name!r}, and no file or folder {path}", where="data_config.corpus", todo=todo)
 
 
 def _text_of(file: Path) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,7 @@ class TokenDataset:
 
 
 def write(
-    folder: Path,
-    splits: Mapping[str, Arrays],
-    *,
-    source_key: str,
-    info: Mapping[str, Any],
-    length: int | None = None,
+    folder: Path, splits: Mapping[str, Arrays], *, source_key: str, info: Mapping[str, Any], length: int | None = None
 ) -> TokenDataset:
     """Store `splits` in `folder`, whole or not at all, and open it.
 
@@ -242,15 +238,15 @@ def load_arrays(folder: Path, name: str) -> Arrays:
     return Arrays(**found)
 
 
-def pack(rows: list[Encoded]) -> Arrays:
-    """Return the arrays of a split with these rows one after the other."""
-    ends = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
-    return Arrays(
-        ids=np.concatenate([row.ids for row in rows] or [EMPTY.ids]).astype(np.uint32),
-        mask=np.concatenate([row.mask for row in rows] or [EMPTY.mask]).astype(np.uint8),
-        starts=np.concatenate([np.zeros(1, np.int64), ends])[: len(rows)],
-        ends=ends,
-    )
+def pack(rows: Iterable[Encoded]) -> Arrays:
+    """Return the arrays of a split with these rows one after the other; a row is kept no longer than it takes."""
+    ids, mask, ends = bytearray(), bytearray(), array("q", [0])
+    for row in rows:
+        ids += row.ids.astype(np.uint32, copy=False).data
+        mask += row.mask.astype(np.uint8, copy=False).data
+        ends.append(len(mask))
+    bounds = np.array(ends, dtype=np.int64)
+    return Arrays(np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8), bounds[:-1], bounds[1:])
 
 
 EMPTY = Arrays(np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -263,5 +259,5 @@ def content_sha256(splits: Mapping[str, Arrays]) -> str:
         for key, dtype in ARRAYS.items():
             values = np.ascontiguousarray(getattr(splits[name], key), dtype=np.dtype(dtype).newbyteorder("<"))
             digest.update(f"{name}.{key} {values.dtype.str} {len(values)}\n".encode())
-            digest.update(values.tobytes())
+            digest.update(values.data)
     return digest.hexdigest()

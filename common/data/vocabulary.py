@@ -1,9 +1,4 @@
-"""Tokenizers made from a corpus: characters, or byte-level BPE. Written as Hugging Face folders.
-
-The character tokenizer's ids come from one table look-up over the whole text; what it writes to disk is the same map
-for the `tokenizers` library (a test holds the two together). Its unknown character is U+FFFD, Unicode's own sign for
-it: one character, so that no text can hold it by accident as a word.
-"""
+"""Tokenizers made from a corpus: characters, or byte-level BPE. Written as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -25,6 +20,7 @@ from common.files import move_into_place
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# The unknown character: Unicode's own sign for it, and one character, so that no text holds it by accident as a word.
 UNKNOWN = "\ufffd"
 CODE_POINTS = 0x110000  # of Unicode: a table of 4.3 MiB, which makes the ids of a whole text one look-up
 # Characters that the BPE encoder takes at once: its threads share the chunks of a text, so a text has to have many.
@@ -65,10 +61,8 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
 
 
 def use_threads(num_proc: int | None) -> None:
-    """Let the tokenizers library work with `num_proc` threads (None: one a core).
-
-    It reads the variable once, at its first parallel call in a process: so call this before any.
-    """
+    """Let the tokenizers library work with `num_proc` threads (None: one a core)."""
+    # It reads the variable once, at its first parallel call in a process: so this is called before any.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if num_proc is not None:
         os.environ["RAYON_NUM_THREADS"] = str(num_proc)
@@ -106,6 +100,7 @@ def char_tokenizer(documents: Sequence[Document]) -> Tokenizer:
 
 def char_table(tokenizer: Tokenizer) -> Ids:
     """Return the id of every code point by the character tokenizer, uint32 [CODE_POINTS]."""
+    # Ids then come from one look-up over a whole text; `tokenizers` has the same map (a test holds the two together).
     vocab = tokenizer.get_vocab()
     table = np.full(CODE_POINTS, vocab[UNKNOWN], np.uint32)
     for character, number in vocab.items():
@@ -137,11 +132,9 @@ def bpe_ids(tokenizer: Tokenizer, text: str) -> Ids:
 
 
 def chunks(text: str) -> Iterator[str]:
-    """Yield the text in parts of about CHUNK characters that are encoded alone as they are within the whole.
-
-    GPT-2's pattern leaves the last white-space character before a word to that word's side, so a part may begin with
-    a line feed that another character than white space follows, and nowhere else.
-    """
+    """Yield the text in parts of about CHUNK characters that are encoded alone as they are within the whole."""
+    # GPT-2's pattern leaves the last white-space character before a word to that word's side, so a part may begin with
+    # a line feed that another character than white space follows, and nowhere else.
     start = 0
     for match in re.finditer(r"\n(?=\S)", text):
         if match.start() - start >= CHUNK:
@@ -172,10 +165,8 @@ def encode(tokenizer: Tokenizer, kind: str, documents: Sequence[Document]) -> Id
 
 
 def bytes_of_ids(tokenizer: Tokenizer, kind: str) -> npt.NDArray[np.int64]:
-    """Return how many UTF-8 bytes of text each id stands for, int64 [ids]: what makes tokenizers comparable.
-
-    A byte-level token has one character of its alphabet for each byte.
-    """
+    """Return how many UTF-8 bytes of text each id stands for, int64 [ids]: what makes tokenizers comparable."""
+    # A byte-level token has one character of its alphabet for each byte.
     vocab = tokenizer.get_vocab()
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     for token, number in vocab.items():

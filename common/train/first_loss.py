@@ -30,9 +30,6 @@ def check_first_loss(loss: float, initial: InitialWeights, ids: Array) -> str:
     band = BAND + 3 * math.sqrt(variance * float((shares**2).sum()))
     found = f"the first loss is {loss:.4f}; untrained weights give {expected:.2f} ± {band:.2f}"
     if not abs(loss - expected) <= band:  # written so that a NaN is outside
-        raise VerificationError(
-            found,
-            where="step 1",
-            todo="do not trust this engine: report it with the manifest; recipe data show prints what it was given",
-        )
+        todo = "do not trust this engine: report it with the manifest; recipe data show prints what it was given"
+        raise VerificationError(found, where="step 1", todo=todo)
     return found

@@ -66,11 +66,8 @@ def make_plan(
         say(line)
     refuse_too_long(dataset, base.architecture)
     if not len(dataset.held_out):
-        raise DataError(
-            "no row is held out, so nothing could be said about the result",
-            where="data_config.held_out_share",
-            todo="raise it, or leave data_config.split_by out",
-        )
+        what = "no row is held out, so nothing could be said about the result"
+        raise DataError(what, where="data_config.held_out_share", todo="raise it, or leave data_config.split_by out")
     prompts = list(recipe.call(prompts_of, config, launch.recipe_dir))
     check_prompts(prompts, config, tokenizer, base.architecture, warn)
     precision, why = engine.precision_for(hw)

@@ -47,11 +47,8 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
     """Follow `--resume`: auto (an unfinished run of the same training), never, or a path."""
     asked = plan.launch.resume
     if asked in ("auto", "never") and plan.launch.accept_changes:
-        raise UsageError(
-            f"--accept-changes has no meaning with --resume {asked}",
-            where="--accept-changes",
-            todo="name the run or the checkpoint to start from: --resume PATH",
-        )
+        todo = "name the run or the checkpoint to start from: --resume PATH"
+        raise UsageError(f"--accept-changes has no meaning with --resume {asked}", where="--accept-changes", todo=todo)
     if asked == "never":
         return new_run(plan)
     if asked != "auto":
@@ -91,11 +88,8 @@ def branch(plan: Plan, path: Path, say: Callable[[str], None]) -> Start:
     elif (path / "checkpoints").is_dir():
         found, parent = checkpoint.newest(path / "checkpoints", say), path
     else:
-        raise UsageError(
-            "no run and no checkpoint there",
-            where=str(path),
-            todo="give a folder of runs/, or auto, or never",
-        )
+        todo = "give a folder of runs/, or auto, or never"
+        raise UsageError("no run and no checkpoint there", where=str(path), todo=todo)
     if found is None:
         raise MachineError("no checkpoint there verifies", where=str(path), todo="start anew with --resume never")
     accepted = refuse_changes(plan, found, parent)
@@ -117,11 +111,8 @@ def refuse_changes(plan: Plan, found: Checkpoint, parent: Path) -> list[str]:
     if accepted and not plan.launch.accept_changes:
         if len(accepted) == 1 and accepted[0] == "other tokens":
             refuse_other_tokens(plan, found, "undo the change of the data, or add --accept-changes (it is recorded)")
-        raise UsageError(
-            f"the checkpoint is of {', and '.join(accepted)}",
-            where=str(found.folder),
-            todo="undo the change, or add --accept-changes (it is recorded), or start anew with --resume never",
-        )
+        todo = "undo the change, or add --accept-changes (it is recorded), or start anew with --resume never"
+        raise UsageError(f"the checkpoint is of {', and '.join(accepted)}", where=str(found.folder), todo=todo)
     return [f"accepted: {line}" for line in accepted]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Problem, Row
-from common.data.tokens import Encoded
+from common.data.tokens import Encoded, pack
 from common.errors import DataError
 from tools.data import checks
 
@@ -244,7 +244,7 @@ def test_percentiles_and_padding_of_known_sizes():
     import numpy as np
 
     encoded = [Encoded(np.ones(n, np.uint32), np.ones(n, np.uint8)) for n in (33, 17, 65, 97)]
-    found = checks.token_stats(encoded)
+    found = checks.token_stats(pack(encoded))
     assert [found[name] for name in ("p50", "p95", "max", "needed_length")] == [33, 97, 97, 96]
     assert [(cost["length"], cost["rows_cut"]) for cost in found["padding"]] == [(32, 2), (64, 1), (96, 0)]
     used = [(32 + 16 + 32 + 32) / 128, (32 + 16 + 64 + 64) / 256, (32 + 16 + 64 + 96) / 384]

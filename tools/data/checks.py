@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from common.data.build import supervised_share
-from common.data.chat import ChatTokenizer
+from common.data.chat import ChatTokenizer, given
 from common.data.rows import Problem, Row, plain
 from common.data.rows import grouped as by_fault
-from common.data.tokens import Encoded
+from common.data.tokens import Arrays, Encoded, pack
 from common.errors import DataError
 from common.hardware import TILE, round_up
 from tools.data import markers
@@ -327,24 +327,22 @@ def template_findings(rows: Sequence[Row], tokenizer: ChatTokenizer, config: Con
     yield from listed("D005", f"rows hold a marker of the chat template: {FORGED}", marked.values())
     limit = config.data.max_length if config else None
     refused, cut = [], []
-    for row in rows:
-        if id(row) in marked:
-            continue
-        try:
-            encoded = encode(row, tokenizer, config, limit)
-        except DataError as error:
-            refused.append(f"{row.where}: {error.what}")
-            continue
-        if encoded.cut:
+    clean = [row for row in rows if id(row) not in marked]
+    for row, encoded in zip(clean, encode(clean, tokenizer, config, limit), strict=True):
+        if isinstance(encoded, DataError):
+            refused.append(f"{row.where}: {encoded.what}")
+        elif encoded.cut:
             cut.append(f"{row.where}: would lose {encoded.cut}")
     yield from listed("D006", "rows cannot be tokenized", refused)
     yield from listed("D117", f"rows do not fit max_length {limit}", cut)
 
 
-def encode(row: Row, tokenizer: ChatTokenizer, config: Config | None, limit: int | None) -> Encoded:
-    """Return a row's tokens under the config's system prompt, cut to `limit` predictions."""
+def encode(
+    rows: Sequence[Row], tokenizer: ChatTokenizer, config: Config | None, limit: int | None
+) -> Iterator[Encoded | DataError]:
+    """Yield the rows' tokens under the config's system prompt, cut to `limit` predictions, or why there are none."""
     system = config.data.system_prompt if config else None
-    return tokenizer.encode_row(row, system=system, max_tokens=None if limit is None else limit + 1)
+    return tokenizer.encode_rows(rows, system=system, max_tokens=None if limit is None else limit + 1)
 
 
 def batch_findings(rows: int, config: Config) -> Iterator[Finding]:
@@ -377,7 +375,7 @@ def stats(rows: Rows, tokenizer: ChatTokenizer | None = None, config: Config | N
         "prompt_characters": spread([len(row.prompt) for row in everything]),
         "response_characters": spread([len(row.response) for row in everything]),
         "extra_keys": sorted({key for row in everything for key in row.extra}),
-        "tokens": token_stats([encode(row, tokenizer, config, None) for row in everything]) if tokenizer else None,
+        "tokens": token_stats(pack(map(given, encode(everything, tokenizer, config, None)))) if tokenizer else None,
         "batch_size": batch,
         "steps_per_epoch": len(rows.get("train", ())) / batch if batch else None,
     }
@@ -409,9 +407,9 @@ def spread(sizes: Sequence[int]) -> dict[str, float]:
     return {"min": min(sizes), "mean": sum(sizes) / len(sizes), "max": max(sizes)}
 
 
-def token_stats(encoded: Sequence[Encoded]) -> dict[str, Any]:
+def token_stats(encoded: Arrays) -> dict[str, Any]:
     """Return the token counts and the padding at each multiple of 32 up to the one that holds every row."""
-    sizes = sorted(len(row.ids) for row in encoded)
+    sizes = sorted((encoded.ends - encoded.starts).tolist())
     needed = round_up(max(sizes[-1] - 1, 1))
     return {
         # Nearest rank: a length that a row has, not one between two.
