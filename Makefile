@@ -92,7 +92,7 @@ lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML a
 	ci/tools.sh hadolint docker/Dockerfile
 	ci/tools.sh ci/lint-workflows.sh
 
-docs: setup ## write the tables of the READMEs from each recipe's results.yaml
+docs: setup ## write the tables of the READMEs and docs/data.md from results.yaml and the code
 	.venv/bin/python -m ci.docs
 
 bench: setup ## throughput beside a peer's trainer and a bare loop (minutes; the peer gets its own environment)

@@ -1,4 +1,5 @@
-"""make docs: writes the tables of README.md and recipes/README.md from every recipe's results.yaml and configs.
+"""make docs: writes the tables of README.md and recipes/README.md from every recipe's results.yaml and configs, and
+that of docs/data.md from the dialects that tools/data knows.
 
 Only what stands between a pair of markers is written. tests/ci/test_docs.py fails when one is stale.
 """
@@ -14,6 +15,7 @@ from common import config, hardware
 from common.errors import UsageError
 from common.model import bases, llama
 from common.paths import ROOT
+from tools.data.dialects import DIALECTS
 from tools.results.schema import FOLDER, HeldOut, Measured, Numbers, Results, load
 
 BEGIN, END = "<!-- made by `make docs`: do not edit -->", "<!-- end of what `make docs` made -->"
@@ -60,10 +62,21 @@ def gallery(found: Recipes) -> str:
     return "\n\n".join([_table(rows), *(f"[{number}] {note}" for number, note in enumerate(notes, 1))])
 
 
+def dialects(_found: Recipes) -> str:
+    """Each dialect of rows in the order that they are tried: what it is told by, what is trained on and refused."""
+    header = ["read as", "told by the columns", "trained on", "refused"]
+    told = [
+        ", ".join(f"`{column}`" for column in one.columns) + (f"; {one.told}" if one.told else "") for one in DIALECTS
+    ]
+    rows = [[one.name, by, one.trained, one.refused or "–"] for one, by in zip(DIALECTS, told, strict=True)]
+    return _table([header, *rows])
+
+
 # What each page's pairs of markers hold, in their order.
 PAGES: dict[str, tuple[Callable[[Recipes], str], ...]] = {
     "README.md": (overview, evidence),
     "recipes/README.md": (gallery,),
+    "docs/data.md": (dialects,),
 }
 
 

@@ -48,8 +48,10 @@ def write_results(folder: Path, *entries: dict[str, Any], **values: Any) -> None
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The READMEs and the recipe folders of this repository."""
+    """The pages with tables and the recipe folders of this repository."""
     shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/data.md", tmp_path / "docs")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     return tmp_path
 
