@@ -311,22 +311,24 @@ def test_a_system_text_and_an_input_of_a_template_are_kept():
 
 # Beside TRL 1.16.0: what its SFTTrainer makes of these rows with this tokenizer and template, by its collator. An id
 # with a minus has the label -100 there: it is not trained on.
-TRL = {
+TRL: dict[str, tuple[dict[str, Any], str]] = {
     "prompt and completion as messages": (
         {"prompt": talk(*TWICE), "completion": talk(("assistant", "Thus."))},
-        [-3, -204, -309, -94, -36, -2, -204, -4, -204, -56, -84, -19, -2, -204, -3, -204, -45, -84, -92, -36, -2]
-        + [-204, -4, -204, 308, 90, 88, 19, 2, 204],
+        (
+            "-3 -204 -309 -94 -36 -2 -204 -4 -204 -56 -84 -19 -2 -204 -3 -204 -45 -84 -92 -36 -2 -204 -4 -204 "
+            "308 90 88 19 2 204"
+        ),
     ),
     "one question": (
         {"prompt": talk(ASKED), "completion": talk(SAID)},
-        [-3, -204, -309, -94, -36, -2, -204, -4, -204, 56, 84, 19, 2, 204],
+        "-3 -204 -309 -94 -36 -2 -204 -4 -204 56 84 19 2 204",
     ),
 }
 
 
 @pytest.mark.parametrize("name", TRL)
 def test_the_tokens_are_those_of_trl_and_the_labels_but_for_the_line_break_behind_the_end(tiny_base, name):
-    record, theirs = TRL[name]
+    record, theirs = TRL[name][0], [int(id) for id in TRL[name][1].split()]
     row = read(record).row
     assert row is not None
     encoded = ChatTokenizer.load(tiny_base).encode_row(row)
@@ -338,19 +340,7 @@ def test_trl_has_the_tokens_of_messages_too_and_trains_on_all_of_them(tiny_base)
     row = read({"messages": talk(("system", "Be kind."), *TWICE, ("assistant", "Thus."))}).row
     assert row is not None
     encoded = ChatTokenizer.load(tiny_base).encode_row(row)
-    trl = [
-        5,
-        204,
-        39,
-        74,
-        226,
-        80,
-        266,
-        73,
-        19,
-        2,
-        204,
-        *(abs(id) for id in TRL["prompt and completion as messages"][1]),
-    ]
+    behind_system = TRL["prompt and completion as messages"][1].replace("-", "").split()
+    trl = [5, 204, 39, 74, 226, 80, 266, 73, 19, 2, 204, *map(int, behind_system)]
     assert encoded.ids.tolist() == trl
     assert [id for id, trained in zip(trl, encoded.mask, strict=True) if trained] == [56, 84, 19, 2, 308, 90, 88, 19, 2]

@@ -231,8 +231,8 @@ def pair(name: str, prompt: str, response: str, about: str = "", note: str = "")
             Message("assistant", reading.text(response)),
         ]
 
-    said = f"`{response}`" + (f"; the question is `{prompt}`, a blank line, `{about}`" if about else "")
-    return Dialect(name, (prompt, response), exchange, said + note)
+    said = f"`{response}`{note}" + (f"; the question is `{prompt}`, a blank line, `{about}`" if about else "")
+    return Dialect(name, (prompt, response), exchange, said)
 
 
 def of_messages(column: str) -> Callable[[Reading], list[Message]]:
