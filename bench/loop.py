@@ -86,7 +86,7 @@ def loop_gaps(recipe: Path, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="bench-loop-") as out:
         quiet = ("eval_config.every=0", "checkpoint_config.every=0")
         launch = resolve(recipe, hw="cpu", overrides=quiet, steps=steps, resume="never", out=Path(out))
-        fetch_pinned(launch.config, print)
+        fetch_pinned(launch.config, launch.recipe_dir, print)
         with mock.patch("engines.cpu.open_backend", open_idle), contextlib.redirect_stdout(io.StringIO()):
             load(recipe, "train").train(launch)
     return [after - before for before, after in zip(engine.called[:-1], engine.called[1:], strict=True)]

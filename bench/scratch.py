@@ -144,7 +144,7 @@ def main() -> None:
         "data_config.tokenizer.type=" + ("bpe" if given.preset == "pico" else "char"),
     )
     launch = resolve(find_recipe(given.recipe), hw="cpu", overrides=overrides, steps=given.steps + WARM_UP)
-    fetch_pinned(launch.config, print)
+    fetch_pinned(launch.config, launch.recipe_dir, print)
     plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _line: None, lambda _line: None)
     result = compare(plan, given.steps)
     text = "".join(plan.tokenizer.decode(plan.dataset.train.row(row).ids[1:]) for row in range(8000))

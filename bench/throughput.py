@@ -108,7 +108,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
     total = arguments.warmup + arguments.steps
     recipe = find_recipe(arguments.recipe)
     launch = resolve(recipe, hw="cpu", overrides=tuple(arguments.set), steps=total)
-    fetch_pinned(launch.config, lambda text: print(f"bench: {text}"))
+    fetch_pinned(launch.config, launch.recipe_dir, lambda text: print(f"bench: {text}"))
     plan = make_plan(launch, *load_dataset(recipe), lambda _: None, lambda text: print(f"bench: {text}"))
     config, rows = plan.config, plan.dataset.train
     if config.model.lora is None:

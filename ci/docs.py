@@ -118,7 +118,7 @@ def _described(folder: Path) -> list[str]:
         except UsageError as error:
             mistake = error
             continue
-        shape, base = model.architecture, bases.locked().get(model.base or "")
+        shape, base = model.architecture, bases.locked(folder).get(model.base or "")
         count = llama.parameters(shape.model_dump()) if shape else base["parameters"] if base else None
         size = f", {count / 1e6:,.{0 if count >= 1e8 else 1}f} M parameters" if count else ""
         name = model.base or model.preset or "a shape of its own"

@@ -53,10 +53,14 @@ def read_pins(path: Path, key: str) -> dict[str, dict[str, Any]]:
     """Return what a lock (models.lock.yaml, corpora.yaml) pins under `key`, by name. Raises MachineError."""
     import yaml
 
-    lock = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if lock.get("format") != 1:
-        raise MachineError(f"{path.name} has format {lock.get('format')}, this version reads 1", where=str(path))
-    return dict(lock[key])
+    try:
+        lock = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if lock["format"] == 1:
+            return {name: dict(pin) for name, pin in lock[key].items()}
+        fault = f"has format {lock['format']}, this version reads 1"
+    except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
+        fault = f"cannot be read: {type(error).__name__}: {error}"
+    raise MachineError(f"{path.name} {fault}", where=str(path))
 
 
 def utc_now() -> str:

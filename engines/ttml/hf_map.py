@@ -26,7 +26,8 @@ from common.config.schema import Lora, Projection
 from common.errors import MachineError, UsageError
 from common.hardware import round_up
 from common.model import llama
-from common.model.llama import EMBEDDING, FINAL_NORM, HEAD, PREFIX, misfit
+from common.model.llama import EMBEDDING, FINAL_NORM, HEAD, PREFIX
+from engines.fit import misfit
 
 Array = np.ndarray[Any, Any]
 

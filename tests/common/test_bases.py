@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +75,39 @@ def test_a_pinned_base_that_was_not_fetched_is_refused_with_the_command_that_doe
     with pytest.raises(MachineError, match=r"tinyllama-1\.1b-chat is not on this machine") as caught:
         bases.resolve("tinyllama-1.1b-chat", recipe_dir=tmp_path / "mine")
     assert caught.value.todo == "fetch it: recipe data build mine"
+
+
+def pin_in(recipe: Path, text: str) -> None:
+    recipe.mkdir()
+    (recipe / "models.lock.yaml").write_text(text)
+
+
+ENTRY = "{source: hub, files: {b.safetensors: '22', config.json: null, a.safetensors: '11'}, download_mb: 1}"
+
+
+def test_a_recipe_has_pins_of_its_own_beside_those_of_every_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path))
+    pin_in(tmp_path / "mine", f"format: 1\nbases:\n  owner/name: {ENTRY}\n  tinyllama-1.1b-chat: {ENTRY}\n")
+    mine = bases.locked(tmp_path / "mine")
+    assert set(mine) == {*bases.locked(), "owner/name"}
+    assert mine["tinyllama-1.1b-chat"] == bases.locked()["tinyllama-1.1b-chat"], "no recipe changes what others train"
+    with pytest.raises(MachineError, match="owner/name is not on this machine"):
+        bases.resolve("owner/name", recipe_dir=tmp_path / "mine")
+    with pytest.raises(UsageError) as caught:
+        bases.resolve("owner/name", recipe_dir=tmp_path / "other")
+    assert "recipe base add owner/name --recipe other" in (caught.value.todo or "")
+
+
+def test_weights_of_several_files_are_known_by_all_of_them(tmp_path):
+    pin_in(tmp_path / "mine", f"format: 1\nbases:\n  owner/name: {ENTRY}\n")
+    entry = bases.locked(tmp_path / "mine")["owner/name"]
+    assert bases.identity_of(entry) == hashlib.sha256(b"1122").hexdigest()
+    assert bases.folder_of("owner/name", entry).parent.name == "bases"
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< ours\nformat: 1\n", "", "format: 1\n", "format: 1\nbases: {a/b: 3}\n"])
+def test_a_lock_that_cannot_be_read_is_one_message(tmp_path, text):
+    pin_in(tmp_path / "mine", text)
+    with pytest.raises(MachineError, match=r"models.lock.yaml cannot be read") as caught:
+        bases.locked(tmp_path / "mine")
+    assert caught.value.where == str(tmp_path / "mine" / "models.lock.yaml")

@@ -211,7 +211,7 @@ def test_an_unknown_recipe_lists_the_known(command):
 def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
     launches: list[Any] = []
     monkeypatch.setattr("tools.launch.run.in_processes", lambda launch, _job, _say: launches.append(launch))
-    monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda config, say: None)
+    monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda *_: None)
     settings = ("training_config.seed=1", "eval_config.every=1")
     arguments = [*"--hw cpu --steps 7 --stop-at 3 --resume never --accept-changes".split()]
     arguments += [word for setting in settings for word in ("--set", setting)]
@@ -227,7 +227,7 @@ def test_run_hands_over_what_was_typed(command, monkeypatch, tmp_path):
 def test_run_takes_the_board_from_the_environment_and_resumes_by_itself(command, monkeypatch, tmp_path):
     launches: list[Any] = []
     monkeypatch.setattr("tools.launch.run.in_processes", lambda launch, _job, _say: launches.append(launch))
-    monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda config, say: None)
+    monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda *_: None)
     monkeypatch.setenv("RECIPES_SYSFS_ROOT", str(fake_host(tmp_path, "n300")))
     monkeypatch.setenv("HW", "n300")
     command("run", "fine_tune", "--no-container")

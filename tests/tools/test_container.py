@@ -199,7 +199,7 @@ def launched(monkeypatch) -> Callable[..., Any]:
     def run(*words: str) -> Launch:
         seen: list[Launch] = []
         monkeypatch.setattr("tools.launch.run.in_processes", lambda launch, _job, _say: seen.append(launch))
-        monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda config, say: None)
+        monkeypatch.setattr("tools.launch.run.fetch_pinned", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["recipe", *words])
         with pytest.raises(SystemExit) as ended:
             main.main()

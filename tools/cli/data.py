@@ -197,7 +197,7 @@ def tokens_of(recipe: Launch) -> tuple[ChatTokenizer, TokenDataset]:
     from common.train.plan import prepare
     from tools.data.fetch import fetch_pinned
 
-    fetch_pinned(recipe.config, functools.partial(click.echo, err=True))
+    fetch_pinned(recipe.config, recipe.recipe_dir, functools.partial(click.echo, err=True))
     _, tokenizer, dataset = prepare(recipe, load_dataset(recipe.recipe_dir)[0])
     return tokenizer, dataset
 

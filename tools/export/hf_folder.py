@@ -141,7 +141,7 @@ def write_adapter(folder: Path, run: TrainedRun) -> None:
 
 def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
     """Return (name, revision) of the very weights the adapter belongs to: on the Hub, or this machine's folder."""
-    entry = bases.locked().get(run.config.model.base or "", {})
+    entry = bases.locked(run.known_recipe_dir).get(run.config.model.base or "", {})
     if entry.get("source") == "hub":
         return str(entry["repo"]), str(entry["revision"])
     return str(run.base.folder), None

@@ -42,7 +42,7 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
     yield f"device nodes: {', '.join(here.nodes) or 'none needed'}"
     yield f"{start_of(config)}; precision {precision}; {config.batch_equation}; mesh {config.device.mesh_shape}"
     yield from launch.warnings
-    lacking = [*lacks(board, config, contained), *missing(config)]
+    lacking = [*lacks(board, config, contained), *missing(config, launch.recipe_dir)]
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)
 

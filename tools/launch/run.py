@@ -20,7 +20,7 @@ def run(launch: Launch, container: bool | None, build: bool = False) -> int:
             raise UsageError("a container has no way to other hosts", where="--nnodes", todo="add --no-container")
         refuse_unready(launch.hw, launch.nodes)
         return launcher.launch(launch, click.echo, build=build)
-    fetch_pinned(launch.config, click.echo)
+    fetch_pinned(launch.config, launch.recipe_dir, click.echo)
     with lease.of_board(launch.hw, launch.nodes, launch.recipe_dir.name):
         return run_here(launch)
 

@@ -118,7 +118,7 @@ def known(launch: Launch) -> tuple[Mapping[str, Any], Rows]:
     """Return the model's shape and the data: tokenised where what that needs is here, else by what can be reckoned."""
     config, recipe = launch.config, launch.recipe_dir
     base, corpus = config.model.base or "", config.data.corpus or ""
-    lock = bases.locked().get(base)
+    lock = bases.locked(recipe).get(base)
     if lock and not bases.folder_of(base, lock).is_dir():
         return lock["architecture"], estimated(config, recipe, f"the base {base} is not here")
     if corpus in texts.locked() and not texts.corpus_folder(corpus).is_dir():

@@ -145,7 +145,7 @@ def vocabulary_of(run: RunFolder) -> int | None:
     """Return the rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
     saved = checkpoint.newest(run.folder / "checkpoints")
     base = run.fact("base") or {"name": "", "origin": ""}
-    if entry := bases.locked().get(base["name"]):
+    if entry := bases.locked(run.known_recipe_dir).get(base["name"]):
         return int(entry["architecture"]["vocab_size"])
     for folder in ([saved.folder] if saved else []) + [Path(base["origin"])]:
         shapes = Weights(sorted(folder.glob("model*.safetensors"))).shapes

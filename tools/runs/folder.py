@@ -120,6 +120,14 @@ class RunFolder:
             return Path(was)
         return find_recipe(self.fact("recipe") or self.config.recipe)
 
+    @property
+    def known_recipe_dir(self) -> Path | None:
+        """Return the recipe's folder; None where it is not here any more."""
+        try:
+            return self.recipe_dir
+        except RecipeError:
+            return None
+
     @cached_property
     def state(self) -> str:
         """Return done, running, stopped, failed, or killed: ended with no time to say how."""

@@ -88,7 +88,9 @@ def find_base(run: RunFolder, say: Say) -> bases.Base:
     if model.init == "random":
         base = bases.random_base(model, run.config.training.seed, run.folder / "tokenizer")
     else:
-        base = base_of(model.base if model.base in bases.locked() else was.origin, say)
+        recipe = run.known_recipe_dir
+        name = model.base if model.base in bases.locked(recipe) else was.origin
+        base = base_of(name, say, recipe)
     if base.identity != was.identity:
         raise MachineError(
             "the base model's weights changed since this run",

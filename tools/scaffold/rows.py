@@ -44,7 +44,7 @@ def write(folder: Path, found: Split) -> None:
 def base_here(config: Config, recipe: Path) -> bases.Base | None:
     """Return the base of a config, None where it would have to be fetched."""
     name = config.model.base or ""
-    entry = bases.locked().get(name)
+    entry = bases.locked(recipe).get(name)
     here = entry is None or (bases.folder_of(name, entry) / "base.json").is_file()
     return bases.resolve(name, recipe_dir=recipe) if here else None
 

@@ -82,7 +82,7 @@ class Comparison:
         self.devices = self.config.device.devices
         # The larger mesh first: a board's library looks at how its devices are wired only once, at the first touch.
         self.engine.refuse_launch(self.hw, self.config)
-        fetch_pinned(launch.config, say)
+        fetch_pinned(launch.config, launch.recipe_dir, say)
         prepared = prepare(launch, load_dataset(launch.recipe_dir)[0])
         self.base: Base = prepared[0]
         self.dataset: TokenDataset = prepared[2]
@@ -282,7 +282,7 @@ def run(
     if launcher.wanted(container, launch.hw):
         if record:
             raise UsageError("a container cannot write the checkout", where="--record", todo="add --no-container")
-        fetch_pinned(launch.config, say)
+        fetch_pinned(launch.config, launch.recipe_dir, say)
         words = ["verify", "ddp", "--recipe", str(recipe_dir), "--hw", launch.hw.name, "--steps", str(steps)]
         words += [word for change in launch.overrides for word in ("--set", change)]
         words += ["--weak"] * weak + ["--json"] * as_json
