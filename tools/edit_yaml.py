@@ -15,9 +15,12 @@ COMMENTS_AT = 34  # column where comments begin in the recipes' configs
 Pair = tuple[yaml.Node, yaml.Node]  # a key and its value
 
 
-def set_key(text: str, key: str, value: Any, why: str = "") -> str:
-    """Return `text` with the dotted `key` set to `value` and `why` beside it; a new key ends its section."""
-    parts = key.split(".")
+def set_key(text: str, key: str | Sequence[str], value: Any, why: str = "") -> str:
+    """Return `text` with `key` set to `value` and `why` beside it; a new key ends its section.
+
+    `key` is dotted, or given by its parts where one of them has a dot of its own.
+    """
+    parts = parts_of(key)
     lines, found = _opened(text, parts)
     missing = parts[len(found) :]
     if not found:
@@ -39,9 +42,9 @@ def set_key(text: str, key: str, value: Any, why: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def remove_key(text: str, key: str) -> str:
-    """Return `text` without the dotted `key`, and without the sections that would be empty then."""
-    parts = key.split(".")
+def remove_key(text: str, key: str | Sequence[str]) -> str:
+    """Return `text` without `key`, dotted or in parts, and without the sections that would be empty then."""
+    parts = parts_of(key)
     if len(_path(text, parts, flow=True)) < len(parts):
         return text
     lines, found = _opened(text, parts)
@@ -49,6 +52,11 @@ def remove_key(text: str, key: str) -> str:
         found.pop()
     del lines[found[-1][0].start_mark.line : line_after(found[-1][1], lines)]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
+
+
+def parts_of(key: str | Sequence[str]) -> list[str]:
+    """Return the parts of a key, which a dotted one is split into."""
+    return key.split(".") if isinstance(key, str) else list(key)
 
 
 def line_after(node: yaml.Node, lines: Sequence[str]) -> int:

@@ -175,7 +175,7 @@ class Model(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the weights of `base`, or from random weights of `architecture`."""
     base: str | None = None
-    """A name in models.lock.yaml, or a path to a Hugging Face folder."""
+    """A name in common/models.lock.yaml or the recipe's own models.lock.yaml, or a path to a Hugging Face folder."""
     preset: str | None = None
     """Name of a file in the recipe's presets/, merged over config.yaml."""
     architecture: Architecture | None = None

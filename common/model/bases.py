@@ -1,8 +1,8 @@
 """Base models: from a name in a models.lock.yaml, or a local folder, to a verified Hugging Face folder.
 
 common/models.lock.yaml pins bases for every recipe; a recipe's own folder may have a lock for that recipe alone, which
-`recipe base add` writes. A pinned base lies in `RECIPES_HOME/bases/`, where tools/data/fetch.py puts it before a run, and
-is verified by sha256 each time it is used.
+`recipe base add` writes. A pinned base lies in `RECIPES_HOME/bases/`, where tools/data/fetch.py puts it before a run,
+and is verified by sha256 each time it is used.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from common.data import texts
 from common.data.texts import Document
 from common.errors import MachineError
 from common.model import bases
+from tests.doubles.hub import files_of, serve_hub
 from tools.data import fetch
 
 PLAY = "KING FOX\r\n\r\nACT I.\r\n\r\nFOX.\r\n  A word.  \r\n"
@@ -154,59 +154,12 @@ def test_a_damaged_record_is_one_message(tiny_base, tmp_path, lock, offline):
         fetch.base_of("tiny", quiet)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a snapshot needs: the file list of a revision, and the files."""
-
-    folder: Path
-    asked: list[str]
-
-    def answer(self, body: bool) -> None:
-        self.asked.append(self.path)
-        path = self.path.partition("?")[0]
-        if path == f"/api/models/{REPO}/revision/{REVISION}":
-            siblings = [{"rfilename": name.name} for name in sorted(self.folder.iterdir())]
-            self.send(json.dumps({"id": REPO, "sha": REVISION, "siblings": siblings}).encode(), body)
-        elif path.startswith(f"/api/models/{REPO}/tree/{REVISION}"):
-            tree = [
-                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": sha256(p)[:40]}
-                for p in sorted(self.folder.iterdir())
-            ]
-            self.send(json.dumps(tree).encode(), body)
-        elif path.startswith(f"/{REPO}/resolve/{REVISION}/") and (self.folder / Path(path).name).is_file():
-            self.send((self.folder / Path(path).name).read_bytes(), body)
-        else:
-            self.send_error(404)
-
-    def send(self, content: bytes, body: bool) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()[:40]}"')
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self.answer(True)
-
-    def do_HEAD(self) -> None:
-        self.answer(False)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tiny_base) -> Iterator[tuple[str, list[str]]]:
     """A Hub on this machine: its address, and what it was asked."""
-    asked: list[str] = []
-    handler = type("TinyHub", (Hub,), {"folder": tiny_base, "asked": asked})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    thread.join()
+    with serve_hub() as found:
+        found.push(REPO, files_of(tiny_base), commit=REVISION)
+        yield found.address, found.asked
 
 
 def resolve_elsewhere(tmp_path: Path, entry: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:

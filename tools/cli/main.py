@@ -34,6 +34,7 @@ class Verbs(click.Group):
     """A group whose errors have exit codes, and whose sub-groups are imported when they are used."""
 
     lazy: ClassVar = {  # name: (where it is, its line in the help)
+        "base": ("tools.cli.base:base", "Pin models of the Hub for a recipe, list, check and remove them."),
         "data": ("tools.cli.data:data", "Build, check, look at and convert data sets."),
         "explain": ("tools.cli.runs:explain", "Look in a log, or a run, for what is known to go wrong."),
         "export": ("tools.cli.runs:export", "Write a run's Hugging Face folders, and prove them by reloading."),

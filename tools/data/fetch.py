@@ -28,6 +28,7 @@ from common.errors import MachineError
 from common.files import move_into_place, sha256_file
 from common.model import bases
 from common.model.bases import Base
+from tools.bases.hub import refusals
 
 TIMEOUT = 60  # seconds without an answer from an address
 Say = Callable[[str], None]
@@ -158,16 +159,9 @@ def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> Non
     """Copy the pinned revision's files out of the Hub (or its local cache, as HF_HUB_OFFLINE asks)."""
     from huggingface_hub import snapshot_download
 
-    say(f"base: fetching {entry['repo']} at {entry['revision'][:12]} ({entry['download_mb']} MB)")
-    try:
+    say(f"base: fetching {name} at {entry['revision'][:12]} ({entry['download_mb']} MB)")
+    with refusals(entry["repo"], entry["revision"]):
         snapshot = snapshot_download(entry["repo"], revision=entry["revision"], allow_patterns=list(entry["files"]))
-    except Exception as error:  # the library raises a dozen kinds: network, offline, gated, disk
-        first_line = str(error).partition("\n")[0]
-        raise MachineError(
-            f"could not fetch {entry['repo']}: {type(error).__name__}: {first_line}",
-            where=f"base model {name}, revision {entry['revision']}",
-            todo="check the network; or copy a machine's Hub cache here that has it, and set HF_HUB_OFFLINE=1",
-        ) from error
     for file, sha256 in entry["files"].items():
         source = Path(snapshot) / file
         if not source.is_file():  # an interrupted download leaves such a cache
