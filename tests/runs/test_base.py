@@ -67,8 +67,8 @@ def recipe(hub, tmp_path) -> Recipe:
 
 
 def test_a_fork_pins_a_model_in_shards_and_trains_it_and_nothing_else(hub, fork, recipe, tmp_path, tiny_base):
-    words = ("run", fork, "--hw", "cpu", "--no-container", "--steps", "2", "--out", tmp_path / "runs")
-    words = (*words, "--set", "device_config.threads=1", "--set", "eval_config.max_new_tokens=2")
+    words = ["run", fork, "--hw", "cpu", "--no-container", "--steps", "2", "--out", tmp_path / "runs"]
+    words += ["--set", "device_config.threads=1", "--set", "eval_config.max_new_tokens=2"]
 
     unpinned = recipe(*words)
     assert unpinned.returncode == 2
