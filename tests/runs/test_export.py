@@ -106,7 +106,9 @@ def test_the_exported_tokenizer_and_generation_settings_stand_alone(exported, ti
 
     assert ChatTokenizer.load(merged).prompt_ids("What is a fox?") == ours.prompt_ids("What is a fox?")
     assert settings["eos_token_id"] == list(ours.eos_ids)
-    assert settings["do_sample"] is False
+    assert settings["temperature"] == 0  # greedy to transformers, and to vLLM, which knows no do_sample
+    assert settings["max_length"] == 256
+    assert "max_new_tokens" not in settings
     assert json.loads((merged / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 

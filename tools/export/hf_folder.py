@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config.schema import Evaluation
 from common.errors import MachineError
 from common.files import write_json
 from common.model import bases
@@ -36,7 +37,6 @@ STALE = ("quantization_config", "torch_dtype", "transformers_version", "_name_or
 # What newer transformers note in tokenizer_config.json and older ones do not know.
 LOCAL = ("backend", "is_local", "local_files_only", "name_or_path")
 ENTRY = 128  # bytes that a tensor takes in a safetensors header, beside its name; at most
-ANSWER_TOKENS = 256  # longest answer unless the caller says otherwise; without it transformers stop at 20
 
 
 def export_dtype(run: TrainedRun) -> str:
@@ -171,7 +171,15 @@ def plain_config(architecture: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def generation_config(run: TrainedRun) -> dict[str, Any]:
-    """Return the settings of generation: greedy, ended by every token that ends a turn."""
+    """Return the settings of generation: the recipe's sampling, ended by every token that ends a turn.
+
+    Every reader must take them alike. vLLM (vllm/config/model.py) reads temperature, top_k, top_p, min_p,
+    repetition_penalty and max_new_tokens, and nothing else. Without a temperature it takes 1, whatever `do_sample`
+    says, so greedy is temperature 0; transformers 4.57 and 5.23 decode greedily with that where `do_sample` is left
+    out, and still sample where a caller asks for it, which a `top_k` of 1 would prevent. `max_new_tokens` would cap
+    each of vLLM's answers without a word, but without a limit transformers stop at 20 tokens: so there is `max_length`,
+    which vLLM does not read, the most tokens of prompt and answer together: the context.
+    """
     tokenizer, architecture = run.tokenizer, run.base.architecture
     pad = tokenizer.encode_text(tokenizer.tokens["pad_token"]) if "pad_token" in tokenizer.tokens else []
     padding = range(tokenizer.vocab_size, architecture["vocab_size"])  # rows of the embedding that are no token
@@ -179,10 +187,19 @@ def generation_config(run: TrainedRun) -> dict[str, Any]:
         "bos_token_id": architecture.get("bos_token_id"),
         "eos_token_id": list(tokenizer.eos_ids) or None,
         "pad_token_id": pad[0] if len(pad) == 1 else next(iter(tokenizer.eos_ids), None),
-        "do_sample": False,
-        "max_new_tokens": ANSWER_TOKENS,
+        **sampling(run.config.eval),
+        "max_length": architecture["max_position_embeddings"],
         **({"suppress_tokens": [*tokenizer.never_ids, *padding]} if padding or run.base.initial else {}),
     }
+
+
+def sampling(settings: Evaluation) -> dict[str, Any]:
+    """Return a recipe's sampling as generation_config.json has it; its limit of new tokens is not part of it."""
+    penalty = {} if settings.repetition_penalty == 1 else {"repetition_penalty": settings.repetition_penalty}
+    if settings.temperature == 0:
+        return {"temperature": 0.0, **penalty}
+    chosen = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}
+    return {"do_sample": True, **chosen, **penalty}  # top_k is said even when it is off: transformers' own is 50
 
 
 def write_tokenizer(folder: Path, run: TrainedRun) -> None:

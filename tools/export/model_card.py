@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from common.config.schema import Evaluation
 from common.data import texts
 from common.train.console import clock
 from common.train.evaluate import HeldOut
 from tools.export.check import ExportCheck
-from tools.export.hf_folder import base_for_peft
+from tools.export.hf_folder import base_for_peft, sampling
 from tools.runs.folder import at_step
 from tools.runs.trained import TrainedRun
 from tools.templates import render
@@ -74,12 +75,24 @@ def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
         "learning_rate": f"{training.learning_rate:g}",
         "scheduler": training.scheduler.type,
         "commit": f"`{commit}`{', with changes' if manifest.git_dirty else ''}" if commit else None,
+        "sampling": sampling_line(config.eval),
+        "greedy": config.eval.temperature == 0,
+        "context": run.base.architecture["max_position_embeddings"],
+        "answer_tokens": config.eval.max_new_tokens,
         "training_digest": run.checkpoint.state["training_digest"][:16],
         "tokens_sha256": manifest.data.tokens_sha256[:16],
         "prompt": python_text(prompt),
         "example": example,
         "system_turn": f'{{"role": "system", "content": {python_text(system)}}}, ' if system else "",
     }
+
+
+def sampling_line(settings: Evaluation) -> str:
+    """Return how answers are chosen, as generation_config.json has it."""
+    chosen = sampling(settings)
+    greedy = ["greedy (temperature 0)"] if settings.temperature == 0 else []
+    named = [f"{name} {value:g}" for name, value in chosen.items() if name != "do_sample" and value]
+    return ", ".join(greedy + named)
 
 
 def losses(run: TrainedRun) -> dict[str, str]:

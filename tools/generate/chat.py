@@ -20,11 +20,11 @@ from common.errors import DataError, RecipeError, UsageError
 from common.model.weights import Weights
 from common.train.generate import generate
 from engines.registry import engine_for
-from tools.export.hf_folder import ANSWER_TOKENS
 from tools.runs import trained
 from tools.runs.folder import is_run
 
 Say = Callable[[str], None]
+ANSWER_TOKENS = 256  # longest answer of a plain folder, unless the caller says otherwise
 
 
 @dataclass(frozen=True)
