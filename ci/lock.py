@@ -48,6 +48,7 @@ BOARD_IMAGES = ("board", "ttml-build")
 LOCKS = (
     Lock("tools.txt", ("tools.in",), "3.10", universal=True),
     Lock("browser.txt", ("browser.in",), "3.10", universal=True),
+    Lock("readers.txt", ("readers.in",), "3.10", universal=True),
     Lock("launcher.txt", ("build.in", "launcher.in"), "3.10", universal=True),
     *(Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python) for python in ("3.10", "3.11", "3.12")),
     # The wheels of ttnn that `make test-all` looks into: they want a newer glibc, and there is none for 3.11.

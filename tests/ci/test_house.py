@@ -45,6 +45,7 @@ def test_every_lock_is_there() -> None:
         "browser.txt",
         *(f"cpu-{python}.txt" for python in PYTHONS),
         "launcher.txt",
+        "readers.txt",
         "tools.txt",
         "ttml-build-3.10.txt",
         "ttnn-3.10.txt",

@@ -12,6 +12,8 @@ import click
 from common.errors import UsageError
 from tools.cli.options import RUN, json_option, out_option
 
+GGUF_TYPES = ("f32", "f16", "q8_0")  # as tools/export/gguf/file.py has them; here so that no words need numpy
+
 if TYPE_CHECKING:
     from tools.runs.compare import Verdict
     from tools.runs.folder import RunFolder
@@ -33,12 +35,29 @@ def report(folders: tuple[Path, ...], out: Path) -> None:
 
 @click.command()
 @click.argument("run", type=RUN)
-@click.option("--check", is_flag=True, help="Only load the export again and compare its held-out loss.")
-def export(run: Path, check: bool) -> None:
+@click.option("--check", is_flag=True, help="Only load the export again and compare it with the run; GGUF files, too.")
+@click.option("--gguf", is_flag=True, help="Also write it as a GGUF file, for llama.cpp and Ollama, and prove that.")
+@click.option(
+    "--type", "kind", type=click.Choice(GGUF_TYPES), help="With --gguf: how weights are stored.  [default: f16]"
+)
+def export(run: Path, check: bool, gguf: bool, kind: str | None) -> None:
     """Write a run's Hugging Face folders, and prove them by reloading."""
-    from tools.export.export import check_export, export_folder
+    if check and gguf:
+        raise UsageError("--check looks at all files there are", todo="leave out --gguf, or --check")
+    if kind and not gguf:
+        raise UsageError("--type says how weights are stored in a GGUF file", todo="add --gguf")
+    if gguf:
+        from tools.export.gguf.make import export_gguf
 
-    (check_export if check else export_folder)(run, click.echo)
+        export_gguf(run, kind or "f16", click.echo)
+    elif check:
+        from tools.export.gguf.make import check_all
+
+        check_all(run, click.echo)
+    else:
+        from tools.export.export import export_folder
+
+        export_folder(run, click.echo)
 
 
 @click.command()

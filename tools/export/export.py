@@ -2,7 +2,8 @@
 
 export/merged/       a plain Llama that transformers load; the adapter is merged in
 export/adapter/      LoRA runs: the adapter that PEFT loads
-export/export.json   step, dtype, sha256 of each file, and what the check measured
+export/gguf/         on demand, the merged model once more for llama.cpp and Ollama (tools/export/gguf)
+export/export.json   step, dtype, sha256 of each file, and what the checks measured
 """
 
 from __future__ import annotations
@@ -57,14 +58,8 @@ def check_export(run_folder: Path, say: Say) -> Path:
     Raises VerificationError if a file is damaged, if the check fails or if it cannot be made here.
     """
     with alone_with(run_folder):
-        run = trained.read(run_folder, say)
+        run, record = read_exported(run_folder, say)
         folder = run.folder / "export"
-        record = read_record(folder)
-        if record is None:
-            raise UsageError("there is no export", where=str(folder), todo="make one: recipe export RUN")
-        if record["checkpoint"] != dict(run.checkpoint.state["sha256"]):
-            say(f"the export is of step {record['step']}, the run's newest checkpoint of step {run.step}")
-            run = trained.read(folder.parent / "checkpoints" / f"step-{record['step']:08d}", say)
         damage = damaged(folder, record)
         outcome = ExportCheck("failed", damage) if damage else check(folder, run, record["dtype"])
         record |= outcome.record()
@@ -74,6 +69,19 @@ def check_export(run_folder: Path, say: Say) -> Path:
         if outcome.status != "verified":
             raise VerificationError(f"the export is {outcome.status}: {outcome.reason}", where=str(folder), todo=TO_DO)
         return folder
+
+
+def read_exported(run_folder: Path, say: Say) -> tuple[TrainedRun, dict[str, Any]]:
+    """Return a run at the step that its export is of, and export.json. Raises UsageError where there is no export."""
+    run = trained.read(run_folder, say)
+    folder = run.folder / "export"
+    record = read_record(folder)
+    if record is None:
+        raise UsageError("there is no export", where=str(folder), todo="make one: recipe export RUN")
+    if record["checkpoint"] != dict(run.checkpoint.state["sha256"]):
+        say(f"the export is of step {record['step']}, the run's newest checkpoint of step {run.step}")
+        run = trained.read(folder.parent / "checkpoints" / f"step-{record['step']:08d}", say)
+    return run, record
 
 
 def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
