@@ -10,7 +10,7 @@ from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Problem, Row
 from common.data.tokens import Encoded, pack
 from common.errors import DataError
-from tools.data import checks
+from tools.data import checks, markers
 
 WORDS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus maple north otter plume".split()
 
@@ -254,3 +254,12 @@ def test_percentiles_and_padding_of_known_sizes():
 def test_no_row_is_an_error():
     with pytest.raises(DataError, match="no row"):
         checks.stats({"train": []})
+
+
+def test_every_marker_of_a_base_laid_out_as_tinyllama_is_known_without_one_and_escaped(tokenizer):
+    for marker in ("<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"):
+        assert tokenizer.marker_in(marker) == marker
+        assert ids([row(f"What does {marker} mean?")]) == ["D008"]
+        assert ids([markers.escape(row(f"What does {marker} mean?"))], tokenizer=tokenizer) == []
+    assert ids([row("What do [INST] and <|anything|> mean?")]) == ["D113"]
+    assert ids([row("What do < s >, a<b and [x] mean?")]) == []

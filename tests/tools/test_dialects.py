@@ -257,6 +257,10 @@ def test_a_place_inside_of_a_column_by_its_path():
 def test_the_nearest_two_are_named_with_what_is_missing():
     with pytest.raises(ValueError, match=r"the nearest: Alpaca .*\(no 'output'\), Dolly \(no 'response'\)"):
         read({"instruction": "Add.", "n": 1})
+    with pytest.raises(ValueError, match=r"the nearest: question and answer \(no 'question' and no 'answer'\)"):
+        read({"Questions": "Why?", "Answers": "So."})
+    with pytest.raises(ValueError, match=r"the nearest: prompt and response \(.*\), messages .*\(no 'messages'\)"):
+        read({"a": "Why?", "b": "So."})
 
 
 # Texts that are written in a template.

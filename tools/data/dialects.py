@@ -6,6 +6,7 @@ it. Each rule is the named tool's own, but for what is said under "not as there"
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,13 +201,25 @@ def recognized(record: Record, mapping: Mapping[str, str] | None = None) -> Dial
         names["response" if "response" in (mapping or {}) else response] = "assistant"
         if mapping and set(names) <= set(record):
             return pair("columns of --map", *names)
-    # The most columns there, then the fewest missing; of two alike the one that is told by its columns alone.
     absent = {one.name: one.missing(record) for one in DIALECTS}
+    # Of two alike one that is told by its columns alone; where no column is near any, our own two forms.
     ranked = sorted(
-        DIALECTS, key=lambda one: (len(absent[one.name]) - len(one.columns), len(absent[one.name]), bool(one.told))
+        (one for one in DIALECTS if absent[one.name]),
+        key=lambda one: (-nearness(one, record), bool(one.told), one is not PROMPT_RESPONSE, one is not MESSAGES),
     )
-    nearest = [f"{one.name} (no {' and no '.join(map(repr, absent[one.name]))})" for one in ranked if absent[one.name]]
+    nearest = [f"{one.name} (no {' and no '.join(map(repr, absent[one.name]))})" for one in ranked]
     raise ValueError(f"no dialect that is known; the nearest: {', '.join(nearest[:2])}; {columns_said(record)}")
+
+
+def nearness(dialect: Dialect, record: Record) -> float:
+    """Return the share of a dialect's columns that a record has, in parts for one that is spelled nearly so."""
+    names = [str(key).casefold() for key in record]
+
+    def near(column: str) -> float:
+        found = difflib.get_close_matches(column, names, n=1, cutoff=0.75)  # "Questions" for question, not "label"
+        return difflib.SequenceMatcher(None, column, found[0]).ratio() if found else 0.0
+
+    return sum(map(near, dialect.columns)) / len(dialect.columns)
 
 
 def columns_said(record: Record) -> str:
