@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
@@ -13,19 +14,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from common import config as configs
 from common.errors import MachineError, UsageError, VerificationError
-from common.files import read_pins, sha256_file
+from common.files import read_pins, sha256_file, try_lock
 from common.hardware import get, table
 from common.model.llama import hf_config
 from common.paths import ROOT
 from tests.doubles.machines import MACHINES, bare_environment, fake_host, fake_machine
+from tests.doubles.tiny_recipe import FINE_TUNE
 from tests.support.run_folders import write_run
 from tools.cli import main
+from tools.results import grade, schema
+from tools.runs.folder import read_run
 from tools.serve.board import roads, stage
 from tools.serve.board.preflight import GB, check_model, choose_context, mesh_of, pool_bytes, weight_bytes
 from tools.serve.board.roads import ROADS, Command, Served, command_for
@@ -156,14 +162,14 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
     return make
 
 
-def export(run: Path, architecture: Mapping[str, Any], weights: bytes = b"weights") -> None:
+def export(run: Path, architecture: Mapping[str, Any], weights: bytes = b"weights", **more: Any) -> None:
     """Write the export of a run: what its record says of its files is so."""
     merged = run / "export/merged"
     merged.mkdir(parents=True, exist_ok=True)
     (merged / "config.json").write_text(json.dumps(hf_config(architecture)))
     (merged / "model.safetensors").write_bytes(weights)
     (merged / "tokenizer.json").write_text("{}")
-    settings = {"do_sample": False, "max_new_tokens": 256, "eos_token_id": [2]}
+    settings = {"do_sample": False, "max_new_tokens": 256, "eos_token_id": [2], **more}
     (merged / "generation_config.json").write_text(json.dumps(settings))
     hashes = {f"merged/{path.name}": sha256_file(path) for path in sorted(merged.iterdir())}
     record = {"format": 1, "verified": True, "status": "verified", "reason": "", "step": 40, "sha256": hashes}
@@ -399,26 +405,76 @@ def test_a_full_disk_leaves_no_half_of_a_folder(exported, monkeypatch):
 # --- what is said ---------------------------------------------------------------------------------------------------
 
 
-def test_it_says_that_nobody_tried_it_until_results_yaml_has_it(exported, monkeypatch):
+def test_it_says_that_nobody_tried_it_until_results_yaml_has_it(exported):
     run = exported()
-    assert "UNTESTED" in serve(run).text
     assert "nothing was started" in serve(run).text
-    entry: dict[str, Any] = {
-        "board": "n150",
-        "evidence": "measured",
-        "what": "recipe serve --hw n150",
-        "machine": "a host",
-    }
-    entry |= {"overrides": [], "date": "2026-12-24", "commit": "0123abc", "tokens_per_second": 9.0}
+    training: dict[str, Any] = {"board": "n150", "evidence": "measured", "what": "recipe run it", "machine": "a host"}
+    training |= {"overrides": [], "date": datetime.date(2026, 12, 24), "commit": "0123abc", "tokens_per_second": 9.0}
+    serving = {**training, "what": "recipe serve --hw n150: an answer"}
     recipe = run.parent / "recipe"
     recipe.mkdir()
     (recipe / "config.yaml").write_text("")
-    tree = yaml.safe_dump({"format": 1, "recipe": "recipe", "entries": [entry]}).replace("'2026-12-24'", "2026-12-24")
-    (recipe / "results.yaml").write_text(tree)
     facts = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps({**facts, "recipe_dir": str(recipe)}))
-    assert "measured on n150: recipe serve --hw n150" in serve(run).text
+    said = {}
+    for name, entries in {
+        "none": [],
+        "training": [training],
+        "serving": [serving],
+        "both": [training, serving],
+    }.items():
+        tree = {"format": 1, "recipe": "recipe", "entries": entries}
+        (recipe / "results.yaml").write_text(yaml.safe_dump(tree))
+        said[name] = ("UNTESTED" in serve(run).text, schema.load(recipe).evidence("n150"))
+    assert said["none"] == (True, "never run")
+    assert said["training"] == (True, "measured")
+    assert said["serving"] == (False, "never run"), "a model that was served there was not trained there by that"
+    assert said["both"] == (False, "measured")
+    assert "measured on n150: recipe serve --hw n150: an answer" in serve(run).text
     assert "UNTESTED" in serve(run, "n300").text
+
+
+def test_no_training_is_graded_by_a_serving(exported):
+    config = read_run(exported()).config
+    found: Any = SimpleNamespace(config=config, manifest=SimpleNamespace(hw="cpu", steps=40), last_step=40)
+    entry: dict[str, Any] = {
+        "board": "cpu",
+        "evidence": "measured",
+        "what": "recipe run it",
+        "machine": "a host",
+        "overrides": [],
+    }
+    entry |= {"date": datetime.date(2026, 12, 24), "commit": "0123abc", "tokens_per_second": 9.0}
+    graded = [
+        grade.is_of(schema.Measured.model_validate({**entry, "what": what}), config, found)
+        for what in ("recipe run it", "recipe serve it")
+    ]
+    assert graded == [True, False]
+
+
+def test_what_is_other_than_on_the_cpu_is_said(exported):
+    run = exported()
+    assert "/v1/completions only" in serve(run).text
+    assert "system prompt" not in serve(run).text
+    merged = run / "export/merged"
+    (merged / "chat_template.jinja").write_text("{{ messages }}")
+    export(run, SMALL, suppress_tokens=[0])
+    rows = configs.load(FINE_TUNE, get("cpu"), ["data_config.system_prompt=Be kind."], 40)
+    (run / "config.resolved.yaml").write_text(rows.with_values(**{"training.precision": "fp32"}).to_yaml())
+    said = serve(run)
+    assert "the recipe's system prompt is not put" in said.text
+    assert "suppress_tokens" in said.text
+    assert "/v1/completions only" not in said.text
+
+
+def test_two_do_not_stage_at_once(exported):
+    run = exported()
+    (run / "serve").mkdir()
+    with try_lock(run / "serve") as lock:  # type: ignore[union-attr]
+        assert lock
+        with pytest.raises(MachineError, match="another process stages"):
+            serve(run)
+    serve(run)
 
 
 def test_a_board_beside_other_cards_is_named_to_what_would_open_them_all(exported, tmp_path, monkeypatch):

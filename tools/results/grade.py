@@ -18,7 +18,7 @@ from common import hardware
 from common.config import Config
 from common.errors import UsageError, VerificationError
 from engines.registry import engine_for
-from tools.results.schema import FILE, Measured, Numbers, load
+from tools.results.schema import FILE, Measured, Numbers, is_serving, load
 from tools.runs.folder import RunFolder, at_step, read_run
 
 FORMAT = 1  # of the JSON
@@ -165,7 +165,8 @@ def ties_named(config: Config) -> Config:
 def is_of(entry: Numbers, config: Config, run: RunFolder) -> bool:
     length = config.training.max_steps or (entry.held_out.step if entry.held_out else max(entry.loss_at, default=0))
     same_length = length in (run.manifest.steps, run.last_step)
-    return entry.board == run.manifest.hw and same_length and subject(config) == subject(run.config)
+    trained = entry.board == run.manifest.hw and not is_serving(entry)
+    return trained and same_length and subject(config) == subject(run.config)
 
 
 def subject(config: Config) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ FILE = "results.yaml"
 FOLDER = "results"  # beside it: the files that entries list
 CLASSES = ("measured", "published", "double only")  # strongest first
 NEVER = "never run"
+SERVING = "recipe serve"  # begins the `what` of an entry of a served model, by which no training is measured
 
 
 def _of_the_table(board: str) -> str:
@@ -200,6 +201,11 @@ Numbers: TypeAlias = Measured | Published
 Entry: TypeAlias = Measured | Published | DoubleOnly
 
 
+def is_serving(entry: Entry) -> bool:
+    """Return whether an entry is of a model that was served on the board, and of no training."""
+    return isinstance(entry, Measured) and entry.what.startswith(SERVING)
+
+
 class Results(_Part):
     format: Literal[1]
     recipe: str
@@ -207,8 +213,8 @@ class Results(_Part):
     entries: Annotated[tuple[Annotated[Entry, Field(discriminator="evidence")], ...], Strict(False)]
 
     def evidence(self, board: str) -> str:
-        """Return the strongest class of evidence for a board, or `never run`."""
-        found = {entry.evidence for entry in self.entries if entry.board == board}
+        """Return the strongest class of evidence that the recipe trains on a board, or `never run`."""
+        found = {entry.evidence for entry in self.entries if entry.board == board and not is_serving(entry)}
         return next((name for name in CLASSES if name in found), NEVER)
 
     @property

@@ -182,7 +182,7 @@ def evidence(run: RunFolder, hw: Hardware) -> str:
     except RecipeError:
         entries = ()
     for entry in entries:
-        if entry.board == hw.name and entry.evidence == "measured" and entry.what.startswith("recipe serve"):
+        if entry.board == hw.name and schema.is_serving(entry):
             return f"measured on {hw.name}: {entry.what}"
     return f"UNTESTED: nobody is known to have served such a model on {hw.name}; this is read from upstream's sources"
 
