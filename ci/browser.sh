@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ci/browser.sh: the pages of runs in a real browser. Adds playwright to .venv, by hash; the browser is the machine's own
-# (chromium or google-chrome), none is downloaded.
+# ci/browser.sh: the pages of runs and of `recipe serve` in a real browser. Adds playwright to .venv, by hash; the
+# browser is the machine's own (chromium or google-chrome), none is downloaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

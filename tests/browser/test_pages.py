@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="the plots are matplotlib's")
-pytest.importorskip(
-    "playwright.sync_api",
-    reason="playwright is not in this environment: pip install --no-deps --require-hashes -r requirements/browser.txt",
-)
-
-from playwright.sync_api import sync_playwright
-
 from common.train import metrics
+from tests.support.browser import CONTRAST, READABLE, SCREENS, Visit, needs_browser
 from tests.support.run_folders import write_lines, write_run
 from tools.report import pages
 from tools.runs.folder import read_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
-]
-SCREENS = {"desk": (1280, 900), "phone": (390, 844)}
+pytestmark = needs_browser
 HOSTILE = "</title><script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\">"
-CONTRAST = 4.5  # of text, WCAG 2.2, criterion 1.4.3
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -66,27 +45,6 @@ def written(tmp_path_factory) -> dict[str, Path]:
     return {**found, "comparison": pages.write_comparison(records_, out / "compare.html")}
 
 
-class Visit:
-    """A page that is open, with what it said and asked for."""
-
-    def __init__(self, chromium: Any, path: Path, screen: str = "desk", scheme: str = "light") -> None:
-        width, height = SCREENS[screen]
-        self.context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.said.append(request.url))
-        self.page.goto(path.as_uri())
-        self.said.remove(path.as_uri())
-
-    def __enter__(self) -> Visit:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.context.close()
-
-
 def every_page(test: Any) -> Any:
     for name, values in {
         "name": ("whole", "hostile", "broken", "overview", "comparison"),
@@ -96,38 +54,6 @@ def every_page(test: Any) -> Any:
         test = pytest.mark.parametrize(name, values)(test)
     return test
 
-
-READABLE = """
-() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgb = colour => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const light = c => c.slice(0, 3).map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const paper = element => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = rgb(getComputedStyle(at).backgroundColor);
-      if (colour[3] > 0) return colour;
-    }
-    return [255, 255, 255, 255];
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
-    const box = element.getBoundingClientRect();
-    if (!own || !box.width || element.matches(".skip, style")) continue;
-    const style = getComputedStyle(element), drawn = element instanceof SVGElement;
-    const [a, b] = [light(rgb(drawn ? style.fill : style.color)), light(paper(element))].sort((x, y) => y - x);
-    const scale = drawn ? element.getScreenCTM().a : 1;
-    const size = parseFloat(style.fontSize) * scale;
-    found.push({text: element.textContent.trim().slice(0, 40), contrast: (a + 0.05) / (b + 0.05), size});
-  }
-  return found;
-}
-"""
 
 OUTSIDE = """
 () => [...document.querySelectorAll("main *")].filter(element => {
@@ -140,7 +66,7 @@ OUTSIDE = """
 
 @every_page
 def test_a_page_is_quiet_whole_and_readable(chromium, written, name, screen, scheme):
-    with Visit(chromium, written[name], screen, scheme) as visit:
+    with Visit(chromium, written[name].as_uri(), screen, scheme) as visit:
         page = visit.page
         assert visit.said == []
         assert page.title() != "run"
@@ -159,7 +85,7 @@ def test_every_plot_is_drawn(chromium, written, screen):
     lengths += (
         ".filter(path => path.getBoundingClientRect().width > 100 && path.style.stroke.includes('series')).length)"
     )
-    with Visit(chromium, written["whole"], screen) as visit:
+    with Visit(chromium, written["whole"].as_uri(), screen) as visit:
         drawn = visit.page.evaluate(lengths)
     assert len(drawn) == 6
     assert min(drawn) >= 1
@@ -168,14 +94,14 @@ def test_every_plot_is_drawn(chromium, written, screen):
 def test_dark_is_dark(chromium, written):
     brightness = {}
     for scheme in ("light", "dark"):
-        with Visit(chromium, written["whole"], scheme=scheme) as visit:
+        with Visit(chromium, written["whole"].as_uri(), scheme=scheme) as visit:
             brightness[scheme] = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert brightness == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 28)"}
 
 
 def test_a_wide_table_scrolls_inside_itself(chromium, written):
     state = "(() => { const box = document.querySelector('#runs .scroll'); return [box.scrollLeft, scrollX] })()"
-    with Visit(chromium, written["overview"], "phone") as visit:
+    with Visit(chromium, written["overview"].as_uri(), "phone") as visit:
         visit.page.focus("#runs .scroll")
         for _ in range(5):
             visit.page.keyboard.press("ArrowRight")
@@ -187,7 +113,7 @@ def test_the_keyboard_reaches_everything(chromium, written):
     """Tab comes by every link, every fold and every table, each with a visible mark; Enter opens a fold."""
     at = "(() => { const e = document.activeElement; return [e.tagName, getComputedStyle(e).outlineStyle] })()"
     wanted = "document.querySelectorAll('a[href], summary, [tabindex=\"0\"]').length"
-    with Visit(chromium, written["whole"]) as visit:
+    with Visit(chromium, written["whole"].as_uri()) as visit:
         page = visit.page
         page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
         count = page.evaluate(wanted)

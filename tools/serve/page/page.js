@@ -111,7 +111,7 @@ class Reply {
     } finally {
       this.control = null;
       this.box.setAttribute("aria-busy", "false");
-      this.part("end").hidden = true;
+      show(this.part("end"), false);
       refresh();
     }
   }
@@ -123,8 +123,9 @@ class Reply {
     this.said.data = "";
     this.box.classList.remove("failed", "empty");
     this.box.setAttribute("aria-busy", "true"); // read out once it is whole, not word by word
-    this.part("end").hidden = false;
-    this.part("fault").hidden = this.part("used").hidden = true;
+    show(this.part("end"), true);
+    show(this.part("fault"), false);
+    show(this.part("used"), false);
     this.part("state").textContent = "";
     refresh();
   }
@@ -233,12 +234,16 @@ function startAnew() {
 
 function refresh() {
   const busy = running().length > 0;
-  const focused = document.activeElement;
-  $("stop").hidden = !busy;
-  $("send").hidden = busy;
-  $("new").hidden = turns.length === 0;
-  $("welcome").hidden = turns.length > 0 || models.length === 0;
-  if (focused?.matches("button") && !focused.offsetParent) $("prompt").focus(); // it was on a button that is gone
+  show($("stop"), busy);
+  show($("send"), !busy);
+  show($("new"), turns.length > 0);
+  show($("welcome"), turns.length === 0);
+}
+
+// Shows something, or hides it; the focus is never lost with it.
+function show(box, shown) {
+  if (!shown && box.contains(document.activeElement)) $("prompt").focus();
+  box.hidden = !shown;
 }
 
 // Does what adds to the page, and keeps its end in sight if it was.
