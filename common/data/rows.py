@@ -77,10 +77,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def scan(path: Path, read: Callable[[Mapping[str, Any], str], T]) -> tuple[list[T], list[Problem]]:
-    """Return what `read` makes of each line of a JSONL file and its place, and every bad line with its reason.
-
-    Raises DataError if the file cannot be opened.
-    """
+    """Return what `read` makes of each line of a JSONL file and its place, and every bad line. Raises DataError."""
     found, problems = [], []
     for where, record in json_lines(path):
         try:
@@ -107,9 +104,9 @@ def row_of(record: Mapping[str, Any], where: str) -> Row:
 
 
 def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
-    """Return the prompts of `eval_config.prompts`: the list itself, or those of a JSONL file, relative to the recipe.
+    """Return the prompts of `eval_config.prompts`: the list itself, or each `prompt` of a JSONL file in the recipe.
 
-    Of a line only `prompt` is read. Raises DataError that lists every line without one, or says that there is none.
+    Raises DataError that lists every line without one, or says that there is none.
     """
     if not isinstance(source, str):
         return list(source)
@@ -149,10 +146,7 @@ def grouped(problems: Iterable[Problem]) -> list[str]:
 
 
 def conversation(value: Any) -> tuple[Message, ...]:
-    """Return the messages of a list of {"role", "content"}.
-
-    A system message may come first; then user and assistant alternate, the assistant last. Raises ValueError.
-    """
+    """Return the messages of such a list: perhaps a system's, then user and assistant in turns. Raises ValueError."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"'messages' is {kind_of(value)}, not a list of {{role, content}}" if value else "no messages")
     turns = []
@@ -205,12 +199,19 @@ def columns_of(record: Mapping[str, Any]) -> str:
 
 def json_lines(path: Path, data: bytes | None = None) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
     """Yield (place, object or problem) of every line of a file, or of `data` in its place; DataError if unreadable."""
-    for number, offset, line in raw_lines(path, data):
-        where = f"{path}:{number}"
+    try:
+        data = path.read_bytes() if data is None else data
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+    offset = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark is passed over
+    # Split at the line feed alone: str.splitlines would also cut at U+2028 and its like, which JSON may hold.
+    for number, line in enumerate(data[offset:].split(b"\n"), start=1):
+        where, begin = f"{path}:{number}", offset
+        offset += len(line) + 1
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield where, Problem(where, encoding_fault(line, error.start, offset))
+            yield where, Problem(where, encoding_fault(line, error.start, begin))
             continue
         if not text.strip():
             continue
@@ -225,19 +226,6 @@ def json_lines(path: Path, data: bytes | None = None) -> Iterator[tuple[str, dic
         else:
             found = value if isinstance(value, dict) else Problem(where, f"{kind_of(value)}, not an object")
             yield where, found
-
-
-def raw_lines(path: Path, data: bytes | None) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (number from 1, byte offset, bytes) of every line; a byte-order mark at the start is passed over."""
-    try:
-        data = path.read_bytes() if data is None else data
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    # Split at the line feed alone: str.splitlines would also cut at U+2028 and its like, which JSON may hold.
-    offset = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    for number, line in enumerate(data[offset:].split(b"\n"), start=1):
-        yield number, offset, line
-        offset += len(line) + 1
 
 
 def encoding_fault(line: bytes, at: int, offset: int) -> str:
@@ -261,8 +249,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def groups_of(rows: Sequence[Row], by: str | None) -> list[str]:
     """Return the group of each row, which goes to one side of the split whole.
 
-    That is the value of its key `by` (a topic, say), or its prompt, regardless of case and white space. Raises
-    DataError that lists the rows which lack the key.
+    That is its key `by`, or its prompt whatever its case and white space. Raises DataError for rows without the key.
     """
     lacking = [Problem(row.where, f"no {by!r}") for row in rows if by and not str(row.extra.get(by) or "").strip()]
     refuse(lacking, "data_config.split_by")
@@ -270,10 +257,7 @@ def groups_of(rows: Sequence[Row], by: str | None) -> list[str]:
 
 
 def hold_out(names: Iterable[str], share: float) -> set[str]:
-    """Return about `share` of the names, chosen by their hash; one at least, unless the share is 0.
-
-    The choice depends on each name alone, so that one more moves no other.
-    """
+    """Return about `share` of the names by the hash of each alone; one at least, unless the share is 0."""
     drawn = {name: group_hash(name) for name in names}
     smallest = min(drawn.values(), default=0.0)
     return {name for name, draw in drawn.items() if share > 0 and (draw < share or draw == smallest)}
@@ -293,9 +277,8 @@ def plain(text: str) -> str:
 def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     """Return the training rows for a negative control: what a run that learns nothing real is trained on.
 
-    `permuted_responses` gives every answer to another question (answers move along one cycle through all of
-    them); `shuffled_words` keeps each answer in place and shuffles its words; `none` changes nothing. The
-    same rows give the same control every time.
+    `permuted_responses` moves answers along one cycle through all of them; `shuffled_words` keeps each in place and
+    shuffles its words; `none` changes nothing. The same rows give the same control every time.
     """
     answers = [turn.content for row in rows for turn in row.messages if turn.role == "assistant"]
     if control == "none":
