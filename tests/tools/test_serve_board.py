@@ -169,7 +169,7 @@ def export(run: Path, architecture: Mapping[str, Any], weights: bytes = b"weight
     (merged / "config.json").write_text(json.dumps(hf_config(architecture)))
     (merged / "model.safetensors").write_bytes(weights)
     (merged / "tokenizer.json").write_text("{}")
-    settings = {"do_sample": False, "max_new_tokens": 256, "eos_token_id": [2], **more}
+    settings = {"temperature": 0.0, "max_new_tokens": 256, "eos_token_id": [2], **more}
     (merged / "generation_config.json").write_text(json.dumps(settings))
     hashes = {f"merged/{path.name}": sha256_file(path) for path in sorted(merged.iterdir())}
     record = {"format": 1, "verified": True, "status": "verified", "reason": "", "step": 40, "sha256": hashes}
@@ -310,6 +310,8 @@ def test_a_path_that_upstream_misreads_is_refused_where_upstream_reads_it(export
         serve(run, road="vllm")
     assert str(run) in str(caught.value.where)
     both = serve(run)
+    assert "not by vllm: tt-metal would take it for a Llama" in both.text
+    assert "--road tt-inference-server --yes" in both.text
     assert "--custom-weights" in both.command
     assert "vllm" not in both.command
     served = both.command[both.command.index("--custom-weights") + 1]
@@ -324,7 +326,7 @@ def test_a_path_with_it_in_it_is_only_remarked(exported):
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
-def test_the_export_is_staged_by_links_without_caps_and_the_same_again(exported):
+def test_the_export_is_staged_by_links_without_a_cap_and_the_same_again(exported):
     run = exported()
     before = {
         path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (run / "export").rglob("*") if path.is_file()
@@ -338,7 +340,7 @@ def test_the_export_is_staged_by_links_without_caps_and_the_same_again(exported)
     assert f"HF_MODEL={folder}" in first.command
     assert first.command[first.command.index("--served-model-name") + 1] == folder.name
     assert (folder / "model.safetensors").samefile(run / "export/merged/model.safetensors")
-    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [2]}
+    assert json.loads((folder / "generation_config.json").read_text()) == {"temperature": 0.0, "eos_token_id": [2]}
     assert not any(path.is_symlink() for path in [folder, *folder.iterdir()])
     again = serve(run, road="vllm")
     assert again.shown == first.shown

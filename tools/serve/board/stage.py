@@ -24,8 +24,9 @@ from tools.serve.board.preflight import GB
 
 FOLDER = "serve"  # in the run's folder
 GENERATION = "generation_config.json"
-# vLLM takes max_new_tokens as a cap on every request, silently, and no do_sample: false (vllm/config/model.py).
-CAPS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "do_sample")
+CAP = (
+    "max_new_tokens"  # vLLM takes it as a cap on every request, silently (vllm/config/model.py); older exports have it
+)
 LEFT = ".tmp-"  # what a staging that was killed leaves begins with it
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)  # another file system, or one without hard links
 SIZES = ("3.1-8B", "3.2-11B", "3.1-70B", "3.2-90B")  # anywhere in a path: that model's limits and settings
@@ -79,7 +80,7 @@ def stage(merged: Path, folder: Path, say: Callable[[str], None]) -> None:
     with disk_errors("stage the export", folder), alone_in(folder.parent):
         for left in folder.parent.glob(f"{LEFT}*"):  # of a staging that was killed: this process has the lock
             shutil.rmtree(left)
-        settings = without_caps(merged)
+        settings = without_cap(merged)
         if folder.exists():
             check_staged(merged, folder, settings)
             say(f"staged already: {folder}")
@@ -120,11 +121,11 @@ def files_of(merged: Path) -> list[Path]:
     return sorted(path for path in merged.iterdir() if path.name != GENERATION)
 
 
-def without_caps(merged: Path) -> dict[str, Any] | None:
-    """Return the export's generation settings without those that cap or unsettle every answer; None: it has none."""
+def without_cap(merged: Path) -> dict[str, Any] | None:
+    """Return the export's generation settings without the one that caps every answer; None: it has no such file."""
     if not (merged / GENERATION).is_file():
         return None
-    return {key: value for key, value in read_json(merged / GENERATION).items() if key not in CAPS}
+    return {key: value for key, value in read_json(merged / GENERATION).items() if key != CAP}
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

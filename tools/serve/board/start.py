@@ -75,7 +75,7 @@ def serve_on(hw: Hardware, path: Path, options: Options, show: Say, say: Say) ->
         visible=visible,
         nodes=[] if visible is None else [int(Path(node).name) for node in choice.nodes],
     )
-    commands = commands_of(served, options)
+    commands = commands_of(served, options, say)
     if options.yes:  # before anything is written
         refuse_absent(hw, choice.nodes)
         roads.check_here(str(options.road), commands[str(options.road)])
@@ -87,7 +87,7 @@ def serve_on(hw: Hardware, path: Path, options: Options, show: Say, say: Say) ->
         for line in command.lines():
             show(line)
     if not options.yes:
-        say(f"nothing was started; --road {options.road or ROADS[1]} --yes starts it, where the board is")
+        say(f"nothing was started; --road {list(commands)[-1]} --yes starts it, where the board is")
         return 0
     with lease.of_board(hw, choice.nodes, f"serve {name}"):
         return follow(commands[str(options.road)], str(options.road), asked(served, path), say)
@@ -108,17 +108,22 @@ def check_options(options: Options) -> None:
         )
 
 
-def commands_of(served: Served, options: Options) -> dict[str, Command]:
-    """Return the command of each road asked for that leads there. Raises UsageError where none does."""
+def commands_of(served: Served, options: Options, say: Say) -> dict[str, Command]:
+    """Return the command of each road asked for that leads there, and say why another does not.
+
+    Raises UsageError where none does.
+    """
     found: dict[str, Command] = {}
-    refused: list[RecipeError] = []
+    refused: dict[str, UsageError] = {}
     for road in [options.road] if options.road else ROADS:
         try:
             found[road] = roads.command_for(road, served, options.server_dir)
         except UsageError as error:
-            refused.append(error)
+            refused[road] = error
     if not found:
-        raise refused[-1]
+        raise next(reversed(refused.values()))
+    for road, why in refused.items():
+        say(f"not by {road}: {why.what}")
     return found
 
 
