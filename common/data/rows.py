@@ -174,7 +174,7 @@ def valid_text(value: Any, name: str) -> str:
         raise ValueError(f"{name!r} is {kind_of(value)}, not a string")
     if not value.strip():
         raise ValueError(f"{name!r} is empty" if not value else f"{name!r} is only white space")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{name!r} holds half of a surrogate pair (\\ud800 to \\udfff): not Unicode text")
     return value
 

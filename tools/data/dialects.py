@@ -7,6 +7,7 @@ it. Each rule is the named tool's own, but for what is said under "not as there"
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,19 +202,24 @@ def recognized(record: Record, mapping: Mapping[str, str] | None = None) -> Dial
         names["response" if "response" in (mapping or {}) else response] = "assistant"
         if mapping and set(names) <= set(record):
             return pair("columns of --map", *names)
-    absent = {one.name: one.missing(record) for one in DIALECTS}
+    raise ValueError(f"no dialect that is known; the nearest: {nearest(tuple(record))}; {columns_said(record)}")
+
+
+@functools.cache  # a file without a dialect has the same columns a hundred thousand times
+def nearest(columns: tuple[str, ...]) -> str:
+    """Return the two dialects nearest to a row of these columns, with the columns that each of them misses."""
+    absent = {one.name: [column for column in one.columns if column not in columns] for one in DIALECTS}
     # Of two alike one that is told by its columns alone; where no column is near any, our own two forms.
     ranked = sorted(
         (one for one in DIALECTS if absent[one.name]),
-        key=lambda one: (-nearness(one, record), bool(one.told), one is not PROMPT_RESPONSE, one is not MESSAGES),
+        key=lambda one: (-nearness(one, columns), bool(one.told), one is not PROMPT_RESPONSE, one is not MESSAGES),
     )
-    nearest = [f"{one.name} (no {' and no '.join(map(repr, absent[one.name]))})" for one in ranked]
-    raise ValueError(f"no dialect that is known; the nearest: {', '.join(nearest[:2])}; {columns_said(record)}")
+    return ", ".join(f"{one.name} (no {' and no '.join(map(repr, absent[one.name]))})" for one in ranked[:2])
 
 
-def nearness(dialect: Dialect, record: Record) -> float:
-    """Return the share of a dialect's columns that a record has, in parts for one that is spelled nearly so."""
-    names = [str(key).casefold() for key in record]
+def nearness(dialect: Dialect, columns: tuple[str, ...]) -> float:
+    """Return the share of a dialect's columns that a row has, in parts for one that is spelled nearly so."""
+    names = [str(column).casefold() for column in columns]
 
     def near(column: str) -> float:
         found = difflib.get_close_matches(column, names, n=1, cutoff=0.75)  # "Questions" for question, not "label"
