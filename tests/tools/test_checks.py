@@ -74,44 +74,6 @@ def test_nearly_the_same_words_on_both_sides_are_a_warning():
     assert ids([row("What is a fox?")], prompts=["What is an ox?"]) == []
 
 
-def test_every_near_pair_is_found_that_a_full_comparison_finds():
-    import itertools
-    import random
-
-    draw = random.Random(0)
-    texts = [" ".join(draw.sample(WORDS[:9], draw.randint(4, 8))) for _ in range(150)]
-    ours, theirs = (
-        [(t, f"a{n}") for n, t in enumerate(texts[:75])],
-        [(t, f"b{n}") for n, t in enumerate(texts[75:])],
-    )
-    expected = {
-        a
-        for (one, a), (other, _) in itertools.product(ours, theirs)
-        if checks.overlap(checks.words(one), checks.words(other)) >= checks.NEAR and one != other
-    }
-    found = {pair.partition(" ~ ")[0] for pair in checks.near_pairs(ours, theirs)}
-    assert found == expected
-    assert 5 < len(expected) < 75
-
-
-def test_equal_prompts_are_compared_once(monkeypatch):
-    sizes: list[int] = []
-    sharing = checks.sharing
-
-    def counted(ours, theirs):
-        sizes.append(len(theirs))
-        return sharing(ours, theirs)
-
-    monkeypatch.setattr(checks, "sharing", counted)
-    near = ("What is the gradient of a loss", "what is the gradient of a loss?", "Say, what is the gradient of a loss?")
-    texts = [near[at % 3] for at in range(300)]
-    pairs = list(
-        checks.near_pairs([(text, "a") for text in texts], [(text, f"b{at}") for at, text in enumerate(texts)])
-    )
-    assert pairs == ["a ~ b2", "a ~ b2", "a ~ b0"] * 100
-    assert sizes == [2], "300 prompts, two of them different"
-
-
 def test_a_leak_says_where_both_stand():
     report = checks.check({"train": [row("Why?"), row("What is a fox?")]}, ["Who?", "what is a fox?"])
     assert report.errors[0].where == ["evaluation prompt 2 = f:2"]

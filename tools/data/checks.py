@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from common.data.build import supervised_share
 from common.data.chat import ChatTokenizer, given
-from common.data.rows import Problem, Row, plain
+from common.data.rows import Problem, Row
 from common.data.rows import grouped as by_fault
 from common.data.tokens import Arrays, Encoded, pack
 from common.errors import DataError
 from common.hardware import TILE, round_up
 from tools.data import markers
+from tools.data.near import canonical, near_pairs
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 Rows = Mapping[str, Sequence[Row]]
 
 SHOWN = 10  # places of a finding on the screen; --json has all
-NEAR = 0.8  # share of common words (Jaccard) from which two prompts count as nearly the same
-NEAR_WORDS = 4  # shorter prompts are too alike by nature: "What is X?"
 
 SECRETS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
@@ -177,11 +176,6 @@ def faults(id: str, message: str, problems: Sequence[Problem]) -> Iterator[Findi
         yield replace(finding, faults=by_fault(problems))
 
 
-def canonical(text: str) -> str:
-    """Return a text for comparison: case, white space and end punctuation do not count."""
-    return plain(text).rstrip(" .?!")
-
-
 def leaks(train: Sequence[Row], held_out: Sequence[Row], prompts: Sequence[str]) -> Iterator[Finding]:
     """Yield prompts that stand on both sides of a measurement: the same ones are errors, near ones warnings."""
     trained = [(row.prompt, row.where) for row in train]
@@ -200,54 +194,6 @@ def leaks(train: Sequence[Row], held_out: Sequence[Row], prompts: Sequence[str])
         yield from listed(same_id, message, same)
         rest = [(text, where) for text, where in ours if canonical(text) not in known]
         yield from listed(near_id, f"{message} in nearly the same words", near_pairs(rest, theirs))
-
-
-def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Yield "a ~ b" for every one of ours, with the first of theirs that shares at least 80 % of the words.
-
-    Two sets that are so much alike share one of each other's rarest words (prefix filtering: Chaudhuri et al.,
-    "A primitive operator for similarity joins in data cleaning", ICDE 2006), so few pairs are compared.
-    """
-    once: dict[str, tuple[str, str]] = {}
-    for text, where in theirs:
-        once.setdefault(canonical(text), (text, where))
-    theirs = list(once.values())
-    our_words, their_words = [words(text) for text, _ in ours], [words(text) for text, _ in theirs]
-    for (text, where), part, candidates in zip(ours, our_words, sharing(our_words, their_words), strict=True):
-        for at in candidates:
-            if overlap(part, their_words[at]) >= NEAR and canonical(theirs[at][0]) != canonical(text):
-                yield f"{where} ~ {theirs[at][1]}"
-                break
-
-
-def sharing(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) -> Iterator[list[int]]:
-    """Yield, for each of ours, those of theirs (by index) that share a rarest word with it: all that can be near it."""
-    frequency = Counter(word for part in (*ours, *theirs) for word in part)
-    index: dict[str, list[int]] = defaultdict(list)
-    for at, part in enumerate(theirs):
-        for word in rarest(part, frequency):
-            index[word].append(at)
-    for part in ours:
-        yield sorted({at for word in rarest(part, frequency) for at in index[word]})
-
-
-def words(text: str) -> frozenset[str]:
-    """Return the different words of a text, case folded; none for a text too short to compare."""
-    found = frozenset(re.findall(r"\w+", text.casefold()))
-    return found if len(found) >= NEAR_WORDS else frozenset()
-
-
-def rarest(part: frozenset[str], frequency: Mapping[str, int]) -> list[str]:
-    """Return as many of the rarest words as two similar sets must have one of in common."""
-    # A set of n words that is NEAR another shares ceil(NEAR x n) of them with it. So no more than the rest of its words
-    # can be missing there, and of one word more than that at least one is shared.
-    ranked = sorted(part, key=lambda word: (frequency[word], word))
-    return ranked[: len(part) - math.ceil(NEAR * len(part)) + 1]
-
-
-def overlap(one: frozenset[str], other: frozenset[str]) -> float:
-    """Return the Jaccard similarity of two sets of words."""
-    return len(one & other) / len(one | other) if one and other else 0.0
 
 
 def duplicates(rows: Sequence[Row]) -> Iterator[Finding]:
@@ -281,7 +227,7 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
 
 
 def near_earlier(rows: Sequence[Row]) -> Iterator[str]:
-    """Return "b ~ a" for every row whose prompt is nearly that of an earlier row."""
+    """Yield "b ~ a" for every row whose prompt is nearly that of an earlier row."""
     place = {row.where: at for at, row in enumerate(rows)}
     prompts = [(row.prompt, row.where) for row in rows]
     for pair in near_pairs(prompts, prompts):
@@ -295,7 +241,9 @@ def private_data(rows: Sequence[Row]) -> Iterator[Finding]:
     texts = [(row.where, "\n".join(turn.content for turn in row.messages)) for row in rows]
     secrets = [f"{where}: {name}" for where, text in texts for name, shape in SECRETS.items() if re.search(shape, text)]
     yield from listed("D004", "rows hold a key or token", secrets)
-    yield from listed("D109", "rows hold an e-mail address", (where for where, text in texts if EMAIL.search(text)))
+    yield from listed(
+        "D109", "rows hold an e-mail address", (where for where, text in texts if "@" in text and EMAIL.search(text))
+    )
     yield from listed("D110", "rows hold a phone number", (where for where, text in texts if PHONE.search(text)))
 
 

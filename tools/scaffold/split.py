@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from common.data.rows import Row, group_hash, plain
 from common.errors import DataError
-from tools.data.checks import canonical
+from tools.data.near import canonical
 
 HELD_OUT = (8, 500)  # rows: the standard error of a mean over 8 is 0.35 of the rows' spread, over 500 it is 0.04
 ASKED = 4  # evaluation prompts: each is generated for at every evaluation, which takes seconds on a CPU
