@@ -95,9 +95,10 @@ lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML a
 docs: setup ## write the tables of the READMEs and docs/data.md from results.yaml and the code
 	.venv/bin/python -m ci.docs
 
-bench: setup ## throughput beside a peer's trainer and a bare loop (minutes; the peer gets its own environment)
+bench: setup ## training and serving beside their peers (minutes; the peers get environments of their own)
 	.venv/bin/python bench/scratch.py
 	.venv/bin/python bench/throughput.py
+	.venv/bin/python -m bench.serving
 
 lock: ## make requirements/*.txt again from *.in, with hashes, then the pins of the images: UPGRADE=1 takes newer
 	@ci/tools.sh python ci/lock.py

@@ -39,7 +39,7 @@ def torch_requirement(lock: str) -> str:
     """Return the lock's torch line with its hashes: installed first and alone, from the index that has CPU builds."""
     found = re.search(r"^torch==\S+(?:.*\\\n)*.*\n", lock, re.MULTILINE)
     if found is None:
-        raise SystemExit(f"{LOCK.name} names no torch")
+        raise SystemExit("the peer's lock names no torch")
     return found[0]
 
 
@@ -48,17 +48,17 @@ def stamp_of(lock: str, python: str) -> str:
     return hashlib.sha256(f"{python}\n{lock}".encode()).hexdigest()
 
 
-def peer_python() -> Path:
-    """Return the interpreter of the peer's environment, which is made (minutes, network) unless it is up to date."""
-    python, stamp = PEER_VENV / "bin" / "python", PEER_VENV / "bench.stamp"
-    lock, version = LOCK.read_text(encoding="utf-8"), platform.python_version()
+def peer_python(path: Path, venv: Path) -> Path:
+    """Return the interpreter of a peer's environment, which is made from the lock at `path` unless it is up to date."""
+    python, stamp = venv / "bin" / "python", venv / "bench.stamp"
+    lock, version = path.read_text(encoding="utf-8"), platform.python_version()
     if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == stamp_of(lock, version):
         return python
     if sys.version_info[:2] != (3, 11):
         raise SystemExit(f"the peer's lock is for Python 3.11, this is {version}: make setup PYTHON=python3.11 first")
-    print(f"bench: making the peer's environment in {PEER_VENV.name} (once, minutes)", flush=True)
+    print(f"bench: making the peer's environment in {venv.name} (once, minutes)", flush=True)
     stamp.unlink(missing_ok=True)
-    run([sys.executable, "-m", "venv", "--clear", PEER_VENV])
+    run([sys.executable, "-m", "venv", "--clear", venv])
     pip: list[str | Path] = [
         python,
         "-m",
@@ -70,11 +70,11 @@ def peer_python() -> Path:
         "--no-deps",
     ]
     pip += ["--require-hashes", "--only-binary", ":all:"]
-    torch = PEER_VENV / "torch.txt"
+    torch = venv / "torch.txt"
     torch.write_text(torch_requirement(lock), encoding="utf-8")
     index = ["--extra-index-url", TORCH_INDEX] if TORCH_INDEX else []
     run([*pip, "--retries", "1", "--timeout", "10", *index, "-r", torch])
-    run([*pip, "-r", LOCK])
+    run([*pip, "-r", path])
     stamp.write_text(stamp_of(lock, version), encoding="utf-8")
     return python
 
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--peer-attention", default="sdpa", choices=("sdpa", "eager"), help="its default is sdpa")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for recipe run")
     arguments = parser.parse_args()
-    peer = peer_python()
+    peer = peer_python(LOCK, PEER_VENV)
     job = make_job(arguments)
     runs: dict[str, list[Measured]] = {name: [] for name in ("ours", *PEER_MODES)}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

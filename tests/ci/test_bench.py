@@ -1,14 +1,21 @@
-"""The bench's arithmetic, and that the peer runs on our versions."""
+"""The bench's arithmetic and its client, and that the peers run on our versions."""
 
 from __future__ import annotations
 
+import json
 import re
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import loop, throughput
+from bench import loop, serving, throughput
 from bench.throughput import LOCK, ROOT
+from common.data.chat import ChatTokenizer
 
 
 def measured(seconds: list[float], rows: list[int], peak: float = 100.0) -> dict[str, Any]:
@@ -61,11 +68,14 @@ def pins(text: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE))
 
 
-def test_the_peer_runs_on_the_versions_that_ours_runs_on() -> None:
-    peer, ours = pins(LOCK.read_text()), pins((ROOT / "requirements/cpu-3.11.txt").read_text())
-    assert "trl" in peer
+@pytest.mark.parametrize(
+    ("lock", "packages"),
+    [(LOCK, {"trl", *throughput.SAME_PACKAGES}), (serving.LOCK, {"xllamacpp", "torch", "transformers", "fastapi"})],
+)
+def test_a_peer_runs_on_the_versions_that_ours_runs_on(lock: Path, packages: set[str]) -> None:
+    peer, ours = pins(lock.read_text()), pins((ROOT / "requirements/cpu-3.11.txt").read_text())
+    assert packages <= set(peer)
     assert {name: ours[name] for name in peer if name in ours} == {name: peer[name] for name in peer if name in ours}
-    assert set(throughput.SAME_PACKAGES) <= set(peer)
     assert not [name for name in peer if re.match(r"nvidia|triton|cuda", name)]
 
 
@@ -74,3 +84,88 @@ def test_the_supply_rate_counts_whole_batches(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("bench.loop.time.perf_counter", lambda: next(ticks))
     split = loop.full_rows(rows=4, length=32)
     assert loop.supply_rate(split, batch_size=2, seconds=1.0) == pytest.approx(2 * 2 * 32 / 2.0)
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+GOOD = {"first": 0.2, "one": 10.0, "four": 25.0, "ready": 4.0, "resident_bytes": 0.9e9}
+SIDES = {
+    "generate": {"first": 0.2, "one": 10.0},
+    "ours": GOOD,
+    "transformers": {**GOOD, "first": 0.3, "four": 10.0},
+    "llama": {**GOOD, "one": 20.0},
+}
+ASKED = [
+    ("first token, over `generate`'s", {"first": 0.25}),
+    ("one stream, over `generate`'s", {"one": 8.9}),
+    ("four streams, over one", {"four": 19.0}),
+    ("first token: `transformers serve`'s over ours", {"first": 0.31}),
+    ("one stream: ours over `transformers serve`'s", {"one": 9.9}),
+    ("four streams: ours over `transformers serve`'s", {"four": 9.9}),
+    ("seconds from the command until /health is 200", {"ready": 5.1}),
+    ("MB resident after 20 answers; 1.3 x the weights + the printed cache", {"resident_bytes": 1.16e9}),
+]
+PRINTED = (500_000_000, 500_000_000)  # bytes of weights and cache: 1.15 GB are allowed
+
+
+@pytest.mark.parametrize(("what", "change"), ASKED)
+def test_serving_that_misses_a_figure_is_told_so(what: str, change: dict[str, float]) -> None:
+    good = {check["what"]: check for check in serving.checks(SIDES, PRINTED, imports=300_000_000)}
+    bad = {check["what"]: check for check in serving.checks({**SIDES, "ours": {**GOOD, **change}}, PRINTED, imports=0)}
+    assert good[what]["met"] is True
+    assert bad[what]["met"] is False
+    assert {name for name, check in good.items() if check["met"] is not None} == {name for name, _ in ASKED}
+
+
+def test_llama_cpp_is_told_and_asked_for_nothing() -> None:
+    told = {check["what"]: check for check in serving.checks(SIDES, PRINTED, imports=300_000_000)}
+    assert told["one stream: ours over llama.cpp's"]["value"] == 0.5
+    assert told["the same without what the imports take, over the weights"]["value"] == pytest.approx(1.2)
+    assert told["one stream: ours over llama.cpp's"]["met"] is None
+
+
+@pytest.fixture
+def streamed() -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """A server that says two words a little apart, then that the answer was cut off; and what it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            for choice in ({"text": ""}, {"text": "two "}, {"text": "words"}, {"text": "", "finish_reason": "length"}):
+                self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+                self.wfile.flush()
+                time.sleep(0.05)
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, asked
+        server.shutdown()
+
+
+def test_an_answer_is_timed_by_its_text_and_cut_off_has_all_its_tokens(streamed: tuple[int, list[Any]]) -> None:
+    port, asked = streamed
+    found = serving.ask(port, "m", "a prompt", 7)
+    assert (found.text, found.tokens) == ("two words", 7)
+    assert 0.05 <= found.first <= found.last - 0.05, "the empty piece before the first word is no token"
+    assert asked == [{"model": "m", "prompt": "a prompt", "max_tokens": 7, "temperature": 0, "stream": True}]
+
+
+def test_prompts_have_one_length_and_no_common_begin(tiny_base: Path) -> None:
+    tokenizer = ChatTokenizer.load(tiny_base)
+    prompts = serving.prompts_for(tiny_base, 8)
+    assert [len(tokenizer.encode_text(prompt)) for prompt in prompts] == [serving.PROMPT] * 8
+    assert len({prompt.split()[0] for prompt in prompts}) == 8
+
+
+def test_the_table_is_that_of_the_committed_result() -> None:
+    inside = serving.README.read_text(encoding="utf-8").partition(serving.BEGIN)[2].partition(serving.END)[0].strip()
+    if serving.RESULT.exists():
+        assert inside == serving.table(json.loads(serving.RESULT.read_text(encoding="utf-8")))
+    else:
+        assert inside.startswith("Not measured yet")
