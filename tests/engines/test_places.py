@@ -124,8 +124,10 @@ def test_greedy_answers_are_those_of_generate(tmp_path, tied):
         assert isinstance(speaker.backend, TorchCPU)
         rng = random.Random(11)
         prompts = [[rng.randrange(6, VOCABULARY) for _ in range(rng.randint(1, 40))] for _ in range(COUNT)]
-        no_end = {"eos_ids": (), "vocab_size": VOCABULARY}
-        expected = [generate(speaker.backend, [prompt], speaker.config.eval, **no_end)[0] for prompt in prompts]
+        expected = [
+            generate(speaker.backend, [prompt], speaker.config.eval, eos_ids=(), vocab_size=VOCABULARY)[0]
+            for prompt in prompts
+        ]
 
         places = Places(speaker.backend, COUNT, CONTEXT)
         found = [[int(places.join(at, prompt, CONTEXT).argmax())] for at, prompt in enumerate(prompts)]
@@ -144,7 +146,7 @@ def test_every_place_computes_the_same_bits(backend):
 
 
 def test_logits_are_those_of_generation(backend):
-    """Kernels differ by the shape of a product, so the last bits may: fp32 agrees to 1e-5, bf16 to a tenth of their spread."""
+    """Kernels differ by the shape of a product: fp32 agrees to 1e-5, bf16 to a tenth of the spread of the logits."""
     ids = list(range(100, 120))
     found = alone(Places(backend, COUNT, CONTEXT), 2, ids, 12)
     logits, cache = backend.next_token_logits(np.array([ids[:12]]), np.array([12]))
