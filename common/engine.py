@@ -139,15 +139,6 @@ def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:
     return supervised
 
 
-def not_finite(loss: float, norm: float, learning_rate: float, step: int) -> TrainingError:
-    """Return the error of a step whose update was refused."""
-    return TrainingError(
-        f"step {step} is not finite: loss {loss}, gradient norm {norm}; the update was refused",
-        where=f"step {step}, learning rate {learning_rate:.3g}",
-        todo="resume with a lower learning rate, or look at the batch: recipe data show --step",
-    )
-
-
 def not_reached(tensors: Sequence[str], where: str) -> TrainingError:
     """Return the error of a training in which no gradient reaches the trained `tensors`."""
     return TrainingError(

@@ -55,12 +55,12 @@ def read_pins(path: Path, key: str) -> dict[str, dict[str, Any]]:
 
     try:
         lock = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if lock["format"] == 1:
-            return {name: dict(pin) for name, pin in lock[key].items()}
-        fault = f"has format {lock['format']}, this version reads 1"
+        version, pins = lock["format"], {name: dict(pin) for name, pin in lock[key].items()}
     except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
-        fault = f"cannot be read: {type(error).__name__}: {error}"
-    raise MachineError(f"{path.name} {fault}", where=str(path))
+        raise MachineError(f"{path.name} cannot be read: {error!r}", where=str(path)) from error
+    if version == 1:
+        return pins
+    raise MachineError(f"{path.name} has format {version}, this version reads 1", where=str(path))
 
 
 def utc_now() -> str:

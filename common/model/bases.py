@@ -78,12 +78,12 @@ def find(base: str, recipe_dir: Path | None = None) -> dict[str, Any] | Path:
     for folder in (Path(base).expanduser(), (recipe_dir or Path()) / base):
         if (folder / "config.json").is_file():
             return folder.absolute()
-    recipe = recipe_dir.name if recipe_dir else "RECIPE"
-    pin = f"pin it, if it is the Hub's: recipe base add {base} --recipe {recipe}; or " if base.count("/") == 1 else ""
+    model = base if base.count("/") == 1 else "OWNER/NAME"
     raise UsageError(
         f"no base model called {base!r}",
         where="model_config.base",
-        todo=f"{pin}name one of {', '.join(entries)}, or a folder that holds config.json and *.safetensors",
+        todo=f"pin a model of the Hub: recipe base add {model} --recipe {recipe_dir.name if recipe_dir else 'RECIPE'}; "
+        f"or name one of {', '.join(entries)}, or a folder that holds config.json and *.safetensors",
     )
 
 
@@ -150,7 +150,9 @@ def identity_of(entry: Mapping[str, Any]) -> str:
 
 def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
     """Return where a pinned base is kept, fetched or not."""
-    return home() / "bases" / f"{name.replace('/', '--')}-{identity_of(entry)[:12]}"
+    # A recipe's own pin has a name of the Hub. Two commits of it may have the same weights beside other tokenizers.
+    key = entry["revision"] if "/" in name else identity_of(entry)
+    return home() / "bases" / f"{name.replace('/', '--')}-{key[:12]}"
 
 
 def _verify(folder: Path, entry: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.config import Config
 from common.data.tokens import Batch
-from common.engine import Array, BackendInfo, StepStats, not_finite, not_reached, supervised_tokens
+from common.engine import Array, BackendInfo, StepStats, not_reached, supervised_tokens
 from common.errors import MachineError, RankLost, RecipeError, UsageError
 from common.hardware import TILE
 from common.model.llama import PREFIX
@@ -44,7 +44,7 @@ from engines.cpu import ragged
 from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 from engines.cpu.lora import add_lora, lora_layers
 from engines.cpu.ranks import Ranks, gloo_errors, ranks_of
-from engines.fit import misfit
+from engines.refusals import misfit, not_finite
 
 # Shapes: B rows, T positions of a padded row, S tokens of rows laid end to end, N supervised ones among them,
 # H hidden_size, V rows of the vocabulary. `hidden_NH` is [N, H].

@@ -29,12 +29,13 @@ import numpy as np
 
 from common.config import Config
 from common.data.tokens import Batch
-from common.engine import Array, BackendInfo, StepStats, not_finite, supervised_tokens
+from common.engine import Array, BackendInfo, StepStats, supervised_tokens
 from common.errors import DataError, MachineError, TrainingError, VerificationError
 from common.hardware import TILE, Hardware, round_up
 from common.model import llama
 from common.model.init import uniform
 from common.signals import handled
+from engines.refusals import not_finite
 from engines.ttml import hf_map
 from engines.ttml import state as ttml_state
 from engines.ttml.contract import Build, explained, linears_by_name, probe

@@ -27,7 +27,7 @@ from common.errors import MachineError, UsageError
 from common.hardware import round_up
 from common.model import llama
 from common.model.llama import EMBEDDING, FINAL_NORM, HEAD, PREFIX
-from engines.fit import misfit
+from engines.refusals import misfit
 
 Array = np.ndarray[Any, Any]
 

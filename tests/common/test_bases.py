@@ -82,7 +82,8 @@ def pin_in(recipe: Path, text: str) -> None:
     (recipe / "models.lock.yaml").write_text(text)
 
 
-ENTRY = "{source: hub, files: {b.safetensors: '22', config.json: null, a.safetensors: '11'}, download_mb: 1}"
+FILES = "{b.safetensors: '22', config.json: null, a.safetensors: '11'}"
+ENTRY = f"{{source: hub, revision: 'abc', files: {FILES}, download_mb: 1}}"
 
 
 def test_a_recipe_has_pins_of_its_own_beside_those_of_every_recipe(tmp_path, monkeypatch):
@@ -102,7 +103,9 @@ def test_weights_of_several_files_are_known_by_all_of_them(tmp_path):
     pin_in(tmp_path / "mine", f"format: 1\nbases:\n  owner/name: {ENTRY}\n")
     entry = bases.locked(tmp_path / "mine")["owner/name"]
     assert bases.identity_of(entry) == hashlib.sha256(b"1122").hexdigest()
-    assert bases.folder_of("owner/name", entry).parent.name == "bases"
+    folder = bases.folder_of("owner/name", entry)
+    assert folder.parent.name == "bases"
+    assert folder != bases.folder_of("owner/name", {**entry, "revision": "abd"}), "its tokenizer may be another"
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< ours\nformat: 1\n", "", "format: 1\n", "format: 1\nbases: {a/b: 3}\n"])
