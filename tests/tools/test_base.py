@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,11 @@ from tests.doubles.hub import Hub, files_of, serve_hub
 from tests.support.hub_files import in_shards
 from tools import recipes
 from tools.bases import lock, verbs
+from tools.cli.main import recipe
+from tools.launch.exit_codes import exit_code_of
 
 pytest.importorskip("huggingface_hub")
-ROOT = Path(__file__).resolve().parents[2]
+RESOLVE = "/{repo_id}/resolve/{revision}/{filename}"  # a file's path on a Hub
 REPO, TOKEN = "someone/tiny-llama.v1", "hf_secretsecretsecret"
 COMMENT = "# ours: asked Anna about the licence\n"
 
@@ -42,22 +42,31 @@ def mine(tmp_path) -> Path:
 
 
 @pytest.fixture
-def base(tmp_path, hub) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `recipe base WORDS` in a process of its own, whose Hub is `hub`."""
+def base(tmp_path, hub, monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `recipe base WORDS` here, with `hub` as its Hub and no token but the environment's.
+
+    The Hub's library reads its environment once, at its import: what it made of it is set instead.
+    """
+    constants = pytest.importorskip("huggingface_hub.constants")
 
     def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        unwanted = ("HF_", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
-        own = {"RECIPES_HOME": tmp_path / "home", "HF_HOME": tmp_path / "hf", "HF_ENDPOINT": hub.address}
-        return subprocess.run(
-            [sys.executable, "-m", "tools.cli", "base", *map(str, words)],
-            env={**clean, **{key: str(value) for key, value in own.items()}, **environment},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        endpoint = environment.get("HF_ENDPOINT", hub.address)
+        with monkeypatch.context() as patch:
+            patch.setenv("RECIPES_HOME", str(tmp_path / "home"))
+            for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(constants, "ENDPOINT", endpoint)
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + RESOLVE)
+            patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+            patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+            patch.setattr(constants, "HF_HUB_OFFLINE", "HF_HUB_OFFLINE" in environment)
+            capsys.readouterr()
+            arguments = ["base", *map(str, words)]
+            code = exit_code_of(lambda: recipe.main(arguments, standalone_mode=False), debug=False)
+            said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
     return run
 
