@@ -39,12 +39,16 @@ def chat(folder: Path, tied: bool) -> Path:
 
 
 def smollm(folder: Path, tied: bool) -> Path:
-    """The same with SmolLM2's own pattern, in which every digit is a word."""
+    """The same with SmolLM2's own pattern, in which every digit is a word: its merges of digits are never made."""
     write_tiny_base(folder, tied=tied)
     path = folder / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     digits = {"type": "Digits", "individual_digits": True}
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    for pair in (["Ġ", "1"], ["1", "2"]):
+        vocab["".join(pair)] = len(vocab)
+        merges.append(pair)
     path.write_text(json.dumps(spec), encoding="utf-8")
     return louder(folder)
 

@@ -6,6 +6,7 @@ It runs in an environment of its own, with one argument: a folder with job.json,
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 import urllib.request
@@ -27,6 +28,8 @@ def main(folder: Path) -> None:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = False
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # as whoever asks wants it of every library; else one a core
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     server = xllamacpp.Server(params)
 
     def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:

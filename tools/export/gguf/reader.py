@@ -69,7 +69,8 @@ def read(python: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         if done.returncode == -signal.SIGILL:
             raise MachineError(f"{version()} does not run on this processor")
         if done.returncode:
-            raise VerificationError(f"{version()} cannot read it: {last_line(done.stderr)}")
+            ended = f"(signal {-done.returncode}) " if done.returncode < 0 else ""
+            raise VerificationError(f"{version()} cannot read it: {ended}{last_line(done.stderr)}")
         return dict(json.loads((folder / "out.json").read_text(encoding="utf-8")))
 
 
