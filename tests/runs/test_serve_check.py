@@ -180,9 +180,9 @@ WRONG: list[tuple[str, type[Wrong], str]] = [
     ("bad_input", without("temperature"), "it was answered"),
     ("bad_input", Crashing, "500"),
     ("too_long", Cutting, "it was answered"),
-    ("no_silence", without("n"), "n was passed over"),
-    ("no_silence", without("logprobs", "top_logprobs"), "logprobs was passed over"),
-    ("no_silence", without("response_format"), "response_format was passed over"),
+    ("no_silence", without("n"), "n passed over"),
+    ("no_silence", without("logprobs", "top_logprobs"), "logprobs passed over"),
+    ("no_silence", without("response_format"), "response_format passed over"),
     ("goes_on", Blocked, "503"),
 ]
 
