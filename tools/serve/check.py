@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tools.serve.batcher import UNFINISHED
 
 Say = Callable[[str], None]
 TIMEOUT = 300.0  # seconds for one answer: a CPU that does other things may need them
+SOON = 60.0  # seconds for a refusal, which needs no computing
 SHORT, LONG = 8, 24  # tokens of the answers that are asked for
 COMPARED = 32  # tokens of a greedy answer that is held against ours
 PROMPTS = ("Hello!", "What is a learning rate?", "Write a short poem about the sea.", "Count to ten.")
@@ -192,7 +193,8 @@ def bad_input(site: Site) -> str:
 
 def too_long(site: Site) -> str:
     """A prompt longer than any context is refused with 400 or 413, not cut or run."""
-    return refused(lambda: site.ask("word " * 180_000), (400, 413, 422))
+    impatient = replace(site, client=site.client.with_options(timeout=SOON, max_retries=0))
+    return refused(lambda: impatient.ask("word " * 180_000), (400, 413, 422))
 
 
 def no_silence(site: Site) -> str:
@@ -239,9 +241,9 @@ FLOOR: tuple[Callable[[Site], str], ...] = (
     completions,
     unknown_model,
     bad_input,
-    too_long,
     no_silence,
     goes_on,
+    too_long,  # the last: who runs such a prompt answers nothing else for long
 )
 
 
