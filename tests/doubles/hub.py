@@ -44,7 +44,6 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     readers: dict[str, set[str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    sent: dict[str, int] = field(default_factory=dict)  # bytes of each file's content, by name
     on_request: Callable[[str], None] = lambda _path: None
 
     def push(
@@ -127,8 +126,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         part = content[int(wanted[1]) : int(wanted[2]) + 1 if wanted[2] else None] if wanted else content
         if wanted:
             headers["Content-Range"] = f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(content)}"
-        if self.body:
-            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(part)
         self.send(206 if wanted else 200, part, headers)
 
     def refuse(self, status: int, code: str = "", message: str = "") -> None:

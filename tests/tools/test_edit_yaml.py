@@ -48,3 +48,9 @@ def test_a_line_that_begins_with_a_hash_is_text_inside_of_a_block():
 def test_a_file_of_json_becomes_block_style():
     assert set_key('{"a": {"b": 1},\n "c": "x"}\n', "a.b", 2) == "a:\n  b: 2\nc: x\n"
     assert remove_key('{"a": {"b": 1}, "c": 2}\n', "a.b") == "c: 2\n"
+
+
+def test_a_key_with_a_dot_of_its_own_is_given_by_its_parts():
+    text = set_key("a:\n  b: 1  # one\n", ("a", "c/d.e"), {"f": 2})
+    assert text == "a:\n  b: 1  # one\n  c/d.e:\n    f: 2\n"
+    assert remove_key(text, ("a", "c/d.e")) == "a:\n  b: 1  # one\n"
