@@ -343,6 +343,11 @@ def test_what_is_written_is_read_back(tmp_path_factory, conversations):
         convert.write_rows(path, rows)
 
 
+def test_half_of_a_surrogate_pair_beside_the_texts_is_written_as_json_writes_it(tmp_path):
+    source = text_file(tmp_path, "a.jsonl", r'{"prompt": "a b", "response": "c d", "note": "\ud800"}')
+    assert converted(source, tmp_path) == [{"prompt": "a b", "response": "c d", "note": "\ud800"}]
+
+
 def test_a_message_of_weight_0_is_written_with_it(tmp_path):
     turns: list[dict] = [{"role": role, "content": "a b"} for role in ("user", "assistant") * 2]
     turns[1]["weight"] = 0

@@ -87,6 +87,32 @@ def test_a_file_that_is_not_packed_as_its_name_says(tmp_path, name):
         read(path)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000], ids=["lists", "objects"])
+def test_json_that_is_nested_without_end_is_one_message(tmp_path, text):
+    with pytest.raises(DataError, match="nested too deeply"):
+        convert.convert(written(tmp_path, "a.json", text.encode()), tmp_path / "out.jsonl")
+
+
+def test_a_cell_of_a_table_may_be_long(tmp_path):
+    answer = "word " * 40_000
+    path = written(tmp_path, "a.csv", f"prompt,response\nWhy?,{answer}\n".encode())
+    assert read(path) == [{"prompt": "Why?", "response": answer}]
+
+
+def test_a_marked_text_keeps_the_characters_that_are_line_ends_elsewhere(tmp_path):
+    path = written(tmp_path, "a.txt", "Q: Wh\u2028y?\r\nA: S\x0bo.\rMore.\n".encode())
+    assert read(path) == [{"prompt": "Wh\u2028y?", "response": "S\x0bo.\nMore."}]
+
+
+@pytest.mark.parametrize(("name", "content"), [("dataset_dict.json", "[]"), ("dataset_info.json", "[1]")])
+def test_a_saved_folder_with_other_json_in_it_is_one_message(tmp_path, name, content):
+    if name == "dataset_info.json":
+        (tmp_path / "state.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match="not readable as Arrow"):
+        read(tmp_path)
+
+
 def test_a_folder_that_datasets_saved(tmp_path):
     import datasets
 
@@ -108,7 +134,9 @@ def test_a_folder_of_files_in_the_order_of_their_names(tmp_path):
     written(folder, "a.jsonl.gz", LINES.encode())
     written(folder / "b", "c.csv", TABLE.encode())
     (folder / "README.md").write_text("# Rows\n\nLicense: CC0\n")
-    (folder / ".hidden").write_text("no")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    for hidden in (".hidden", ".cache/huggingface/a.jsonl.metadata", ".cache/huggingface/a.jsonl"):
+        (folder / hidden).write_text("no")
     assert read(folder) == [*ROWS, *ROWS]
     report = convert.convert(folder, tmp_path / "out.jsonl")
     assert report.rows == 6

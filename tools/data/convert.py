@@ -144,8 +144,14 @@ def record_of(row: Row) -> dict[str, Any]:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as JSONL to a new file. Raises FileExistsError rather than overwrite."""
     with path.open("x", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(record_of(row), ensure_ascii=False, default=str) + "\n")
+        file.writelines(map(line_of, map(record_of, rows)))
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """Return a record as a line of JSON, in characters that UTF-8 has."""
+    line = json.dumps(record, ensure_ascii=False, default=str)
+    # Beside the texts, a key may hold half of a surrogate pair, which JSON writes as \ud800 and UTF-8 cannot.
+    return (json.dumps(record, default=str) if re.search("[\ud800-\udfff]", line) else line) + "\n"
 
 
 def pins_of(out: Path) -> Path:

@@ -78,8 +78,9 @@ def records(path: Path, kind: str, split: str = "train") -> Iterator[Record]:
 
 def files_of(folder: Path) -> list[Path]:
     """Return the files of rows in a folder, by name. Raises DataError where there is none, or one that is unknown."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = [path for path in files if not path.name.endswith(ABOUT)]
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(ABOUT))
+    # Nor in hidden folders: `hf download --local-dir` keeps its notes in .cache.
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if unknown := [path for path in files if bare(path).suffix.lower() not in SUFFIXES]:
         todo = f"move it elsewhere; read are {', '.join(SUFFIXES)}, also packed as {' and '.join(PACKED)}"
         raise DataError("a file in the folder is none of rows by its name", where=str(unknown[0]), todo=todo)
@@ -137,7 +138,7 @@ def json_records(path: Path) -> Iterator[Record]:
         return
     try:
         json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         # Not an object a line. Where the whole file is none after another either, its lines have the better messages.
         found = sequence(data)
         if found:
@@ -158,6 +159,8 @@ def list_records(path: Path, text: str) -> Iterator[Record]:
         values = json.loads(text, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise DataError(f"not JSON: {error}", where=str(path)) from error
+    except RecursionError as error:
+        raise DataError("nested too deeply", where=str(path)) from error
     for number, value in enumerate(values, start=1):
         yield placed(f"{path}: entry {number}", value)
 
@@ -183,6 +186,7 @@ def csv_records(path: Path) -> Iterator[Record]:
     header = text.partition("\n")[0]
     # By the header alone: in the cells below it, text is full of commas.
     delimiter = max(",;\t", key=header.count)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # its default refuses a cell of 131,073 characters
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names = reader.fieldnames or []
     if len(set(names)) < len(names):
@@ -222,7 +226,7 @@ def arrow_records(path: Path, split: str) -> Iterator[Record]:
 
     try:
         table = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # odd JSON, too
         raise DataError(f"not readable as Arrow: {error}", where=str(path)) from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
@@ -234,7 +238,7 @@ def arrow_records(path: Path, split: str) -> Iterator[Record]:
 
 def text_records(path: Path) -> Iterator[Record]:
     """Yield the pairs of a text that marks them with `Q:` and `A:`. Raises DataError if it has none."""
-    parts = list(marked_parts(text_of(path).splitlines()))
+    parts = list(marked_parts(re.split(r"\r\n|\r|\n", text_of(path))))
     if not any(kind == "Q" for kind, _, _ in parts):
         raise DataError(
             "nothing says what is a question and what an answer",

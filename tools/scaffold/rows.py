@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from common.model import bases
 from common.recipe import call, load_dataset
 from common.train.plan import check_prompts, refuse_too_long
 from tools.data import checks
-from tools.data.convert import record_of, write_rows
+from tools.data.convert import line_of, record_of, write_rows
 from tools.plan.estimate import CHARACTERS_A_TOKEN
 from tools.scaffold.split import Split
 
@@ -37,8 +36,7 @@ def write(folder: Path, found: Split) -> None:
     write_rows(folder / SOURCE, found.rows)
     with (folder / PROMPTS).open("x", encoding="utf-8", newline="\n") as file:
         for row in found.asked:  # with the answer that was written for it, for whoever reads the file
-            record = {**record_of(row), "prompt": row.prompt}
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            file.write(line_of({**record_of(row), "prompt": row.prompt}))
 
 
 def base_here(config: Config, recipe: Path) -> bases.Base | None:
