@@ -227,7 +227,7 @@ def measure(side: str, folder: Path, python: Path, prompts: Sequence[str], place
     measured = measure_server(command, port, model, prompts, log, quiet(ROOT if side == "ours" else None))
     if side == "ours":
         said = log.read_text(encoding="utf-8")
-        (sizes,) = re.findall(r"weights ([\d.]+) GB; keys and values of \d+ places at most ([\d.]+) GB", said)
+        (sizes,) = re.findall(r"weights ([\d.]+) GB; keys and values of \d+ slots at most ([\d.]+) GB", said)
         measured["printed_bytes"] = [int(float(size) * 1e9) for size in sizes]
     return measured | {"load_before": load}
 
@@ -242,7 +242,7 @@ def free_port() -> int:
 def bytes_of_imports() -> int:
     """Return the resident bytes of a process that imports what the server imports, and does nothing."""
     code = (
-        "import tools.serve.start, engines.cpu.places; from bench.serving import memory_of; print(memory_of('self')[0])"
+        "import tools.serve.start, engines.cpu.slots; from bench.serving import memory_of; print(memory_of('self')[0])"
     )
     command = [sys.executable, "-c", code]
     return int(subprocess.run(command, env=quiet(ROOT), cwd=ROOT, check=True, capture_output=True).stdout)

@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory) -> Iterator[Server]:
-    with Server(folder, "--places", 1, "--queue", 0, "--max-tokens", 12, cwd=tmp_path_factory.mktemp("cwd")) as server:
+    with Server(folder, "--slots", 1, "--queue", 0, "--max-tokens", 12, cwd=tmp_path_factory.mktemp("cwd")) as server:
         yield server
 
 
@@ -211,13 +211,13 @@ def test_a_page_that_came_before_the_weights_gets_ready_by_itself(chromium, fold
 # --- stopping -------------------------------------------------------------------------------------------------------
 
 
-def test_escape_stops_an_answer_and_its_place_is_free(chromium, server):
+def test_escape_stops_an_answer_and_its_slot_is_free(chromium, server):
     with Talk(chromium, server, settings=LONG) as talk:
         (box,) = talk.begin("Hello!").all()
         expect(box.locator(".said")).not_to_be_empty()
         talk.page.keyboard.press("Escape")
         expect(box.locator(".used summary")).to_contain_text("stopped by you · at least")
-        server.until(answering=0)
+        server.until(running=0)
         assert talk.facts(box)["finish_reason"] == "none: stopped by you"
         text = talk.text(box)
         talk.page.fill("[name=max_tokens]", "3")
@@ -271,9 +271,9 @@ def test_a_full_server_is_asked_again(chromium, server):
         stream = server.client().chat.completions.create(**body)
         next(iter(stream))
         (box,) = talk.say("Hello!").all()
-        assert re.search("All places are taken. all 1 places are taken.*in 1 s", fault(box))
+        assert re.search("All slots are taken. all 1 slots are taken.*in 1 s", fault(box))
         stream.close()
-        server.until(answering=0)
+        server.until(running=0)
         box.get_by_role("button", name="Try again").click()
         expect(box.locator(".used summary")).to_contain_text("cut off at max_tokens · 12 tokens")
         expect(box.locator(".fault")).to_be_hidden()

@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    with Server(folder, "--places", 2, "--queue", 2, cwd=tmp_path_factory.mktemp("cwd")) as server:
+    with Server(folder, "--slots", 2, "--queue", 2, cwd=tmp_path_factory.mktemp("cwd")) as server:
         yield server
 
 
@@ -131,7 +131,7 @@ def test_the_client_finds_the_model_and_talks_to_it(server, client):
     assert (response.model, response.choices[0].finish_reason) == ("tiny", "length")
     assert response.usage.completion_tokens == 8
     assert response.usage.total_tokens == response.usage.prompt_tokens + 8
-    assert server.ask("/health")[:2] == (200, {"status": "ok", "answering": 0, "waiting": 0})
+    assert server.ask("/health")[:2] == (200, {"status": "ok", "running": 0, "waiting": 0})
 
 
 def test_an_answer_is_what_recipe_generate_says(client, folder):
@@ -485,7 +485,7 @@ def test_a_body_that_is_too_large_is_refused_and_the_server_goes_on(server):
 def test_each_answer_is_the_one_it_gets_alone(client):
     asked = [{"seed": seed, "temperature": 1.8, "max_tokens": 5 + 7 * seed} for seed in range(4)]
     alone = [text_of(chat(client, **fields)) for fields in asked]
-    with ThreadPoolExecutor(4) as pool:  # two in places, two in the queue
+    with ThreadPoolExecutor(4) as pool:  # two in slots, two in the queue
         assert list(pool.map(lambda fields: text_of(chat(client, **fields)), asked)) == alone
 
 
@@ -493,7 +493,7 @@ def test_a_full_queue_is_said_and_the_client_comes_again(server):
     long = [
         server.client().completions.create(model="tiny", prompt="x", max_tokens=1500, stream=True) for _ in range(4)
     ]
-    server.until(answering=2, waiting=2)
+    server.until(running=2, waiting=2)
     status, answer, headers = server.ask(CHAT, MESSAGE)
     assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "queue_full", "1")
     with ThreadPoolExecutor(1) as pool:
@@ -501,11 +501,11 @@ def test_a_full_queue_is_said_and_the_client_comes_again(server):
         for stream in long:
             stream.close()
         assert patient.result().usage.completion_tokens == 8
-    server.until(answering=0, waiting=0)
+    server.until(running=0, waiting=0)
 
 
-def test_a_client_that_goes_frees_its_place(server):
-    """Of three kinds: a stream that is closed, a whole answer that is not awaited, one that still waits for a place."""
+def test_a_client_that_goes_frees_its_slot(server):
+    """Of three kinds: a stream that is closed, a whole answer that is not awaited, one that still waits for a slot."""
     streams = [
         server.client().completions.create(model="tiny", prompt="x", max_tokens=1900, stream=True) for _ in range(2)
     ]
@@ -513,16 +513,16 @@ def test_a_client_that_goes_frees_its_place(server):
         next(iter(stream))
     queued = server.socket()
     queued.sendall(raw(server, TEXT, '{"prompt": "x", "max_tokens": 1900}'))
-    server.until(answering=2, waiting=1)
+    server.until(running=2, waiting=1)
     queued.close()
-    server.until(answering=2, waiting=0)
+    server.until(running=2, waiting=0)
     streams[0].close()
-    server.until(answering=1)
+    server.until(running=1)
     with pytest.raises(openai.APITimeoutError):
         server.client(timeout=0.5).completions.create(model="tiny", prompt="x", max_tokens=1900)
-    server.until(answering=1, waiting=0)
+    server.until(running=1, waiting=0)
     streams[1].response.close()
-    server.until(answering=0)
+    server.until(running=0)
     assert server.ask(CHAT, MESSAGE)[0] == 200
 
 
@@ -609,15 +609,15 @@ def test_what_comes_after_an_answer_has_begun_does_no_harm(server):
     asked = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + b"content-length: %d\r\n\r\n" % len(long) + long
     with server.socket() as connection:
         connection.sendall(asked + asked)
-        server.until(answering=1)
+        server.until(running=1)
     with server.socket() as connection:  # whoever says no more may have gone, and is taken as gone
         connection.sendall(asked)
-        server.until(answering=1)
+        server.until(running=1)
         connection.shutdown(socket.SHUT_WR)
         assert all_of(connection) == ""
     with server.socket() as connection:  # half a request, and gone
         connection.sendall(POST + HEAD + LENGTH + b"\r\n" + ASKED[:-5])
-    server.until(answering=0, waiting=0)
+    server.until(running=0, waiting=0)
     assert server.ask(CHAT, MESSAGE)[0] == 200
     assert not [line for line in server.lines if "Traceback" in line or "Error" in line]
 
@@ -650,12 +650,12 @@ def test_connections_that_say_nothing_keep_nobody_out(server):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_answers_at_their_next_token(folder, tmp_path, number):
-    with Server(folder, "--places", 1, cwd=tmp_path) as server:
+    with Server(folder, "--slots", 1, cwd=tmp_path) as server:
         stream = server.client().completions.create(model="tiny", prompt="x", max_tokens=2000, stream=True)
         next(iter(stream))
         with ThreadPoolExecutor(1) as pool:
             queued = pool.submit(server.client().completions.create, model="tiny", prompt="x", max_tokens=2000)
-            server.until(answering=1, waiting=1)
+            server.until(running=1, waiting=1)
             server.process.send_signal(number)
             with pytest.raises(openai.APIError, match="stopping"):
                 list(stream)

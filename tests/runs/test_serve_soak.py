@@ -1,4 +1,4 @@
-"""Eight clients at once, of every kind of manners: each answer is the one it gets alone, and no place is lost.
+"""Eight clients at once, of every kind of manners: each answer is the one it gets alone, and no slot is lost.
 
 SOAK_SECONDS sets how long they go on; SOAK_SEED repeats what they do, though not when.
 """
@@ -119,12 +119,12 @@ class Visitor:
 
 
 @pytest.mark.slow
-def test_no_answer_is_wrong_and_no_place_is_lost(tmp_path: Path) -> None:
+def test_no_answer_is_wrong_and_no_slot_is_lost(tmp_path: Path) -> None:
     seed = os.environ.get("SOAK_SEED") or str(random.randrange(10**6))
     print(f"SOAK_SEED={seed}")
     folder = write_tiny_base(tmp_path / "tiny", heads=4, kv_heads=2, context=2048)
     rng = random.Random(seed)
-    with Server(folder, "--places", 4, "--queue", 2, cwd=tmp_path) as server:
+    with Server(folder, "--slots", 4, "--queue", 2, cwd=tmp_path) as server:
         alone = server.client()
         questions = [question(rng) for _ in range(QUESTIONS)]
         known = [(asked, whole(alone, asked)) for asked in questions]
@@ -133,15 +133,15 @@ def test_no_answer_is_wrong_and_no_place_is_lost(tmp_path: Path) -> None:
         for _ in range(ROUNDS):
             with ThreadPoolExecutor(CLIENTS) as pool:
                 list(pool.map(lambda visitor: visitor.visit(SECONDS / ROUNDS), visitors))
-            server.until(answering=0, waiting=0)
+            server.until(running=0, waiting=0)
             sizes.append(server.resident())
         assert [(asked, whole(alone, asked)) for asked in questions] == known
         streams = [alone.completions.create(model="tiny", prompt="x", max_tokens=2000, stream=True) for _ in range(4)]
-        server.until(answering=4)
+        server.until(running=4)
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == 0
-        print(f"SIGTERM to the end, with 4 answers in places: {time.monotonic() - began:.1f} s")
+        print(f"SIGTERM to the end, with 4 answers in slots: {time.monotonic() - began:.1f} s")
         for stream in streams:
             with pytest.raises(openai.APIError, match="stopping"):
                 list(stream)

@@ -22,7 +22,7 @@ from tools.generate.chat import Speaker, folder_config
 from tools.serve import patience
 from tools.serve.app import Service, make_app
 from tools.serve.asked import Chat
-from tools.serve.batcher import Answer, Batcher, Full, Lane, Part, Stopping, Text
+from tools.serve.batcher import Answer, Batcher, Chunk, Detokenizer, QueueFull, Scheduler, Stopping
 from tools.serve.model import Model
 from tools.serve.patience import PatientProtocol
 from tools.serve.start import Log, Options, serve
@@ -37,7 +37,7 @@ def tokenizer(tiny_base: Path) -> ChatTokenizer:
 
 
 class Recital:
-    """Places whose every answer is `TEXT`, over and over. A token waits for `go`; a prompt with token 7 is a fault."""
+    """Slots whose every answer is `TEXT`, over and over. A token waits for `go`; a prompt with token 7 is a fault."""
 
     count, context = 2, 256
 
@@ -47,66 +47,66 @@ class Recital:
         self.go = threading.Semaphore(0)
         self.breaks = False
 
-    def logits(self, place: int) -> np.ndarray:
+    def logits(self, slot: int) -> np.ndarray:
         found = np.zeros(512, np.float32)
-        found[self.script[self.said[place] % len(self.script)]] = 1
-        self.said[place] += 1
+        found[self.script[self.said[slot] % len(self.script)]] = 1
+        self.said[slot] += 1
         return found
 
-    def join(self, place: int, prompt: Sequence[int], tokens: int) -> np.ndarray:
+    def prefill(self, slot: int, prompt: Sequence[int], tokens: int) -> np.ndarray:
         assert len(prompt) < tokens <= self.context
         if 7 in prompt:
             raise ZeroDivisionError("a prompt's secret text")
-        self.said[place] = 0
-        return self.logits(place)
+        self.said[slot] = 0
+        return self.logits(slot)
 
-    def step(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
+    def decode(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
         self.go.acquire()
         if self.breaks:
             raise ZeroDivisionError
-        return {place: self.logits(place) for place in tokens}
+        return {slot: self.logits(slot) for slot in tokens}
 
-    def leave(self, place: int) -> None:
-        self.said.pop(place, None)
+    def free(self, slot: int) -> None:
+        self.said.pop(slot, None)
 
 
 class Heard:
-    """An answer to [1, 2], and what was told of it."""
+    """An answer to [1, 2], and what was sent of it."""
 
     def __init__(self, tokenizer: ChatTokenizer, base: Path, tokens: int = 20, prompt: Sequence[int] = (1, 2)) -> None:
         sampling = folder_config(base).with_values(**{"eval.max_new_tokens": tokens}).eval
-        self.parts: list[Part] = []
+        self.chunks: list[Chunk] = []
         self.began, self.over = threading.Event(), threading.Event()
-        self.answer = Answer(prompt, sampling, 0, tokenizer, self.tell)
+        self.answer = Answer(prompt, sampling, 0, tokenizer, self.on_chunk)
 
-    def tell(self, part: Part) -> None:
-        self.parts.append(part)
+    def on_chunk(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
         self.began.set()
-        if part.reason or part.error:
+        if chunk.reason or chunk.error:
             self.over.set()
 
     @property
     def end(self) -> object:
         """Return how it ended."""
         assert self.over.wait(60)
-        return self.parts[-1].reason or type(self.parts[-1].error)
+        return self.chunks[-1].reason or type(self.chunks[-1].error)
 
 
 @contextlib.contextmanager
-def running(places: Recital, queue: int = 1) -> Iterator[tuple[Batcher, Lane, list[Exception]]]:
+def served(slots: Recital, queue: int = 1) -> Iterator[tuple[Batcher, Scheduler, list[Exception]]]:
     faults: list[Exception] = []
-    lane = Lane(places)
-    batcher = Batcher([lane], queue, faults.append)
+    scheduler = Scheduler(slots)
+    batcher = Batcher([scheduler], queue, faults.append)
     thread = threading.Thread(target=batcher.run, daemon=True)
     thread.start()
     try:
-        yield batcher, lane, faults
+        yield batcher, scheduler, faults
     finally:
         batcher.stop()
-        places.go.release(1000)
+        slots.go.release(1000)
         thread.join(60)
     assert not thread.is_alive()
-    assert batcher.answering == batcher.waiting == 0
+    assert batcher.running == batcher.waiting == 0
 
 
 # --- the text of an answer ------------------------------------------------------------------------------------------
@@ -116,24 +116,24 @@ def running(places: Recital, queue: int = 1) -> Iterator[tuple[Batcher, Lane, li
     "stops", [["says"], ["🦊"], ["🦊🦊"], ["x 🦊 s"], [" a"], ["slope, t", "the"], ["never"], [TEXT[-1:]]]
 )
 def test_a_stop_string_is_found_wherever_tokens_are_cut_and_never_told(tokenizer, stops):
-    text = Text(tokenizer, stops)
-    told = []
+    text = Detokenizer(tokenizer, stops)
+    sent = []
     for token in tokenizer.encode_text(TEXT):
-        told.append(text.add(token))
-        assert "\ufffd" not in told[-1]
+        sent.append(text.add(token))
+        assert "\ufffd" not in sent[-1]
         if text.stopped:
             break
-    told.append(text.rest())
+    sent.append(text.flush())
     ends = [TEXT.index(stop) for stop in stops if stop in TEXT]
-    assert "".join(told) == TEXT[: min(ends, default=len(TEXT))]
+    assert "".join(sent) == TEXT[: min(ends, default=len(TEXT))]
     assert text.stopped == bool(ends)
 
 
 def test_a_character_that_never_gets_whole_is_told_at_the_end(tokenizer):
-    text = Text(tokenizer, [])
+    text = Detokenizer(tokenizer, [])
     cut = tokenizer.encode_text("a🦊")[:-1]
     assert "".join(text.add(token) for token in cut) == "a"
-    assert text.rest().startswith("\ufffd")
+    assert text.flush().startswith("\ufffd")
 
 
 def test_a_text_that_is_continued_keeps_its_space():
@@ -141,63 +141,63 @@ def test_a_text_that_is_continued_keeps_its_space():
     pieces = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581fox": 1, "es": 2}, unk_token="es"))
     pieces.decoder = decoders.Metaspace()
     tokenizer = ChatTokenizer(pieces, "", {}, [], "")
-    text = Text(tokenizer, [], after=[0])
-    assert [text.add(1), text.add(2), text.rest()] == [" fox", "es", ""]
+    text = Detokenizer(tokenizer, [], after=[0])
+    assert [text.add(1), text.add(2), text.flush()] == [" fox", "es", ""]
 
 
 # --- who is answered when -------------------------------------------------------------------------------------------
 
 
 def test_a_request_joins_between_tokens_and_the_queue_is_bounded(tokenizer, tiny_base):
-    places = Recital(tokenizer)
+    slots = Recital(tokenizer)
     heard = [Heard(tokenizer, tiny_base, tokens) for tokens in (20, 3, 4)]
-    with running(places) as (batcher, lane, _):
-        batcher.submit(lane, heard[0].answer)
-        places.go.release(5)
+    with served(slots) as (batcher, scheduler, _):
+        batcher.submit(scheduler, heard[0].answer)
+        slots.go.release(5)
         for other in heard[1:]:
-            batcher.submit(lane, other.answer)
-        with pytest.raises(Full):
-            batcher.submit(lane, Heard(tokenizer, tiny_base).answer)
-        places.go.release(12)
+            batcher.submit(scheduler, other.answer)
+        with pytest.raises(QueueFull):
+            batcher.submit(scheduler, Heard(tokenizer, tiny_base).answer)
+        slots.go.release(12)
         assert [other.end for other in heard[1:]] == ["length", "length"]
         assert not heard[0].over.is_set()
-        places.go.release(20)
+        slots.go.release(20)
         assert heard[0].end == "length"
-    texts = ["".join(part.text for part in one.parts) for one in heard]
+    texts = ["".join(chunk.text for chunk in one.chunks) for one in heard]
     assert texts[1] == texts[0][: len(texts[1])] == TEXT[: len(texts[1])]
 
 
-def test_a_place_is_free_before_the_end_of_its_answer_is_told(tokenizer, tiny_base):
+def test_a_slot_is_free_before_the_end_of_its_answer_is_sent(tokenizer, tiny_base):
     """Else a client that asks again at once may find it taken."""
-    places, heard, taken = Recital(tokenizer), Heard(tokenizer, tiny_base, 3), []
-    with running(places) as (batcher, lane, _):
+    slots, heard, taken = Recital(tokenizer), Heard(tokenizer, tiny_base, 3), []
+    with served(slots) as (batcher, scheduler, _):
 
-        def tell(part: Part) -> None:
-            taken.append(batcher.answering)
-            heard.tell(part)
+        def on_chunk(chunk: Chunk) -> None:
+            taken.append(batcher.running)
+            heard.on_chunk(chunk)
 
-        heard.answer.tell = tell
-        places.go.release(3)
-        batcher.submit(lane, heard.answer)
+        heard.answer.on_chunk = on_chunk
+        slots.go.release(3)
+        batcher.submit(scheduler, heard.answer)
         assert heard.end == "length"
     assert taken == [1, 1, 0]
 
 
 def test_nothing_is_computed_for_whoever_has_gone(tokenizer, tiny_base):
-    places = Recital(tokenizer)
+    slots = Recital(tokenizer)
     first, second, queued = (Heard(tokenizer, tiny_base, 100) for _ in range(3))
-    with running(places) as (batcher, lane, _):
+    with served(slots) as (batcher, scheduler, _):
         for heard in (first, second):
-            batcher.submit(lane, heard.answer)
-            places.go.release()
-            assert heard.began.wait(60), "it has a place"
-        batcher.submit(lane, queued.answer)
+            batcher.submit(scheduler, heard.answer)
+            slots.go.release()
+            assert heard.began.wait(60), "it has a slot"
+        batcher.submit(scheduler, queued.answer)
         batcher.cancel(queued.answer)
         assert batcher.waiting == 0
         batcher.cancel(first.answer)
-        places.go.release(50)
+        slots.go.release(50)
         other = Heard(tokenizer, tiny_base, 3)
-        batcher.submit(lane, other.answer)
+        batcher.submit(scheduler, other.answer)
         assert other.end == "length"
         batcher.cancel(second.answer)
     assert len(first.answer.tokens) <= 4, "a token or two when it began, and one that was on its way"
@@ -205,38 +205,38 @@ def test_nothing_is_computed_for_whoever_has_gone(tokenizer, tiny_base):
 
 
 def test_a_fault_ends_the_answers_that_it_happened_to(tokenizer, tiny_base):
-    places = Recital(tokenizer)
+    slots = Recital(tokenizer)
     fine, poisoned, later = (
         Heard(tokenizer, tiny_base, 9),
         Heard(tokenizer, tiny_base, 9, [7]),
         Heard(tokenizer, tiny_base, 3),
     )
-    with running(places) as (batcher, lane, faults):
-        batcher.submit(lane, fine.answer)
-        batcher.submit(lane, poisoned.answer)
-        places.go.release(100)
+    with served(slots) as (batcher, scheduler, faults):
+        batcher.submit(scheduler, fine.answer)
+        batcher.submit(scheduler, poisoned.answer)
+        slots.go.release(100)
         assert (poisoned.end, fine.end) == (ZeroDivisionError, "length")
-        places.breaks = True
+        slots.breaks = True
         broken = Heard(tokenizer, tiny_base, 9)
-        batcher.submit(lane, broken.answer)
+        batcher.submit(scheduler, broken.answer)
         assert broken.end is ZeroDivisionError
-        places.breaks = False
-        batcher.submit(lane, later.answer)
+        slots.breaks = False
+        batcher.submit(scheduler, later.answer)
         assert later.end == "length"
         assert len(faults) == 2
 
 
-def test_stopping_ends_those_in_places_and_those_who_wait(tokenizer, tiny_base):
-    places = Recital(tokenizer)
+def test_stopping_ends_those_in_slots_and_those_that_wait(tokenizer, tiny_base):
+    slots = Recital(tokenizer)
     heard = [Heard(tokenizer, tiny_base, 100) for _ in range(3)]
-    with running(places) as (batcher, lane, _):
+    with served(slots) as (batcher, scheduler, _):
         for one in heard:
-            batcher.submit(lane, one.answer)
+            batcher.submit(scheduler, one.answer)
         batcher.stop()
-        places.go.release(100)
+        slots.go.release(100)
         assert [one.end for one in heard] == [Stopping] * 3
         with pytest.raises(Stopping):
-            batcher.submit(lane, Heard(tokenizer, tiny_base).answer)
+            batcher.submit(scheduler, Heard(tokenizer, tiny_base).answer)
     assert all(len(one.answer.tokens) < 10 for one in heard)
 
 
@@ -244,14 +244,14 @@ def test_stopping_ends_those_in_places_and_those_who_wait(tokenizer, tiny_base):
 
 
 @contextlib.contextmanager
-def listening(places: Recital, tokenizer: ChatTokenizer, base: Path, log: Path) -> Iterator[Connected]:
-    """The app in this process, in front of `places`."""
+def listening(slots: Recital, tokenizer: ChatTokenizer, base: Path, log: Path) -> Iterator[Connected]:
+    """The app in this process, in front of `slots`."""
     lines: list[str] = []
     notes = Log(log, lines.append)
     speaker: Any = Speaker("tiny", None, tokenizer, folder_config(base), 256)  # type: ignore[arg-type]
-    with running(places) as (batcher, lane, _):
+    with served(slots) as (batcher, scheduler, _):
         batcher.fault = notes.fault
-        service = Service(notes.line, notes.fault, models={"tiny": Model("tiny", speaker, lane)}, batcher=batcher)
+        service = Service(notes.line, notes.fault, models={"tiny": Model("tiny", speaker, scheduler)}, batcher=batcher)
         config = uvicorn.Config(
             make_app(service), http=PatientProtocol, lifespan="off", log_config=None, log_level="critical", ws="none"
         )
@@ -269,10 +269,10 @@ def listening(places: Recital, tokenizer: ChatTokenizer, base: Path, log: Path) 
 
 
 def test_our_own_exception_is_a_500_whose_traceback_is_in_the_log(tokenizer, tiny_base, tmp_path):
-    places = Recital(tokenizer)
-    places.go.release(1000)
+    slots = Recital(tokenizer)
+    slots.go.release(1000)
     fault = tokenizer.decode([7])
-    with listening(places, tokenizer, tiny_base, tmp_path / "serve.log") as server:
+    with listening(slots, tokenizer, tiny_base, tmp_path / "serve.log") as server:
         status, answer, _ = server.ask("/v1/completions", {"prompt": fault})
         assert (status, answer["error"]["type"]) == (500, "server_error")
         assert "ZeroDivisionError" in answer["error"]["message"]
@@ -288,18 +288,18 @@ def test_our_own_exception_is_a_500_whose_traceback_is_in_the_log(tokenizer, tin
         assert "[DONE]" not in events
     log = (tmp_path / "serve.log").read_text()
     assert log.count("Traceback") == 2
-    assert "in join" in log, "the traceback names the function"
+    assert "in prefill" in log, "the traceback names the function"
     assert log.count("fault, seed") == 2
 
 
 def test_what_does_not_come_is_not_waited_for(tokenizer, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "PATIENCE", 0.3)
-    places = Recital(tokenizer)
-    places.go.release(1000)
+    slots = Recital(tokenizer)
+    slots.go.release(1000)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     whole = head + b'content-length: 32\r\n\r\n{"prompt": "x", "max_tokens": 3}'
     said = {}
-    with listening(places, tokenizer, tiny_base, tmp_path / "serve.log") as server:
+    with listening(slots, tokenizer, tiny_base, tmp_path / "serve.log") as server:
         parts = {"nothing": b"", "half a header": head[:30], "half a body": whole[:-5], "a second header": whole + head}
         for name, data in parts.items():
             with server.socket() as connection:
@@ -315,7 +315,7 @@ def test_what_does_not_come_is_not_waited_for(tokenizer, tiny_base, tmp_path, mo
 
 
 def test_the_first_fault_of_a_request_is_looked_for_and_not_all():
-    """A megabyte of wrong turns would else be a megabyte of faults, told for seconds while nobody else is answered."""
+    """A megabyte of wrong turns would else be a megabyte of faults, sent for seconds while nobody else is answered."""
     with pytest.raises(ValidationError) as caught:
         Chat.model_validate({"messages": [1] * 1000})
     assert caught.value.error_count() == 1
@@ -365,7 +365,7 @@ def test_a_run_needs_a_verified_export_as_it_was_verified(tmp_path):
 def test_memory_port_key_and_context_are_looked_at_first(tiny_base, tmp_path):
     free = free_memory()
     refuse_too_large(free // 4, free // 4, 4, 256)
-    with pytest.raises(MachineError, match="--places 1"):
+    with pytest.raises(MachineError, match="--slots 1"):
         refuse_too_large(free // 2, free, 4, 256)
     with bind("127.0.0.1", 0) as taken, pytest.raises(MachineError, match="Address already in use"):
         serve(tiny_base, Options(port=taken.getsockname()[1]), print)

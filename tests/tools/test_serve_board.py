@@ -225,7 +225,7 @@ def test_a_pool_that_no_chip_of_the_board_holds_is_told_the_boards_that_would(ex
         ({}, {"context": 200}, "200 tokens: .* powers of two", "--context 256"),
         ({}, {"context": 64}, "64 tokens", "--context 256"),
         ({}, {"context": 512}, "256 positions", None),
-        ({}, {"places": 12}, "batches of 1, 2, 4, 8, 16, 32", "one of these"),
+        ({}, {"slots": 12}, "batches of 1, 2, 4, 8, 16, 32", "one of these"),
         ({}, {"host": "0.0.0.0"}, "no key", "ssh -L 8000"),
         ({}, {"port": 0}, "needs a port", "--port 8000"),
         ({}, {"yes": True}, "which of the two", "--road vllm"),

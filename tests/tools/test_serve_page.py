@@ -15,13 +15,13 @@ from tests.support.run_folders import write_lines, write_run
 from tools.generate.chat import Speaker, folder_config
 from tools.runs.folder import read_run
 from tools.serve.app import Service, make_app
-from tools.serve.batcher import Batcher, Lane
+from tools.serve.batcher import Batcher, Scheduler
 from tools.serve.model import Model
 from tools.serve.target import EXAMPLE, EXAMPLES, Target
 
 
 class Nothing:
-    """Places in which nobody is answered."""
+    """Slots in which nobody is answered."""
 
     count, context = 1, 256
 
@@ -33,10 +33,10 @@ def served(base: Path, key: str | None = None, ready: bool = True) -> TestClient
     speaker = Speaker("tiny", cast(Any, None), tokenizer, folder_config(base).with_values(**changes), 256)
     service = Service(print, print, key, ("localhost",))
     if ready:
-        lanes = [Lane(cast(Any, Nothing())) for _ in range(2)]
-        tuned, untuned = Model("fox", speaker, lanes[0], "base", ["Why?"]), Model("base", speaker, lanes[1])
+        schedulers = [Scheduler(cast(Any, Nothing())) for _ in range(2)]
+        tuned, untuned = Model("fox", speaker, schedulers[0], "base", ["Why?"]), Model("base", speaker, schedulers[1])
         service.models = {model.name: model for model in (tuned, untuned)}
-        service.batcher = Batcher(lanes, 1, print)
+        service.batcher = Batcher(schedulers, 1, print)
     return TestClient(make_app(service), base_url="http://localhost")
 
 

@@ -36,7 +36,7 @@ def say(line: str) -> None:
     "--max-tokens", type=click.IntRange(min=1), help="Of an answer whose request names no limit; without: the recipe's."
 )
 @click.option(
-    "--places",
+    "--slots",
     type=click.IntRange(1, 64),
     default=4,
     show_default=True,

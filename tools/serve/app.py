@@ -26,12 +26,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tools.serve import page, patience
 from tools.serve.asked import Asked, Chat, Completion, Refused, parse
-from tools.serve.batcher import Answer, Batcher, Full, Part, Stopping
+from tools.serve.batcher import Answer, Batcher, Chunk, QueueFull, Stopping
 from tools.serve.model import Model
 
 LARGEST_BODY = 1 << 20  # bytes: some 250,000 tokens of English, more than any model here has positions
 DRAINED = 8 * LARGEST_BODY  # bytes that are read, and dropped, so that a client gets to the answer that it is too much
-RETRY_AFTER = "1"  # seconds: a place is free as soon as any of the answers ends
+RETRY_AFTER = "1"  # seconds: a slot is free as soon as any of the answers ends
 DONE = "[DONE]"
 OPEN = ("/", "/health")  # what needs no key: a browser sends none with an address, and the page asks for it
 
@@ -197,7 +197,7 @@ async def health(request: Request) -> Response:
     service: Service = request.app.state.service
     counts = {}
     if service.batcher is not None:
-        counts = {"answering": service.batcher.answering, "waiting": service.batcher.waiting}
+        counts = {"running": service.batcher.running, "waiting": service.batcher.waiting}
     return JSONResponse({"status": service.status, **counts}, 200 if service.status == "ok" else 503)
 
 
@@ -233,7 +233,7 @@ async def answered(request: Request, form: type[Asked]) -> Response:
     exchange = Exchange(service, model, asked, asyncio.get_running_loop())
     seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**64  # the counter's key has no sign
     tokenizer = model.speaker.tokenizer
-    answer = Answer(prompt, sampling, seed, tokenizer, exchange.tell, asked.stop)
+    answer = Answer(prompt, sampling, seed, tokenizer, exchange.on_chunk, asked.stop)
     exchange.submit(answer)
     if asked.stream:
         return Stream(exchange)
@@ -266,29 +266,29 @@ async def body_of(request: Request) -> bytes:
 
 
 class Exchange:
-    """A request and its answer: takes the parts from the thread that computes, and gives them OpenAI's shape."""
+    """A request and its answer: takes the chunks from the thread that computes, and gives them OpenAI's shape."""
 
     def __init__(self, service: Service, model: Model, asked: Asked, loop: asyncio.AbstractEventLoop) -> None:
         self.service, self.model, self.asked, self.loop = service, model, asked, loop
-        self.parts: asyncio.Queue[Part] = asyncio.Queue()
+        self.chunks: asyncio.Queue[Chunk] = asyncio.Queue()
         self.began, self.reason = time.time(), "gone"
         self.is_chat = isinstance(asked, Chat)
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.answer: Answer
 
-    def tell(self, part: Part) -> None:
-        """Hand over a part; it may come when nobody listens any more, and the loop has ended."""
+    def on_chunk(self, chunk: Chunk) -> None:
+        """Hand over a chunk; it may come when nobody listens any more, and the loop has ended."""
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.parts.put_nowait, part)
+            self.loop.call_soon_threadsafe(self.chunks.put_nowait, chunk)
 
     def submit(self, answer: Answer) -> None:
-        """Let the answer wait for a place. Raises Refused where there is no room to wait, either."""
+        """Let the answer wait for a slot. Raises Refused where there is no room to wait, either."""
         self.answer = answer
         batcher = self.service.ready()
         try:
-            batcher.submit(self.model.lane, answer)
-        except Full:
-            message = f"all {self.model.lane.places.count} places are taken, and the queue is full: try again"
+            batcher.submit(self.model.scheduler, answer)
+        except QueueFull:
+            message = f"all {self.model.scheduler.slots.count} slots are taken, and the queue is full: try again"
             refused = Refused(message, status=429, code="queue_full", kind="rate_limit_error")
             refused.headers["retry-after"] = RETRY_AFTER
             raise refused from None
@@ -302,9 +302,9 @@ class Exchange:
         async def collect() -> None:
             nonlocal text, error
             while self.reason == "gone":
-                part = await self.parts.get()
-                text += part.text
-                error = self.ended(part)
+                chunk = await self.chunks.get()
+                text += chunk.text
+                error = self.ended(chunk)
 
         collecting = asyncio.create_task(collect())
         leaving = asyncio.create_task(until_gone(request))
@@ -325,10 +325,10 @@ class Exchange:
         if self.is_chat:
             yield self.event(self.choice("", None, role="assistant"))
         while self.reason == "gone":
-            part = await self.parts.get()
-            if part.text:
-                yield self.event(self.choice(part.text, None))
-            if (error := self.ended(part)) is not None:
+            chunk = await self.chunks.get()
+            if chunk.text:
+                yield self.event(self.choice(chunk.text, None))
+            if (error := self.ended(chunk)) is not None:
                 yield data(error.body())
                 return
         yield self.event(self.choice(None, self.reason))
@@ -336,14 +336,14 @@ class Exchange:
             yield data({**self.head(), "choices": [], "usage": self.usage()})
         yield f"data: {DONE}\n\n"
 
-    def ended(self, part: Part) -> Refused | None:
-        """Note how the answer ended, where `part` is its last; return the error that ended it."""
-        if part.error is None:
-            self.reason = part.reason or "gone"
+    def ended(self, chunk: Chunk) -> Refused | None:
+        """Note how the answer ended, where `chunk` is its last; return the error that ended it."""
+        if chunk.error is None:
+            self.reason = chunk.reason or "gone"
             return None
-        stopping = isinstance(part.error, Stopping)
+        stopping = isinstance(chunk.error, Stopping)
         self.reason = "stopping" if stopping else "fault"
-        return unavailable("stopping") if stopping else ours(part.error)
+        return unavailable("stopping") if stopping else ours(chunk.error)
 
     def end(self) -> None:
         """Free what the answer holds, and log it: never its text."""
@@ -388,7 +388,7 @@ class Exchange:
 
 
 class Stream(StreamingResponse):
-    """An answer as server-sent events. However it ends, sent or not, its place is freed."""
+    """An answer as server-sent events. However it ends, sent or not, its slot is freed."""
 
     def __init__(self, exchange: Exchange) -> None:
         super().__init__(exchange.stream(), media_type="text/event-stream", headers={"cache-control": "no-cache"})

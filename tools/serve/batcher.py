@@ -1,6 +1,6 @@
 """Answers requests together: one thread computes, and a request joins between two tokens of the others.
 
-What an answer is does not depend on who is answered beside it (engines/cpu/places.py), nor on when it came.
+What an answer is does not depend on who is answered beside it (engines/cpu/slots.py), nor on when it came.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from common.train.generate import choose, uniforms
 UNFINISHED = "\ufffd"  # what the bytes of a character decode to as long as some of them are missing
 
 
-class Full(Exception):
-    """Every place is taken, and so is the queue."""
+class QueueFull(Exception):
+    """Every slot is taken, and so is the queue."""
 
 
 class Stopping(Exception):
     """The server ends: no answer begins, and none goes on."""
 
 
-class Places(Protocol):
+class Slots(Protocol):
     """What an engine offers: room for `count` answers of at most `context` tokens, prompts included."""
 
     count: int
     context: int
 
-    def join(self, place: int, prompt: Sequence[int], tokens: int) -> Array:
-        """Put a prompt into a free place, for `tokens` together with its answer; return the logits [V] after it."""
+    def prefill(self, slot: int, prompt: Sequence[int], tokens: int) -> Array:
+        """Put a prompt into a free slot, for `tokens` together with its answer; return the logits [V] after it."""
 
-    def step(self, tokens: Mapping[int, int]) -> Mapping[int, Array]:
-        """Append a token to each place in `tokens`; return the logits [V] after it, by place."""
+    def decode(self, tokens: Mapping[int, int]) -> Mapping[int, Array]:
+        """Append a token to each slot in `tokens`; return the logits [V] after it, by slot."""
 
-    def leave(self, place: int) -> None:
-        """Free a place."""
+    def free(self, slot: int) -> None:
+        """Free a slot."""
 
 
-class Text:
-    """An answer's text as its tokens come: whole characters only, and nothing that may be the begin of a stop string.
+class Detokenizer:
+    """Turns tokens into text as they come: whole characters only, and nothing that may be the begin of a stop string.
 
     `after` is the last token before the answer: some tokenizers drop a space at the begin of a text, and an answer
     that continues one has to keep it.
@@ -55,24 +55,24 @@ class Text:
     def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str], after: Sequence[int] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids = list(after)
-        self.told = self.begin = len(tokenizer.decode(self.ids, skip_special=True))
+        self.sent = len(tokenizer.decode(self.ids, skip_special=True))
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Take a token; return what can be told of the text from it on. `stopped` is set where a stop string came."""
+        """Take a token; return what can be sent of the text from it on. `stopped` is set where a stop string came."""
         self.ids.append(token)
-        return self._tell(self.tokenizer.decode(self.ids, skip_special=True).rstrip(UNFINISHED), hold=True)
+        return self._release(self.tokenizer.decode(self.ids, skip_special=True).rstrip(UNFINISHED), hold=True)
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """Return what was held back, at the end of an answer; up to a stop string that it holds."""
-        return "" if self.stopped else self._tell(self.tokenizer.decode(self.ids, skip_special=True), hold=False)
+        return "" if self.stopped else self._release(self.tokenizer.decode(self.ids, skip_special=True), hold=False)
 
-    def _tell(self, text: str, hold: bool) -> str:
-        found = [at for stop in self.stops if (at := text.find(stop, self.told)) >= 0]
+    def _release(self, text: str, hold: bool) -> str:
+        found = [at for stop in self.stops if (at := text.find(stop, self.sent)) >= 0]
         self.stopped = bool(found)
-        end = min(found) if found else len(text) - (held(text[self.told :], self.stops) if hold else 0)
-        told, self.told = text[self.told : end], max(end, self.told)
-        return told
+        end = min(found) if found else len(text) - (held(text[self.sent :], self.stops) if hold else 0)
+        released, self.sent = text[self.sent : end], max(end, self.sent)
+        return released
 
 
 def held(text: str, stops: Sequence[str]) -> int:
@@ -86,7 +86,7 @@ def held(text: str, stops: Sequence[str]) -> int:
 
 
 @dataclass
-class Part:
+class Chunk:
     """A piece of an answer. The last one has `reason`: "stop" or "length", or `error`, why there is no more."""
 
     text: str = ""
@@ -96,21 +96,21 @@ class Part:
 
 @dataclass(eq=False)
 class Answer:
-    """A request for an answer, and how far it has come. `tell` gets its parts, on the thread that computes."""
+    """A request for an answer, and how far it has come. `on_chunk` gets its chunks, on the thread that computes."""
 
     prompt: Sequence[int]
     sampling: Evaluation
     seed: int
     tokenizer: ChatTokenizer
-    tell: Callable[[Part], None]
+    on_chunk: Callable[[Chunk], None]
     stops: Sequence[str] = ()
     tokens: list[int] = field(default_factory=list)
-    gone: bool = False  # nobody waits for it any more
+    canceled: bool = False  # nobody waits for it any more
 
     def __post_init__(self) -> None:
-        self.text = Text(self.tokenizer, self.stops, self.prompt[-1:])
+        self.detokenizer = Detokenizer(self.tokenizer, self.stops, self.prompt[-1:])
 
-    def take(self, logits: Array) -> Part:
+    def take(self, logits: Array) -> Chunk:
         """Choose the next token from `logits` [V]; return what it adds to the answer, and whether it ends it.
 
         Draws are those of `common.train.generate`: the same seed gives the same answer there.
@@ -120,110 +120,111 @@ class Answer:
         seen = [*self.prompt, *self.tokens]
         token = choose(logits[: self.tokenizer.vocab_size], self.sampling, seen, draw)
         if token in self.tokenizer.eos_ids:
-            return Part(self.text.rest(), "stop")
+            return Chunk(self.detokenizer.flush(), "stop")
         self.tokens.append(token)
-        text = self.text.add(token)
-        if len(self.tokens) == self.sampling.max_new_tokens and not self.text.stopped:
-            return Part(text + self.text.rest(), "stop" if self.text.stopped else "length")
-        return Part(text, "stop" if self.text.stopped else None)
+        text = self.detokenizer.add(token)
+        if len(self.tokens) == self.sampling.max_new_tokens and not self.detokenizer.stopped:
+            return Chunk(text + self.detokenizer.flush(), "stop" if self.detokenizer.stopped else "length")
+        return Chunk(text, "stop" if self.detokenizer.stopped else None)
 
 
 @dataclass(eq=False)
-class Lane:
-    """One model: its places, who sits in them and who waits. `mode` is entered to compute: adapters on, or off."""
+class Scheduler:
+    """One model: its slots, the answers in them and in its queue. `mode` is entered to compute: adapters on, or off."""
 
-    places: Places
+    slots: Slots
     mode: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
     waiting: deque[Answer] = field(default_factory=deque)
-    sitting: dict[int, Answer] = field(default_factory=dict)
+    running: dict[int, Answer] = field(default_factory=dict)
 
-    def seat_next(self) -> int | None:
-        """Give a free place to whoever waits longest; return it, or None where nobody waits or none is free."""
-        free = [place for place in range(self.places.count) if place not in self.sitting]
+    def admit(self) -> int | None:
+        """Give a free slot to the answer that waits longest; return it, or None where nobody waits or none is free."""
+        free = [slot for slot in range(self.slots.count) if slot not in self.running]
         if not (self.waiting and free):
             return None
-        self.sitting[free[0]] = self.waiting.popleft()
+        self.running[free[0]] = self.waiting.popleft()
         return free[0]
 
-    def join(self, place: int) -> None:
-        """Compute the prompt of the answer that has just been given `place`, and its first token."""
-        answer = self.sitting[place]
+    def prefill(self, slot: int) -> None:
+        """Compute the prompt of the answer that has just been given `slot`, and its first token."""
+        answer = self.running[slot]
         with self.mode():
             tokens = len(answer.prompt) + answer.sampling.max_new_tokens
-            logits = self.places.join(place, answer.prompt, tokens)
-        self.give(place, logits)
+            logits = self.slots.prefill(slot, answer.prompt, tokens)
+        self.advance(slot, logits)
 
-    def step(self) -> None:
+    def decode(self) -> None:
         """Give every answer its next token."""
-        for place in [place for place, answer in self.sitting.items() if answer.gone]:
-            self.leave(place)
-        if not self.sitting:
+        for slot in [slot for slot, answer in self.running.items() if answer.canceled]:
+            self.free(slot)
+        if not self.running:
             return
         with self.mode():
-            logits = self.places.step({place: answer.tokens[-1] for place, answer in self.sitting.items()})
-        for place in list(self.sitting):
-            self.give(place, logits[place])
+            logits = self.slots.decode({slot: answer.tokens[-1] for slot, answer in self.running.items()})
+        for slot in list(self.running):
+            self.advance(slot, logits[slot])
 
-    def give(self, place: int, logits: Array) -> None:
-        """Give the answer in `place` the token that `logits` [V] choose.
+    def advance(self, slot: int, logits: Array) -> None:
+        """Give the answer in `slot` the token that `logits` [V] choose.
 
-        At its end the place is free before the client knows: whoever asks again at once must not find it taken.
+        At its end the slot is free before the client knows: whoever asks again at once must not find it taken.
         """
-        answer = self.sitting[place]
-        part = answer.take(logits)
-        if part.reason:
-            self.leave(place)
-        if part.text or part.reason:
-            answer.tell(part)
+        answer = self.running[slot]
+        chunk = answer.take(logits)
+        if chunk.reason:
+            self.free(slot)
+        if chunk.text or chunk.reason:
+            answer.on_chunk(chunk)
 
-    def leave(self, place: int) -> None:
-        self.places.leave(place)
-        del self.sitting[place]
+    def free(self, slot: int) -> None:
+        """Free a slot whose answer has ended."""
+        self.slots.free(slot)
+        del self.running[slot]
 
-    def end(self, places: Collection[int], error: Exception) -> None:
-        """End the answers in `places`, for the reason that `error` is."""
-        for place in places:
-            answer = self.sitting[place]
-            self.leave(place)
-            answer.tell(Part(error=error))
+    def abort(self, slots: Collection[int], error: Exception) -> None:
+        """End the answers in `slots`, for the reason that `error` is."""
+        for slot in slots:
+            answer = self.running[slot]
+            self.free(slot)
+            answer.on_chunk(Chunk(error=error))
 
 
 class Batcher:
-    """Serves the answers of all lanes. `submit`, `cancel` and `stop` may be called from any thread."""
+    """Computes the answers of all models, in turns. `submit`, `cancel` and `stop` may be called from any thread."""
 
-    def __init__(self, lanes: Sequence[Lane], queue: int, fault: Callable[[Exception], None]) -> None:
-        self.lanes, self.queue, self.fault = lanes, queue, fault
+    def __init__(self, schedulers: Sequence[Scheduler], queue: int, fault: Callable[[Exception], None]) -> None:
+        self.schedulers, self.queue, self.fault = schedulers, queue, fault
         self.stopping = False
         self.changed = threading.Condition()  # held for moments, never while a token is computed
 
     @property
-    def answering(self) -> int:
-        """Return how many answers have a place."""
-        return sum(len(lane.sitting) for lane in self.lanes)
+    def running(self) -> int:
+        """Return how many answers have a slot."""
+        return sum(len(scheduler.running) for scheduler in self.schedulers)
 
     @property
     def waiting(self) -> int:
         """Return how many wait for one."""
-        return sum(len(lane.waiting) for lane in self.lanes)
+        return sum(len(scheduler.waiting) for scheduler in self.schedulers)
 
-    def submit(self, lane: Lane, answer: Answer) -> None:
-        """Let an answer wait for a place. Raises Full or Stopping."""
+    def submit(self, scheduler: Scheduler, answer: Answer) -> None:
+        """Let an answer wait for a slot. Raises QueueFull or Stopping."""
         with self.changed:
             if self.stopping:
                 raise Stopping
-            free = lane.places.count - len(lane.sitting)
-            if len(lane.waiting) >= free + self.queue:
-                raise Full
-            lane.waiting.append(answer)
+            free = scheduler.slots.count - len(scheduler.running)
+            if len(scheduler.waiting) >= free + self.queue:
+                raise QueueFull
+            scheduler.waiting.append(answer)
             self.changed.notify()
 
     def cancel(self, answer: Answer) -> None:
-        """End an answer that nobody waits for: in the queue at once, in a place before its next token."""
+        """End an answer that nobody waits for: in the queue at once, in a slot before its next token."""
         with self.changed:
-            answer.gone = True
-            for lane in self.lanes:
-                if answer in lane.waiting:
-                    lane.waiting.remove(answer)
+            answer.canceled = True
+            for scheduler in self.schedulers:
+                if answer in scheduler.waiting:
+                    scheduler.waiting.remove(answer)
 
     def stop(self) -> None:
         """End every answer before its next token, and then `run`."""
@@ -234,27 +235,27 @@ class Batcher:
     def run(self) -> None:
         """Compute until `stop`. A fault ends the answers that it happened to, not the server."""
         while self._wait():
-            for lane in self.lanes:
+            for scheduler in self.schedulers:
                 with self.changed:
-                    place = lane.seat_next()  # one between two tokens: the others wait for one prompt at most
-                if place is not None:
-                    self._guarded(lane, [place], functools.partial(lane.join, place))
-                self._guarded(lane, lane.sitting, lane.step)
+                    slot = scheduler.admit()  # one between two tokens: the others wait for one prompt at most
+                if slot is not None:
+                    self._guarded(scheduler, [slot], functools.partial(scheduler.prefill, slot))
+                self._guarded(scheduler, scheduler.running, scheduler.decode)
         with self.changed:
-            for lane in self.lanes:
-                lane.end(list(lane.sitting), Stopping())
-                while lane.waiting:
-                    lane.waiting.popleft().tell(Part(error=Stopping()))
+            for scheduler in self.schedulers:
+                scheduler.abort(list(scheduler.running), Stopping())
+                while scheduler.waiting:
+                    scheduler.waiting.popleft().on_chunk(Chunk(error=Stopping()))
 
-    def _guarded(self, lane: Lane, places: Collection[int], compute: Callable[[], None]) -> None:
+    def _guarded(self, scheduler: Scheduler, slots: Collection[int], compute: Callable[[], None]) -> None:
         try:
             compute()
         except Exception as error:
             self.fault(error)
-            lane.end([place for place in places if place in lane.sitting], error)
+            scheduler.abort([slot for slot in slots if slot in scheduler.running], error)
 
     def _wait(self) -> bool:
         """Wait until there is something to compute; return False once the server ends."""
         with self.changed:
-            self.changed.wait_for(lambda: self.stopping or self.answering or self.waiting)
+            self.changed.wait_for(lambda: self.stopping or self.running or self.waiting)
             return not self.stopping

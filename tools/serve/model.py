@@ -12,7 +12,7 @@ from common.data.rows import Message
 from common.errors import DataError
 from tools.generate.chat import Speaker
 from tools.serve.asked import Asked, Chat, Completion, Refused
-from tools.serve.batcher import Lane
+from tools.serve.batcher import Scheduler
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Model:
 
     name: str
     speaker: Speaker
-    lane: Lane
+    scheduler: Scheduler
     parent: str | None = None
     examples: Sequence[str] = ()
 
     @property
     def context(self) -> int:
         """Return the most tokens of a prompt and its answer together."""
-        return self.lane.places.context
+        return self.scheduler.slots.context
 
     def card(self) -> dict[str, Any]:
         """Return what /v1/models says of it: OpenAI's keys, vLLM's `parent` and `max_model_len`, and the page's."""

@@ -53,7 +53,7 @@ class Options:
     base: bool = False
     key_file: Path | None = None
     max_tokens: int | None = None
-    places: int = 4
+    slots: int = 4
     queue: int = 4
     context: int | None = None
     cors: str | None = None
@@ -101,8 +101,8 @@ def serve(path: Path, options: Options, say: Say) -> None:
     """Serve what is at `path` until SIGTERM or Ctrl-C. Raises RecipeError for what cannot be served, or not here."""
     target = find_target(path, options.base)
     context = context_of(target, options.context)
-    weights, cache = target.weights_bytes(options.base), cache_of(target, options.base, options.places, context)
-    refuse_too_large(weights, cache, options.places, context)
+    weights, cache = target.weights_bytes(options.base), cache_of(target, options.base, options.slots, context)
+    refuse_too_large(weights, cache, options.slots, context)
     bound = bind(options.host, options.port)
     key = None if options.key_file is None else key_in(options.key_file)
     if key is None and not is_loopback(bound):
@@ -111,7 +111,7 @@ def serve(path: Path, options: Options, say: Say) -> None:
         raise UsageError(
             "whoever reaches this host could ask: a key is needed", where=f"--host {options.host}", todo=todo
         )
-    sizes = f"weights {weights / GB:.2f} GB; keys and values of {options.places} places at most {cache / GB:.2f} GB"
+    sizes = f"weights {weights / GB:.2f} GB; keys and values of {options.slots} slots at most {cache / GB:.2f} GB"
     say(f"memory: {sizes} more")
     log = Log((target.path if target.run else Path.cwd()) / "serve.log", say)
     service = Service(log.line, log.fault, key, LOOPBACK if is_loopback(bound) else None)
@@ -155,10 +155,10 @@ def run_threads(
         # All of torch is on this thread: how many threads a product takes is a setting of the thread that asks for it.
         try:
             name = options.label or target.name
-            opened = open_models(target, name, options.base, options.max_tokens, options.places, context, say)
+            opened = open_models(target, name, options.base, options.max_tokens, options.slots, context, say)
             with opened as models:
                 service.models = {model.name: model for model in models}
-                service.batcher = Batcher([model.lane for model in models], options.queue, service.fault)
+                service.batcher = Batcher([model.scheduler for model in models], options.queue, service.fault)
                 if stopping.is_set():
                     return
                 for line in ready_lines(target, models, bound, options):
@@ -169,7 +169,7 @@ def run_threads(
         finally:
             server.should_exit = True
 
-    # Threads that wait for each other spin for some 0.1 ms (10,000 pauses), then sleep. With 4 places a token of
+    # Threads that wait for each other spin for some 0.1 ms (10,000 pauses), then sleep. With 4 slots a token of
     # SmolLM2-135M took 51 ms so on two idle cores; 52 with libgomp's own 300,000, 100 asleep at once
     # (OMP_WAIT_POLICY=PASSIVE). On two busy cores its matrices alone took 0.1 to 0.6 s, 0.5 to 0.8 and 0.1 to 0.2.
     # (torch 2.13 on an EPYC; OpenMP reads it when torch is imported, on the thread below.)

@@ -17,7 +17,7 @@ from tools.export.record import verified
 from tools.generate.chat import architecture_of, folder_speaker, run_speakers
 from tools.runs.folder import RunFolder, is_run, read_run
 from tools.serve.ahead import ReadAhead, uncollected
-from tools.serve.batcher import Lane
+from tools.serve.batcher import Scheduler
 from tools.serve.model import Model
 
 Say = Callable[[str], None]
@@ -91,22 +91,22 @@ def find_target(path: Path, base: bool) -> Target:
 
 
 def cache_bytes(architecture: Mapping[str, Any], count: int, context: int) -> int:
-    """Return the most bytes that keys and values take: of `count` places with `context` tokens, in every layer."""
+    """Return the most bytes that keys and values take: of `count` slots with `context` tokens, in every layer."""
     heads = architecture["num_attention_heads"]
     width = architecture.get("head_dim") or architecture["hidden_size"] // heads
     of_a_token = 2 * (architecture.get("num_key_value_heads") or heads) * width * WIDEST
     return int(count * context * architecture["num_hidden_layers"] * of_a_token)
 
 
-def refuse_too_large(weights: int, cache: int, places: int, context: int) -> None:
+def refuse_too_large(weights: int, cache: int, slots: int, context: int) -> None:
     """Raise MachineError where weights and keys and values do not fit into the memory that is free now."""
     free = free_memory()
     if weights + cache > free:
         raise MachineError(
-            f"the weights take {weights / GB:.2f} GB, and the keys and values of {places} places of {context} tokens "
+            f"the weights take {weights / GB:.2f} GB, and the keys and values of {slots} slots of {context} tokens "
             f"at most {cache / GB:.2f} GB: more than the {free / GB:.2f} GB that are free",
             where="memory",
-            todo="fewer places (--places 1), or a shorter context (--context 2048)",
+            todo="fewer slots (--slots 1), or a shorter context (--context 2048)",
         )
 
 
@@ -159,7 +159,7 @@ def key_in(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_models(
-    target: Target, name: str, base: bool, max_tokens: int | None, places: int, context: int, say: Say
+    target: Target, name: str, base: bool, max_tokens: int | None, slots: int, context: int, say: Say
 ) -> Iterator[list[Model]]:
     """Yield the models to answer as: the target's under `name` and, with `base`, the untuned one it began as.
 
@@ -169,7 +169,7 @@ def open_models(
     weights = None if base else ReadAhead(sorted(target.folder.glob("*.safetensors")))
     with uncollected():  # torch takes seconds to import: only once all that can be refused was
         from engines.cpu.engine import TorchCPU
-        from engines.cpu.places import Places
+        from engines.cpu.slots import Slots
 
     changes = {} if base else target.changes()
     if max_tokens is not None:
@@ -185,13 +185,13 @@ def open_models(
             assert isinstance(speaker.backend, TorchCPU), "speakers are opened on the CPU"
             taken = [model.name for model in models]
             own = name if not models else speaker.name if speaker.name not in taken else f"{speaker.name}-untuned"
-            lane = Lane(Places(speaker.backend, places, context), speaker.mode)
-            models.append(Model(own, speaker, lane, examples=examples))
+            scheduler = Scheduler(Slots(speaker.backend, slots, context), speaker.mode)
+            models.append(Model(own, speaker, scheduler, examples=examples))
         if base:
             models[0] = replace(models[0], parent=models[1].name)
         yield models
 
 
-def cache_of(target: Target, base: bool, places: int, context: int) -> int:
-    """Return the most bytes that keys and values take: each of the models has places of its own."""
-    return cache_bytes(target.architecture, places, context) * (2 if base else 1)
+def cache_of(target: Target, base: bool, slots: int, context: int) -> int:
+    """Return the most bytes that keys and values take: each of the models has slots of its own."""
+    return cache_bytes(target.architecture, slots, context) * (2 if base else 1)

@@ -85,18 +85,18 @@ def choose_context(architecture: Mapping[str, Any], wanted: int | None) -> int:
     return context
 
 
-def check_places(places: int) -> None:
+def check_slots(slots: int) -> None:
     """Raise UsageError for a number of answers at once that tt-metal does not take."""
-    if places not in BATCHES:
+    if slots not in BATCHES:
         known = ", ".join(map(str, BATCHES))
-        raise UsageError(f"tt-metal takes batches of {known}", where=f"--places {places}", todo="one of these")
+        raise UsageError(f"tt-metal takes batches of {known}", where=f"--slots {slots}", todo="one of these")
 
 
-def pool_bytes(architecture: Mapping[str, Any], mesh: Mesh, places: int) -> int:
+def pool_bytes(architecture: Mapping[str, Any], mesh: Mesh, slots: int) -> int:
     """Return the bytes of a chip that keys and values take: reserved at the start, of every layer, asked or not."""
     heads = kv_heads(architecture)
     width = attention_widths(architecture)[1] // heads
-    tokens = POOL_TOKENS + BLOCK * places
+    tokens = POOL_TOKENS + BLOCK * slots
     of_a_token = 2 * (heads // min(mesh.chips, heads)) * round_up(width)  # model_runner.py splits over all chips
     return int(tokens * architecture["num_hidden_layers"] * of_a_token * VALUE_BYTES)
 
@@ -106,7 +106,7 @@ def weight_bytes(architecture: Mapping[str, Any], mesh: Mesh) -> int:
     return parameters(architecture) * WEIGHT_BYTES // mesh.chips
 
 
-def obstacle(architecture: Mapping[str, Any], mesh: Mesh, places: int) -> str:
+def obstacle(architecture: Mapping[str, Any], mesh: Mesh, slots: int) -> str:
     """Return why the model cannot be served by a mesh; empty where nothing known is against it."""
     heads, keys = architecture["num_attention_heads"], kv_heads(architecture)
     if heads % mesh.columns or keys % mesh.columns:
@@ -117,7 +117,7 @@ def obstacle(architecture: Mapping[str, Any], mesh: Mesh, places: int) -> str:
         return f"{mesh.chips} chips want a hidden_size of whole {GALAXY_WIDTH}s, it is {hidden}"
     if hidden % TILE or wide % (TILE * mesh.chips):  # find_grid_k_n; on 32 chips we only suppose so
         return f"sizes {hidden} and {wide} are no whole tiles of {TILE} on each of {mesh.chips} chips"
-    pool, weights = pool_bytes(architecture, mesh, places), weight_bytes(architecture, mesh)
+    pool, weights = pool_bytes(architecture, mesh, slots), weight_bytes(architecture, mesh)
     if pool + weights > mesh.dram:
         return (
             f"keys and values take {pool / GB:.1f} GB of a chip and the weights up to {weights / GB:.1f} GB, it has"
@@ -126,18 +126,18 @@ def obstacle(architecture: Mapping[str, Any], mesh: Mesh, places: int) -> str:
     return ""
 
 
-def check_model(architecture: Mapping[str, Any], hw: Hardware, mesh: Mesh, places: int) -> None:
+def check_model(architecture: Mapping[str, Any], hw: Hardware, mesh: Mesh, slots: int) -> None:
     """Raise MachineError, with the meshes that would do, for a model that a mesh of the board cannot serve."""
     rope = architecture.get("rope_scaling") or architecture.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPES:
         raise MachineError(f"positions by rope {kind!r}; tt-metal has {', '.join(ROPES)}", where="config.json")
-    if why := obstacle(architecture, mesh, places):
-        here = [other for other in meshes_of(hw) if not obstacle(architecture, other, places)]
+    if why := obstacle(architecture, mesh, slots):
+        here = [other for other in meshes_of(hw) if not obstacle(architecture, other, slots)]
         there = [
             other.name
             for other in table().values()
-            if other.mesh_device and not obstacle(architecture, mesh_of(other), places)
+            if other.mesh_device and not obstacle(architecture, mesh_of(other), slots)
         ]
         if here:
             names, least = ", ".join(other.name for other in here), here[0].name

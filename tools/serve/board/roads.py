@@ -45,7 +45,7 @@ class Served:
     host: str
     port: int
     context: int
-    places: int
+    slots: int
     sampling: Mapping[str, float]
     visible: str | None = None  # TT_VISIBLE_DEVICES, and the numbers of these nodes: where the machine has others, too
     nodes: Sequence[int] = ()
@@ -98,7 +98,7 @@ def tt_inference_server(served: Served, server_dir: Path | None) -> Command:
     arguments = {
         "max_model_len": served.context,
         "max_num_batched_tokens": served.context,
-        "max_num_seqs": served.places,
+        "max_num_seqs": served.slots,
         "block_size": BLOCK,
         "data_parallel_size": 1,
         "generation_config": "vllm",
@@ -138,7 +138,7 @@ def vllm(served: Served) -> Command:
         environment["TT_VISIBLE_DEVICES"] = served.visible
     words = ["vllm", "serve", str(served.folder), "--served-model-name", served.name]
     words += ["--host", served.host, "--port", str(served.port), "--max-model-len", str(served.context)]
-    words += ["--max-num-batched-tokens", str(served.context), "--max-num-seqs", str(served.places)]
+    words += ["--max-num-batched-tokens", str(served.context), "--max-num-seqs", str(served.slots)]
     words += ["--block-size", str(BLOCK), "--generation-config", "vllm"]
     words += ["--override-generation-config", json.dumps(dict(served.sampling))]
     words += ["--additional-config", json.dumps({"tt": TT})]

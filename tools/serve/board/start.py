@@ -40,7 +40,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     context: int | None = None
-    places: int = 32
+    slots: int = 32
     yes: bool = False
 
 
@@ -56,9 +56,9 @@ def serve_on(hw: Hardware, path: Path, options: Options, show: Say, say: Say) ->
     merged = (path / "export" / "merged").resolve()
     architecture = read_json(merged / "config.json")
     mesh = preflight.choose_mesh(hw, options.mesh)
-    preflight.check_places(options.places)
+    preflight.check_slots(options.slots)
     context = preflight.choose_context(architecture, options.context)
-    preflight.check_model(architecture, hw, mesh, options.places)
+    preflight.check_model(architecture, hw, mesh, options.slots)
     choice = detect.choose(hw.name, require_present=False)
     digest = stage.digest_of(record)
     name = stage.name_of(str(run.fact("recipe")), run.name, int(record["step"]), digest)
@@ -70,7 +70,7 @@ def serve_on(hw: Hardware, path: Path, options: Options, show: Say, say: Say) ->
         host=options.host,
         port=options.port,
         context=context,
-        places=options.places,
+        slots=options.slots,
         sampling=sampling_of(run),
         visible=visible,
         nodes=[] if visible is None else [int(Path(node).name) for node in choice.nodes],
@@ -161,7 +161,7 @@ def remarks(run: RunFolder, merged: Path, architecture: Mapping[str, Any], serve
     """Return what to know before it is started: what it takes, what is other than on the CPU, and what nobody tried."""
     mesh = served.mesh
     pool, weights = (
-        preflight.pool_bytes(architecture, mesh, served.places),
+        preflight.pool_bytes(architecture, mesh, served.slots),
         preflight.weight_bytes(architecture, mesh),
     )
     sizes = f"keys and values {pool / GB:.1f} GB, weights up to {weights / GB:.1f} GB, of {mesh.dram / GB:.1f} GB"

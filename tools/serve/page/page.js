@@ -7,7 +7,7 @@ const settings = [...$("ask").querySelectorAll("[name]")];
 const CUT = "What is here is not the whole answer; it is left out of what is asked next.";
 const TITLES = {
   400: "This cannot be answered", 401: "The key is not the right one", 413: "That is too long",
-  429: "All places are taken", 500: "The server failed", 503: "The server is not ready",
+  429: "All slots are taken", 500: "The server failed", 503: "The server is not ready",
 };
 
 let key = ""; // in memory only: nothing of this page is stored

@@ -1,7 +1,7 @@
-"""Several answers at once on the CPU engine: each has a place with its own keys and values, and joins between tokens.
+"""Continuous batching on the CPU engine: each answer has a slot with its own KV cache, and joins between tokens.
 
-What a row of the batch computes must not depend on who sits beside it: its logits are bit for bit those it gets alone
-(tests/engines/test_places.py). So the batch always has as many rows as there are places, taken or not, for the kernels
+What a row of the batch computes must not depend on the other rows: its logits are bit for bit those it gets alone
+(tests/engines/test_slots.py). So the batch always has as many rows as there are slots, taken or not, for the kernels
 of other widths sum in another order; each row attends over its own keys, in a product of its own length; and a prompt
 is computed by itself.
 """
@@ -23,61 +23,61 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from common.engine import Array
 from engines.cpu.engine import TorchCPU
 
-# Shapes: P places, R rows (P where tokens are decoded, 1 for a prompt), n tokens of a prompt, C tokens that a place may
+# Shapes: R rows (the slots where tokens are decoded, 1 for a prompt), n tokens of a prompt, C tokens that a slot may
 # come to hold, Q query heads, K key/value heads, D width of a head, V rows of the vocabulary.
 
-NAME = "places"  # what `set_attn_implementation` is told
+NAME = "slots"  # what `set_attn_implementation` is told
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, q, k, v, scaling
 
 
 @dataclass
-class Place:
-    """An answer's keys and values by layer, each [K, C, D], and the tokens it holds so far."""
+class KVCache:
+    """An answer's keys and values by layer, each [K, C, D], of which the first `length` tokens are filled."""
 
-    tokens: int  # C
+    capacity: int  # C
     length: int = 0
-    cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def room(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a layer, made at its first use for numbers like those of `like` [K, n, D]."""
-        if layer == len(self.cache):
-            shape = (like.shape[0], self.tokens, like.shape[2])
-            self.cache.append((like.new_empty(shape), like.new_empty(shape)))
-        return self.cache[layer]
+    def of_layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer, allocated at its first use with the dtype of `like` [K, n, D]."""
+        if layer == len(self.layers):
+            shape = (like.shape[0], self.capacity, like.shape[2])
+            self.layers.append((like.new_empty(shape), like.new_empty(shape)))
+        return self.layers[layer]
 
 
-class Places:
+class Slots:
     """Room for `count` answers of at most `context` tokens each, prompts included, with the weights of `backend`."""
 
     def __init__(self, backend: TorchCPU, count: int, context: int) -> None:
         self.backend, self.count, self.context = backend, count, context
-        self.taken: dict[int, Place] = {}
+        self.caches: dict[int, KVCache] = {}  # of the slots that are taken
 
-    def join(self, place: int, prompt: Sequence[int], tokens: int) -> Array:
-        """Put `prompt` into a free place, for `tokens` together with its answer; return the logits [V] after it."""
-        assert place not in self.taken, "somebody is there"
+    def prefill(self, slot: int, prompt: Sequence[int], tokens: int) -> Array:
+        """Put `prompt` into a free slot, for `tokens` together with its answer; return the logits [V] after it."""
+        assert slot not in self.caches, "the slot is taken"
         assert 0 < len(prompt) <= tokens <= self.context
-        seat = self.taken[place] = Place(tokens)
+        cache = self.caches[slot] = KVCache(tokens)
         positions = np.arange(len(prompt))[None]
-        logits: Array = self._forward(np.array([prompt]), positions, functools.partial(attend_prompt, seat))[0]
-        seat.length = len(prompt)
+        logits: Array = self._forward(np.array([prompt]), positions, functools.partial(attend_prompt, cache))[0]
+        cache.length = len(prompt)
         return logits
 
-    def step(self, tokens: Mapping[int, int]) -> dict[int, Array]:
-        """Append a token to each place in `tokens`; return the logits [V] after it, by place."""
-        seats = [self.taken[place] for place in tokens]
+    def decode(self, tokens: Mapping[int, int]) -> dict[int, Array]:
+        """Append a token to each slot in `tokens`; return the logits [V] after it, by slot."""
+        caches = [self.caches[slot] for slot in tokens]
         ids, positions = np.zeros((self.count, 1), np.int64), np.zeros((self.count, 1), np.int64)
-        for row, (seat, token) in enumerate(zip(seats, tokens.values(), strict=True)):
-            assert seat.length < seat.tokens
-            ids[row, 0], positions[row, 0] = token, seat.length
-            seat.length += 1
+        for row, (cache, token) in enumerate(zip(caches, tokens.values(), strict=True)):
+            assert cache.length < cache.capacity
+            ids[row, 0], positions[row, 0] = token, cache.length
+            cache.length += 1
         with FewRows():
-            logits = self._forward(ids, positions, functools.partial(attend_tokens, seats))
+            logits = self._forward(ids, positions, functools.partial(attend_tokens, caches))
         return dict(zip(tokens, logits, strict=False))  # rows beyond these are nobody's
 
-    def leave(self, place: int) -> None:
-        """Free a place, and what it held."""
-        self.taken.pop(place, None)
+    def free(self, slot: int) -> None:
+        """Free a slot and its cache."""
+        self.caches.pop(slot, None)
 
     @torch.no_grad()
     def _forward(self, ids: Array, positions: Array, attention: Attention) -> Array:
@@ -112,19 +112,19 @@ class FewRows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def attend_prompt(seat: Place, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """Return [1, Q, n, D] for a prompt's q [1, Q, n, D], k and v [1, K, n, D], and keep k and v in its place."""
-    keys, values = seat.room(layer, k[0])
+def attend_prompt(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Return [1, Q, n, D] for a prompt's q [1, Q, n, D], k and v [1, K, n, D], and keep k and v in its cache."""
+    keys, values = cache.of_layer(layer, k[0])
     keys[:, : k.shape[2]], values[:, : k.shape[2]] = k[0], v[0]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
 
 
-def attend_tokens(seats: Sequence[Place], layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+def attend_tokens(caches: Sequence[KVCache], layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """Return [R, Q, 1, D] for a token a row, q [R, Q, 1, D], k and v [R, K, 1, D]; 0 in rows that are nobody's."""
     out = torch.zeros_like(q)
-    for row, seat in enumerate(seats):
-        keys, values = seat.room(layer, k[row])
-        end = seat.length
+    for row, cache in enumerate(caches):
+        keys, values = cache.of_layer(layer, k[row])
+        end = cache.length
         keys[:, end - 1], values[:, end - 1] = k[row, :, 0], v[row, :, 0]
         mine = q[row : row + 1], keys[None, :, :end], values[None, :, :end]
         out[row] = F.scaled_dot_product_attention(*mine, scale=scaling, enable_gqa=True)[0]
