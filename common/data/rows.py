@@ -23,8 +23,14 @@ T = TypeVar("T")
 CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 # Keys that hold a part of the conversation, or say how it is trained on, where other tools read them (docs/data.md):
 # beside the turns of a row, and beside role and content of a message.
-ROW_KEYS = frozenset("system history tools functions chosen rejected images chat_template_kwargs".split())
-MESSAGE_KEYS = frozenset("train train_detail training mask loss tool_calls function_call reasoning_content".split())
+ROW_KEYS = frozenset(
+    "system system_prompt history tools functions chosen rejected image images video videos audio audios "
+    "chat_template_kwargs".split()
+)
+MESSAGE_KEYS = frozenset(
+    "train train_detail training mask loss tool_calls function_call reasoning_content reasoning thinking refusal "
+    "audio images".split()
+)
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ def kind_of(value: Any) -> str:
         bool: "a boolean",
         int: "a number",
         float: "a number",
+        str: "a string",
         list: "a list",
         dict: "an object",
     }

@@ -210,6 +210,8 @@ def test_a_mapping_to_nothing_known_or_from_nothing_there_is_refused(tmp_path):
     source = text_file(tmp_path, "a.jsonl", json.dumps(PAIR))
     with pytest.raises(UsageError, match="'promt'"):
         converted(source, tmp_path, mapping={"promt": "prompt"})
+    with pytest.raises(UsageError, match=r"--map prompt=\.\.\. is there twice: ask, question"):
+        convert.parse_map(["prompt=ask", "prompt=question"])
     with pytest.raises(DataError, match="no column 'question'; columns: prompt, response"):
         converted(source, tmp_path, mapping={"prompt": "question"})
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.data.chat import ChatTokenizer
-from common.data.rows import MESSAGE_KEYS
+from common.data.rows import MESSAGE_KEYS, ROW_KEYS
 from tools.data import dialects, turns
 
 
@@ -68,7 +68,8 @@ def test_a_key_of_a_message_that_cannot_be_kept_is_refused(held, reason):
 
 
 def test_every_key_that_training_leaves_to_convert_is_known_to_it():
-    assert {*turns.WORDS, *turns.SWITCHES, "mask", "train_detail"} >= MESSAGE_KEYS
+    assert {*turns.WORDS, *turns.SWITCHES, "mask", "train_detail"} == MESSAGE_KEYS
+    assert {*dialects.UNWRITTEN, *dialects.SYSTEM, "history", "chosen", "rejected"} == ROW_KEYS
 
 
 def test_training_on_what_the_user_says_is_refused():
@@ -96,9 +97,11 @@ def test_llama_factorys_history_comes_first_and_its_answers_are_trained_on():
     assert turns_of({**record, "history": [], "system": ""}) == [("user", "And 3?"), ("assistant", "6.")]
     with pytest.raises(ValueError, match="'history' is no list of"):
         read({**record, "history": ["1?", "2."]})
+    cell = {**record, "history": json.dumps(record["history"])}
+    assert turns_of(cell) == turns_of(record), "as a CSV file has it"
 
 
-@pytest.mark.parametrize("column", ["tools", "functions", "images", "chat_template_kwargs"])
+@pytest.mark.parametrize("column", ["tools", "functions", "image", "images", "chat_template_kwargs"])
 def test_a_column_that_no_template_here_writes_is_refused_unless_it_is_empty(column):
     pair = {"prompt": "Why?", "response": "So."}
     for empty in dialects.EMPTY:
@@ -117,6 +120,17 @@ def test_a_mapped_name_wins_and_the_column_called_so_is_kept_under_another_name(
     row = read(taken, prompt="ask", response="say").row
     assert row is not None
     assert row.extra == {"column_column_prompt": "theirs", "column_prompt": "too"}
+
+
+def test_a_mapped_name_that_the_row_has_no_use_for_is_refused():
+    """It would be left out, and the column with it."""
+    record = {"messages": talk(ASKED, SAID), "say": "Thus."}
+    with pytest.raises(ValueError, match=r"--map response=\.\.\. is of no use to a row that is read as messages"):
+        read(record, response="say")
+    with pytest.raises(ValueError, match=r"--map prompt=\.\.\. is of no use"):
+        read({"turns": talk(ASKED, SAID), "ask": "How?"}, messages="turns", prompt="ask")
+    labelled = {"prompt": "Why?", "completion": "So.", "label": 0}
+    assert turns_of(labelled, prompt="prompt", response="completion") == [ASKED, SAID], "a label that judges nothing"
 
 
 def test_a_system_text_in_a_column_is_used_and_not_twice():
@@ -143,6 +157,11 @@ TO_TURNS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         [("system", "s"), ASKED, SAID],
     ),
     ("conversation", {"conversation": talk(ASKED, SAID)}, [ASKED, SAID]),
+    (
+        "prompt and completion as messages",
+        {"prompt": json.dumps(talk(ASKED), indent=1), "completion": f" {json.dumps(talk(SAID))}"},
+        [ASKED, SAID],
+    ),
     (
         "prompt and completion as messages",
         {"prompt": talk(*TWICE), "completion": talk(("assistant", "Thus."))},
@@ -206,10 +225,22 @@ def test_what_is_changed_is_said(messages, expected, note):
         ({"messages": talk(ASKED, ASKED, SAID)}, "must alternate"),
         ({"messages": [None]}, "message 1 is null, not an object"),
         ({"messages": {}}, "'messages' is an object"),
+        ({"messages": "Why?"}, "'messages' is a string"),
+        ({"messages": [{"role": ["user"], "content": "Why?"}]}, r"role \['user'\]; known"),
+        ({"messages": talk(ASKED, SAID, value="No.")}, "message 2 has 'content' and 'value', and they differ"),
+        ({"messages": talk(ASKED, ("assistant", [{"text": "So.", "image_url": "a.png"}]))}, "a part of type 'None'"),
+        ({"messages": str(talk(ASKED, SAID))}, r"'messages' begins as a list and is not JSON: .* json.dumps\(\) is"),
+        ({"prompt": str(talk(ASKED)), "completion": "So."}, "'prompt' begins as a list and is not JSON"),
+        ({"conversations": "[" * 100_000}, "'conversations' begins as a list and is not JSON"),
+        ({"prompt": "p", "response": "r", "kto_tag": "maybe"}, "'kto_tag' is neither true nor false"),
         ({"segments": [{"label": True, "text": "a"}]}, "axolotl's input_output"),
         ({"context": "c", "question": "q", "answers": {"text": []}}, "'answers' is empty"),
         ({"chosen": "a", "rejected": "b", "prompt": "p"}, "--chosen"),
-        ({"prompt": "p", "completion": "c", "label": False}, "'label' says whether an answer is good"),
+        *(
+            ({"prompt": "p", "completion": "c", "label": said}, "'label' says whether an answer is good")
+            for said in (False, 0, 1, "True", "false")
+        ),
+        ({"messages": talk(ASKED, SAID), "kto_tag": "False"}, "'kto_tag' says whether an answer is good"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(record, reason):
@@ -230,7 +261,10 @@ def test_what_cannot_be_kept_is_refused(record, reason):
             "chosen": {"from": "gpt", "value": "So."},
             "rejected": {"from": "gpt", "value": "No."},
         },
+        {"question": "Why?", "chosen": "So.", "rejected": "No."},
         {"prompt": "Why?", "completion": "So.", "label": True},
+        {"prompt": "Why?", "completion": "So.", "label": "True"},
+        {"prompt": "Why?", "completion": "So.", "label": 1},
         {"instruction": "Why?", "output": "So.", "kto_tag": True},
     ],
 )
@@ -241,8 +275,9 @@ def test_the_chosen_answer_is_trained_on_when_that_is_asked_for(record):
     assert not {"rejected", "chosen", "column_prompt"} & set(row.extra)
 
 
-def test_an_answer_that_was_judged_bad_is_left_out_and_that_is_said():
-    found = read({"prompt": "Why?", "completion": "No.", "label": False}, chosen=True)
+@pytest.mark.parametrize("label", [False, 0, "False"])
+def test_an_answer_that_was_judged_bad_is_left_out_and_that_is_said(label):
+    found = read({"prompt": "Why?", "completion": "No.", "label": label}, chosen=True)
     assert (found.row, found.notes) == (None, ["rows whose 'label' is false are left out"])
 
 

@@ -259,11 +259,13 @@ def loaded_records(name: str, revision: str, subset: str | None, split: str) -> 
 
 def parse_map(pairs: Sequence[str]) -> dict[str, str]:
     """Return {"prompt": "question"} for ("prompt=question",). Raises UsageError."""
-    found = {}
+    found: dict[str, str] = {}
     for pair in pairs:
         name, equals, column = pair.partition("=")
         if not (name and equals and column):
             raise UsageError(f"--map {pair!r} is not NAME=COLUMN", todo="for example --map prompt=question")
+        if name in found:
+            raise UsageError(f"--map {name}=... is there twice: {found[name]}, {column}", todo="leave one out")
         found[name] = column
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +18,13 @@ from common.data.rows import Message, Row, columns_of, kind_of, valid_text
 from tools.data import templated, turns
 
 Record = Mapping[str, Any]
-CHOSEN = "a row of preferences: --chosen trains on the answer that was chosen, and leaves the other one out"
+CHOSEN = "a row of preferences: recipe data convert --chosen keeps the answer that was chosen, without the other one"
 NEXT_TO = "\n\n"  # between an instruction and what it is about
 # Columns that carry a part of the conversation whatever the dialect, which no template here writes.
-UNWRITTEN = ("tools", "functions", "images", "videos", "audios", "chat_template_kwargs")
+UNWRITTEN = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs")
 SYSTEM = ("system", "system_prompt")
 OURS = ("prompt", "response", "messages", "system", "history", *UNWRITTEN, "chosen", "rejected")
+WRITTEN_LIST = re.compile(r"""\s*\[\s*\{\s*["']""")
 TARGETS = ("prompt", "response", "system", "messages")  # of --map
 EMPTY: tuple[Any, ...] = (
     None,
@@ -60,14 +62,23 @@ class Reading:
 
     def messages(self, name: str, *, trained: bool = True) -> list[Message]:
         """Return the messages of a column: a list of them, or that list as JSON. Raises ValueError."""
-        value = self.value(name)
-        if isinstance(value, str) and value.lstrip().startswith("["):  # as a cell of a CSV file has it
-            value = json.loads(value)
+        value = self.list_in(name)
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name!r} is {kind_of(value)}, no list of {name}")
         if not value:
             raise ValueError("no messages")
         return turns.messages_of(value, self.notes, trained=trained)
+
+    def list_in(self, name: str) -> Any:
+        """Return the value of a column, a list also where it is JSON, as a cell of a CSV file has it; ValueError."""
+        value = self.value(name)
+        if not isinstance(value, str) or not value.lstrip().startswith("["):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as fault:
+            how = "; Python's str() of a list is none, json.dumps() is" if "'" in value else ""
+            raise ValueError(f"{name!r} begins as a list and is not JSON: {fault}{how}") from fault
 
     def either(self, name: str, role: str, *, trained: bool = True) -> list[Message]:
         """Return the messages of a column that is a list of them, or one message of `role` that is its text."""
@@ -108,8 +119,8 @@ class Read:
 
 
 def is_list(value: Any) -> bool:
-    """Return whether a value is a list of messages, or one written as JSON."""
-    return isinstance(value, list | tuple) or (isinstance(value, str) and value.startswith('[{"'))
+    """Return whether a value is a list of messages, or one written as JSON, be it well or badly."""
+    return isinstance(value, list | tuple) or (isinstance(value, str) and bool(WRITTEN_LIST.match(value)))
 
 
 def read(record: Record, mapping: Mapping[str, str], where: str, *, chosen: bool = False) -> Read:
@@ -127,6 +138,8 @@ def read(record: Record, mapping: Mapping[str, str], where: str, *, chosen: bool
         dialect = mapped_dialect(mapping) or recognized(shown, mapping)
         found = dialect.read(inner)
         messages = finished(found, inner)
+        if found is not None and (idle := [name for name in mapping if name not in inner.used]):
+            raise ValueError(f"--map {idle[0]}=... is of no use to a row that is read as {dialect.name}")
         used = reading.used | (inner.used - set(mapping))
     else:
         dialect = recognized(record)
@@ -145,7 +158,7 @@ def finished(found: list[Message] | None, reading: Reading) -> tuple[Message, ..
     for name in UNWRITTEN:
         if reading.value(name) not in EMPTY:
             raise ValueError(f"{name!r} is not empty: {turns.NO_TOOLS}; remove the column or the row")
-    if earlier := reading.value("history"):
+    if earlier := reading.list_in("history"):
         at = 1 if found and found[0].role == "system" else 0
         found = [*found[:at], *turns.history_of(earlier), *found[at:]]
     for name in SYSTEM:
@@ -285,18 +298,23 @@ def preference(reading: Reading) -> list[Message]:
     if "instruction" in reading.record:
         asked = [reading.text("instruction"), reading.text_or_nothing("input")]
         return [Message("user", NEXT_TO.join(part for part in asked if part)), *answer]
-    if "prompt" not in reading.record:
-        raise ValueError("a chosen answer without its 'prompt'")
-    return [*reading.either("prompt", "user", trained=False), *answer]
+    question = next((name for name in ("prompt", "question") if name in reading.record), None)
+    if question is None:
+        raise ValueError("a chosen answer without its 'prompt': name the question's column with --map prompt=COLUMN")
+    return [*reading.either(question, "user", trained=False), *answer]
 
 
 def judged(label: str) -> Callable[[Reading], list[Message] | None]:
     """Return the reader of answers that were judged good or bad, true or false in the column `label`."""
 
     def good(reading: Reading) -> list[Message] | None:
+        if (is_good := verdict(reading.value(label))) is None:
+            raise ValueError(f"{label!r} is neither true nor false, and so does not say whether the answer is good")
         if not reading.chosen:
-            raise ValueError(f"{CHOSEN} ({label!r} says whether an answer is good)")
-        if not reading.value(label):
+            raise ValueError(
+                f"{CHOSEN} ({label!r} says whether an answer is good; where it does not, name the columns with --map)"
+            )
+        if not is_good:
             reading.notes.append(f"rows whose {label!r} is false are left out")
             return None
         inner = {key: value for key, value in reading.record.items() if key != label}
@@ -340,9 +358,9 @@ def templated_text(reading: Reading) -> list[Message]:
     return [Message(*turn) for turn in found]
 
 
-def is_bool(column: str) -> Callable[[Record], bool]:
-    """Return a test for a column that is true or false."""
-    return lambda record: isinstance(record[column], bool)
+def verdict(value: Any) -> bool | None:
+    """Return whether a value says true or false, also as 1 and 0 or as a cell of CSV has it; None for any other."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().casefold())
 
 
 MESSAGES = Dialect(
@@ -374,8 +392,8 @@ DIALECTS: tuple[Dialect, ...] = (
         judged("label"),
         "with `--chosen`: the rows whose `label` is true",
         "without `--chosen`",
-        is_bool("label"),
-        "`label` is true or false",
+        lambda record: verdict(record["label"]) is not None,
+        "`label` is true or false, or 1 or 0",
     ),
     Dialect(
         "judged answers (LLaMA-Factory's KTO)",
@@ -383,8 +401,6 @@ DIALECTS: tuple[Dialect, ...] = (
         judged("kto_tag"),
         "with `--chosen`: the rows whose `kto_tag` is true",
         "without `--chosen`",
-        is_bool("kto_tag"),
-        "`kto_tag` is true or false",
     ),
     MESSAGES,
     Dialect(

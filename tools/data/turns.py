@@ -50,25 +50,33 @@ def message_of(item: Any, number: int, notes: list[str], trained: bool = True) -
     name = f"message {number}"
     if not isinstance(item, Mapping):
         raise ValueError(f"{name} is {kind_of(item)}, not an object")
-    who = item.get("role", item.get("from"))
+    who = of_two(item, "role", "from", name)
     if who in TOOL_ROLES:
         raise ValueError(f"{name}: role {who!r}: {NO_TOOLS}; remove the rows with tools")
-    if who not in ROLES:
+    if not isinstance(who, str) or who not in ROLES:
         raise ValueError(f"{name}: role {who!r}; known: {', '.join(ROLES)}")
     if held := next((key for key in WORDS if item.get(key)), None):
         raise ValueError(f"{name} has {held!r}: {NO_TOOLS if 'call' in held else 'it would be left out'}")
-    content = text_of(item.get("content", item.get("value")), name)
+    content = text_of(of_two(item, "content", "value", name), name)
     if left := sorted(str(key) for key, held in item.items() if key not in KNOWN and held not in (None, "", [], {})):
         notes.append(f"of a message role, content and weight are kept; left out: {', '.join(left)}")
-    role = ROLES[str(who)]
+    role = ROLES[who]
     return Message(role, content, is_trained(item, role, name) and (trained or role != "assistant"))
+
+
+def of_two(item: Mapping[str, Any], one: str, other: str, name: str) -> Any:
+    """Return the value of whichever of two keys a message has. Raises ValueError where both are there and differ."""
+    first, second = item.get(one), item.get(other)
+    if first is not None and second is not None and first != second:
+        raise ValueError(f"{name} has {one!r} and {other!r}, and they differ; remove one")
+    return second if first is None else first
 
 
 def text_of(value: Any, name: str) -> str:
     """Return a message's text: itself, or its text parts one after the other. Raises ValueError for other parts."""
     if not isinstance(value, list):
         return valid_text(value, name)
-    kinds = [part.get("type") if isinstance(part, Mapping) else kind_of(part) for part in value]
+    kinds = [str(part.get("type")) if isinstance(part, Mapping) else kind_of(part) for part in value]
     if other := next((kind for kind in kinds if kind not in ("text", "input_text", "output_text")), None):
         raise ValueError(f"{name} has a part of type {other!r}; only text can be trained on")
     parts = [part.get("text") for part in value]
