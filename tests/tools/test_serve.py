@@ -19,14 +19,15 @@ from common.data.chat import ChatTokenizer
 from common.errors import MachineError, UsageError, VerificationError
 from tests.support.server import Server as Connected
 from tools.generate.chat import Speaker, folder_config
-from tools.serve import patience
-from tools.serve.app import Service, make_app
-from tools.serve.asked import Chat
+from tools.serve import timeouts
+from tools.serve.app import make_app
 from tools.serve.batcher import Answer, Batcher, Chunk, Detokenizer, QueueFull, Scheduler, Stopping
 from tools.serve.model import Model
-from tools.serve.patience import PatientProtocol
+from tools.serve.requests import ChatRequest
+from tools.serve.service import Service
 from tools.serve.start import Log, Options, serve
 from tools.serve.target import bind, find_target, free_memory, refuse_too_large
+from tools.serve.timeouts import TimeoutProtocol
 
 TEXT = " a fox 🦊 says: the slope, then 🦊🦊"
 
@@ -253,7 +254,7 @@ def listening(slots: Recital, tokenizer: ChatTokenizer, base: Path, log: Path) -
         batcher.fault = notes.fault
         service = Service(notes.line, notes.fault, models={"tiny": Model("tiny", speaker, scheduler)}, batcher=batcher)
         config = uvicorn.Config(
-            make_app(service), http=PatientProtocol, lifespan="off", log_config=None, log_level="critical", ws="none"
+            make_app(service), http=TimeoutProtocol, lifespan="off", log_config=None, log_level="critical", ws="none"
         )
         server, bound = uvicorn.Server(config), bind("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([bound],))
@@ -293,7 +294,7 @@ def test_our_own_exception_is_a_500_whose_traceback_is_in_the_log(tokenizer, tin
 
 
 def test_what_does_not_come_is_not_waited_for(tokenizer, tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    monkeypatch.setattr(timeouts, "REQUEST_TIMEOUT", 0.3)
     slots = Recital(tokenizer)
     slots.go.release(1000)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -315,9 +316,9 @@ def test_what_does_not_come_is_not_waited_for(tokenizer, tiny_base, tmp_path, mo
 
 
 def test_the_first_fault_of_a_request_is_looked_for_and_not_all():
-    """A megabyte of wrong turns would else be a megabyte of faults, sent for seconds while nobody else is answered."""
+    """A megabyte of wrong turns would else be as many faults, listed for seconds while nobody else is answered."""
     with pytest.raises(ValidationError) as caught:
-        Chat.model_validate({"messages": [1] * 1000})
+        ChatRequest.model_validate({"messages": [1] * 1000})
     assert caught.value.error_count() == 1
 
 

@@ -14,9 +14,10 @@ from common.data.chat import ChatTokenizer
 from tests.support.run_folders import write_lines, write_run
 from tools.generate.chat import Speaker, folder_config
 from tools.runs.folder import read_run
-from tools.serve.app import Service, make_app
+from tools.serve.app import make_app
 from tools.serve.batcher import Batcher, Scheduler
 from tools.serve.model import Model
+from tools.serve.service import Service
 from tools.serve.target import EXAMPLE, EXAMPLES, Target
 
 

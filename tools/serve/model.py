@@ -11,8 +11,9 @@ from common.data.chat import with_system
 from common.data.rows import Message
 from common.errors import DataError
 from tools.generate.chat import Speaker
-from tools.serve.asked import Asked, Chat, Completion, Refused
 from tools.serve.batcher import Scheduler
+from tools.serve.errors import APIError
+from tools.serve.requests import ChatRequest, CompletionRequest, GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,20 @@ class Model:
             "examples": list(self.examples),
         }
 
-    def prompt(self, asked: Asked) -> list[int]:
-        """Return the ids to answer or to continue. Raises Refused."""
-        if isinstance(asked, Chat):
-            ids, field = self.chat_prompt(asked.turns()), "messages"
+    def prompt(self, request: GenerationRequest) -> list[int]:
+        """Return the ids to answer or to continue. Raises APIError."""
+        if isinstance(request, ChatRequest):
+            ids, field = self.chat_prompt(request.turns()), "messages"
         else:
-            assert isinstance(asked, Completion)
-            ids, field = self.speaker.tokenizer.encode_text(asked.prompt), "prompt"
+            assert isinstance(request, CompletionRequest)
+            ids, field = self.speaker.tokenizer.encode_text(request.prompt), "prompt"
         if not ids:
-            raise Refused(f"{field}: no token comes of it", field)
+            raise APIError(f"{field}: no token comes of it", field)
         if len(ids) >= self.context:
             message = (
                 f"the prompt has {len(ids)} tokens, of the {self.context} that prompt and answer may have together"
             )
-            raise Refused(message, field, code="context_length_exceeded")
+            raise APIError(message, field, code="context_length_exceeded")
         return ids
 
     def chat_prompt(self, turns: Sequence[Message]) -> list[int]:
@@ -76,26 +77,24 @@ class Model:
         tokenizer = self.speaker.tokenizer
         if not tokenizer.template:
             message = f"{self.name} has no chat template: it continues text, at /v1/completions"
-            raise Refused(message, "messages", code="no_chat_template")
+            raise APIError(message, "messages", code="no_chat_template")
         for at, turn in enumerate(turns):
             if marker := tokenizer.marker_in(turn.content):
                 message = f"messages[{at}].content holds {marker!r}, which this model reads as structure, not as text"
-                raise Refused(message, f"messages[{at}].content")
+                raise APIError(message, f"messages[{at}].content")
         try:
             text = tokenizer.render(with_system(turns, self.speaker.config.data.system_prompt), answer_next=True)
         except DataError as error:  # some templates take no system message, or want turns to alternate
-            raise Refused(error.what, "messages") from None
+            raise APIError(error.what, "messages") from None
         return tokenizer.encode_text(text)
 
-    def sampling(self, asked: Asked, prompt: Sequence[int]) -> Evaluation:
-        """Return how the answer is chosen: what is asked for, else the recipe's own way. Raises Refused."""
+    def sampling(self, request: GenerationRequest, prompt: Sequence[int]) -> Evaluation:
+        """Return how the answer is chosen: what is asked for, else the recipe's own way. Raises APIError."""
         room = self.context - len(prompt)
-        longest, field = asked.longest
-        if longest is not None and longest > room:
-            message = (
-                f"{field} is {longest}, but the prompt has {len(prompt)} of {self.context} tokens: {room} are left"
-            )
-            raise Refused(message, field, code="context_length_exceeded")
+        most, field = request.token_limit
+        if most is not None and most > room:
+            message = f"{field} is {most}, but the prompt has {len(prompt)} of {self.context} tokens: {room} are left"
+            raise APIError(message, field, code="context_length_exceeded")
         default = self.speaker.config.eval
-        limit = min(default.max_new_tokens, room) if longest is None else longest
-        return default.model_copy(update={**asked.sampling(), "max_new_tokens": limit})
+        limit = min(default.max_new_tokens, room) if most is None else most
+        return default.model_copy(update={**request.sampling(), "max_new_tokens": limit})

@@ -20,10 +20,10 @@ import uvicorn
 
 from common.errors import UsageError
 from common.signals import handled
-from tools.serve.app import Service, make_app
+from tools.serve.app import make_app
 from tools.serve.batcher import Batcher
 from tools.serve.model import Model
-from tools.serve.patience import PatientProtocol
+from tools.serve.service import Service
 from tools.serve.target import (
     GB,
     Say,
@@ -36,6 +36,7 @@ from tools.serve.target import (
     open_models,
     refuse_too_large,
 )
+from tools.serve.timeouts import TimeoutProtocol
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # Seconds for answers to end after SIGTERM; a client that reads nothing takes them all. `docker stop` kills after 10.
@@ -140,7 +141,7 @@ def run_threads(
 
     config = uvicorn.Config(
         make_app(service, options.cors),
-        http=PatientProtocol,
+        http=TimeoutProtocol,
         ws="none",
         loop="asyncio",
         lifespan="off",

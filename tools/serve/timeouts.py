@@ -1,4 +1,4 @@
-"""Closes connections whose request does not come, or is no HTTP.
+"""Timeouts of requests: closes connections whose request does not come, or is no HTTP.
 
 uvicorn itself waits for the rest of a header for ever, and says in plain text that something is no HTTP.
 """
@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-PATIENCE = 30.0  # seconds for a header, and again for a body; nginx gives a header 60, Apache 20 to 40
+from tools.serve.errors import APIError
+
+REQUEST_TIMEOUT = 30.0  # seconds for a header, and again for a body; nginx gives a header 60, Apache 20 to 40
 
 
-def last_words(status: str, message: str) -> bytes:
-    """Return a response that needs no application: OpenAI's shape of an error, and the end of the connection."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+def raw_response(error: APIError) -> bytes:
+    """Return a response that needs no application: an error, and the end of the connection."""
+    status = f"{error.status} {HTTPStatus(error.status).phrase}"
     head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
-    return head.encode() + json.dumps({"error": error}).encode()
+    return head.encode() + json.dumps(error.body()).encode()
 
 
-class PatientProtocol(H11Protocol):
-    """HTTP/1.1 whose headers have to be there within PATIENCE of the connection, or of the response before."""
+class TimeoutProtocol(H11Protocol):
+    """HTTP/1.1 whose headers have to be there within REQUEST_TIMEOUT of the connection, or of the response before."""
 
     timer: asyncio.TimerHandle | None = None
 
@@ -47,14 +50,14 @@ class PatientProtocol(H11Protocol):
         """Refuse what is no HTTP; where a response has begun nothing can be said any more, and h11 would raise."""
         del msg
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.write(last_words("400 Bad Request", "the request is no valid HTTP/1.1"))
+            self.transport.write(raw_response(APIError("the request is no valid HTTP/1.1")))
         self.transport.close()
 
     def _watch(self) -> None:
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._unwatch()
         elif self.timer is None:  # not anew with every byte
-            self.timer = self.loop.call_later(PATIENCE, self._give_up)
+            self.timer = self.loop.call_later(REQUEST_TIMEOUT, self._give_up)
 
     def _unwatch(self) -> None:
         if self.timer is not None:
@@ -63,5 +66,5 @@ class PatientProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         if self.conn.trailing_data[0]:  # a part of a header is there, so somebody may read why
-            self.transport.write(last_words("408 Request Timeout", "the request did not come in time"))
+            self.transport.write(raw_response(APIError("the request did not come in time", status=408)))
         self.transport.close()

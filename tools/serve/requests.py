@@ -1,4 +1,4 @@
-"""What a request asks for: OpenAI's fields, each of them honored, refused by name, or neutral. None is passed over."""
+"""The requests of OpenAI's API: each field is honored, refused by name, or neutral. None is passed over."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from common.data.rows import ROLES, Message, kind_of
+from tools.serve.errors import APIError
 
 STOPS = 4  # as many as OpenAI's API takes
 SEEDS = 1 << 63  # from minus this up to it, as OpenAI's API has them
@@ -17,8 +18,7 @@ PENALTY = 100.0  # and its inverse: far beyond what is of use, and no logit time
 # Below this a temperature is 0: float32 logits that differ at all then differ by 1e12 and more, which exp makes 0;
 # smaller ones still would leave float64 when a logit is divided by them.
 COLDEST = 1e-20
-QUOTED = 300  # characters of a request that an error says back
-R = TypeVar("R", bound="Asked")
+R = TypeVar("R", bound="GenerationRequest")
 
 # Fields whose work is not done here, with the values that ask for nothing: those pass, any other is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -56,39 +56,6 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (None,),
     "reasoning_content": (None,),
 }
-
-
-class Refused(Exception):
-    """A request that is not served, as OpenAI's API says it: status, message, type, param and code."""
-
-    def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        *,
-        status: int = 400,
-        code: str | None = None,
-        kind: str = "invalid_request_error",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.param, self.status, self.code, self.kind = message, param, status, code, kind
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        """Return the body of the response."""
-        error = {"message": printable(self.message), "type": self.kind, "param": None, "code": self.code}
-        return {"error": error if self.param is None else {**error, "param": printable(self.param)}}
-
-
-def printable(text: str) -> str:
-    """Return `text` shortened and as UTF-8 can carry it: a name that a request made up may be a megabyte of anything.
-
-    The begin and the end stay, where what is wrong and what would be right are said.
-    """
-    if len(text) > 2 * QUOTED:
-        text = f"{text[:QUOTED]} ... {text[-QUOTED:]}"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def unicode(text: str) -> str:
@@ -150,7 +117,7 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class Asked(Strict):
+class GenerationRequest(Strict):
     """What both kinds of request have in common. A field that is left out, or null, is the server's to choose."""
 
     model: str | None = None
@@ -170,12 +137,12 @@ class Asked(Strict):
     metadata: dict[str, str] | None = None
 
     @property
-    def longest(self) -> tuple[int | None, str]:
+    def token_limit(self) -> tuple[int | None, str]:
         """Return the most tokens that the answer may have, and the field that says so."""
         return self.max_tokens, "max_tokens"
 
     @property
-    def tells_usage(self) -> bool:
+    def include_usage(self) -> bool:
         """Return whether a stream ends with a chunk that has the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -203,34 +170,38 @@ def conversation(turns: list[Turn]) -> list[Turn]:
     return turns
 
 
-class Chat(Asked):
+class ChatRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
     messages: Annotated[list[Turn], FailFast(), AfterValidator(conversation)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     @property
-    def longest(self) -> tuple[int | None, str]:
+    def token_limit(self) -> tuple[int | None, str]:
         """Return the most tokens that the answer may have, and the field that says so: the newer one first."""
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens, "max_completion_tokens"
-        return super().longest
+        return super().token_limit
 
     def turns(self) -> tuple[Message, ...]:
         """Return the conversation as the tokenizer takes it."""
         return tuple(Message(turn.role, turn.content) for turn in self.messages)
 
 
-class Completion(Asked):
+class CompletionRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
+
     prompt: Annotated[str, BeforeValidator(one_prompt)]
 
 
 def parse(body: bytes, form: type[R]) -> R:
-    """Return the request in `body`. Raises Refused, which names the field that is at fault."""
+    """Return the request in `body`. Raises APIError, which names the field that is at fault."""
     try:
         fields = json.loads(body, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not JSON: {error}") from None
+        raise APIError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise Refused(f"the body is {kind_of(fields)}, not an object")
+        raise APIError(f"the body is {kind_of(fields)}, not an object")
     fields = without_neutral(fields, NEUTRAL, "")
     if isinstance(fields.get("messages"), list):
         fields["messages"] = [
@@ -239,32 +210,32 @@ def parse(body: bytes, form: type[R]) -> R:
         ]
         for at, turn in enumerate(fields["messages"]):
             if isinstance(turn, dict) and isinstance(turn.get("role"), str) and turn["role"] not in ROLES:
-                raise Refused(f"unknown role {turn['role']!r}; known: {', '.join(ROLES)}", f"messages[{at}].role")
+                raise APIError(f"unknown role {turn['role']!r}; known: {', '.join(ROLES)}", f"messages[{at}].role")
     try:
-        asked = form.model_validate(fields)
+        request = form.model_validate(fields)
     except ValidationError as error:
-        raise explained(error) from None
-    if asked.stream_options and not asked.stream:
-        raise Refused("stream_options is for answers that are streamed: set stream to true", "stream_options")
-    if asked.max_tokens not in (None, asked.longest[0]):
-        raise Refused("max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
-    return asked
+        raise validation_error(error) from None
+    if request.stream_options and not request.stream:
+        raise APIError("stream_options is for answers that are streamed: set stream to true", "stream_options")
+    if request.max_tokens not in (None, request.token_limit[0]):
+        raise APIError("max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
+    return request
 
 
 def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raises Refused where it has a name twice: one of the two would be passed over."""
+    """Return a JSON object. Raises APIError where it has a name twice: one of the two would be passed over."""
     found = dict(pairs)
     if len(found) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise Refused(f"{twice!r} is there twice", twice)
+        raise APIError(f"{twice!r} is there twice", twice)
     return found
 
 
 def without_neutral(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> dict[str, Any]:
-    """Return `fields` less those that ask for nothing. Raises Refused for one that asks for what is not done here."""
+    """Return `fields` less those that ask for nothing. Raises APIError for one that asks for what is not done here."""
     for name in fields.keys() & neutral.keys():
         if not any(same(fields[name], value) for value in neutral[name]):
-            raise Refused(f"{where}{name} is not supported", where + name, code="unsupported_parameter")
+            raise APIError(f"{where}{name} is not supported", where + name, code="unsupported_parameter")
     return {name: value for name, value in fields.items() if name not in neutral}
 
 
@@ -273,14 +244,14 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
-def explained(error: ValidationError) -> Refused:
-    """Return the refusal of a request by its first fault."""
+def validation_error(error: ValidationError) -> APIError:
+    """Return the first fault of a request, as OpenAI's API says it."""
     first = error.errors(include_url=False, include_input=False)[0]
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
-        return Refused(f"{param} is not supported: unknown field", param, code="unsupported_parameter")
+        return APIError(f"{param} is not supported: unknown field", param, code="unsupported_parameter")
     if first["type"] == "missing":
-        return Refused(f"{param} is required", param)
+        return APIError(f"{param} is required", param)
     if first["type"] == "model_type":
-        return Refused(f"{param} is not an object", param)
-    return Refused(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)
+        return APIError(f"{param} is not an object", param)
+    return APIError(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)
