@@ -140,10 +140,13 @@ def refuse(problems: Sequence[Problem], path: Path | str) -> None:
 
 
 def grouped(problems: Iterable[Problem]) -> list[str]:
-    """Return a line a fault (reasons that differ in their numbers alone are one): its first row, how many, the next."""
+    """Return a line a fault: its first row, how many, the next.
+
+    Reasons are one that differ in their numbers alone, or in a row's own words at their end.
+    """
     faults: dict[str, list[Problem]] = {}
     for problem in problems:
-        faults.setdefault(re.sub(r"\d+", "0", problem.reason), []).append(problem)
+        faults.setdefault(re.sub(r"\d+|: '[^']*'$|: \"[^\"]*\"$", "0", problem.reason), []).append(problem)
     lines = []
     for first, *others in faults.values():
         places = [other.where.rpartition("/")[2] for other in others[:PLACES]] + ["..."][: len(others) > PLACES]

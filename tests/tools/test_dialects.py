@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.data.chat import ChatTokenizer
-from common.data.rows import MESSAGE_KEYS, ROW_KEYS
+from common.data.rows import MESSAGE_KEYS, ROW_KEYS, Problem, grouped
 from tools.data import dialects, turns
 
 
@@ -300,6 +300,8 @@ def test_the_nearest_two_are_named_with_what_is_missing():
 
 # Texts that are written in a template.
 
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
 
 @pytest.mark.parametrize(
     ("name", "text"),
@@ -314,8 +316,9 @@ def test_the_nearest_two_are_named_with_what_is_missing():
         ("Gemma", "<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\nSo.<end_of_turn>\n"),
         (
             "### headings",
-            "Below is an instruction that describes a task.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.",
+            f"{ALPACA}\n\n### Instruction:\nWhy?\n\n### Response:\nSo.",
         ),
+        ("### headings", "<s>### Human: Why?### Assistant: So.</s>"),
         ("### headings", "### Human: Why?\n### Assistant: So."),
         ("Human and Assistant", "\n\nHuman: Why?\n\nAssistant: So."),
     ],
@@ -331,6 +334,8 @@ def test_a_text_in_a_template_is_taken_apart(name, text):
     [
         ("Once upon a time.", "in no template that is known .*columns: text"),
         ("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.", "words outside of its turns"),
+        ("<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\nSo.<|im_start|>user\nHow?<|im_end|>", "words outside"),
+        ("[INST] Why? [INST] How? [/INST] Thus.", "words outside"),
         ("<|im_start|>tool\n7<|im_end|>", "a turn of 'tool'"),
         ("### Instruction:\na\n### Response:\nb\n### Input:\nc", "the headings Instruction, Response, Input"),
     ],
@@ -340,10 +345,24 @@ def test_a_text_that_would_lose_words_is_refused(text, reason):
         read({"text": text})
 
 
+def test_texts_that_lose_different_words_are_one_fault():
+    def fault(words: str) -> Problem:
+        with pytest.raises(ValueError, match="words outside") as raised:
+            read({"text": f"<|im_start|>user\nWhy?<|im_end|> {words}"})
+        return Problem("f:1", str(raised.value))
+
+    assert len(grouped(map(fault, ("one", "it's two", 'so "three"')))) == 1
+    assert len(grouped([Problem("f:1", "role 'a'; known: b"), Problem("f:2", "role 'c'; known: b")])) == 2
+
+
 def test_a_system_text_and_an_input_of_a_template_are_kept():
     llama = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWhy? [/INST] So. </s><s>[INST] How? [/INST] Thus. </s>"
     expected = [("system", "Be kind."), ASKED, SAID, ("user", "How?"), ("assistant", "Thus.")]
     assert turns_of({"text": llama}) == expected
+    mistral = "<s>[INST] Why? [/INST] So. [INST] How? [/INST] Thus."
+    assert turns_of({"text": mistral}) == [ASKED, SAID, ("user", "How?"), ("assistant", "Thus.")]
+    own = f"{ALPACA} Be kind.\n\n### Instruction:\n<s>Why</s>?\n\n### Response:\nSo."
+    assert turns_of({"text": own}) == [("system", f"{ALPACA} Be kind."), ("user", "Why</s>?"), SAID]
     alpaca = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3</s>"
     assert turns_of({"text": alpaca}) == [("user", "Add.\n\n1 2"), ("assistant", "3")]
 

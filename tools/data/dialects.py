@@ -352,7 +352,7 @@ def templated_text(reading: Reading) -> list[Message]:
     """Return the turns of a text that is written in a template. Raises ValueError where it is in none."""
     try:
         name, found = templated.split(reading.text("text"))
-    except ValueError as fault:
+    except templated.Untemplated as fault:
         raise ValueError(f"{fault}; {columns_said(reading.record)}") from fault
     reading.notes.append(f"'text' is taken apart into turns: it is written as {name}")
     return [Message(*turn) for turn in found]
