@@ -12,7 +12,7 @@ FAST := tests/common tests/engines tests/tools tests/recipes tests/runs/test_tin
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN PORT STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS
+FROM_COMMAND_LINE := NAME RUN PORT BASE STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
@@ -49,9 +49,9 @@ new-recipe: setup ## a recipe for your data: NAME=support-tickets FROM=tinyllama
 data: setup ## build the data set of a recipe: NAME= (the fine-tuning recipe), HW=, SET=
 	@NAME="$${NAME:-$(MAIN_RECIPE)}" ci/forward.sh data build NAME HW SET
 
-serve: setup ## a trained run behind OpenAI's API, on this CPU: RUN=runs/... PORT=8000; HW=n150: what would serve it there
+serve: setup ## a trained run behind OpenAI's API and in a browser, on this CPU: RUN=runs/... BASE=1 (the untuned model beside it) PORT=8000; HW=n150: what would serve it there
 	@: "$${RUN:?which run? make serve RUN=runs/...}"
-	@ci/forward.sh serve RUN PORT HW ROAD
+	@ci/forward.sh serve RUN BASE PORT HW ROAD
 
 do: setup ## any other verb of `recipe`: ARGS="doctor --hw n150", ARGS="grade runs/..."; without ARGS a list of them
 	@ARGS="$${ARGS:---help}" ci/forward.sh ARGS

@@ -21,9 +21,9 @@ for word in "$@"; do
     ARGS=*) for item in $value; do command+=("$item"); done ;; # split at blanks: a value with one goes to `recipe` itself
     SET=* | MAP=*) for item in $value; do command+=("$flag" "$item"); done ;;
     CONTAINER=0) command+=(--no-container) ;;
-    BUILD=0 | DRY=0 | UPGRADE=0) ;;
-    CONTAINER=1 | BUILD=1 | DRY=1 | UPGRADE=1) command+=("$flag") ;;
-    CONTAINER=* | BUILD=* | DRY=* | UPGRADE=*) echo "make: $word=$value: say 1 or 0" >&2 && exit 2 ;;
+    BASE=0 | BUILD=0 | DRY=0 | UPGRADE=0) ;;
+    CONTAINER=1 | BASE=1 | BUILD=1 | DRY=1 | UPGRADE=1) command+=("$flag") ;;
+    CONTAINER=* | BASE=* | BUILD=* | DRY=* | UPGRADE=*) echo "make: $word=$value: say 1 or 0" >&2 && exit 2 ;;
     *) command+=("$flag" "$value") ;;
     esac
 done

@@ -49,6 +49,7 @@ def test_data_training_a_stop_the_rest_export_and_report(recipe, tiny_base: Path
 
     code, screen = recipe("run", tiny, "--hw", "cpu", "--out", out)
     assert (code, f"resuming {folder.name} after step 3" in screen) == (0, True), screen
+    assert screen.splitlines()[-1].endswith(f": make serve RUN={folder} BASE=1"), "what to do next is the last line"
     assert folders(out) == [folder], "it goes on in its folder"
     records = metrics.read(folder / "metrics.jsonl")
     assert [record["loss"] for record in records if "loss" in record] == pytest.approx(LOSSES, abs=CLOSE)

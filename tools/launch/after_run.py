@@ -7,6 +7,7 @@ which was killed before its end goes on with them when the same command is given
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def train_here(launch: Launch) -> None:
         after_run(folder, names)
     finally:
         write_page(launch)
+    if "export" in names:
+        say_next(folder)
 
 
 def write_page(launch: Launch) -> None:
@@ -58,6 +61,16 @@ def write_page(launch: Launch) -> None:
         if folder and is_run(folder):
             with console_of(folder) as console:
                 write_at_end(folder, console.say)
+
+
+def say_next(folder: Path) -> None:
+    """Say the command that talks to what the run made of its model."""
+    with (
+        contextlib.suppress(OSError),
+        console_of(folder) as console,
+    ):  # the run is done, whether the disk takes it or not
+        command = f"make serve RUN={shlex.quote(str(folder))} BASE=1"
+        console.say(f"talk to it in a browser, before and after side by side: {command}")
 
 
 def locked_by(run: str, out: Path) -> Path | None:
