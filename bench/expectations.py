@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench.throughput import BENCH, ROOT, peer_python
-from tools.serve.check import FLOOR, check
+from tools.serve.check import EXPECTATIONS, check
 
 LOCK = BENCH / "requirements-serving.txt"
 VENV = ROOT / ".venv-serving"
@@ -75,7 +75,7 @@ def verdicts(model: str | None, command: list[str | Path], port: int, place: Pat
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    sentences = [sentence_of(expectation) for expectation in FLOOR]
+    sentences = [sentence_of(expectation) for expectation in EXPECTATIONS]
     failed = [line.removeprefix("  FAILS  ") for line in said if line.startswith("  FAILS  ")]
     return {
         sentence: line[len(sentence) + 1 :] for line in failed for sentence in sentences if line.startswith(sentence)
@@ -104,9 +104,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> N
 def table(found: Mapping[str, Verdicts]) -> str:
     """Return the table: a row an expectation, a column a server; what came, where it is not what was expected."""
     rows = [["expected", *found], ["---"] * (1 + len(found))]
-    for sentence in map(sentence_of, FLOOR):
+    for sentence in map(sentence_of, EXPECTATIONS):
         rows.append([sentence, *(cell(server.get(sentence)) for server in found.values())])
-    rows.append(["held", *(f"{len(FLOOR) - len(server)} of {len(FLOOR)}" for server in found.values())])
+    rows.append(["held", *(f"{len(EXPECTATIONS) - len(server)} of {len(EXPECTATIONS)}" for server in found.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -131,7 +131,11 @@ def main() -> None:
         model, command = commands(arguments.folder.resolve(), gguf, port)[name]
         with tempfile.TemporaryDirectory(prefix="bench-") as place:
             found[name] = verdicts(model, command, port, Path(place))
-        print(f"bench: {name}: {len(FLOOR) - len(found[name])} of {len(FLOOR)} hold", file=sys.stderr, flush=True)
+        print(
+            f"bench: {name}: {len(EXPECTATIONS) - len(found[name])} of {len(EXPECTATIONS)} hold",
+            file=sys.stderr,
+            flush=True,
+        )
     print(table(found))
     print(f"\n{datetime.date.today()}, Python {platform.python_version()}, {arguments.folder.name}")
 

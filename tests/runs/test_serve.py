@@ -680,7 +680,7 @@ def test_idle_and_loading_servers_end_too(folder, tmp_path):
         assert server.ended() == 0, "\n".join(server.lines)
 
 
-def test_the_floor_holds_and_greedy_answers_are_ours(server, folder, char_server):
+def test_every_expectation_holds_and_greedy_answers_are_ours(server, folder, char_server):
     for url, other in ((server.url, folder), (char_server.url, char_server.cwd)):
         done = command("--check", url, "--against", other)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -18,7 +18,7 @@ import openai
 
 from tests.support.server import Server
 from tools.serve import check as checks
-from tools.serve.check import FAILED, FLOOR, Site, Unmet, check
+from tools.serve.check import EXPECTATIONS, FAILED, Endpoint, Unmet, check
 from tools.verify.tiny_base import write_tiny_base
 
 Json = dict[str, Any]
@@ -241,8 +241,8 @@ def before(server: Server, wrong: Wrong) -> Iterator[str]:
         thread.join()
 
 
-def expectation(name: str) -> Callable[[Site], str]:
-    found: Callable[[Site], str] = getattr(checks, name)
+def expectation(name: str) -> Callable[[Endpoint], str]:
+    found: Callable[[Endpoint], str] = getattr(checks, name)
     return found
 
 
@@ -251,17 +251,23 @@ def expectation(name: str) -> Callable[[Site], str]:
 )
 def test_each_line_fails_where_its_expectation_does_not_hold(server, name, wrong, words):
     with before(server, wrong()) as url:
-        site = Site(openai.OpenAI(base_url=url, api_key="none", max_retries=0), "tiny", chats=True)
+        endpoint = Endpoint(openai.OpenAI(base_url=url, api_key="none", max_retries=0), "tiny", chats=True)
         with pytest.raises((Unmet, openai.OpenAIError), match=words):
-            expectation(name)(site)
+            expectation(name)(endpoint)
+
+
+def test_no_answer_is_stopped_at_bytes_that_make_no_character():
+    assert checks.stop_string("\n\n\ufffd\ufffdabcd\ufffd") == "bcd"
+    assert checks.stop_string("one two three") == "o t"
+    assert checks.stop_string("ab\ufffd" * 9) == checks.stop_string("abc") == ""
 
 
 def test_every_line_is_tested_so_and_holds_where_nothing_is_wrong(server):
-    assert {name for name, _, _ in WRONG} == {line.__name__ for line in FLOOR}
+    assert {name for name, _, _ in WRONG} == {line.__name__ for line in EXPECTATIONS}
     said: list[str] = []
     with before(server, Wrong()) as url:
         assert check(url, None, None, None, said.append) == 0
-    assert said[-1] == f"{len(FLOOR)} of {len(FLOOR)} hold"
+    assert said[-1] == f"{len(EXPECTATIONS)} of {len(EXPECTATIONS)} hold"
 
 
 def test_what_fails_is_said_with_the_rest_and_is_the_exit_code(server):
@@ -269,4 +275,4 @@ def test_what_fails_is_said_with_the_rest_and_is_the_exit_code(server):
     with before(server, Abrupt()) as url:
         assert check(url, None, None, None, said.append) == FAILED
     assert [line for line in said if line.startswith("  FAILS  A stream ends with the line `data: [DONE]`.")]
-    assert said[-1] == f"{len(FLOOR) - 1} of {len(FLOOR)} hold"
+    assert said[-1] == f"{len(EXPECTATIONS) - 1} of {len(EXPECTATIONS)} hold"

@@ -33,7 +33,7 @@ class Unmet(Exception):
 
 
 @dataclass(frozen=True)
-class Site:
+class Endpoint:
     """The server that is asked: OpenAI's client, the model's name, and whether it takes conversations."""
 
     client: Any
@@ -62,16 +62,16 @@ class Site:
 # --- what is expected -----------------------------------------------------------------------------------------------
 
 
-def named(site: Site) -> str:
+def named(endpoint: Endpoint) -> str:
     """GET /v1/models names the model."""
-    known = [model.id for model in site.client.models.list()]
-    expect(site.model in known, f"it has {', '.join(known) or 'none'}")
+    known = [model.id for model in endpoint.client.models.list()]
+    expect(endpoint.model in known, f"it has {', '.join(known) or 'none'}")
     return f"{len(known)} named"
 
 
-def whole_answer(site: Site) -> str:
+def whole_answer(endpoint: Endpoint) -> str:
     """An answer has a text, a reason of its end, and the tokens that it took."""
-    response = site.ask(PROMPTS[0])
+    response = endpoint.ask(PROMPTS[0])
     expect(
         response.choices[0].finish_reason in ("stop", "length"), f"it ended by {response.choices[0].finish_reason!r}"
     )
@@ -81,37 +81,37 @@ def whole_answer(site: Site) -> str:
     return f"{usage.prompt_tokens} tokens in, {usage.completion_tokens} out"
 
 
-def limit(site: Site) -> str:
+def limit(endpoint: Endpoint) -> str:
     """max_tokens is kept, and the answer says that it was cut off."""
-    response = site.ask(PROMPTS[2], max_tokens=3)
+    response = endpoint.ask(PROMPTS[2], max_tokens=3)
     tokens, reason = response.usage.completion_tokens, response.choices[0].finish_reason
     expect(tokens <= 3 and (reason == "length" or tokens < 3), f"{tokens} tokens, ended by {reason!r}")
     return f"{tokens} tokens, {reason}"
 
 
-def newer_limit(site: Site) -> str:
+def newer_limit(endpoint: Endpoint) -> str:
     """max_completion_tokens is kept."""
-    if not site.chats:
+    if not endpoint.chats:
         return "of conversations only"
-    response = site.ask(PROMPTS[2], max_tokens=omitted(), max_completion_tokens=3)
+    response = endpoint.ask(PROMPTS[2], max_tokens=omitted(), max_completion_tokens=3)
     expect(response.usage.completion_tokens <= 3, f"{response.usage.completion_tokens} tokens")
     return f"{response.usage.completion_tokens} tokens"
 
 
-def stream(site: Site) -> str:
+def stream(endpoint: Endpoint) -> str:
     """A stream says what the whole answer says, ends with its reason, and has no usage that nobody asked for."""
-    expected = site.said(site.ask(PROMPTS[1], max_tokens=LONG).choices[0])
-    found, chunks = site.streamed(PROMPTS[1], max_tokens=LONG)
+    expected = endpoint.said(endpoint.ask(PROMPTS[1], max_tokens=LONG).choices[0])
+    found, chunks = endpoint.streamed(PROMPTS[1], max_tokens=LONG)
     expect(found == expected, f"{found!r}, the whole answer is {expected!r}")
     expect(any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks), "no chunk has a finish_reason")
     return f"{len(chunks)} chunks"
 
 
-def end_of_stream(site: Site) -> str:
+def end_of_stream(endpoint: Endpoint) -> str:
     """A stream ends with the line `data: [DONE]`."""
-    fields: dict[str, Any] = {"model": site.model, "max_tokens": 2, "stream": True}
-    api = site.client.with_streaming_response
-    if site.chats:
+    fields: dict[str, Any] = {"model": endpoint.model, "max_tokens": 2, "stream": True}
+    api = endpoint.client.with_streaming_response
+    if endpoint.chats:
         asked = api.chat.completions.create(messages=[{"role": "user", "content": PROMPTS[0]}], **fields)
     else:
         asked = api.completions.create(prompt=PROMPTS[0], **fields)
@@ -121,97 +121,117 @@ def end_of_stream(site: Site) -> str:
     return f"{len(lines)} events"
 
 
-def usage_in_stream(site: Site) -> str:
+def usage_in_stream(endpoint: Endpoint) -> str:
     """stream_options.include_usage brings a last chunk with usage and without choices."""
-    _, chunks = site.streamed(PROMPTS[0], stream_options={"include_usage": True})
+    _, chunks = endpoint.streamed(PROMPTS[0], stream_options={"include_usage": True})
     expect(bool(chunks) and chunks[-1].usage is not None, "the last chunk has no usage")
     expect(not chunks[-1].choices, "the chunk with usage has choices")
     return f"{chunks[-1].usage.total_tokens} tokens"
 
 
-def stop(site: Site) -> str:
+def stop(endpoint: Endpoint) -> str:
     """A stop string ends the answer and is not part of it, streamed or not."""
-    text = site.said(site.ask(PROMPTS[2], max_tokens=LONG).choices[0])
-    middle = text[len(text) // 2 :]
-    string = middle[:3]
-    expect(len(string) == 3, f"the answer {text!r} is too short to be stopped")
+    for prompt in PROMPTS:
+        text = endpoint.said(endpoint.ask(prompt, max_tokens=LONG).choices[0])
+        if string := stop_string(text):
+            break
+    else:
+        raise Unmet("no answer has three whole characters to be stopped at")
     before = text[: text.index(string)]
-    found = site.ask(PROMPTS[2], max_tokens=LONG, stop=[string]).choices[0]
-    expect(site.said(found) == before, f"stopped at {string!r} it is {site.said(found)!r}, must be {before!r}")
+    found = endpoint.ask(prompt, max_tokens=LONG, stop=[string]).choices[0]
+    expect(endpoint.said(found) == before, f"stopped at {string!r} it is {endpoint.said(found)!r}, must be {before!r}")
     expect(found.finish_reason == "stop", f"it ended by {found.finish_reason!r}")
-    streamed, _ = site.streamed(PROMPTS[2], max_tokens=LONG, stop=[string])
+    streamed, _ = endpoint.streamed(prompt, max_tokens=LONG, stop=[string])
     expect(streamed == before, f"streamed, it is {streamed!r}, must be {before!r}")
     return f"{string!r}"
 
 
-def seeds(site: Site) -> str:
+def stop_string(text: str) -> str:
+    """Return three characters about the middle of an answer, to stop it at; "" where it has none that are whole.
+
+    Bytes that make no character, of which a random model writes many, are none: each server stands for them by as many
+    U+FFFD as it likes, and whether a stop string may begin within them nobody has promised.
+    """
+    whole = [at for at in range(1, len(text) - 2) if UNFINISHED not in text[at - 1 : at + 3]]
+    at = min(whole, key=lambda at: abs(at - len(text) // 2), default=None)
+    return "" if at is None else text[at : at + 3]
+
+
+def seeds(endpoint: Endpoint) -> str:
     """At a temperature, one seed gives one answer, and other seeds give others."""
     hot = {"max_tokens": LONG, "temperature": 1.5}
-    first, again, *others = [site.said(site.ask(PROMPTS[2], seed=seed, **hot).choices[0]) for seed in (1, 1, 2, 3)]
+    first, again, *others = [
+        endpoint.said(endpoint.ask(PROMPTS[2], seed=seed, **hot).choices[0]) for seed in (1, 1, 2, 3)
+    ]
     expect(first == again, f"seed 1 gave {first!r}, then {again!r}")
     expect(any(other != first for other in others), "three seeds gave one answer: temperature or seed does nothing")
     return "repeats, and differs"
 
 
-def parts(site: Site) -> str:
+def parts(endpoint: Endpoint) -> str:
     """A message's content may be a list of text parts."""
-    if not site.chats:
+    if not endpoint.chats:
         return "of conversations only"
     pieces = [{"type": "text", "text": PROMPTS[1][:6]}, {"type": "text", "text": PROMPTS[1][6:]}]
-    fields = {"model": site.model, "max_tokens": SHORT, "temperature": 0}
-    found = site.client.chat.completions.create(messages=[{"role": "user", "content": pieces}], **fields)
-    expected = site.ask(PROMPTS[1])
-    expect(site.said(found.choices[0]) == site.said(expected.choices[0]), "the answer is another one than to the text")
+    fields = {"model": endpoint.model, "max_tokens": SHORT, "temperature": 0}
+    found = endpoint.client.chat.completions.create(messages=[{"role": "user", "content": pieces}], **fields)
+    expected = endpoint.ask(PROMPTS[1])
+    expect(
+        endpoint.said(found.choices[0]) == endpoint.said(expected.choices[0]),
+        "the answer is another one than to the text",
+    )
     return "as the text"
 
 
-def completions(site: Site) -> str:
+def completions(endpoint: Endpoint) -> str:
     """/v1/completions continues a text."""
-    response = site.client.completions.create(model=site.model, prompt="Once upon a", max_tokens=SHORT, temperature=0)
+    response = endpoint.client.completions.create(
+        model=endpoint.model, prompt="Once upon a", max_tokens=SHORT, temperature=0
+    )
     expect(response.choices[0].text is not None, "no text")
     return f"{response.usage.completion_tokens} tokens"
 
 
-def unknown_model(site: Site) -> str:
+def unknown_model(endpoint: Endpoint) -> str:
     """A model that is not served is refused with 404."""
-    return refused(lambda: site.ask(PROMPTS[0], extra_body={"model": "no-such-model"}), (404,))
+    return refused(lambda: endpoint.ask(PROMPTS[0], extra_body={"model": "no-such-model"}), (404,))
 
 
-def bad_input(site: Site) -> str:
+def bad_input(endpoint: Endpoint) -> str:
     """Wrong fields are refused with 400 or 422: no messages, max_tokens 0, a temperature below 0."""
     asked: list[dict[str, Any]] = [{"max_tokens": 0}, {"temperature": -1}]
-    asked.append({"messages": []} if site.chats else {"prompt": ""})
+    asked.append({"messages": []} if endpoint.chats else {"prompt": ""})
     found, unmet = [], []
     for body in asked:
         try:
-            found.append(refused(lambda body=body: site.ask(PROMPTS[0], extra_body=body), (400, 422)))  # type: ignore[misc]
+            found.append(refused(lambda body=body: endpoint.ask(PROMPTS[0], extra_body=body), (400, 422)))  # type: ignore[misc]
         except Unmet as error:
             unmet.append(f"{json.dumps(body)}: {error}")
     expect(not unmet, "; ".join(unmet))
     return ", ".join(found)
 
 
-def too_long(site: Site) -> str:
+def too_long(endpoint: Endpoint) -> str:
     """A prompt longer than any context is refused with 400 or 413, not cut or run."""
-    impatient = replace(site, client=site.client.with_options(timeout=SOON, max_retries=0))
+    impatient = replace(endpoint, client=endpoint.client.with_options(timeout=SOON, max_retries=0))
     return refused(lambda: impatient.ask("word " * 180_000), (400, 413, 422))
 
 
-def no_silence(site: Site) -> str:
+def no_silence(endpoint: Endpoint) -> str:
     """n=2, log-probabilities and JSON are given or refused; none is passed over in silence."""
     found = []
-    logprobs: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if site.chats else {"logprobs": 2}
+    logprobs: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if endpoint.chats else {"logprobs": 2}
     wanted: list[tuple[str, dict[str, Any], Callable[[Any], bool]]] = [
         ("n", {"n": 2}, lambda response: len(response.choices) == 2),
         ("logprobs", logprobs, lambda response: response.choices[0].logprobs is not None),
     ]
-    if site.chats:
+    if endpoint.chats:
         form = {"response_format": {"type": "json_object"}}
-        wanted.append(("response_format", form, lambda response: begins_json(site.said(response.choices[0]))))
+        wanted.append(("response_format", form, lambda response: begins_json(endpoint.said(response.choices[0]))))
     passed_over: list[str] = []
     for name, fields, given in wanted:
         try:
-            response = site.ask(PROMPTS[0], **fields)
+            response = endpoint.ask(PROMPTS[0], **fields)
         except Exception as error:
             found.append(f"{name} {refusal_of(error, (400, 422, 501))}")
             continue
@@ -220,14 +240,14 @@ def no_silence(site: Site) -> str:
     return ", ".join(found)
 
 
-def goes_on(site: Site) -> str:
+def goes_on(endpoint: Endpoint) -> str:
     """After a stream that was closed at its first chunk, the next request is answered."""
-    with site.ask(PROMPTS[2], max_tokens=LONG, stream=True) as chunks:
+    with endpoint.ask(PROMPTS[2], max_tokens=LONG, stream=True) as chunks:
         next(iter(chunks))
-    return whole_answer(site)
+    return whole_answer(endpoint)
 
 
-FLOOR: tuple[Callable[[Site], str], ...] = (
+EXPECTATIONS: tuple[Callable[[Endpoint], str], ...] = (
     named,
     whole_answer,
     limit,
@@ -287,25 +307,25 @@ def check(url: str, name: str | None, key_file: Path | None, against: Path | Non
     Returns 6 where an expectation does not hold or a first token differs, else 0. Raises MachineError where nothing
     answers there.
     """
-    site = reached(url, name, key_file)
-    say(f"{url}: model {site.model}, {'conversations and completions' if site.chats else 'completions only'}")
+    endpoint = reached(url, name, key_file)
+    say(f"{url}: model {endpoint.model}, {'conversations and completions' if endpoint.chats else 'completions only'}")
     unmet = 0
-    for expectation in FLOOR:
+    for expectation in EXPECTATIONS:
         sentence = (expectation.__doc__ or "").strip()
         try:
-            say(f"  holds  {sentence} ({expectation(site)})")
+            say(f"  holds  {sentence} ({expectation(endpoint)})")
         except Unmet as error:
             unmet += 1
             say(f"  FAILS  {sentence} {error}")
         except Exception as error:  # whatever the client raises: a user would meet it, too
             unmet += 1
             say(f"  FAILS  {sentence} {type(error).__name__}: {error}")
-    say(f"{len(FLOOR) - unmet} of {len(FLOOR)} hold")
-    agrees = against is None or compare(site, against, say)
+    say(f"{len(EXPECTATIONS) - unmet} of {len(EXPECTATIONS)} hold")
+    agrees = against is None or compare(endpoint, against, say)
     return HELD if agrees and not unmet else FAILED
 
 
-def reached(url: str, name: str | None, key_file: Path | None) -> Site:
+def reached(url: str, name: str | None, key_file: Path | None) -> Endpoint:
     """Return the server at `url`, asked for its models. Raises MachineError where it does not answer."""
     import openai
 
@@ -327,15 +347,15 @@ def reached(url: str, name: str | None, key_file: Path | None) -> Site:
         raise MachineError("the server names no model", where=f"{base}/models", todo="say its name with --name")
     model = name or known[0]
     try:
-        Site(client, model, True).ask(PROMPTS[0], max_tokens=1)
+        Endpoint(client, model, True).ask(PROMPTS[0], max_tokens=1)
     except openai.BadRequestError:
-        return Site(client, model, False)  # a model without a chat template
+        return Endpoint(client, model, False)  # a model without a chat template
     except openai.OpenAIError:
-        pass  # the floor says what is wrong with it
-    return Site(client, model, True)
+        pass  # the expectations say what is wrong with it
+    return Endpoint(client, model, True)
 
 
-def compare(site: Site, against: Path, say: Say) -> bool:
+def compare(endpoint: Endpoint, against: Path, say: Say) -> bool:
     """Print how far the server's greedy answers are those of our engine; return whether all begin with the same token.
 
     Its first token differs where the weights, the tokenizer or the template are others. Later ones may part where two
@@ -346,10 +366,10 @@ def compare(site: Site, against: Path, say: Say) -> bool:
     with open_speakers(target, False, {"eval.max_new_tokens": COMPARED, "eval.temperature": 0.0}, say) as (speaker,):
         system = system_of(against)
         for prompt in PROMPTS:
-            ids = prompt_ids(speaker.tokenizer, prompt, system, site.chats)
+            ids = prompt_ids(speaker.tokenizer, prompt, system, endpoint.chats)
             ours = answer_of(speaker, ids)
             fields: dict[str, Any] = {"max_tokens": COMPARED}
-            theirs = site.said(site.ask(prompt, **fields).choices[0])
+            theirs = endpoint.said(endpoint.ask(prompt, **fields).choices[0])
             shared = agreement(speaker.tokenizer, ids, ours, theirs)
             same += shared == len(ours)
             begun = begun and (shared > 0 or not ours)
