@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ CUTS_SHOWN = 10  # of the screen; dataset.json has all
 UNKNOWN_ALLOWED = 1e-3  # share of held-out characters; above it bits per byte would leave out too much text
 
 Parts = Mapping[str, Sequence[Any]]  # rows, or texts, by split
+# Gives back the items it is given, and shows how many of so many were taken, under a name: tools/progress.py.
+Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def read_splits(splits: Splits, config: Config, recipe_dir: Path) -> dict[str, l
     return parts
 
 
-def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_folder: Path, home: Path) -> TokenDataset:
+def build(
+    config: Config, parts: Parts, tokenizer: ChatTokenizer, base: Path, home: Path, watch: Watch | None = None
+) -> TokenDataset:
     """Return the token data set of a recipe's rows or texts: the stored one if it verifies, else a new one.
 
     It is stored below `home`/tokens; its `.report` says how it came about. Raises DataError for rows that cannot be
@@ -108,7 +112,7 @@ def build(config: Config, parts: Parts, tokenizer: ChatTokenizer, tokenizer_fold
     folder = home / "tokens" / key[:16]
     dataset, action, reason = reopen(folder)
     if dataset is None:
-        splits, info = of_texts(data, parts, tokenizer_folder) if data.corpus else of_rows(data, parts, tokenizer)
+        splits, info = of_texts(data, parts, base) if data.corpus else of_rows(data, parts, tokenizer, watch)
         dataset = tokens.write(folder, splits, source_key=key, info=info, length=data.max_length)
     dataset.report = report_of(dataset, action, reason)
     if len(dataset.train) < config.training.batch_size:
@@ -183,12 +187,13 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatTokenizer) -> tuple[Any, dict[str, Any]]:
+def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, watch: Watch | None = None) -> tuple[Any, Any]:
     """Encode rows; return the arrays of each split, and what is stored beside them."""
     cut: list[dict[str, str]] = []
 
     def noted(name: str) -> Iterator[Encoded]:
-        for row, encoded in zip(parts[name], encode(parts[name], tokenizer, data), strict=True):
+        rows = watch(parts[name], f"tokenizing {name}", len(parts[name])) if watch else parts[name]
+        for row, encoded in zip(parts[name], encode(rows, tokenizer, data), strict=True):
             if encoded.cut:
                 cut.append({"split": name, "where": row.where, "what": encoded.cut})
             yield encoded
@@ -204,7 +209,7 @@ def of_rows(data: Data, parts: Mapping[str, Sequence[Row]], tokenizer: ChatToken
     return splits, info
 
 
-def encode(rows: Sequence[Row], tokenizer: ChatTokenizer, data: Data) -> Iterator[Encoded]:
+def encode(rows: Iterable[Row], tokenizer: ChatTokenizer, data: Data) -> Iterator[Encoded]:
     """Yield the tokens and masks of rows, by a data config's options. Raises DataError naming the first bad row."""
     limit = None if data.max_length is None else data.max_length + 1  # n tokens make n-1 predictions
     return map(given, tokenizer.encode_rows(rows, data.system_prompt, limit, data.supervise_all))

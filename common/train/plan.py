@@ -84,7 +84,9 @@ def make_plan(
     return Plan(launch, config, base, tokenizer, dataset, prompts, reasons)
 
 
-def prepare(launch: Launch, splits: Splits) -> tuple[Base, ChatTokenizer, TokenDataset]:
+def prepare(
+    launch: Launch, splits: Splits, watch: build.Watch | None = None
+) -> tuple[Base, ChatTokenizer, TokenDataset]:
     """Return what a launch starts from, its tokenizer and tokens: a base and rows, or random weights and a corpus."""
     config, recipe_dir, engine = launch.config, launch.recipe_dir, load_engine(launch.engine)
     parts = build.read_splits(splits, config, recipe_dir)
@@ -97,7 +99,7 @@ def prepare(launch: Launch, splits: Splits) -> tuple[Base, ChatTokenizer, TokenD
         base = bases.resolve(config.model.base, recipe_dir=recipe_dir)
         engine.refuse_model(base.architecture)
     tokenizer = ChatTokenizer.load(base.folder)
-    return base, tokenizer, build.build(config, parts, tokenizer, base.folder, bases.home())
+    return base, tokenizer, build.build(config, parts, tokenizer, base.folder, bases.home(), watch)
 
 
 def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,6 +136,27 @@ def test_keys_are_errors_and_are_not_printed_again(secret):
 )
 def test_mail_addresses_and_phone_numbers_are_warnings_and_numbers_are_none(text, expected):
     assert ids([row("Whom do I ask?", text)]) == expected
+
+
+def test_what_is_looked_for_first_hides_no_private_data():
+    """Texts of the patterns' own parts, put together by chance, against the patterns alone."""
+    draw = random.Random(3)
+    keys = [*SECRETS, "a@b.co", *" .-@,a0", *(secret[:at] for secret in SECRETS for at in (4, 12))]
+    numbers = ["+49 30 1234", "030 123", "49", "030", "02", "555", "(555)", "1234", "٣٤٥", *" .-/()+ax", "example"]
+    texts = ["".join(draw.choices(parts, k=draw.randint(1, 9))) for parts in (keys, numbers) for _ in range(20_000)]
+    plainly = [[name for name, (shape, _) in checks.SECRETS.items() if re.search(shape, text)] for text in texts]
+    assert [checks.secrets_in(text) for text in texts] == plainly
+    assert [checks.has_email(text) for text in texts] == [bool(checks.EMAIL.search(text)) for text in texts]
+    phones = [bool(checks.PHONE.search(text)) for text in texts]
+    assert [checks.has_phone(text) for text in texts] == phones
+    assert sum(phones) > 200, "the parts make numbers often enough"
+
+
+def test_every_kind_of_key_is_seen_behind_what_is_looked_for_first():
+    long = "A1b2" * 12
+    keys = ["gh" + f"{kind}_{long}" for kind in "pousr"] + ["github" + f"_pat_{long}", "gl" + f"pat-{long}"]
+    keys += ["AS" + "IA" + "ABCDEFGHIJKLMNOP", "AI" + "za" + long[:35], *("xo" + f"x{kind}-{long}" for kind in "abprs")]
+    assert all(len(checks.secrets_in(f"It is {key}")) == 1 for key in keys)
 
 
 def test_untidy_text():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ import click
 
 from common.errors import DataError, UsageError
 from tools.cli.options import F, json_option, map_option, options_of_config
+from tools.progress import Watch, bars, unwatched
 from tools.recipes import find_recipe
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def options_of_rows(command: F) -> F:
 @json_option
 def build(name: str, hw: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """Build the token files of recipe NAME, or say that they are up to date."""
-    _, dataset = tokens_of(open_recipe(name, hw, overrides))
+    with bars() as watch:
+        _, dataset = tokens_of(open_recipe(name, hw, overrides), watch)
     if as_json:
         hashes = {"tokens_sha256": dataset.tokens_sha256, "source_key": dataset.source_key}
         show_json(vars(dataset.report) | hashes)
@@ -63,18 +66,19 @@ def check(name: str, strict: bool, as_json: bool, **options: Any) -> None:
     if recipe and recipe.config.data.corpus:
         report_corpus(recipe, strict, as_json)
         return
-    seen = rows_of_recipe(recipe) if recipe else rows_of_file(Path(name), options["pairs"], options["base"])
-    licence = licence_of(seen.card_folders)
-    report = checks.check(
-        seen.rows,
-        seen.prompts,
-        seen.tokenizer,
-        seen.config,
-        problems=seen.problems,
-        notes=seen.notes,
-        read_as=seen.read_as,
-        licence=licence,
-    )
+    with bars() as watch:
+        seen = rows_seen(name, recipe, watch, **options)
+        report = checks.check(
+            seen.rows,
+            seen.prompts,
+            seen.tokenizer,
+            seen.config,
+            problems=seen.problems,
+            notes=seen.notes,
+            read_as=seen.read_as,
+            licence=licence_of(seen.card_folders),
+            watch=watch,
+        )
     if as_json:
         show_json({**report.to_dict(), "failed": report.failed(strict)})
     else:
@@ -95,9 +99,10 @@ def stats(name: str, as_json: bool, **options: Any) -> None:
     if recipe and recipe.config.data.corpus:
         report_corpus(recipe, False, as_json)
         return
-    seen = rows_of_recipe(recipe) if recipe else rows_of_file(Path(name), options["pairs"], options["base"])
-    refuse(seen.problems, seen.source)
-    found = checks.stats(seen.rows, seen.tokenizer, seen.config)
+    with bars() as watch:
+        seen = rows_seen(name, recipe, watch, **options)
+        refuse(seen.problems, seen.source)
+        found = checks.stats(seen.rows, seen.tokenizer, seen.config, watch)
     if as_json:
         show_json(found)
     else:
@@ -149,7 +154,8 @@ def convert(source: str, out: Path, format_: str, pairs: Sequence[str], as_json:
     """Write the rows of SOURCE (a file, a folder, or hub:owner/name) to the new file OUT.jsonl."""
     from tools.data import convert as converter
 
-    report = converter.convert(source, out, format_, converter.parse_map(pairs), **options)
+    with bars() as watch:
+        report = converter.convert(source, out, format_, converter.parse_map(pairs), watch=watch, **options)
     if as_json:
         show_json(asdict(report))
     else:
@@ -191,14 +197,14 @@ def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Launch:
     return resolve(find_recipe(name), hw=hw, overrides=overrides, require_present=False)
 
 
-def tokens_of(recipe: Launch) -> tuple[ChatTokenizer, TokenDataset]:
+def tokens_of(recipe: Launch, watch: Watch = unwatched) -> tuple[ChatTokenizer, TokenDataset]:
     """Return the recipe's tokenizer and its token files, made when they are not there."""
     from common.recipe import load_dataset
     from common.train.plan import prepare
     from tools.data.fetch import fetch_pinned
 
     fetch_pinned(recipe.config, recipe.recipe_dir, functools.partial(click.echo, err=True))
-    _, tokenizer, dataset = prepare(recipe, load_dataset(recipe.recipe_dir)[0])
+    _, tokenizer, dataset = prepare(recipe, load_dataset(recipe.recipe_dir)[0], watch)
     return tokenizer, dataset
 
 
@@ -211,29 +217,43 @@ def tokenizer_of(base: str, recipe_dir: Path | None) -> ChatTokenizer:
     return ChatTokenizer.load(found.folder)
 
 
-def rows_of_file(path: Path, pairs: Sequence[str], base: str | None) -> Seen:
+def rows_seen(
+    name: str, recipe: Launch | None, watch: Watch, pairs: Sequence[str], base: str | None, **_options: Any
+) -> Seen:
+    """Return the rows of the recipe, or of the file `name` where there is none."""
+    return rows_of_recipe(recipe, watch) if recipe else rows_of_file(Path(name), pairs, base, watch)
+
+
+def rows_of_file(path: Path, pairs: Sequence[str], base: str | None, watch: Watch) -> Seen:
     """Return the rows of a file in any form that `convert` takes; bad lines are kept as problems."""
     from tools.data import convert
 
-    found = convert.scan(path, convert.guess_format(path, "auto"), convert.parse_map(pairs))
+    found = convert.scan(path, convert.guess_format(path, "auto"), convert.parse_map(pairs), watch)
     tokenizer = tokenizer_of(base, None) if base else None
     card = path if path.is_dir() else path.parent
     rows = {"train": found.rows}
     return Seen(path, [card], rows, found.problems, found.notes, found.read_as(), tokenizer=tokenizer)
 
 
-def rows_of_recipe(recipe: Launch) -> Seen:
+def rows_of_recipe(recipe: Launch, watch: Watch) -> Seen:
     """Return the rows of a recipe with its prompts, tokenizer and config; where lines are bad, those alone."""
     from common.data.build import read_splits
     from common.data.rows import row_of, scan
     from common.recipe import call, load_dataset
+    from tools.data.files import about
 
     config, folder = recipe.config, recipe.recipe_dir
     assert config.data.source is not None, "rows have a source"
     assert config.model.base is not None, "what trains on rows has a base"
     source = folder / config.data.source
     cards = [source.parent, folder]
-    if problems := scan(source, row_of)[1]:  # the recipe's own builder would stop at them
+    taken = iter(watch(itertools.count(), "reading", about(source, "jsonl") if source.is_file() else None))
+
+    def read(record: Mapping[str, Any], where: str) -> bool:
+        next(taken)
+        return bool(row_of(record, where))
+
+    if problems := scan(source, read)[1]:  # the recipe's own builder would stop at them
         return Seen(source, cards, problems=problems)
     splits, prompts = load_dataset(folder)
     rows, asked = read_splits(splits, config, folder), call(prompts, config, folder)

@@ -27,6 +27,7 @@ from tools.cli.options import (
     steps_option,
 )
 from tools.launch.exit_codes import exit_code_of
+from tools.progress import bars
 from tools.recipes import find_recipe
 
 
@@ -162,7 +163,10 @@ def new(name: str, parent: str, data: Path | None, pairs: tuple[str, ...], forma
 
     if data is None and (pairs or format_ != "auto"):
         raise UsageError("--map and --format say how to read data of your own", todo="add --data FILE")
-    make(name, parent, None if data is None else Own(data, parse_map(pairs), format_), click.echo)
+    said: list[str] = []
+    with bars() as watch:
+        make(name, parent, None if data is None else Own(data, parse_map(pairs), format_), said.append, watch)
+    click.echo("\n".join(said))
 
 
 @recipe.group()

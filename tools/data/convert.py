@@ -20,6 +20,7 @@ from common.errors import DataError, MachineError, UsageError
 from common.files import sha256_file
 from tools.data import dialects, files, markers, turns
 from tools.data.files import Record
+from tools.progress import Watch, unwatched
 
 FORMATS = ("auto", "jsonl", "csv", "parquet", "arrow", "folder", "text", "alpaca", "sharegpt")
 # Two that say what the records of a JSON file are, by the dialect's name; the others say how a file is laid out.
@@ -96,6 +97,7 @@ def convert(
     skip_bad: bool = False,
     chosen: bool = False,
     escape_markers: bool = False,
+    watch: Watch = unwatched,
 ) -> Report:
     """Write the rows of `source` to the new JSONL file `out`.
 
@@ -110,7 +112,7 @@ def convert(
     if not out.parent.is_dir():
         raise UsageError("no such folder", where=str(out.parent))
     found = Source(str(source), guess_format(source, format), revision, subset, split)
-    read = collect(records(found), mapping, chosen=chosen, only=ONLY.get(format))
+    read = collect(records(found, watch), mapping, chosen=chosen, only=ONLY.get(format))
     rows, problems = read.rows, read.problems
     if not skip_bad:
         refuse(problems, found.name)
@@ -120,7 +122,7 @@ def convert(
         marked = [row for row in rows if markers.found_in(row)]
         read.notes += [Problem(row.where, "a chat template's mark is written with a space inside") for row in marked]
         rows = [markers.escape(row) for row in rows]
-    write_rows(out, rows)
+    write_rows(out, watch(rows, "writing", len(rows)))
     write_pins(out, found, mapping, read.dialects)
     return Report(
         source=found.name,
@@ -179,27 +181,28 @@ def write_pins(out: Path, source: Source, mapping: Mapping[str, str] | None, rea
         file.write(to_yaml(facts))
 
 
-def scan(path: Path, format: str, mapping: Mapping[str, str]) -> Found:
+def scan(path: Path, format: str, mapping: Mapping[str, str], watch: Watch = unwatched) -> Found:
     """Return the usable rows of a file or folder and its bad ones, read as `format`."""
-    return collect(records(Source(str(path), format)), mapping)
+    return collect(records(Source(str(path), format), watch), mapping)
 
 
-def load(source: Path, format: str, mapping: Mapping[str, str] | None = None) -> Found:
+def load(source: Path, format: str, mapping: Mapping[str, str] | None = None, watch: Watch = unwatched) -> Found:
     """Return what a file holds. Raises DataError that lists every bad row, or says that there is no row."""
-    found = scan(source, format, mapping or {})
+    found = scan(source, format, mapping or {}, watch)
     refuse(found.problems, str(source))
     if not found.rows:
         raise DataError("no row in this source", where=str(source))
     return found
 
 
-def records(source: Source) -> Iterator[Record]:
+def records(source: Source, watch: Watch = unwatched) -> Iterable[Record]:
     """Return (place, record or problem) of every entry of `source`."""
     if source.format == "hub":
-        return hub_records(source)
+        return watch(hub_records(source), "reading", None)
     if source.revision is not None:
         raise UsageError("only a hub: source has a revision", where=source.name)
-    return files.records(Path(source.name), source.format, source.split)
+    path = Path(source.name)
+    return watch(files.records(path, source.format, source.split), "reading", files.about(path, source.format))
 
 
 def guess_format(source: str | Path, format: str) -> str:

@@ -9,6 +9,7 @@ Unmarked prose is refused: cutting it into pairs would be a guess.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -74,6 +75,20 @@ def records(path: Path, kind: str, split: str = "train") -> Iterator[Record]:
         "folder": folder_records,
     }
     return readers[kind](path)
+
+
+def about(path: Path, kind: str) -> int | None:
+    """Return about how many records a file has, for a bar: its lines, or the rows of Parquet; None if unknown."""
+    if kind == "parquet":
+        from pyarrow import ArrowException, parquet
+
+        with contextlib.suppress(ArrowException, OSError):
+            return int(parquet.read_metadata(path).num_rows)
+    if kind not in ("jsonl", "csv") or path.suffix.lower() in PACKED:
+        return None
+    with path.open("rb") as file:
+        lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    return lines or None
 
 
 def files_of(folder: Path) -> list[Path]:

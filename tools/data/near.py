@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
 
 from common.data.rows import plain
+from tools.progress import Watch, unwatched
 
 NEAR = 0.8  # share of common words (Jaccard) from which two prompts count as nearly the same
 NEAR_WORDS = 4  # shorter prompts are too alike by nature: "What is X?"
@@ -29,7 +30,9 @@ def canonical(text: str) -> str:
     return plain(text).rstrip(" .?!")
 
 
-def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]]) -> Iterator[str]:
+def near_pairs(
+    ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]], watch: Watch = unwatched
+) -> Iterator[str]:
     """Yield "a ~ b" for every one of ours (text, place), with the first of theirs that has at least NEAR of its words.
 
     Of equal texts the first stands for all. Above EXACT of theirs, only the first TRIED that share a pair of rare words
@@ -42,7 +45,9 @@ def near_pairs(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]
     their_words = [words(text) for text, _ in once.values()]
     our_words = their_words if ours is theirs and len(once) == len(ours) else [words(text) for text, _ in ours]
     limit = None if len(once) <= EXACT else TRIED
-    for (text, where), part, candidates in zip(ours, our_words, sharing(our_words, their_words), strict=True):
+    for (text, where), part, candidates in zip(
+        watch(ours, "comparing prompts", len(ours)), our_words, sharing(our_words, their_words), strict=True
+    ):
         for at in islice(candidates, limit):
             if overlap(part, their_words[at]) >= NEAR and known[at] != canonical(text):
                 yield f"{where} ~ {places[at]}"

@@ -28,6 +28,7 @@ from tools import recipes
 from tools.data import convert
 from tools.data.licence import LICENCE_LINE, licence_of
 from tools.edit_yaml import remove_key, set_key
+from tools.progress import Watch, unwatched
 from tools.results import schema
 from tools.scaffold import corpus, pages, rows
 from tools.scaffold.pages import Facts
@@ -60,7 +61,7 @@ class Own:
     format: str
 
 
-def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
+def new(name: str, parent: str, own: Own | None, say: Say, watch: Watch = unwatched) -> Path:
     """Make recipes/`name` from the recipe `parent`; return its folder.
 
     `own` is a file of rows in any format that `recipe data convert` takes, or, for a recipe that trains on plain text,
@@ -80,7 +81,7 @@ def new(name: str, parent: str, own: Own | None, say: Say) -> Path:
         made, home, notes = Path(scratch) / name, Path(scratch) / "home", list[str]()
         shutil.copytree(source, made, ignore=left_behind(source))
         pages.rename(made, source.name, name)
-        facts = fork(made, source, own, home, notes.append) if own else copied(made, source)
+        facts = fork(made, source, own, home, notes.append, watch) if own else copied(made, source)
         pages.write(made, facts)
         schema.load(made)
         for board in hardware.table().values():
@@ -157,12 +158,12 @@ def copied(made: Path, source: Path) -> Facts:
     return Facts(made.name, source.name, what, f"{licence}\n\nAs in [`{source.name}`](../{source.name}).".strip())
 
 
-def fork(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts:
+def fork(made: Path, source: Path, own: Own, home: Path, say: Say, watch: Watch) -> Facts:
     """Put the user's data in the place of the parent's, and set what depends on it."""
     parent = on_board(source)
     if parent.data.corpus is None:
         forget(made, parent, (*OF_THE_DATA, *OF_ROWS))
-        return fork_rows(made, source, own, home, say)
+        return fork_rows(made, source, own, home, say, watch)
     if own.mapping or own.format not in ("auto", "text"):
         raise UsageError(
             f"{source.name} trains on plain text, which has neither columns nor formats",
@@ -208,13 +209,13 @@ def reasons(layer: str, settings: Settings) -> list[str]:
     return [f"{layer}:", *lines] if lines else []
 
 
-def fork_rows(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts:
+def fork_rows(made: Path, source: Path, own: Own, home: Path, say: Say, watch: Watch) -> Facts:
     """Make the fork of a recipe that trains on rows."""
     parents = {"config.yaml": on_board(source), "hw/cpu.yaml": on_cpu(source)}
     # The larger batch of the two: the fork has to fill one of it wherever it runs.
     batch = max(config.training.batch_size for config in parents.values())
     kind = convert.guess_format(own.path, own.format)
-    read = convert.load(own.path, kind, own.mapping)
+    read = convert.load(own.path, kind, own.mapping, watch)
     for line in read.lines():
         say(line)
     found = split(read.rows, batch, str(own.path))
@@ -233,7 +234,7 @@ def fork_rows(made: Path, source: Path, own: Own, home: Path, say: Say) -> Facts
     for layer, settings in layers.items():
         for line in reasons(layer, settings):
             say(line)
-    rows.prove(made, found, (on_board(made), on_cpu(made)), home, say)
+    rows.prove(made, found, (on_board(made), on_cpu(made)), home, say, watch)
     chosen = f"{found.held_out} of them are held out, chosen by a hash, so that adding a row moves no other"
     return Facts(
         name=made.name,

@@ -19,6 +19,7 @@ from common.train.plan import check_prompts, refuse_too_long
 from tools.data import checks
 from tools.data.convert import line_of, record_of, write_rows
 from tools.plan.estimate import CHARACTERS_A_TOKEN
+from tools.progress import Watch
 from tools.scaffold.split import Split
 
 SOURCE, PROMPTS = "data/rows.jsonl", "data/prompts.jsonl"
@@ -47,7 +48,9 @@ def base_here(config: Config, recipe: Path) -> bases.Base | None:
     return bases.resolve(name, recipe_dir=recipe) if here else None
 
 
-def prove(made: Path, found: Split, configs: Sequence[Config], home: Path, say: Callable[[str], None]) -> None:
+def prove(
+    made: Path, found: Split, configs: Sequence[Config], home: Path, say: Callable[[str], None], watch: Watch
+) -> None:
     """Look for what `recipe data check` finds, by the lines of the user's file, and make the tokens in `home`.
 
     Raises DataError for its errors, and for whatever else would end the fork's first run.
@@ -61,7 +64,7 @@ def prove(made: Path, found: Split, configs: Sequence[Config], home: Path, say: 
     for config in {config.model.base: config for config in configs}.values():
         base, (splits_of, prompts_of) = base_here(config, made), load_dataset(made)
         tokenizer, prompts = ChatTokenizer.load(base.folder) if base else None, call(prompts_of, config, made)
-        report = checks.check(splits, prompts, tokenizer, config)
+        report = checks.check(splits, prompts, tokenizer, config, watch=watch)
         if report.errors:
             lines = [line for finding in report.errors for line in finding.lines()]
             raise DataError("\n".join(["the data check failed:", *lines]), todo="correct these rows, then run it again")
@@ -74,7 +77,8 @@ def prove(made: Path, found: Split, configs: Sequence[Config], home: Path, say: 
                 todo="fork one whose dataset.py splits by split_by and held_out_share",
             )
         if base and tokenizer:
-            refuse_too_long(build.build(config, parts, tokenizer, base.folder, home), base.architecture)
+            made_of_it = build.build(config, parts, tokenizer, base.folder, home, watch)
+            refuse_too_long(made_of_it, base.architecture)
             check_prompts(prompts, config, tokenizer, base.architecture, say)
         else:
             say(f"tokens are counted by the first run: {config.model.base} is not on this machine")
