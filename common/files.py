@@ -39,7 +39,7 @@ def read_json(path: Path, version: int | None = None, error: type[RecipeError] =
     """Return the JSON object in a file; `version` is the `format` that it must have. Raises `error`, with the path."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise error(f"{path.name} cannot be read: {fault}", where=str(path)) from fault
     if not isinstance(value, dict):
         raise error(f"{path.name} holds no JSON object", where=str(path))

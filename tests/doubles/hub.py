@@ -108,7 +108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
         gated = "manual" if there.gated else False
-        return {"id": repo, "sha": commit, "gated": gated, "cardData": dict(there.card), "siblings": siblings}
+        return {"id": repo, "sha": commit, "gated": gated, "cardData": there.card, "siblings": siblings}
 
     def tree(self, there: Repository, commit: str) -> list[dict[str, Any]]:
         return [

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from common.model import bases, llama
-from tests.doubles.hub import Hub, files_of, serve_hub
+from tests.doubles.hub import Handler, Hub, files_of, serve_hub
 from tests.support.hub_files import in_shards
 from tools import recipes
 from tools.bases import lock, verbs
@@ -223,6 +223,26 @@ REFUSED: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] =
         lambda files: {**files, "model.safetensors": b"<html>"},
         "model.safetensors is no safetensors file",
     ),
+    "a header of other JSON": (
+        lambda files: {**files, "model.safetensors": (2).to_bytes(8, "little") + b"[]"},
+        "model.safetensors is no safetensors file",
+    ),
+    "nested without end": (lambda files: {**files, "config.json": b"[" * 100_000}, "config.json cannot be read"),
+    "a page in its place": (lambda files: {**files, "config.json": b"<html>"}, "config.json cannot be read"),
+    "another family, oddly": (
+        lambda files: config_with(files, model_type="qwen2", architectures=[7]),
+        "it is a qwen2 model (7)",
+    ),
+    "no numbers": (
+        lambda files: config_with(files, hidden_size=True, num_attention_heads=0, head_dim="x", rms_norm_eps="y"),
+        "no number for hidden_size, num_attention_heads, head_dim, rms_norm_eps",
+    ),
+    "RoPE as a list": (lambda files: config_with(files, rope_scaling=[1]), "RoPE of type one for each kind of layer"),
+    "RoPE by layer": (
+        lambda files: config_with(files, rope_parameters={"full_attention": {"rope_type": "yarn"}}),
+        "RoPE of type one for each kind of layer",
+    ),
+    "a million layers": (lambda files: config_with(files, num_hidden_layers=10**9), "1000000000 layers, and its"),
 }
 
 
@@ -237,6 +257,40 @@ def test_what_these_recipes_cannot_train_is_one_message(hub, base, mine, tiny_ba
     assert done.stderr.splitlines()[-1].startswith("  to do: ")
     assert "Traceback" not in done.stderr
     assert not (mine / bases.OWN_LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "file", "message"),
+    [
+        ({"sha": "../../mine"}, {}, "a commit '../../mine'"),
+        ({}, {"size": "much"}, "'config.json' with the size 'much'"),
+        ({}, {"lfs": {"sha256": "00\n", "size": 1, "pointerSize": 1}}, r"'config.json' with the sha256 '00\n'"),
+    ],
+)
+def test_an_answer_that_no_hub_gives_is_not_written_into_the_lock(
+    hub, base, mine, tiny_base, monkeypatch, changes, file, message
+):
+    facts = Handler.facts
+
+    def changed(*arguments: Any) -> dict[str, Any]:
+        found = facts(*arguments) | changes
+        next(entry for entry in found["siblings"] if entry["rfilename"] == "config.json").update(file)
+        return found
+
+    hub.push(REPO, files_of(tiny_base))
+    monkeypatch.setattr(Handler, "facts", changed)
+    done = base("add", REPO, "--recipe", mine)
+    assert done.returncode == 4, done.stderr
+    assert f"the Hub's answer about {REPO} is none: {message}" in done.stderr
+    assert not (mine / bases.OWN_LOCK).exists()
+
+
+@pytest.mark.parametrize("card", [["mit"], {"license": ["mit", "\x1b[2Jx"]}])
+def test_an_odd_card_does_not_keep_a_model_from_being_pinned(hub, base, mine, tiny_base, card):
+    hub.push(REPO, files_of(tiny_base), card=card)
+    done = base("add", REPO, "--recipe", mine)
+    assert done.returncode == 0, done.stderr
+    assert pinned(mine)[REPO]["licence"] == ("mit,  [2Jx" if isinstance(card, dict) else "unknown")
 
 
 @pytest.mark.parametrize("wanted", ["tiny", "a/b/c", "../mine", "https://huggingface.co/a/b", "-a/b"])

@@ -36,6 +36,8 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "max_position_embeddings",
 )
+SIZES_OR_NONE, NUMBERS_OR_NONE = ("num_key_value_heads", "head_dim"), ("rms_norm_eps", "rope_theta")
+COMMIT, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 TRY_ANOTHER = "choose a Llama whose repository has config.json, tokenizer.json and *.safetensors"
 
 
@@ -44,15 +46,12 @@ def look_up(repo: str, revision: str | None) -> tuple[Entry, list[str]]:
 
     Raises MachineError for what cannot be had, and for what these recipes cannot train.
     """
-    from huggingface_hub import HfApi
-
-    with refusals(repo, revision):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    info = info_of(repo, revision)
     commit, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
     where = f"{repo} at {commit[:12]}"
     if "config.json" not in files:
         raise MachineError(without_config(files), where=where, todo=TRY_ANOTHER)
-    config = read_json(download(repo, "config.json", commit))
+    config = json_of(repo, "config.json", commit)
     refuse_config(config, where)
     weights = weight_files(repo, commit, files, where)
     if "tokenizer.json" not in files:
@@ -79,6 +78,39 @@ def look_up(repo: str, revision: str | None) -> tuple[Entry, list[str]]:
         "download_mb": math.ceil(sum(files[name].size or 0 for name in needed) / 1e6),
     }
     return entry, what_follows(entry, config)
+
+
+def info_of(repo: str, revision: str | None) -> ModelInfo:
+    """Return what the Hub says of a model at a revision: commit, card, files. Raises MachineError, also for nonsense.
+
+    What is taken from it becomes names of folders and a lock that runs rely on.
+    """
+    from huggingface_hub import HfApi
+
+    with refusals(repo, revision):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    odd = [] if COMMIT.fullmatch(str(info.sha)) else [f"a commit {str(info.sha)[:60]!r}"]
+    for file in info.siblings or []:
+        if file.lfs and not SHA256.fullmatch(str(file.lfs.sha256)):
+            odd.append(f"{file.rfilename!r} with the sha256 {str(file.lfs.sha256)[:60]!r}")
+        if not isinstance(file.size, int | None):
+            odd.append(f"{file.rfilename!r} with the size {str(file.size)[:60]!r}")
+    if odd:
+        raise MachineError(
+            f"the Hub's answer about {repo} is none: {odd[0]}",
+            where=f"{repo}, revision {revision or 'main'}",
+            todo="look at HF_ENDPOINT, and at a proxy in between: this is no Hub's answer",
+        )
+    return info
+
+
+def json_of(repo: str, name: str, commit: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a commit. Raises MachineError where it is none."""
+    path = download(repo, name, commit)
+    try:
+        return read_json(path)
+    except MachineError as error:
+        raise MachineError(error.what, where=f"{repo} at {commit[:12]}", todo=TRY_ANOTHER) from error
 
 
 def download(repo: str, name: str, commit: str) -> Path:
@@ -109,16 +141,21 @@ def without_config(files: Files) -> str:
 def refuse_config(config: Mapping[str, Any], where: str) -> None:
     """Raise MachineError for a config.json that is not that of a plain Llama, with all that is not."""
     if config.get("model_type") != "llama":
-        names = ", ".join(config.get("architectures") or ())
+        named = config.get("architectures")
+        names = ", ".join(map(str, named)) if isinstance(named, list) else ""
         raise MachineError(
             f"it is a {config.get('model_type')} model ({names or 'unnamed'}); these recipes train Llama models",
             where=f"{where}, config.json",
             todo='choose a model whose config.json says "model_type": "llama"',
         )
-    unknown = [name for name in SIZES if not isinstance(config.get(name), int)]
+    unknown = [name for name in SIZES if not is_size(config.get(name))]
+    unknown += [name for name in SIZES_OR_NONE if not (config.get(name) is None or is_size(config[name]))]
+    unknown += [name for name in NUMBERS_OR_NONE if not isinstance(config.get(name), int | float | None)]
     if unknown:
         raise MachineError(f"its config.json has no number for {', '.join(unknown)}", where=where, todo=TRY_ANOTHER)
-    rope = rope_of(config)["rope_type"]
+    scalings = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    flat = all(isinstance(one, dict) and not any(isinstance(v, dict) for v in one.values()) for one in scalings)
+    rope = rope_of(config)["rope_type"] if flat else "one for each kind of layer"
     limits = {
         f"RoPE of type {rope} (default and llama3 are known)": rope not in ("default", "llama3"),
         "projections with biases": bool(config.get("attention_bias") or config.get("mlp_bias")),
@@ -133,12 +170,17 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def is_size(value: Any) -> bool:
+    """Return whether a value is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def weight_files(repo: str, commit: str, files: Files, where: str) -> list[str]:
     """Return the names of the safetensors files that hold the weights: one, or those of the index."""
     if WHOLE in files:
         return [WHOLE]
     if INDEX in files:
-        index = read_json(download(repo, INDEX, commit)).get("weight_map")
+        index = json_of(repo, INDEX, commit).get("weight_map")
         shards = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
         odd = [name for name in shards if name not in files or not SHARD.fullmatch(name)]
         if not shards or odd:
@@ -169,7 +211,10 @@ def headers(repo: str, commit: str, weights: Sequence[str]) -> dict[str, tuple[s
             with refusals(repo, commit):
                 tensors = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit).tensors
         except MachineError as error:
-            if isinstance(error.__cause__, SafetensorsParsingError):
+            # The others are what the library makes of a header that is JSON of another kind.
+            if isinstance(
+                error.__cause__, SafetensorsParsingError | AttributeError | LookupError | TypeError | ValueError
+            ):
                 error.what, error.todo = f"{name} is no safetensors file", TRY_ANOTHER
             raise
         found |= {tensor: (str(info.dtype), tuple(info.shape)) for tensor, info in tensors.items()}
@@ -181,6 +226,12 @@ def refuse_tensors(given: Mapping[str, tuple[str, tuple[int, ...]]], config: Map
 
     A tied output head may be among them once more, as both engines allow.
     """
+    if config["num_hidden_layers"] > len(given):  # before a name is made for each of a billion layers
+        raise MachineError(
+            f"its config.json has {config['num_hidden_layers']} layers, and its weights are {len(given)} tensors",
+            where=where,
+            todo=TRY_ANOTHER,
+        )
     expected = llama.shapes(config)
     extra = set(given) - set(expected) - ({llama.HEAD} if config.get("tie_word_embeddings") else set())
     odd = [f"{name} is missing" for name in expected if name not in given]
@@ -215,9 +266,11 @@ def architecture_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def licence_of(info: ModelInfo) -> str:
     """Return the licence that the model's card names, by the Hub's short name; "unknown" where it names none."""
-    card = info.card_data
-    named = (card.get("license"), card.get("license_name")) if card else (None, None)
-    return str(named[1] if named[0] == "other" and named[1] else named[0] or "unknown")
+    card: Any = info.card_data if hasattr(info.card_data, "get") else {}
+    short, name = card.get("license"), card.get("license_name")
+    named = name if short == "other" and name else short or "unknown"
+    text = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
+    return "".join(letter if letter.isprintable() else " " for letter in text)  # it is shown on a terminal
 
 
 def template_file(repo: str, commit: str, files: Files) -> str | None:
@@ -225,7 +278,7 @@ def template_file(repo: str, commit: str, files: Files) -> str | None:
     if "chat_template.jinja" in files:
         return "chat_template.jinja"
     for name in ("tokenizer_config.json", "chat_template.json"):
-        if name in files and read_json(download(repo, name, commit)).get("chat_template"):
+        if name in files and json_of(repo, name, commit).get("chat_template"):
             return name
     return None
 

@@ -156,14 +156,9 @@ def upstream(entry: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     """Yield what the Hub says of a pin: its commit there or gone, its files the same, its main branch moved on."""
     if entry["source"] != "hub":
         return
-    from huggingface_hub import HfApi
-
     repo, commit = entry["repo"], entry["revision"]
     try:
-        with hub.refusals(repo, commit):
-            info = HfApi().model_info(repo, revision=commit, files_metadata=True)
-        with hub.refusals(repo, None):
-            main = str(HfApi().model_info(repo).sha)
+        info, main = pin.info_of(repo, commit), str(pin.info_of(repo, None).sha)
     except hub.Gone as error:
         yield False, f"{error.what}: what is here is all there is; keep {bases.home() / 'bases'}"
         return
