@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ from common.paths import ROOT
 from tests.doubles.tiny_recipe import PROMPTS, make_tiny_recipe
 from tests.runs.test_talk import said
 from tests.support.runs import run_tiny
-from tests.support.server import Server
+from tests.support.server import PATIENCE, Server
 from tools.generate.chat import talk
 from tools.verify.tiny_base import CORPUS, write_tiny_base
 
@@ -666,6 +667,20 @@ def test_a_signal_ends_answers_at_their_next_token(folder, tmp_path, number):
     assert "stopping" in line
     (line,) = [line for line in server.lines if "stopping" in line and " 0 out" not in line]
     assert int(re.findall(r"(\d+) out", line)[0]) < 1990
+
+
+def test_a_second_interrupt_ends_it_at_once(folder, tmp_path):
+    """Here the first one waits for a body that has not come: without a second one for seconds, and then with code 0."""
+    with Server(folder, cwd=tmp_path, ends=130) as server, server.socket() as connection:
+        connection.sendall(POST + HEAD + b"expect: 100-continue\r\ncontent-length: 99\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100"), "the body is read"
+        server.process.send_signal(signal.SIGINT)
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(ConnectionError):  # the first one has come, once nobody can connect
+            while time.monotonic() < end:
+                server.socket().close()
+        server.process.send_signal(signal.SIGINT)
+        assert server.ended() == 130
 
 
 def test_idle_and_loading_servers_end_too(folder, tmp_path):

@@ -23,10 +23,10 @@ PATIENCE = 120.0  # seconds that anything may take before a test gives up: the m
 
 
 class Server:
-    """`recipe serve` with `words`, ready when the block begins. On leaving it SIGTERM must end it with code 0."""
+    """`recipe serve` with `words`, ready when the block begins. SIGTERM must end it then, with code `ends`."""
 
-    def __init__(self, *words: object, cwd: Path | None = None, ready: bool = True) -> None:
-        self.words, self.cwd, self.awaited = [str(word) for word in words], cwd, ready
+    def __init__(self, *words: object, cwd: Path | None = None, ready: bool = True, ends: int = 0) -> None:
+        self.words, self.cwd, self.awaited, self.ends = [str(word) for word in words], cwd, ready, ends
         self.lines: list[str] = []
         self.url = ""
 
@@ -64,7 +64,7 @@ class Server:
             self.process.send_signal(signal.SIGTERM)
         code = self.ended()
         if failed[0] is None:
-            assert code == 0, "\n".join(self.lines)
+            assert code == self.ends, "\n".join(self.lines)
 
     def ended(self) -> int:
         """Wait for the end of the process and return its code."""
