@@ -60,8 +60,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Take a token; return what can be sent of the text from it on. `stopped` is set where a stop string came."""
-        # All tokens are decoded anew each time, for what one says may depend on those before it: 0.25 ms a token over an
-        # answer of 2,000 of SmolLM2's, 0.5 at its end (tokenizers 0.23.3, a busy EPYC), of 25 to 50 that it takes.
+        # All tokens are decoded anew, for what one says may depend on those before it: at the 2,000th of SmolLM2's that
+        # takes 0.5 ms (tokenizers 0.23.3, a busy EPYC), and computing a token some 50 (tools/serve/start.py).
         self.ids.append(token)
         return self._release(self.tokenizer.decode(self.ids, skip_special=True).rstrip(UNFINISHED), hold=True)
 

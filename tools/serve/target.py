@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError, UsageError
+from common.model.llama import attention_widths
 from common.model.weights import Weights
 from tools.export.record import verified
 from tools.generate.chat import architecture_of, folder_speaker, run_speakers
@@ -92,10 +93,8 @@ def find_target(path: Path, base: bool) -> Target:
 
 def cache_bytes(architecture: Mapping[str, Any], count: int, context: int) -> int:
     """Return the most bytes that keys and values take: of `count` slots with `context` tokens, in every layer."""
-    heads = architecture["num_attention_heads"]
-    width = architecture.get("head_dim") or architecture["hidden_size"] // heads
-    of_a_token = 2 * (architecture.get("num_key_value_heads") or heads) * width * WIDEST
-    return int(count * context * architecture["num_hidden_layers"] * of_a_token)
+    _, width = attention_widths(architecture)
+    return int(count * context * architecture["num_hidden_layers"] * 2 * width * WIDEST)
 
 
 def refuse_too_large(weights: int, cache: int, slots: int, context: int) -> None:

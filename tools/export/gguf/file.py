@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
 from common.data.chat import ChatTokenizer
 from common.errors import UsageError
-from common.model.llama import EMBEDDING, HEAD, kv_heads
+from common.model.llama import EMBEDDING, HEAD, attention_widths, kv_heads
 from common.model.weights import Weights
 from tools.export.gguf.vocabulary import vocabulary_of
 
@@ -114,8 +114,7 @@ def add_facts(writer: GGUFWriter, architecture: Mapping[str, Any], kind: str, na
 
 
 def head_width(architecture: Mapping[str, Any]) -> int:
-    heads = architecture["num_attention_heads"]
-    return int(architecture.get("head_dim") or architecture["hidden_size"] // heads)
+    return attention_widths(architecture)[0] // int(architecture["num_attention_heads"])
 
 
 def names_of(weights: Weights, architecture: Mapping[str, Any], folder: Path) -> dict[str, str]:
