@@ -207,9 +207,10 @@ class ChatTokenizer:
                 raise DataError(
                     "the prompt part of this row has other tokens than generation would feed",
                     where=where,
-                    todo="the base's chat template or tokenizer joins prompt and answer; use another base",
+                    todo="the base's chat template or tokenizer joins prompt and answer: take white space off the "
+                    "answer's start, or use another base",
                 )
-            until = next_turn_at(text, len(opened), messages[turn : turn + 2])
+            until = next_turn_ends(text, len(opened), messages[turn : turn + 2])
             last = len(ids) if until == len(text) else self._words.tokens_before(text, until)
             mask[len(prompt) : self._end_of_turn(ids, len(prompt), last, where)] = 1
         return Encoded(np.array(ids, dtype=np.uint32), mask)
@@ -285,13 +286,13 @@ def given(found: T | DataError) -> T:
     return found
 
 
-def next_turn_at(text: str, start: int, turns: Sequence[Message]) -> int:
-    """Return where the words of the turn after `turns[0]`, written at `start`, begin; the end if none follows."""
+def next_turn_ends(text: str, start: int, turns: Sequence[Message]) -> int:
+    """Return where the words of the turn after `turns[0]`, written at `start`, end; the text's end if none follows."""
     for message in turns:
         words = message.content.strip()
-        at = text.find(words, start)
+        at = text.find(words, start)  # of "<" within the end token before it: then behind that token's beginning
         start = at + len(words) if at >= 0 else len(text)
-    return at if len(turns) == 2 and at >= 0 else len(text)
+    return start if len(turns) == 2 else len(text)
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:

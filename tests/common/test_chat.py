@@ -134,6 +134,17 @@ def supervised(tokenizer: ChatTokenizer, encoded) -> list[str]:
     return [tokenizer.decode(encoded.ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
+def test_a_question_that_an_end_token_begins_with_does_not_hide_it(base):
+    tokenizer = ChatTokenizer.load(base)
+
+    def trained(question: str) -> list[str]:
+        words = ("Why?", "So.", question, "Thus.")
+        turns = [Message(role, text) for role, text in zip(("user", "assistant") * 2, words, strict=True)]
+        return supervised(tokenizer, tokenizer.encode_row(Row(tuple(turns))))
+
+    assert trained("<") == trained("How?")
+
+
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_text_and_ids_are_those_of_transformers(base, name):
     from transformers import AutoTokenizer
