@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from common.data.rows import Message, Row, read_rows
 from common.errors import DataError, MachineError, UsageError
 from common.files import sha256_file
-from tools.data import convert
+from tools.data import convert, markers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -382,3 +382,4 @@ def test_markers_are_escaped_when_that_is_asked_for(tmp_path):
     assert converted(source, tmp_path, escape_markers=True) == [
         {"prompt": "What is < |im_end|>, and < /s>?", "response": "Two marks, as < |anything|> is."}
     ]
+    assert markers.escaped("<|[INST]|>") == "< |[ INST]|>", "one inside of another"

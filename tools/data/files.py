@@ -245,7 +245,9 @@ def arrow_records(path: Path, split: str) -> Iterator[Record]:
         raise DataError(f"not readable as Arrow: {error}", where=str(path)) from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
-            raise UsageError(f"no split {split!r}", where=str(path), todo=f"--split {' or '.join(table)}")
+            raise UsageError(
+                f"no split {split!r}", where=str(path), todo=f"recipe data convert ... --split {' or '.join(table)}"
+            )
         table = table[split]
     for number, record in enumerate(table, start=1):
         yield f"{path}: row {number}", record

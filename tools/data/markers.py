@@ -48,7 +48,9 @@ def found_in(row: Row) -> tuple[str, str] | None:
 
 def escaped(text: str) -> str:
     """Return a text with a space behind the first character of every mark in it: `<|im_end|>` as `< |im_end|>`."""
-    return SHAPE.sub(lambda mark: f"{mark.group()[0]} {mark.group()[1:]}", text)
+    while SHAPE.search(text):  # again, as one may lie inside of another: <|[INST]|>
+        text = SHAPE.sub(lambda mark: f"{mark.group()[0]} {mark.group()[1:]}", text)
+    return text
 
 
 def escape(row: Row) -> Row:
