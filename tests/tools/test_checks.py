@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,9 @@ def test_duplicates_and_conflicts_are_told_apart():
         row("Tell me in plain words why the foxes are red"),
     ]
     assert ids(near) == ["D108"]
+    named = [replace(one, where=f"a ~ b/rows.jsonl:{line}") for line, one in enumerate(near, start=1)]
+    [finding] = checks.check({"train": named}).warnings
+    assert finding.where == ["a ~ b/rows.jsonl:2 ~ a ~ b/rows.jsonl:1"]
 
 
 def test_the_same_question_after_another_turn_is_no_conflict():

@@ -203,7 +203,8 @@ def leaks(
         same = [f"{where} = {known[canonical(text)]}" for text, where in ours if canonical(text) in known]
         yield from listed(same_id, message, same)
         rest = [(text, where) for text, where in ours if canonical(text) not in known]
-        yield from listed(near_id, f"{message} in nearly the same words", near_pairs(rest, theirs, watch))
+        near = (f"{where} ~ {place}" for where, place in near_pairs(rest, theirs, watch))
+        yield from listed(near_id, f"{message} in nearly the same words", near)
 
 
 def duplicates(rows: Sequence[Row], watch: Watch) -> Iterator[Finding]:
@@ -238,12 +239,10 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
 
 def near_earlier(rows: Sequence[Row], watch: Watch) -> Iterator[str]:
     """Yield "b ~ a" for every row whose prompt is nearly that of an earlier row."""
-    place = {row.where: at for at, row in enumerate(rows)}
-    prompts = [(row.prompt, row.where) for row in rows]
-    for pair in near_pairs(prompts, prompts, watch):
-        later, _, earlier = pair.partition(" ~ ")
-        if place[earlier] < place[later]:
-            yield pair
+    prompts = [(row.prompt, at) for at, row in enumerate(rows)]
+    for later, earlier in near_pairs(prompts, prompts, watch):
+        if earlier < later:
+            yield f"{rows[later].where} ~ {rows[earlier].where}"
 
 
 def private_data(rows: Sequence[Row], watch: Watch) -> Iterator[Finding]:

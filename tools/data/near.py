@@ -14,10 +14,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
+from typing import TypeVar
 
 from common.data.rows import plain
 from tools.progress import Watch, unwatched
 
+Place = TypeVar("Place")
 NEAR = 0.8  # share of common words (Jaccard) from which two prompts count as nearly the same
 NEAR_WORDS = 4  # shorter prompts are too alike by nature: "What is X?"
 PAIRED = 100  # words of a prompt: pairs grow with their square, so longer ones are compared by single rare words
@@ -31,14 +33,14 @@ def canonical(text: str) -> str:
 
 
 def near_pairs(
-    ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]], watch: Watch = unwatched
-) -> Iterator[str]:
-    """Yield "a ~ b" for every one of ours (text, place), with the first of theirs that has at least NEAR of its words.
+    ours: Sequence[tuple[str, Place]], theirs: Sequence[tuple[str, Place]], watch: Watch = unwatched
+) -> Iterator[tuple[Place, Place]]:
+    """Yield the places of every one of ours (text, place) and of the first of theirs that has NEAR of its words.
 
     Of equal texts the first stands for all. Above EXACT of theirs, only the first TRIED that share a pair of rare words
     are looked at.
     """
-    once: dict[str, tuple[str, str]] = {}
+    once: dict[str, tuple[str, Place]] = {}
     for text, where in theirs:
         once.setdefault(canonical(text), (text, where))
     known, places = list(once), [where for _, where in once.values()]
@@ -50,7 +52,7 @@ def near_pairs(
     ):
         for at in islice(candidates, limit):
             if overlap(part, their_words[at]) >= NEAR and known[at] != canonical(text):
-                yield f"{where} ~ {places[at]}"
+                yield where, places[at]
                 break
 
 
