@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from common.engine import Backend
-from common.recipe import load_dataset
 from common.train.plan import make_plan
 from engines.registry import engine_for
 from tools.launch.resolve import resolve
+from tools.recipes import load_dataset
 
 
 def watch_precision(backend: Any, evidence: dict[str, Any]) -> Any:

@@ -26,12 +26,11 @@ from common.data import vocabulary
 from common.data.build import windows
 from common.data.texts import Document
 from common.data.tokens import write
-from common.recipe import load_dataset
 from common.train.plan import Plan, make_plan
 from engines.registry import engine_for
 from tools.data.fetch import fetch_pinned
 from tools.launch.resolve import resolve
-from tools.recipes import find_recipe
+from tools.recipes import find_recipe, load_dataset
 
 WARM_UP = 5  # steps that do not count, as in tools/runs/folder.py: compilation, caches, the first touch of memory
 

@@ -99,11 +99,10 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, log
 def make_job(arguments: argparse.Namespace) -> Job:
     """Return everything that both sides must have in common, from the recipe's own config and rows."""
     from common.data.order import rows_of_step
-    from common.recipe import load_dataset
     from common.train.plan import make_plan
     from tools.data.fetch import fetch_pinned
     from tools.launch.resolve import resolve
-    from tools.recipes import find_recipe
+    from tools.recipes import find_recipe, load_dataset
 
     total = arguments.warmup + arguments.steps
     recipe = find_recipe(arguments.recipe)

@@ -46,15 +46,6 @@ def load(folder: Path, script: str) -> ModuleType:
         sys.dont_write_bytecode = before
 
 
-def load_dataset(folder: Path) -> tuple[Splits, Prompts]:
-    """Return `splits` and `prompts` of the recipe's dataset.py. Raises DataError where one is missing."""
-    module = load(folder, "dataset")
-    for name in ("splits", "prompts"):
-        if not hasattr(module, name):
-            raise DataError(f"no function {name}(config, recipe_dir)", where=str(folder / "dataset.py"))
-    return module.splits, module.prompts
-
-
 def call(function: Callable[[Config, Path], T], config: Config, folder: Path) -> T:
     """Return what a function of the recipe's dataset.py gives. Raises DataError with file and line for its fault."""
     return _guarded(lambda: function(config, folder), folder)

@@ -1,12 +1,14 @@
-"""The recipes there are, by name or by folder."""
+"""The recipes there are, by name or by folder, and what the dataset.py of one has."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
-from common.errors import UsageError
+from common import recipe
+from common.errors import DataError, UsageError
 from common.paths import ROOT
+from common.recipe import Prompts, Splits
 
 RECIPES = ROOT / "recipes"
 
@@ -23,3 +25,12 @@ def find_recipe(name: str) -> Path:
         f"no recipe called {name!r}",
         todo=f"{hint}choose from {', '.join(known)}, or give a folder with a config.yaml",
     )
+
+
+def load_dataset(folder: Path) -> tuple[Splits, Prompts]:
+    """Return `splits` and `prompts` of the recipe's dataset.py. Raises DataError where one is missing."""
+    module = recipe.load(folder, "dataset")
+    for name in ("splits", "prompts"):
+        if not hasattr(module, name):
+            raise DataError(f"no function {name}(config, recipe_dir)", where=str(folder / "dataset.py"))
+    return module.splits, module.prompts

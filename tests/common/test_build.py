@@ -12,8 +12,8 @@ from common.data import build
 from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
 from common.errors import DataError, UsageError
-from common.recipe import load_dataset
 from tests.support.data_recipe import DATASET, make_recipe
+from tools.recipes import load_dataset
 
 
 @pytest.fixture

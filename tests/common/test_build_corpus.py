@@ -14,11 +14,11 @@ from common.config import Config
 from common.data.build import UNKNOWN_ALLOWED
 from common.data.tokens import TokenDataset
 from common.errors import DataError
-from common.recipe import load_dataset
 from common.train.plan import prepare
 from tests.doubles.tiny_recipe import FROM_SCRATCH as RECIPE
 from tests.doubles.tiny_recipe import tiny_scratch
 from tools.launch.resolve import resolve
+from tools.recipes import load_dataset
 
 T = 64
 

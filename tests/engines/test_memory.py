@@ -152,9 +152,9 @@ def test_what_fits_and_what_runs_on_the_host_is_not_refused(board, overrides):
 
 def test_a_run_is_refused_before_its_engine_starts(monkeypatch, tmp_path, tiny_base):
     """The hook: make_plan asks for what the chip has not."""
-    from common.recipe import load_dataset
     from common.train.plan import make_plan
     from tools.launch.resolve import resolve
+    from tools.recipes import load_dataset
 
     monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     small = dataclasses.replace(hardware.get("cpu"), dram_gib_per_chip=1e-4)

@@ -16,10 +16,10 @@ from common.data.build import read_splits
 from common.data.rows import group_hash, plain, read_prompts, read_rows
 from common.errors import DataError, RecipeError, UsageError
 from common.model import llama
-from common.recipe import load_dataset
 from tools.cli import main
 from tools.data import checks
 from tools.data.licence import licence_of
+from tools.recipes import load_dataset
 from tools.results.schema import load as load_results
 from tools.scaffold import new
 from tools.scaffold.rows import schedule

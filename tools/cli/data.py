@@ -199,9 +199,9 @@ def open_recipe(name: str, hw: str | None, overrides: Sequence[str]) -> Launch:
 
 def tokens_of(recipe: Launch, watch: Watch = unwatched) -> tuple[ChatTokenizer, TokenDataset]:
     """Return the recipe's tokenizer and its token files, made when they are not there."""
-    from common.recipe import load_dataset
     from common.train.plan import prepare
     from tools.data.fetch import fetch_pinned
+    from tools.recipes import load_dataset
 
     fetch_pinned(recipe.config, recipe.recipe_dir, functools.partial(click.echo, err=True))
     _, tokenizer, dataset = prepare(recipe, load_dataset(recipe.recipe_dir)[0], watch)
@@ -239,8 +239,9 @@ def rows_of_recipe(recipe: Launch, watch: Watch) -> Seen:
     """Return the rows of a recipe with its prompts, tokenizer and config; where lines are bad, those alone."""
     from common.data.build import read_splits
     from common.data.rows import row_of, scan
-    from common.recipe import call, load_dataset
+    from common.recipe import call
     from tools.data.files import about
+    from tools.recipes import load_dataset
 
     config, folder = recipe.config, recipe.recipe_dir
     assert config.data.source is not None, "rows have a source"

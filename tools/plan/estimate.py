@@ -20,13 +20,13 @@ from common.data import build, texts
 from common.data.order import steps_for
 from common.hardware import Hardware, get, round_up
 from common.model import bases, llama
-from common.recipe import load_dataset
 from common.train.console import clock
 from common.train.launch import Launch
 from common.train.plan import prepare
 from engines.ttml import memory
 from engines.ttml.memory import MIB, Memory
 from tools.launch.resolve import resolve
+from tools.recipes import load_dataset
 from tools.results.grade import config_of, subject, ties_named
 from tools.results.schema import Numbers, load
 

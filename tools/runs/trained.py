@@ -16,12 +16,12 @@ from common.engine import Backend
 from common.errors import DataError, MachineError, UsageError
 from common.model import bases
 from common.model.weights import Weights
-from common.recipe import load_dataset
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint, read_tensors
 from common.train.evaluate import evaluated_rows
 from engines.registry import engine_for
 from tools.data.fetch import base_of
+from tools.recipes import load_dataset
 from tools.runs.folder import RunFolder, Say, read_run, run_of
 
 

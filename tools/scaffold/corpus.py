@@ -18,8 +18,8 @@ from common.data.texts import Document, cut_in_two, read_texts
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import llama
-from common.recipe import load_dataset
 from tools.edit_yaml import set_key
+from tools.recipes import load_dataset
 from tools.scaffold.rows import PROMPTS, Settings
 from tools.scaffold.split import ASKED, share_of
 

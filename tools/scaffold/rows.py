@@ -14,12 +14,13 @@ from common.data.rows import groups_of, hold_out
 from common.errors import DataError
 from common.hardware import round_up
 from common.model import bases
-from common.recipe import call, load_dataset
+from common.recipe import call
 from common.train.plan import check_prompts, refuse_too_long
 from tools.data import checks
 from tools.data.convert import line_of, record_of, write_rows
 from tools.plan.estimate import CHARACTERS_A_TOKEN
 from tools.progress import Watch
+from tools.recipes import load_dataset
 from tools.scaffold.split import Split
 
 SOURCE, PROMPTS = "data/rows.jsonl", "data/prompts.jsonl"

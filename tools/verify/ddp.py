@@ -24,7 +24,6 @@ from common.engine import Backend
 from common.errors import UsageError, VerificationError
 from common.files import utc_now
 from common.model.bases import Base
-from common.recipe import load_dataset
 from common.train.evaluate import HeldOut, held_out
 from common.train.launch import Launch
 from common.train.plan import prepare
@@ -37,7 +36,7 @@ from tools.data.fetch import fetch_pinned
 from tools.launch.processes import in_processes
 from tools.launch.resolve import mesh_override, resolve
 from tools.machine import detect, lease
-from tools.recipes import find_recipe
+from tools.recipes import find_recipe, load_dataset
 from tools.results.record import machine_of, refuse_changed_tree, write
 
 ON_A_CPU = "cpu-x2"

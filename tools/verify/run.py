@@ -20,7 +20,7 @@ from common.data.tokens import TokenDataset
 from common.errors import DataError, UsageError, VerificationError
 from common.files import sha256_file
 from common.model.weights import Weights
-from common.recipe import call, load_dataset
+from common.recipe import call
 from common.train import metrics
 from common.train.checkpoint import read_tensors
 from common.train.evaluate import evaluated_rows, held_out
@@ -32,6 +32,7 @@ from tools.export import check
 from tools.export.hf_folder import adapters_of, merged_shapes, stored
 from tools.export.record import damaged, read_record
 from tools.export.unmoved import unmoved
+from tools.recipes import load_dataset
 from tools.runs import trained
 from tools.runs.folder import RunFolder, at_step, read_run
 from tools.runs.trained import TrainedRun

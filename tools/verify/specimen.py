@@ -16,11 +16,11 @@ from typing import Any
 from common.data.tokens import Batch
 from common.files import sha256_file, write_json
 from common.model.weights import SafetensorsWriter, Weights
-from common.recipe import load_dataset
 from common.train import checkpoint
 from common.train.run import open_run
 from tools.launch.after_run import after_run
 from tools.launch.resolve import resolve
+from tools.recipes import load_dataset
 from tools.verify.tiny_base import write_tiny_base
 
 STEPS = 6  # with a checkpoint every third one, so that there is an older one to be mistaken for the newest
