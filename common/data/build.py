@@ -154,7 +154,7 @@ def rows_sha256(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         turns = [[turn.role, turn.content, *([] if turn.trained else [0])] for turn in row.messages]
-        digest.update(json.dumps([Path(row.where).name, turns]).encode() + b"\n")
+        digest.update(json.dumps([row.where.rpartition("/")[2], turns]).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -8,8 +8,10 @@ assistant's message keeps it out of the loss. Every line that cannot be used is 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,9 @@ from common.errors import DataError
 ROLES = ("system", "user", "assistant")
 PLACES = 3  # rows that a fault names behind its first: enough to see what they have in common
 T = TypeVar("T")
+KINDS: dict[type, str] = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+KINDS |= {list: "a list", dict: "an object"}
+NO_EXTRA: Mapping[str, Any] = {}  # one for all rows without: a dict of its own is 64 bytes
 CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 # Keys that hold a part of the conversation, or say how it is trained on, where other tools read them (docs/data.md):
 # beside the turns of a row, and beside role and content of a message.
@@ -33,7 +38,7 @@ MESSAGE_KEYS = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn: role is system, user or assistant; an assistant's words are trained on unless `trained` is False."""
 
@@ -42,12 +47,12 @@ class Message:
     trained: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A conversation that ends with the assistant, the keys that came with it, and where it stands: "file:line"."""
 
     messages: tuple[Message, ...]
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=lambda: NO_EXTRA)
     where: str = ""
 
     @property
@@ -97,16 +102,17 @@ def scan(path: Path, read: Callable[[Mapping[str, Any], str], T]) -> tuple[list[
 
 def row_of(record: Mapping[str, Any], where: str) -> Row:
     """Return the row that a record holds. Raises ValueError with the reason when it holds none."""
-    if said := next((key for key in record if key in ROW_KEYS and record[key]), None):
-        raise ValueError(f"{said!r} would be left out of the conversation; {CONVERT}")
+    if said := [key for key in record if key in ROW_KEYS and record[key]]:
+        raise ValueError(f"{said[0]!r} would be left out of the conversation; {CONVERT}")
     if "messages" in record:
         messages, used = conversation(record["messages"]), {"messages"}
-    elif {"prompt", "response"} <= set(record):
-        prompt, response = (valid_text(record[name], name) for name in ("prompt", "response"))
+    elif "prompt" in record and "response" in record:
+        prompt, response = valid_text(record["prompt"], "prompt"), valid_text(record["response"], "response")
         messages, used = (Message("user", prompt), Message("assistant", response)), {"prompt", "response"}
     else:
         raise ValueError(f"no prompt and response, and no messages; columns: {columns_of(record)}; {CONVERT}")
-    return Row(messages, {key: value for key, value in record.items() if key not in used}, where)
+    extra = {key: value for key, value in record.items() if key not in used} if len(record) > len(used) else NO_EXTRA
+    return Row(messages, extra, where)
 
 
 def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
@@ -168,7 +174,9 @@ def conversation(value: Any) -> tuple[Message, ...]:
             raise ValueError(f"message {number} has {odd!r}, which says how it is trained on or written; {CONVERT}")
         if (weight := item.get("weight")) not in (None, 0, 1):
             raise ValueError(f"message {number}: 'weight' is {weight!r}; known: 0 (not trained on) and 1")
-        turns.append(Message(item["role"], valid_text(item["content"], f"message {number}"), weight in (None, 1)))
+        turns.append(
+            Message(sys.intern(item["role"]), valid_text(item["content"], f"message {number}"), weight in (None, 1))
+        )
     spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise ValueError("after an optional system message, user and assistant must alternate, the assistant last")
@@ -183,23 +191,14 @@ def valid_text(value: Any, name: str) -> str:
         raise ValueError(f"{name!r} is {kind_of(value)}, not a string")
     if not value.strip():
         raise ValueError(f"{name!r} is empty" if not value else f"{name!r} is only white space")
-    if re.search("[\ud800-\udfff]", value):
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{name!r} holds half of a surrogate pair (\\ud800 to \\udfff): not Unicode text")
     return value
 
 
 def kind_of(value: Any) -> str:
     """Return the JSON word for a value's type."""
-    names = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
+    return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def columns_of(record: Mapping[str, Any]) -> str:
@@ -210,14 +209,14 @@ def columns_of(record: Mapping[str, Any]) -> str:
 def json_lines(path: Path, data: bytes | None = None) -> Iterator[tuple[str, dict[str, Any] | Problem]]:
     """Yield (place, object or problem) of every line of a file, or of `data` in its place; DataError if unreadable."""
     try:
-        data = path.read_bytes() if data is None else data
+        file = path.open("rb") if data is None else io.BytesIO(data)
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from error
-    offset = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark is passed over
-    # Split at the line feed alone: str.splitlines would also cut at U+2028 and its like, which JSON may hold.
-    for number, line in enumerate(data[offset:].split(b"\n"), start=1):
-        where, begin = f"{path}:{number}", offset
-        offset += len(line) + 1
+    decode, begin, end = json.JSONDecoder(object_pairs_hook=unique_keys).decode, 0, 0
+    # A file of bytes has its lines cut at the line feed alone: text is also cut elsewhere, and JSON may hold U+2028.
+    for number, ended in enumerate(file, start=1):
+        mark = 3 if number == 1 and ended.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark is passed over
+        where, line, begin, end = f"{path}:{number}", ended[mark:].rstrip(b"\n"), end + mark, end + len(ended)
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -226,7 +225,7 @@ def json_lines(path: Path, data: bytes | None = None) -> Iterator[tuple[str, dic
         if not text.strip():
             continue
         try:
-            value = json.loads(text, object_pairs_hook=unique_keys)
+            value = decode(text)
         except RecursionError:
             yield where, Problem(where, "nested too deeply")
         except json.JSONDecodeError as error:
@@ -268,9 +267,12 @@ def groups_of(rows: Sequence[Row], by: str | None) -> list[str]:
 
 def hold_out(names: Iterable[str], share: float) -> set[str]:
     """Return about `share` of the names by the hash of each alone; one at least, unless the share is 0."""
-    drawn = {name: group_hash(name) for name in names}
-    smallest = min(drawn.values(), default=0.0)
-    return {name for name, draw in drawn.items() if share > 0 and (draw < share or draw == smallest)}
+    found, smallest = set[str](), (1.0, "")
+    for name in names:
+        draw = group_hash(name)
+        smallest = min(smallest, (draw, name))
+        found |= {name} if draw < share else set()
+    return found or ({smallest[1]} if share > 0 and smallest[0] < 1 else set())
 
 
 def group_hash(name: str) -> float:
@@ -290,9 +292,9 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     `permuted_responses` moves answers along one cycle through all of them; `shuffled_words` keeps each in place and
     shuffles its words; `none` changes nothing. The same rows give the same control every time.
     """
-    answers = [turn.content for row in rows for turn in row.messages if turn.role == "assistant"]
     if control == "none":
         return list(rows)
+    answers = [turn.content for row in rows for turn in row.messages if turn.role == "assistant"]
     from common.data.order import permutation  # numpy: a board's host reads texts with this module, and has none
 
     if control == "permuted_responses":

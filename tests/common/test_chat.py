@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_text_and_ids_are_those_of_transformers(base, name):
     ours = ChatTokenizer.load(base)
     theirs: Any = AutoTokenizer.from_pretrained(base)
     messages = CONVERSATIONS[name].messages
-    chat = [vars(message) for message in messages]
+    chat = [asdict(message) for message in messages]
     assert ours.render(messages) == theirs.apply_chat_template(chat, tokenize=False)
     assert ours.encode_row(CONVERSATIONS[name]).ids.tolist() == theirs.apply_chat_template(chat)["input_ids"]
     opened = theirs.apply_chat_template(chat[:-1], add_generation_prompt=True)["input_ids"]
