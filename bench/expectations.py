@@ -13,31 +13,19 @@ import datetime
 import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from bench.serving import LOCK, VENV, free_port, seconds_until_ready
 from bench.throughput import BENCH, ROOT, peer_python
 from tools.serve.check import EXPECTATIONS, check
 
-LOCK = BENCH / "requirements-serving.txt"
-VENV = ROOT / ".venv-serving"
-PATIENCE = 300.0  # seconds that a server may take to be ready
 WIDEST = 120  # characters of what came, in a cell
 Verdicts = Mapping[str, str]  # what came in place of what was expected, by the sentence of the expectation
-
-
-def free_port() -> int:
-    """Return a port of this machine that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def commands(folder: Path, gguf: Path | None, port: int) -> dict[str, tuple[str | None, list[str | Path]]]:
@@ -66,7 +54,7 @@ def verdicts(model: str | None, command: list[str | Path], port: int, place: Pat
         process = subprocess.Popen(command, cwd=place, env={**os.environ, **settings}, stdout=log, stderr=log)
     said: list[str] = []
     try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}/health", place / "log")
+        seconds_until_ready(process, port, time.perf_counter(), place / "log")
         check(f"http://127.0.0.1:{port}", model, None, None, said.append)
     finally:
         process.terminate()
@@ -85,20 +73,6 @@ def verdicts(model: str | None, command: list[str | Path], port: int, place: Pat
 def sentence_of(expectation: object) -> str:
     """Return what is expected, as `check` prints it."""
     return (expectation.__doc__ or "").strip()
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Return once /health is 200. Raises SystemExit where the server has ended, or is not ready in time."""
-    end = time.monotonic() + PATIENCE
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            opener.open(url, timeout=10).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-        else:
-            return
-    raise SystemExit(f"not ready: {process.args!r}\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
 
 
 def table(found: Mapping[str, Verdicts]) -> str:
