@@ -227,7 +227,7 @@ def measure(side: str, folder: Path, python: Path, prompts: Sequence[str], place
     measured = measure_server(command, port, model, prompts, log, quiet(ROOT if side == "ours" else None))
     if side == "ours":
         said = log.read_text(encoding="utf-8")
-        (sizes,) = re.findall(r"weights ([\d.]+) GB; keys and values of \d+ slots at most ([\d.]+) GB", said)
+        (sizes,) = re.findall(r"weights ([\d.]+) GB; KV cache of \d+ slots at most ([\d.]+) GB", said)
         measured["printed_bytes"] = [int(float(size) * 1e9) for size in sizes]
     return measured | {"load_before": load}
 

@@ -112,7 +112,7 @@ def serve(path: Path, options: Options, say: Say) -> None:
         raise UsageError(
             "whoever reaches this host could ask: a key is needed", where=f"--host {options.host}", todo=todo
         )
-    sizes = f"weights {weights / GB:.2f} GB; keys and values of {options.slots} slots at most {cache / GB:.2f} GB"
+    sizes = f"weights {weights / GB:.2f} GB; KV cache of {options.slots} slots at most {cache / GB:.2f} GB"
     say(f"memory: {sizes} more")
     log = Log((target.path if target.run else Path.cwd()) / "serve.log", say)
     service = Service(log.line, log.fault, key, LOOPBACK if is_loopback(bound) else None)

@@ -92,17 +92,17 @@ def find_target(path: Path, base: bool) -> Target:
 
 
 def cache_bytes(architecture: Mapping[str, Any], count: int, context: int) -> int:
-    """Return the most bytes that keys and values take: of `count` slots with `context` tokens, in every layer."""
+    """Return the most bytes that the KV cache takes: of `count` slots with `context` tokens, in every layer."""
     _, width = attention_widths(architecture)
     return int(count * context * architecture["num_hidden_layers"] * 2 * width * WIDEST)
 
 
 def refuse_too_large(weights: int, cache: int, slots: int, context: int) -> None:
-    """Raise MachineError where weights and keys and values do not fit into the memory that is free now."""
+    """Raise MachineError where weights and KV cache do not fit into the memory that is free now."""
     free = free_memory()
     if weights + cache > free:
         raise MachineError(
-            f"the weights take {weights / GB:.2f} GB, and the keys and values of {slots} slots of {context} tokens "
+            f"the weights take {weights / GB:.2f} GB, and the KV cache of {slots} slots of {context} tokens "
             f"at most {cache / GB:.2f} GB: more than the {free / GB:.2f} GB that are free",
             where="memory",
             todo="fewer slots (--slots 1), or a shorter context (--context 2048)",
@@ -192,5 +192,5 @@ def open_models(
 
 
 def cache_of(target: Target, base: bool, slots: int, context: int) -> int:
-    """Return the most bytes that keys and values take: each of the models has slots of its own."""
+    """Return the most bytes that the KV cache takes: each of the models has slots of its own."""
     return cache_bytes(target.architecture, slots, context) * (2 if base else 1)
