@@ -142,10 +142,6 @@ class ChatTokenizer:
         self._refuse_markers(messages, "the prompt")
         return self.encode_text(self.render(messages, answer_next=True, where="the prompt"))
 
-    def encode_row(self, row: Row, **options: Any) -> Encoded:
-        """Return the tokens and mask of a row, by the options of `encode_rows`. Raises DataError naming the row."""
-        return given(*self.encode_rows([row], **options))
-
     def encode_rows(
         self, rows: Iterable[Row], system: str | None = None, max_tokens: int | None = None, supervise_all: bool = False
     ) -> Iterator[Encoded | DataError]:

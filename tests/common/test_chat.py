@@ -13,6 +13,7 @@ import pytest
 from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
 from common.errors import DataError
+from tests.support.encoded import encode_row
 from tools.verify.tiny_base import CORPUS, write_tiny_base
 
 CHATML = (
@@ -141,7 +142,7 @@ def test_a_question_that_an_end_token_begins_with_does_not_hide_it(base):
     def trained(question: str) -> list[str]:
         words = ("Why?", "So.", question, "Thus.")
         turns = [Message(role, text) for role, text in zip(("user", "assistant") * 2, words, strict=True)]
-        return supervised(tokenizer, tokenizer.encode_row(Row(tuple(turns))))
+        return supervised(tokenizer, encode_row(tokenizer, Row(tuple(turns))))
 
     assert trained("<") == trained("How?")
 
@@ -155,7 +156,7 @@ def test_text_and_ids_are_those_of_transformers(base, name):
     messages = CONVERSATIONS[name].messages
     chat = [asdict(message) for message in messages]
     assert ours.render(messages) == theirs.apply_chat_template(chat, tokenize=False)
-    assert ours.encode_row(CONVERSATIONS[name]).ids.tolist() == theirs.apply_chat_template(chat)["input_ids"]
+    assert encode_row(ours, CONVERSATIONS[name]).ids.tolist() == theirs.apply_chat_template(chat)["input_ids"]
     opened = theirs.apply_chat_template(chat[:-1], add_generation_prompt=True)["input_ids"]
     if name in ("one turn", "spaces"):
         assert ours.prompt_ids(CONVERSATIONS[name].prompt) == opened
@@ -167,7 +168,7 @@ def test_text_and_ids_are_those_of_transformers(base, name):
 def test_answers_with_their_end_token_are_supervised_and_nothing_else(base, name):
     tokenizer = ChatTokenizer.load(base)
     conversation = CONVERSATIONS[name]
-    stretches = supervised(tokenizer, tokenizer.encode_row(conversation))
+    stretches = supervised(tokenizer, encode_row(tokenizer, conversation))
     answers = [message.content.strip() for message in conversation.messages if message.role == "assistant"]
     assert len(stretches) == len(answers)
     for stretch, answer in zip(stretches, answers, strict=True):
@@ -177,7 +178,7 @@ def test_answers_with_their_end_token_are_supervised_and_nothing_else(base, name
 
 def test_the_mask_starts_where_generation_starts(base):
     tokenizer = ChatTokenizer.load(base)
-    encoded = tokenizer.encode_row(row("Why?", "Because."))
+    encoded = encode_row(tokenizer, row("Why?", "Because."))
     prompt = tokenizer.prompt_ids("Why?")
     assert encoded.ids[: len(prompt)].tolist() == prompt
     assert encoded.mask.tolist()[: len(prompt) + 1] == [0] * len(prompt) + [1]
@@ -185,14 +186,14 @@ def test_the_mask_starts_where_generation_starts(base):
 
 def test_no_second_begin_token(tmp_path):
     tokenizer = ChatTokenizer.load(make_base(tmp_path / "b", LLAMA2, bos=True))
-    assert tokenizer.encode_row(row("Why?", "Because.")).ids.tolist().count(1) == 1
+    assert encode_row(tokenizer, row("Why?", "Because.")).ids.tolist().count(1) == 1
 
 
 def test_a_system_prompt_goes_before_rows_that_have_none(tiny_base):
     tokenizer = ChatTokenizer.load(tiny_base)
-    ours = tokenizer.encode_row(CONVERSATIONS["system"], system="Something else.")
+    ours = encode_row(tokenizer, CONVERSATIONS["system"], system="Something else.")
     assert "fox" in tokenizer.decode(ours.ids)
-    plain = tokenizer.encode_row(row("Why?", "Because."), system="Be brief.")
+    plain = encode_row(tokenizer, row("Why?", "Because."), system="Be brief.")
     assert tokenizer.decode(plain.ids).startswith("<|system|>\nBe brief.</s>")
 
 
@@ -201,7 +202,7 @@ def test_special_tokens_in_the_text_cannot_forge_a_turn(tmp_path, text):
     tokenizer = ChatTokenizer.load(make_base(tmp_path / "b", CHATML))
     for bad in (row(text, "ok"), row("ok", text), row("ok", "ok", system=text)):
         with pytest.raises(DataError, match="im_") as error:
-            tokenizer.encode_row(bad)
+            encode_row(tokenizer, bad)
         assert error.value.where == "data.jsonl:7"
     with pytest.raises(DataError):
         tokenizer.prompt_ids(text)
@@ -221,7 +222,7 @@ def test_what_a_template_refuses_names_the_row(tmp_path):
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + GENERATION
     tokenizer = ChatTokenizer.load(make_base(tmp_path / "b", template))
     with pytest.raises(DataError, match="no system role") as error:
-        tokenizer.encode_row(row("a", "b", system="c"))
+        encode_row(tokenizer, row("a", "b", system="c"))
     assert error.value.where == "data.jsonl:7"
 
 
@@ -229,7 +230,7 @@ def test_a_template_that_opens_the_answer_otherwise_is_refused(tmp_path):
     template = GENERATION.replace("'<|assistant|>\n' }}{%- endif", "'<|assistant|> ' }}{%- endif")
     tokenizer = ChatTokenizer.load(make_base(tmp_path / "b", template))
     with pytest.raises(DataError, match="other tokens than generation would feed"):
-        tokenizer.encode_row(row("a", "b"))
+        encode_row(tokenizer, row("a", "b"))
 
 
 def test_tokens_that_join_prompt_and_answer_are_refused(tmp_path):
@@ -240,7 +241,7 @@ def test_tokens_that_join_prompt_and_answer_are_refused(tmp_path):
     )
     tokenizer = ChatTokenizer.load(make_base(tmp_path / "b", template))
     with pytest.raises(DataError, match="other tokens than generation would feed"):
-        tokenizer.encode_row(row("a", "the fox"))
+        encode_row(tokenizer, row("a", "the fox"))
 
 
 def test_a_template_without_an_end_token_is_refused(tmp_path):
@@ -250,7 +251,7 @@ def test_a_template_without_an_end_token_is_refused(tmp_path):
     ):
         tokenizer = ChatTokenizer.load(make_base(tmp_path / str(len(template)), template))
         with pytest.raises(DataError, match="no end token"):
-            tokenizer.encode_row(row("a", "b", "c", "d"))
+            encode_row(tokenizer, row("a", "b", "c", "d"))
 
 
 def test_an_end_token_after_the_last_turn_only_does_not_make_the_users_words_supervised(tmp_path):
@@ -259,9 +260,9 @@ def test_an_end_token_after_the_last_turn_only_does_not_make_the_users_words_sup
         "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
     )
     tokenizer = ChatTokenizer.load(make_base(tmp_path / "b", template))
-    assert supervised(tokenizer, tokenizer.encode_row(row("a", "b"))) == ["b</s>"]
+    assert supervised(tokenizer, encode_row(tokenizer, row("a", "b"))) == ["b</s>"]
     with pytest.raises(DataError, match="no end token"):
-        tokenizer.encode_row(row("a", "b", "c", "d"))
+        encode_row(tokenizer, row("a", "b", "c", "d"))
 
 
 def test_no_template_is_said_for_a_row_and_a_prompt_is_plain_text(tmp_path):
@@ -269,7 +270,7 @@ def test_no_template_is_said_for_a_row_and_a_prompt_is_plain_text(tmp_path):
     (base / "chat_template.jinja").unlink()
     tokenizer = ChatTokenizer.load(base)
     with pytest.raises(DataError, match="no chat template"):
-        tokenizer.encode_row(Row((Message("user", "a"), Message("assistant", "b")), where="row 1"))
+        encode_row(tokenizer, Row((Message("user", "a"), Message("assistant", "b")), where="row 1"))
     assert tokenizer.prompt_ids("hi") == tokenizer.encode_text("hi")
     with pytest.raises(DataError, match="no system prompt"):
         tokenizer.prompt_ids("hi", "Be brief.")
@@ -315,9 +316,9 @@ LONG = row("Tell me about the fox " * 10, "It is a small and clever animal.", sy
 def test_too_long_a_row_loses_the_end_of_the_prompt_and_keeps_markers_and_answer(base):
     tokenizer = ChatTokenizer.load(base)
     conversation = row("Tell me about the fox " * 10, "It is a small and clever animal.")
-    whole = tokenizer.encode_row(conversation)
+    whole = encode_row(tokenizer, conversation)
     limit = len(whole.ids) - 30
-    cut = tokenizer.encode_row(conversation, max_tokens=limit)
+    cut = encode_row(tokenizer, conversation, max_tokens=limit)
     assert limit - 8 <= len(cut.ids) <= limit
     assert supervised(tokenizer, cut) == supervised(tokenizer, whole)
     text = tokenizer.decode(cut.ids)
@@ -331,15 +332,15 @@ def test_too_long_a_row_loses_the_end_of_the_prompt_and_keeps_markers_and_answer
 def test_the_oldest_turn_is_shortened_first(tiny_base):
     tokenizer = ChatTokenizer.load(tiny_base)
     conversation = row("An old question " * 5, "Yes.", "A new question " * 5, "No.")
-    whole = tokenizer.encode_row(conversation)
-    cut = tokenizer.decode(tokenizer.encode_row(conversation, max_tokens=len(whole.ids) - 8).ids)
+    whole = encode_row(tokenizer, conversation)
+    cut = tokenizer.decode(encode_row(tokenizer, conversation, max_tokens=len(whole.ids) - 8).ids)
     assert "A new question " * 4 in cut
     assert "An old question " * 5 not in cut
 
 
 def test_an_answer_that_does_not_fit_alone_loses_its_end(tiny_base):
     tokenizer = ChatTokenizer.load(tiny_base)
-    cut = tokenizer.encode_row(row("Why is that so?", "A long answer " * 50), max_tokens=33)
+    cut = encode_row(tokenizer, row("Why is that so?", "A long answer " * 50), max_tokens=33)
     assert len(cut.ids) == 33
     assert cut.ids[-1] not in tokenizer.eos_ids
     assert cut.mask[-1] == 1
@@ -350,11 +351,11 @@ def test_an_answer_that_does_not_fit_alone_loses_its_end(tiny_base):
 def test_a_row_with_no_room_for_its_answer_is_refused(tiny_base):
     tokenizer = ChatTokenizer.load(tiny_base)
     with pytest.raises(DataError, match="nothing of the answer"):
-        tokenizer.encode_row(row("Why?", "So.", system="A long system prompt. " * 20), max_tokens=33)
+        encode_row(tokenizer, row("Why?", "So.", system="A long system prompt. " * 20), max_tokens=33)
 
 
 def test_supervise_all_is_a_mask_of_ones(tiny_base):
-    assert ChatTokenizer.load(tiny_base).encode_row(LONG, supervise_all=True).mask.all()
+    assert encode_row(ChatTokenizer.load(tiny_base), LONG, supervise_all=True).mask.all()
 
 
 def test_no_torch_and_no_transformers_is_imported(tiny_base):
@@ -369,10 +370,10 @@ def test_no_torch_and_no_transformers_is_imported(tiny_base):
 def test_an_answer_of_weight_0_has_no_label_and_the_tokens_are_the_same(tiny_base):
     tokenizer = ChatTokenizer.load(tiny_base)
     turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
-    both = tokenizer.encode_row(Row(tuple(turns)))
-    one = tokenizer.encode_row(Row((turns[0], Message("assistant", "b", trained=False), *turns[2:])))
+    both = encode_row(tokenizer, Row(tuple(turns)))
+    one = encode_row(tokenizer, Row((turns[0], Message("assistant", "b", trained=False), *turns[2:])))
     assert one.ids.tolist() == both.ids.tolist()
     assert tokenizer.decode(one.ids[one.mask == 1]) == "d</s>"
     assert tokenizer.decode(both.ids[both.mask == 1]) == "b</s>d</s>"
     with pytest.raises(DataError, match="supervise_all"):
-        tokenizer.encode_row(Row((turns[0], Message("assistant", "b", trained=False), *turns[2:])), supervise_all=True)
+        encode_row(tokenizer, Row((turns[0], Message("assistant", "b", trained=False), *turns[2:])), supervise_all=True)

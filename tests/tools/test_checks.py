@@ -13,6 +13,7 @@ from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Problem, Row
 from common.data.tokens import Encoded, pack
 from common.errors import DataError
+from tests.support.encoded import encode_row
 from tools.data import checks, markers
 
 WORDS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus maple north otter plume".split()
@@ -221,7 +222,7 @@ def test_stats_count_rows_characters_and_tokens(tokenizer):
     assert (found["prompt_characters"]["min"], found["prompt_characters"]["max"]) == (3, 6)
     assert found["steps_per_epoch"] == 1.0
     assert found["extra_keys"] == ["topic"]
-    sizes = [len(tokenizer.encode_row(one).ids) for part in rows.values() for one in part]
+    sizes = [len(encode_row(tokenizer, one).ids) for part in rows.values() for one in part]
     assert (found["tokens"]["max"], found["tokens"]["total"]) == (max(sizes), sum(sizes))
     assert 0 < found["tokens"]["supervised_share"] < 1
     json.dumps(found)

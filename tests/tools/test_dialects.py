@@ -9,6 +9,7 @@ import pytest
 
 from common.data.chat import ChatTokenizer
 from common.data.rows import MESSAGE_KEYS, ROW_KEYS, Problem, grouped
+from tests.support.encoded import encode_row
 from tools.data import dialects, turns
 
 
@@ -389,7 +390,7 @@ def test_the_tokens_are_those_of_trl_and_the_labels_but_for_the_line_break_behin
     record, theirs = TRL[name][0], [int(id) for id in TRL[name][1].split()]
     row = read(record).row
     assert row is not None
-    encoded = ChatTokenizer.load(tiny_base).encode_row(row)
+    encoded = encode_row(ChatTokenizer.load(tiny_base), row)
     assert encoded.ids.tolist() == [abs(id) for id in theirs]
     assert encoded.mask.tolist() == [*(int(id > 0) for id in theirs[:-1]), 0]
 
@@ -397,7 +398,7 @@ def test_the_tokens_are_those_of_trl_and_the_labels_but_for_the_line_break_behin
 def test_trl_has_the_tokens_of_messages_too_and_trains_on_all_of_them(tiny_base):
     row = read({"messages": talk(("system", "Be kind."), *TWICE, ("assistant", "Thus."))}).row
     assert row is not None
-    encoded = ChatTokenizer.load(tiny_base).encode_row(row)
+    encoded = encode_row(ChatTokenizer.load(tiny_base), row)
     behind_system = TRL["prompt and completion as messages"][1].replace("-", "").split()
     trl = [5, 204, 39, 74, 226, 80, 266, 73, 19, 2, 204, *map(int, behind_system)]
     assert encoded.ids.tolist() == trl
