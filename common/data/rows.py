@@ -28,14 +28,12 @@ NO_EXTRA: Mapping[str, Any] = {}  # one for all rows without: a dict of its own 
 CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 # Keys that hold a part of the conversation, or say how it is trained on, where other tools read them (docs/data.md):
 # beside the turns of a row, and beside role and content of a message.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 ROW_KEYS = frozenset(
-    "system system_prompt history tools functions chosen rejected image images video videos audio audios "
-    "chat_template_kwargs".split()
+    [*"system system_prompt history tools functions chosen rejected chat_template_kwargs".split(), *MEDIA]
 )
-MESSAGE_KEYS = frozenset(
-    "train train_detail training mask loss tool_calls function_call reasoning_content reasoning thinking refusal "
-    "audio images".split()
-)
+WORDS = tuple("tool_calls function_call reasoning_content reasoning thinking refusal audio images".split())
+MESSAGE_KEYS = frozenset(["train", "train_detail", "training", "mask", "loss", *WORDS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +144,7 @@ def refuse(problems: Sequence[Problem], path: Path | str) -> None:
 
 
 def grouped(problems: Iterable[Problem]) -> list[str]:
-    """Return a line a fault: its first row, how many, the next.
-
-    Reasons are one that differ in their numbers alone, or in a row's own words at their end.
-    """
+    """Return a line a fault, whatever its numbers and the row's words quoted at its end: first row, count, the next."""
     faults: dict[str, list[Problem]] = {}
     for problem in problems:
         faults.setdefault(re.sub(r"\d+|: '[^']*'$|: \"[^\"]*\"$", "0", problem.reason), []).append(problem)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.data.chat import ChatTokenizer
-from common.data.rows import MESSAGE_KEYS, ROW_KEYS, Problem, grouped
+from common.data.rows import MESSAGE_KEYS, ROW_KEYS, WORDS, Problem, grouped
 from tests.support.encoded import encode_row
 from tools.data import dialects, turns
 
@@ -69,7 +69,7 @@ def test_a_key_of_a_message_that_cannot_be_kept_is_refused(held, reason):
 
 
 def test_every_key_that_training_leaves_to_convert_is_known_to_it():
-    assert {*turns.WORDS, *turns.SWITCHES, "mask", "train_detail"} == MESSAGE_KEYS
+    assert {*WORDS, *turns.SWITCHES, "mask", "train_detail"} == MESSAGE_KEYS
     assert {*dialects.UNWRITTEN, *dialects.SYSTEM, "history", "chosen", "rejected"} == ROW_KEYS
 
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.data.rows import Message, Row, columns_of, kind_of, valid_text
+from common.data.rows import MEDIA, Message, Row, columns_of, kind_of, valid_text
 from tools.data import templated, turns
 
 Record = Mapping[str, Any]
 CHOSEN = "a row of preferences: recipe data convert --chosen keeps the answer that was chosen, without the other one"
 NEXT_TO = "\n\n"  # between an instruction and what it is about
 # Columns that carry a part of the conversation whatever the dialect, which no template here writes.
-UNWRITTEN = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs")
+UNWRITTEN = ("tools", "functions", *MEDIA, "chat_template_kwargs")
 SYSTEM = ("system", "system_prompt")
 OURS = ("prompt", "response", "messages", "system", "history", *UNWRITTEN, "chosen", "rejected")
 WRITTEN_LIST = re.compile(r"""\s*\[\s*\{\s*["']""")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from common.data.rows import Message, conversation, kind_of, valid_text
+from common.data.rows import WORDS, Message, conversation, kind_of, valid_text
 
 ROLES = {
     "human": "user",  # ShareGPT
@@ -22,8 +22,6 @@ ROLES = {
 }
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response", "ipython")
 NO_TOOLS = "the chat templates of the bases here write system, user and assistant alone, and would leave it out"
-# Keys of a message that hold words of it, which the templates here would leave out.
-WORDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")
 SWITCHES = ("train", "training", "loss")  # axolotl's message_field_training and its older name; ms-swift's
 KNOWN = {"role", "from", "content", "value", "weight", *SWITCHES}
 
