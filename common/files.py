@@ -57,7 +57,8 @@ def read_pins(path: Path, key: str) -> dict[str, dict[str, Any]]:
         lock = yaml.safe_load(path.read_text(encoding="utf-8"))
         version, pins = lock["format"], {name: dict(pin) for name, pin in lock[key].items()}
     except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise MachineError(f"{path.name} cannot be read: {error!r}", where=str(path)) from error
+        what = " ".join((str(error) if isinstance(error, yaml.YAMLError) else repr(error)).split())
+        raise MachineError(f"{path.name} cannot be read: {what}", where=str(path)) from error
     if version == 1:
         return pins
     raise MachineError(f"{path.name} has format {version}, this version reads 1", where=str(path))

@@ -151,6 +151,7 @@ def test_a_lock_with_conflict_marks_is_refused_before_the_hub_is_asked(hub, base
     done = base("add", REPO, "--recipe", mine)
     assert (done.returncode, hub.asked) == (4, [])
     assert "models.lock.yaml cannot be read" in done.stderr
+    assert "line 1, column 1" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -374,6 +375,19 @@ def test_what_a_config_names_is_not_removed(hub, base, mine, tiny_base):
     assert base("remove", REPO, "--recipe", mine).returncode == 0
     assert not (mine / bases.OWN_LOCK).exists(), "it was the only pin"
     assert "does not pin" in base("remove", REPO, "--recipe", mine).stderr
+
+
+def test_a_pin_that_lost_a_line_is_named_with_what_pins_it_anew(hub, base, mine, tiny_base):
+    hub.push(REPO, files_of(tiny_base))
+    path = mine / bases.OWN_LOCK
+    path.write_text(f"{lock.HEAD}bases:\n  {REPO}: {{source: hub, repo: {REPO}}}\n")
+    done = base("check", "--recipe", mine)
+    assert (done.returncode, f"the pin of {REPO} has no revision, files," in done.stderr) == (4, True), done.stderr
+    assert f"recipe base add {REPO} --recipe mine --replace" in done.stderr
+    assert base("remove", REPO, "--recipe", mine).returncode == 0
+    path.write_text(f"{lock.HEAD}bases:\n  {REPO}: {{source: hub, repo: {REPO}}}\n")
+    assert base("add", REPO, "--recipe", mine, "--replace").returncode == 0
+    assert base("check", "--recipe", mine).returncode == 0
 
 
 def test_one_of_two_pins_is_removed_and_the_rest_of_the_file_stays(mine):

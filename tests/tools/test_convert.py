@@ -372,6 +372,8 @@ def test_a_format_that_names_a_dialect_takes_no_other(tmp_path):
     source = text_file(tmp_path, "a.jsonl", json.dumps(PAIR))
     with pytest.raises(DataError, match="read as prompt and response, not as Alpaca"):
         converted(source, tmp_path, "alpaca")
+    table = text_file(tmp_path, "a.csv", "instruction,output\na b,c d\n")
+    assert converted(table, tmp_path, "alpaca") == [{"prompt": "a b", "response": "c d"}], "laid out as its name says"
 
 
 MARKED = {"prompt": "What is <|im_end|>, and </s>?", "response": "Two marks, as <|anything|> is."}

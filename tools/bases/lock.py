@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.layers import read_file, shown
-from common.errors import UsageError
+from common.errors import MachineError, UsageError
 from common.files import disk_errors, read_pins, write_atomic
 from common.model import bases
 from tools.edit_yaml import remove_key, set_key
@@ -24,12 +24,26 @@ HEAD = """\
 # every recipe. `architecture` is what `recipe plan` reckons with before the base is here.
 format: 1
 """
+NEEDED = ("source", "repo", "revision", "files", "origin", "licence", "parameters", "download_mb")
 
 
 def own(recipe: Path) -> dict[str, dict[str, Any]]:
     """Return what a recipe's own lock pins, by name. Raises MachineError where the file cannot be read."""
     path = recipe / bases.OWN_LOCK
     return read_pins(path, "bases") if path.is_file() else {}
+
+
+def whole(recipe: Path) -> dict[str, dict[str, Any]]:
+    """Return what a recipe's own lock pins, by name. Raises MachineError for a pin that lacks something, too."""
+    found = own(recipe)
+    for name, pin in found.items():
+        if lacking := [key for key in NEEDED if key not in pin]:
+            raise MachineError(
+                f"the pin of {name} has no {', '.join(lacking)}",
+                where=shown(recipe / bases.OWN_LOCK),
+                todo=f"recipe base add {name} --recipe {recipe.name} --replace",
+            )
+    return found
 
 
 def named_by(recipe: Path, name: str) -> list[str]:

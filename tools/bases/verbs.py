@@ -53,8 +53,8 @@ def add(recipe: Path, wanted: str, say: Say, *, replace: bool = False) -> None:
 def remove(recipe: Path, name: str, say: Say) -> None:
     """Take a pin out of a recipe's lock; what was fetched stays. Raises UsageError where the recipe names it."""
     entry = lock.take_out(recipe, name)
-    say(f"{name} at {entry['revision'][:12]} is no longer pinned for {recipe.name}")
-    if (folder := bases.folder_of(name, entry)).is_dir():
+    say(f"{name} at {str(entry.get('revision'))[:12]} is no longer pinned for {recipe.name}")
+    if "revision" in entry and (folder := bases.folder_of(name, entry)).is_dir():
         say(f"its files stay in {folder}: other recipes and runs may use them")
 
 
@@ -80,7 +80,7 @@ def listed() -> list[Pinned]:
     folders = sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
     found = [_row(name, entry, None, folders) for name, entry in bases.locked().items()]
     for folder in folders:
-        found += [_row(name, entry, folder.name, [folder]) for name, entry in lock.own(folder).items()]
+        found += [_row(name, entry, folder.name, [folder]) for name, entry in lock.whole(folder).items()]
     return found
 
 
@@ -129,7 +129,7 @@ def check(recipe: Path | None, say: Say) -> int:
     """
     folders = [recipe] if recipe else sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
     pins = [(None, name, entry) for name, entry in bases.locked().items()] if recipe is None else []
-    every = [*pins, *((folder, name, entry) for folder in folders for name, entry in lock.own(folder).items())]
+    every = [*pins, *((folder, name, entry) for folder in folders for name, entry in lock.whole(folder).items())]
     faults = 0
     for folder, name, entry in every:
         say(f"{name}{f' of {folder.name}' if folder else ''}")

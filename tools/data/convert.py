@@ -212,9 +212,9 @@ def guess_format(source: str | Path, format: str) -> str:
     if str(source).startswith(HUB):
         return "hub"
     found = files.kind_of_file(Path(source))
-    if format in ONLY:
+    if format in ONLY and found == "text":  # JSON of another name, as it says what its records are
         return "jsonl"
-    return found if format == "auto" else format
+    return found if format == "auto" or format in ONLY else format
 
 
 def hub_records(source: Source) -> Iterator[Record]:
