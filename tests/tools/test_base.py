@@ -151,7 +151,7 @@ def test_a_lock_with_conflict_marks_is_refused_before_the_hub_is_asked(hub, base
     done = base("add", REPO, "--recipe", mine)
     assert (done.returncode, hub.asked) == (4, [])
     assert "models.lock.yaml cannot be read" in done.stderr
-    assert "line 1, column 1" in done.stderr
+    assert "line 2, column 7" in done.stderr
     assert "Traceback" not in done.stderr
 
 
