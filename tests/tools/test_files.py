@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -91,6 +92,19 @@ def test_a_file_that_is_not_packed_as_its_name_says(tmp_path, name):
 def test_json_that_is_nested_without_end_is_one_message(tmp_path, text):
     with pytest.raises(DataError, match="nested too deeply"):
         convert.convert(written(tmp_path, "a.json", text.encode()), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_packed_file_that_swells_is_given_up(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "room", lambda: 40_000_000)
+    path = written(tmp_path, name, b" " * 100_000_000)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"unpacks to more than 0\.0 GB, a quarter of this machine's memory"):
+        read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 90_000_000
+    assert read(written(tmp_path, f"less.{name}", LINES.encode())) == ROWS
 
 
 def test_a_cell_of_a_table_may_be_long(tmp_path):

@@ -14,6 +14,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +37,7 @@ SUFFIXES = {
     ".md": "text",
 }
 PACKED = (".gz", ".zst")
+BLOCK = 1 << 24  # bytes that are unpacked at a time
 ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", ".md")  # not rows, in a folder
 QUESTION = re.compile(r"(?:Q|Question)\s*:\s*", re.IGNORECASE)
 ANSWER = re.compile(r"(?:A|Answer)\s*:\s*", re.IGNORECASE)
@@ -125,15 +127,39 @@ def bytes_of(path: Path) -> bytes:
 
 
 def unpacked(path: Path) -> bytes:
-    """Return a file's bytes, of `.gz` and `.zst` those that are packed in it. Raises OSError, EOFError, zlib.error."""
+    """Return a file's bytes, of `.gz` and `.zst` those that are packed in it.
+
+    Raises OSError, EOFError, zlib.error; DataError where there are more than `room` of them.
+    """
     if path.suffix.lower() == ".gz":
-        return gzip.decompress(path.read_bytes())
+        with gzip.open(path) as stream:
+            return up_to_room(stream, path)
     if path.suffix.lower() == ".zst":
         import pyarrow
 
         with pyarrow.OSFile(str(path)) as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
-            return bytes(stream.read())
+            return up_to_room(stream, path)
     return path.read_bytes()
+
+
+def up_to_room(stream: Any, path: Path) -> bytes:
+    """Return all that a stream has. Raises DataError as soon as that is more than `room`: a packed file may swell."""
+    blocks, size, limit = [], 0, room()
+    while block := stream.read(BLOCK):
+        blocks.append(block)
+        size += len(block)
+        if size > limit:
+            raise DataError(
+                f"unpacks to more than {limit / 1e9:.1f} GB, a quarter of this machine's memory",
+                where=str(path),
+                todo="unpack it and split it into files of a folder, or convert it on a larger machine",
+            )
+    return b"".join(blocks)
+
+
+def room() -> int:
+    """Return how many bytes of text are read at once: a quarter of the memory, as they are there again as rows."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def text_of(path: Path) -> str:
@@ -147,17 +173,17 @@ def text_of(path: Path) -> str:
 def json_records(path: Path) -> Iterator[Record]:
     """Yield the objects of a JSON file: one a line, a list of them, or one after another in any layout."""
     data = bytes_of(path)
-    first = next((line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()), b"")
-    if first.lstrip().startswith(b"["):
+    found = re.search(rb"\S[^\n]*", data.removeprefix(b"\xef\xbb\xbf"))
+    first = found.group() if found else b""
+    if first.startswith(b"["):
         yield from list_records(path, decode(path, data))
         return
     try:
         json.loads(first)
     except (ValueError, RecursionError):
         # Not an object a line. Where the whole file is none after another either, its lines have the better messages.
-        found = sequence(data)
-        if found:
-            for number, value in enumerate(found, start=1):
+        if values := sequence(data):
+            for number, value in enumerate(values, start=1):
                 yield placed(f"{path}: object {number}", value)
             return
     yield from json_lines(path, data)
