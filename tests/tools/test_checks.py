@@ -253,3 +253,17 @@ def test_every_marker_of_a_base_laid_out_as_tinyllama_is_known_without_one_and_e
         assert ids([markers.escape(row(f"What does {marker} mean?"))], tokenizer=tokenizer) == []
     assert ids([row("What do [INST] and <|anything|> mean?")]) == ["D113"]
     assert ids([row("What do < s >, a<b and [x] mean?")]) == []
+
+
+def test_rows_are_compared_only_with_what_there_is(monkeypatch):
+    asked: list[tuple[int, int]] = []
+
+    def pairs(ours: list[Any], theirs: list[Any], _watch: object) -> list[Any]:
+        asked.append((len(ours), len(theirs)))
+        return []
+
+    monkeypatch.setattr(checks, "near_pairs", pairs)
+    checks.check({"train": [row("Why?"), row("How?")]})
+    assert asked == [(2, 2)], "each with the others: nothing is held out, and nothing is asked"
+    checks.check({"train": [row("Why?"), row("How?")], "held_out": [row("Who?")]}, ["When?"])
+    assert asked[1:] == [(1, 2), (1, 2), (1, 1), (3, 3)]

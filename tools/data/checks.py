@@ -197,6 +197,8 @@ def leaks(
         ("D103", "D104", "evaluation prompts are held-out prompts", asked, held),
     )
     for same_id, near_id, message, ours, theirs in pairs:
+        if not ours:
+            continue  # as in a file of rows: theirs may be many, and would be indexed for nothing
         known: dict[str, str] = {}
         for text, where in theirs:
             known.setdefault(canonical(text), where)
