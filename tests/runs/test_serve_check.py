@@ -259,6 +259,7 @@ def test_each_line_fails_where_its_expectation_does_not_hold(server, name, wrong
 def test_no_answer_is_stopped_at_bytes_that_make_no_character():
     assert checks.stop_string("\n\n\ufffd\ufffdabcd\ufffd") == "bcd"
     assert checks.stop_string("one two three") == "o t"
+    assert checks.stop_string("\n" * 20 + "abc\ufffd") == "\n\na"
     assert checks.stop_string("ab\ufffd" * 9) == checks.stop_string("abc") == ""
 
 

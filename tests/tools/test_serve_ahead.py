@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.model.weights import Weights
-from tools.serve.ahead import ReadAhead, uncollected
+from tools.serve.ahead import ReadAhead, gc_paused
 from tools.verify.tiny_base import write_tiny_base
 
 
@@ -27,10 +27,10 @@ def test_what_is_read_ahead_is_what_the_files_hold_and_is_not_kept(tmp_path: Pat
 
 
 def test_garbage_is_collected_again_whatever_happened() -> None:
-    with uncollected():
+    with gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ModuleNotFoundError), uncollected():
+    with pytest.raises(ModuleNotFoundError), gc_paused():
         importlib.import_module("no_such_library")
     assert gc.isenabled()
     gc.unfreeze()

@@ -30,8 +30,8 @@ class ReadAhead(Weights):
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Look for no garbage within, and later never in what was made there: an import's objects are many, and stay."""
+def gc_paused() -> Iterator[None]:
+    """Pause garbage collection, and leave what is made within out of it for good: imports make much, and keep it."""
     gc.disable()
     try:
         yield

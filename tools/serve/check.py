@@ -153,7 +153,8 @@ def stop_string(text: str) -> str:
     U+FFFD as it likes, and whether a stop string may begin within them nobody has promised.
     """
     whole = [at for at in range(1, len(text) - 2) if UNFINISHED not in text[at - 1 : at + 3]]
-    at = min(whole, key=lambda at: abs(at - len(text) // 2), default=None)
+    # Rather what was not there before, as in an answer of line breaks: else nothing is left before the stop.
+    at = min(whole, key=lambda at: (text.index(text[at : at + 3]) < at, abs(at - len(text) // 2)), default=None)
     return "" if at is None else text[at : at + 3]
 
 

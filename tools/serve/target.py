@@ -17,7 +17,7 @@ from common.model.weights import Weights
 from tools.export.record import verified
 from tools.generate.chat import architecture_of, folder_speaker, run_speakers
 from tools.runs.folder import RunFolder, is_run, read_run
-from tools.serve.ahead import ReadAhead, uncollected
+from tools.serve.ahead import ReadAhead, gc_paused
 from tools.serve.batcher import Scheduler
 from tools.serve.model import Model
 
@@ -166,7 +166,7 @@ def open_models(
     and off for the other: the same weights in memory, once.
     """
     weights = None if base else ReadAhead(sorted(target.folder.glob("*.safetensors")))
-    with uncollected():  # torch takes seconds to import: only once all that can be refused was
+    with gc_paused():  # torch takes seconds to import: only once all that can be refused was
         from engines.cpu.engine import TorchCPU
         from engines.cpu.slots import Slots
 
