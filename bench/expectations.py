@@ -13,14 +13,12 @@ import datetime
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.serving import LOCK, VENV, free_port, seconds_until_ready
+from bench.serving import LOCK, VENV, free_port, serving
 from bench.throughput import BENCH, ROOT, peer_python
 from tools.serve.check import EXPECTATIONS, check
 
@@ -50,19 +48,9 @@ def verdicts(model: str | None, command: list[str | Path], port: int, place: Pat
     """Start a server, ask all that is expected of it, and return what does not hold."""
     (place / "hub").mkdir(exist_ok=True)
     settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(place / "hub")}
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=place, env={**os.environ, **settings}, stdout=log, stderr=log)
     said: list[str] = []
-    try:
-        seconds_until_ready(process, port, time.perf_counter(), place / "log")
+    with serving(command, port, place / "log", {**os.environ, **settings}):
         check(f"http://127.0.0.1:{port}", model, None, None, said.append)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
     sentences = [sentence_of(expectation) for expectation in EXPECTATIONS]
     failed = [line.removeprefix("  FAILS  ") for line in said if line.startswith("  FAILS  ")]
     return {

@@ -111,11 +111,7 @@ def measure_server(
     command: Sequence[str | Path], port: int, model: str, prompts: Sequence[str], log: Path, env: Mapping[str, str]
 ) -> Measured:
     """Start a server, ask it, and return what was measured: seconds, tokens/s, bytes."""
-    started = time.perf_counter()
-    with log.open("w", encoding="utf-8") as out:
-        process = subprocess.Popen([str(word) for word in command], stdout=out, stderr=out, cwd=log.parent, env=env)
-    try:
-        ready = seconds_until_ready(process, port, started, log)
+    with serving(command, port, log, env) as (process, ready):
         warm, *singles = prompts[: 1 + SINGLES]
         ask(port, model, warm, TOKENS)
         alone = [ask(port, model, prompt, TOKENS) for prompt in singles]
@@ -127,13 +123,6 @@ def measure_server(
         for at in range(ANSWERS - 1 - SINGLES - STREAMS):
             ask(port, model, prompts[at % len(prompts)], 4)
         resident, peak = memory_of(process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
     return figures(alone) | {
         "ready": ready,
         "four": four,
@@ -151,6 +140,25 @@ def figures(alone: Sequence[Timed]) -> Measured:
 def quiet(code: Path | None = None) -> dict[str, str]:
     """Return the environment of a side: nothing is downloaded, and nothing is set that its users would not set."""
     return {**os.environ, "PYTHONPATH": str(code or ""), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str | Path], port: int, log: Path, env: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    """Start a server in the folder of `log`; yield its process and the seconds until it was ready; then end it."""
+    started = time.perf_counter()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=log.parent, env=env)
+    try:
+        yield process, seconds_until_ready(process, port, started, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def seconds_until_ready(process: subprocess.Popen[bytes], port: int, started: float, log: Path) -> float:

@@ -41,15 +41,12 @@ def server(folder, tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Iterator[Server]:
+def pair(tiny_base, tmp_path_factory) -> Iterator[Server]:
     """A run's model, "tuned", and the untuned one beside it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
-        base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
-        recipe = make_tiny_recipe(tmp_path_factory.mktemp("recipes") / "tiny", base)
-        run = run_tiny(recipe, tmp_path_factory.mktemp("runs"), "data_config.system_prompt=Be brief.")
-        with Server(run, "--base", "--name", "tuned") as server:
-            yield server
+    recipe = make_tiny_recipe(tmp_path_factory.mktemp("recipes") / "tiny", tiny_base)
+    run = run_tiny(recipe, tmp_path_factory.mktemp("runs"), "data_config.system_prompt=Be brief.")
+    with Server(run, "--base", "--name", "tuned") as server:
+        yield server
 
 
 class Talk(Visit):

@@ -95,12 +95,9 @@ def parrot(tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECIPES_HOME", str(tmp_path_factory.mktemp("home")))
-        base = write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
-        recipe = make_tiny_recipe(tmp_path_factory.mktemp("recipes") / "tiny", base)
-        yield run_tiny(recipe, tmp_path_factory.mktemp("runs"), "data_config.system_prompt=Be brief.")
+def run(tiny_base, tmp_path_factory) -> Path:
+    recipe = make_tiny_recipe(tmp_path_factory.mktemp("recipes") / "tiny", tiny_base)
+    return run_tiny(recipe, tmp_path_factory.mktemp("runs"), "data_config.system_prompt=Be brief.")
 
 
 @pytest.fixture
