@@ -18,13 +18,18 @@ def find_recipe(name: str) -> Path:
     for folder in (RECIPES / name, Path(name)):
         if (folder / "config.yaml").is_file():
             return folder.resolve()
-    known = sorted(path.parent.name for path in RECIPES.glob("*/config.yaml"))
+    known = [folder.name for folder in folders()]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UsageError(
         f"no recipe called {name!r}",
         todo=f"{hint}choose from {', '.join(known)}, or give a folder with a config.yaml",
     )
+
+
+def folders() -> list[Path]:
+    """Return the folders of the recipes that are here, by name."""
+    return sorted(path.parent for path in RECIPES.glob("*/config.yaml"))
 
 
 def load_dataset(folder: Path) -> tuple[Splits, Prompts]:

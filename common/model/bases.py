@@ -66,8 +66,13 @@ class Base:
 
 def locked(recipe_dir: Path | None = None) -> dict[str, dict[str, Any]]:
     """Return the pinned bases by name: those of every recipe, and those of the recipe in `recipe_dir`."""
-    own = recipe_dir / OWN_LOCK if recipe_dir else LOCK
-    return (read_pins(own, "bases") if own.is_file() else {}) | read_pins(LOCK, "bases")
+    return (own(recipe_dir) if recipe_dir else {}) | read_pins(LOCK, "bases")
+
+
+def own(recipe_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return what a recipe's own lock pins, by name. Raises MachineError where the file cannot be read."""
+    path = recipe_dir / OWN_LOCK
+    return read_pins(path, "bases") if path.is_file() else {}
 
 
 def find(base: str, recipe_dir: Path | None = None) -> dict[str, Any] | Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from common.config.layers import read_file, shown
 from common.errors import MachineError, UsageError
-from common.files import disk_errors, read_pins, write_atomic
+from common.files import disk_errors, write_atomic
 from common.model import bases
 from tools.edit_yaml import remove_key, set_key
 
@@ -27,15 +27,9 @@ format: 1
 NEEDED = ("source", "repo", "revision", "files", "origin", "licence", "parameters", "download_mb")
 
 
-def own(recipe: Path) -> dict[str, dict[str, Any]]:
-    """Return what a recipe's own lock pins, by name. Raises MachineError where the file cannot be read."""
-    path = recipe / bases.OWN_LOCK
-    return read_pins(path, "bases") if path.is_file() else {}
-
-
 def whole(recipe: Path) -> dict[str, dict[str, Any]]:
     """Return what a recipe's own lock pins, by name. Raises MachineError for a pin that lacks something, too."""
-    found = own(recipe)
+    found = bases.own(recipe)
     for name, pin in found.items():
         if lacking := [key for key in NEEDED if key not in pin]:
             raise MachineError(
@@ -57,10 +51,10 @@ def put(recipe: Path, name: str, entry: Mapping[str, Any], replace: bool) -> boo
 
     Raises UsageError where the name is pinned at another commit and not to be replaced.
     """
-    before = own(recipe).get(name)
+    before = bases.own(recipe).get(name)
 
     def change(text: str) -> str:
-        there = own(recipe).get(name)
+        there = bases.own(recipe).get(name)
         if there and there.get("revision") == entry["revision"] and not replace:
             return text
         if there and not replace:
@@ -73,7 +67,7 @@ def put(recipe: Path, name: str, entry: Mapping[str, Any], replace: bool) -> boo
         return set_key(text or HEAD, ("bases", name), dict(entry))
 
     _change(recipe, change)
-    return own(recipe).get(name) != before
+    return bases.own(recipe).get(name) != before
 
 
 def take_out(recipe: Path, name: str) -> dict[str, Any]:
@@ -84,7 +78,7 @@ def take_out(recipe: Path, name: str) -> dict[str, Any]:
     found = dict[str, Any]()
 
     def change(text: str) -> str:
-        pins = own(recipe)
+        pins = bases.own(recipe)
         if name not in pins:
             everywhere = " (common/models.lock.yaml pins it for every recipe)" if name in bases.locked() else ""
             raise UsageError(

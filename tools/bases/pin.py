@@ -62,9 +62,8 @@ def look_up(repo: str, revision: str | None) -> tuple[Entry, list[str]]:
             "model's other files beside it, and set model_config.base to that folder",
         )
     refuse_tensors(headers(repo, commit, weights), config, where)
-    needed = [*weights, *(name for name in (INDEX, *BESIDE_WEIGHTS) if name in files)]
-    if weights == [WHOLE] and INDEX in needed:
-        needed.remove(INDEX)
+    index = [] if weights == [WHOLE] else [INDEX]
+    needed = [*weights, *index, *(name for name in BESIDE_WEIGHTS if name in files)]
     entry = {
         "source": "hub",
         "repo": repo,

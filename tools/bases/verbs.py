@@ -33,7 +33,7 @@ def add(recipe: Path, wanted: str, say: Say, *, replace: bool = False) -> None:
             where="REPO[@REVISION]",
             todo="write it as its page does, owner/name: HuggingFaceTB/SmolLM2-360M-Instruct, or ...@main",
         )
-    lock.own(recipe)  # one that cannot be read is refused before the Hub is asked
+    bases.own(recipe)  # one that cannot be read is refused before the Hub is asked
     entry, notes = pin.look_up(repo, revision or None)
     changed = lock.put(recipe, repo, entry, replace)
     done = "pinned" if changed else "is pinned there already"
@@ -43,9 +43,9 @@ def add(recipe: Path, wanted: str, say: Say, *, replace: bool = False) -> None:
     say(f"  {len(entry['files'])} files, {entry['download_mb']} MB, each by its sha256; a run fetches them once")
     for note in notes:
         say(f"note: {note}")
-    shipped = [name for name, other in bases.locked().items() if other.get("repo") == repo]
+    shipped = next(((name, other) for name, other in bases.locked().items() if other.get("repo") == repo), None)
     if shipped:
-        say(f"note: every recipe has it as {shipped[0]}, at {bases.locked()[shipped[0]]['revision'][:12]}")
+        say(f"note: every recipe has it as {shipped[0]}, at {shipped[1]['revision'][:12]}")
     if not lock.named_by(recipe, repo):
         say(f"next: set `model_config.base: {repo}` in {shown(recipe / 'config.yaml')}, or in an overlay of hw/")
 
@@ -77,7 +77,7 @@ class Pinned:
 
 def listed() -> list[Pinned]:
     """Return every pinned base: those of all recipes, then each recipe's own, with the configs that name it."""
-    folders = sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
+    folders = recipes.folders()
     found = [_row(name, entry, None, folders) for name, entry in bases.locked().items()]
     for folder in folders:
         found += [_row(name, entry, folder.name, [folder]) for name, entry in lock.whole(folder).items()]
@@ -127,7 +127,7 @@ def check(recipe: Path | None, say: Say) -> int:
     Of the recipe in `recipe`, or of all where it is None. Return 6 where a file is damaged or a commit gone, else 0:
     what was not fetched, and a Hub that cannot be reached, is said.
     """
-    folders = [recipe] if recipe else sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
+    folders = [recipe] if recipe else recipes.folders()
     pins = [(None, name, entry) for name, entry in bases.locked().items()] if recipe is None else []
     every = [*pins, *((folder, name, entry) for folder in folders for name, entry in lock.whole(folder).items())]
     faults = 0

@@ -248,7 +248,7 @@ def rows_of_recipe(recipe: Launch, watch: Watch) -> Seen:
     assert config.model.base is not None, "what trains on rows has a base"
     source = folder / config.data.source
     cards = [source.parent, folder]
-    taken = iter(watch(itertools.count(), "reading", about(source, "jsonl") if source.is_file() else None))
+    taken = iter(watch(itertools.count(), "reading", None if watch is unwatched else about(source, "jsonl")))
 
     def read(record: Mapping[str, Any], where: str) -> bool:
         next(taken)

@@ -123,7 +123,8 @@ def convert(
         read.notes += [Problem(row.where, "a chat template's mark is written with a space inside") for row in marked]
         rows = [markers.escape(row) for row in rows]
     write_rows(out, watch(rows, "writing", len(rows)))
-    write_pins(out, found, mapping, read.dialects)
+    sha256 = sha256_file(out)
+    write_pins(out, sha256, found, mapping, read.dialects)
     return Report(
         source=found.name,
         out=str(out),
@@ -131,7 +132,7 @@ def convert(
         rows=len(rows),
         extra_keys=sorted({key for row in rows for key in row.extra}),
         skipped=problems,
-        sha256=sha256_file(out),
+        sha256=sha256,
         said=read.lines(),
     )
 
@@ -161,7 +162,9 @@ def pins_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.source.yaml")
 
 
-def write_pins(out: Path, source: Source, mapping: Mapping[str, str] | None, read: Mapping[str, int]) -> None:
+def write_pins(
+    out: Path, sha256: str, source: Source, mapping: Mapping[str, str] | None, read: Mapping[str, int]
+) -> None:
     """Write OUT.source.yaml: what the rows in `out` were read from and as what, and the sha256 of both."""
     on_hub, path = source.format == "hub", Path(source.name)
     facts: dict[str, Any] = {
@@ -171,7 +174,7 @@ def write_pins(out: Path, source: Source, mapping: Mapping[str, str] | None, rea
         "read_as": source.format,
         "dialects": dict(read),
         "map": dict(mapping or {}),
-        "rows_sha256": sha256_file(out),
+        "rows_sha256": sha256,
     }
     facts |= {"revision": source.revision, "subset": source.subset, "split": source.split} if on_hub else {}
     if path.is_dir() and not on_hub:
@@ -202,7 +205,8 @@ def records(source: Source, watch: Watch = unwatched) -> Iterable[Record]:
     if source.revision is not None:
         raise UsageError("only a hub: source has a revision", where=source.name)
     path = Path(source.name)
-    return watch(files.records(path, source.format, source.split), "reading", files.about(path, source.format))
+    total = None if watch is unwatched else files.about(path, source.format)
+    return watch(files.records(path, source.format, source.split), "reading", total)
 
 
 def guess_format(source: str | Path, format: str) -> str:

@@ -10,7 +10,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,9 +104,9 @@ class Dialect:
     fits: Callable[[Record], bool] = lambda _record: True
     told: str = ""  # what `fits` looks at, for a reader
 
-    def missing(self, record: Record) -> list[str]:
-        """Return the columns of this dialect that a record has not."""
-        return [column for column in self.columns if column not in record]
+    def missing(self, columns: Container[str]) -> list[str]:
+        """Return the columns of this dialect that are not among these, or not in a record."""
+        return [column for column in self.columns if column not in columns]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def finished(found: list[Message] | None, reading: Reading) -> tuple[Message, ..
         found = [*found[:at], *turns.history_of(earlier), *found[at:]]
     for name in SYSTEM:
         if system := reading.text_or_nothing(name):
-            found = turns.messages_of([turns.record_of(turn) for turn in found], reading.notes, system)
+            found = turns.after_system(system, found)
     return turns.settled(found, reading.notes)
 
 
@@ -221,7 +221,7 @@ def recognized(record: Record, mapping: Mapping[str, str] | None = None) -> Dial
 @functools.cache  # a file without a dialect has the same columns a hundred thousand times
 def nearest(columns: tuple[str, ...]) -> str:
     """Return the two dialects nearest to a row of these columns, with the columns that each of them misses."""
-    absent = {one.name: [column for column in one.columns if column not in columns] for one in DIALECTS}
+    absent = {one.name: one.missing(columns) for one in DIALECTS}
     # Of two alike one that is told by its columns alone; where no column is near any, our own two forms.
     ranked = sorted(
         (one for one in DIALECTS if absent[one.name]),
@@ -249,19 +249,18 @@ def columns_said(record: Record) -> str:
 # --- how each is read -------------------------------------------------------------------------------------------------
 
 
+def joined(*parts: str) -> str:
+    """Return the parts that are not empty, one below the other."""
+    return NEXT_TO.join(part for part in parts if part)
+
+
 def pair(name: str, prompt: str, response: str, about: str = "", note: str = "") -> Dialect:
     """Return a dialect of one question and its answer, in two columns, with perhaps a third that it is about."""
 
     def exchange(reading: Reading) -> list[Message]:
-        parts = [reading.record.get(prompt), reading.text_or_nothing(about) if about else ""]
-        if not about or not parts[1]:
-            parts[0] = reading.text(prompt)
-        else:
-            parts[0] = reading.text_or_nothing(prompt)
-        return [
-            Message("user", NEXT_TO.join(part for part in parts if part)),
-            Message("assistant", reading.text(response)),
-        ]
+        below = reading.text_or_nothing(about) if about else ""
+        asked = reading.text_or_nothing(prompt) if below else reading.text(prompt)
+        return [Message("user", joined(asked, below)), Message("assistant", reading.text(response))]
 
     said = f"`{response}`{note}" + (f"; the question is `{prompt}`, a blank line, `{about}`" if about else "")
     return Dialect(name, (prompt, response), exchange, said)
@@ -296,8 +295,8 @@ def preference(reading: Reading) -> list[Message]:
     if "conversations" in reading.record:
         return [*reading.messages("conversations", trained=False), *answer]
     if "instruction" in reading.record:
-        asked = [reading.text("instruction"), reading.text_or_nothing("input")]
-        return [Message("user", NEXT_TO.join(part for part in asked if part)), *answer]
+        asked = joined(reading.text("instruction"), reading.text_or_nothing("input"))
+        return [Message("user", asked), *answer]
     question = next((name for name in ("prompt", "question") if name in reading.record), None)
     if question is None:
         raise ValueError("a chosen answer without its 'prompt': name the question's column with --map prompt=COLUMN")
@@ -332,14 +331,13 @@ def squad(reading: Reading) -> list[Message]:
     if first is None:
         raise ValueError("'answers' is empty: the paragraph does not answer the question; remove the row")
     first = first.get("text") if isinstance(first, Mapping) else first
-    question = NEXT_TO.join([reading.text("context"), reading.text("question")])
+    question = joined(reading.text("context"), reading.text("question"))
     return [Message("user", question), Message("assistant", valid_text(first, "answers.text.0"))]
 
 
 def about_context(reading: Reading) -> list[Message]:
     """Return a question below the text that it is about, and its answer."""
-    parts = [reading.text_or_nothing("context"), reading.text("question")]
-    question = NEXT_TO.join(part for part in parts if part)
+    question = joined(reading.text_or_nothing("context"), reading.text("question"))
     return [Message("user", question), Message("assistant", reading.text("answer"))]
 
 

@@ -26,20 +26,21 @@ SWITCHES = ("train", "training", "loss")  # axolotl's message_field_training and
 KNOWN = {"role", "from", "content", "value", "weight", *SWITCHES}
 
 
-def messages_of(value: Any, notes: list[str], system: str = "", *, trained: bool = True) -> list[Message]:
-    """Return the messages of a list of {role, content} or {from, value}, `system` first; they need not alternate yet.
+def messages_of(value: Sequence[Any], notes: list[str], trained: bool = True) -> list[Message]:
+    """Return the messages of a list of {role, content} or {from, value}; they need not alternate yet.
 
     With `trained` False no answer among them is trained on. Appends to `notes` what is left out. Raises ValueError with
     the reason for what cannot be kept.
     """
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"the conversation is {kind_of(value)}, not a list of messages")
-    found = [message_of(item, number, notes, trained) for number, item in enumerate(value, start=1)]
-    if system and found and found[0].role == "system":
-        if found[0].content.strip() != system.strip():
-            raise ValueError("a system text in a column and another one as the first message: remove one")
-    elif system:
-        found.insert(0, Message("system", system))
+    return [message_of(item, number, notes, trained) for number, item in enumerate(value, start=1)]
+
+
+def after_system(system: str, found: list[Message]) -> list[Message]:
+    """Return a conversation with a column's system text before it. Raises ValueError where it has another one."""
+    if not (found and found[0].role == "system"):
+        return [Message("system", system), *found]
+    if found[0].content.strip() != system.strip():
+        raise ValueError("a system text in a column and another one as the first message: remove one")
     return found
 
 

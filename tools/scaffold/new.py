@@ -140,8 +140,7 @@ def on_cpu(recipe: Path) -> Config:
 
 def recipes_of_rows() -> str:
     """Return what to do where a recipe that trains on rows is wanted."""
-    folders = sorted(path.parent for path in recipes.RECIPES.glob("*/config.yaml"))
-    names = " or ".join(path.name for path in folders if on_board(path).data.corpus is None)
+    names = " or ".join(path.name for path in recipes.folders() if on_board(path).data.corpus is None)
     return f"fork a recipe that trains on rows: --from {names}"
 
 
