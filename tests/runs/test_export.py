@@ -21,6 +21,7 @@ from tests.support.runs import newest_run, run_tiny
 from tools.export import check, hf_folder
 from tools.export.export import check_export, export_folder
 from tools.export.hf_folder import plain_config
+from tools.launch.after_run import say_next
 from tools.verify.tiny_base import write_tiny_base
 
 
@@ -262,15 +263,19 @@ def test_checking_an_export_measures_it_again_and_finds_one_changed_byte(run):
     assert manifest(run)["export"]["status"] == "failed"
 
 
-def test_without_torch_an_export_is_unverified_until_a_machine_with_torch_checks_it(run, monkeypatch):
+def test_without_torch_an_export_is_unverified_until_a_machine_with_torch_checks_it(run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(check, "missing_packages", lambda: "torch")
         export_again(run)
     assert manifest(run)["export"]["status"] == "unverified"
     assert "no torch here" in record(run)["reason"]
+    say_next(run)
+    assert "make serve" not in "".join(capsys.readouterr()), "recipe serve would refuse it"
 
     check_export(run, print)
     assert manifest(run)["export"]["status"] == "verified"
+    say_next(run)
+    assert "make serve" in "".join(capsys.readouterr())
 
 
 def test_without_torch_a_missing_tensor_is_still_found(run, monkeypatch):

@@ -20,6 +20,7 @@ from common.train.launch import Launch
 from common.train.manifest import Manifest
 from tools.export.before_after import write_card
 from tools.export.export import alone_with, export
+from tools.export.record import read_record
 from tools.export.unmoved import report_unmoved
 from tools.report.pages import write_at_end
 from tools.runs import trained
@@ -64,12 +65,13 @@ def write_page(launch: Launch) -> None:
 
 
 def say_next(folder: Path) -> None:
-    """Say the command that talks to what the run made of its model."""
-    with (
-        contextlib.suppress(OSError),
-        console_of(folder) as console,
-    ):  # the run is done, whether the disk takes it or not
-        command = f"make serve RUN={shlex.quote(str(folder))} BASE=1"
+    """Say the command that talks to what the run made of its model, where its export can be served."""
+    record = read_record(folder / "export")
+    if record is None or not record["verified"]:
+        return
+    command = f"make serve RUN={shlex.quote(str(folder))} BASE=1"
+    # The run is done, whether the disk takes the line or not.
+    with contextlib.suppress(OSError), console_of(folder) as console:
         console.say(f"talk to it in a browser, before and after side by side: {command}")
 
 
