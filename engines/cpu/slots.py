@@ -87,8 +87,8 @@ class Slots:
         model.set_attn_implementation(NAME)
         with self.backend.autocast():
             hidden = model.model(
-                input_ids=torch.from_numpy(ids.astype(np.int64)),
-                position_ids=torch.from_numpy(positions.astype(np.int64)),
+                input_ids=torch.from_numpy(ids),
+                position_ids=torch.from_numpy(positions),
                 use_cache=False,
                 attention=attention,
             ).last_hidden_state  # [R, n, H]

@@ -16,7 +16,7 @@ from common.data.chat import ChatTokenizer
 from common.errors import MachineError, UsageError
 from common.train.generate import generate
 from tools.generate.chat import Speaker, open_speakers, within
-from tools.runs.folder import is_run
+from tools.runs.folder import is_run, read_run
 from tools.serve.batcher import UNFINISHED
 
 Say = Callable[[str], None]
@@ -381,8 +381,6 @@ def compare(endpoint: Endpoint, against: Path, say: Say) -> bool:
 
 def system_of(against: Path) -> str | None:
     """Return the system prompt of a run's recipe; None for a folder."""
-    from tools.runs.folder import read_run
-
     return read_run(against).config.data.system_prompt if is_run(against) else None
 
 

@@ -11,8 +11,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
 from common.data.chat import ChatTokenizer
 from common.errors import UsageError
-from common.model.llama import EMBEDDING, HEAD, attention_widths, kv_heads
+from common.model.llama import EMBEDDING, FINAL_NORM, HEAD, attention_widths, kv_heads
 from common.model.weights import Weights
+from engines.ttml.limits import rope_of
 from tools.export.gguf.vocabulary import vocabulary_of
 
 Array = np.ndarray[Any, Any]
@@ -22,8 +23,7 @@ TYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-NORM = "model.norm.weight"
-WHOLE = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight", HEAD: "output.weight"}
+WHOLE = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
 LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -80,9 +80,9 @@ def write_gguf(path: Path, folder: Path, kind: str, name: str) -> None:
 
 def refuse_other_llamas(architecture: Mapping[str, Any], folder: Path) -> None:
     """Raise UsageError for a Llama with biases or stretched rotary positions: none of ours, and none that was tried."""
-    rope = architecture.get("rope_scaling") or architecture.get("rope_parameters") or {}
+    rope = rope_of(architecture)
     found = [key for key in ("attention_bias", "mlp_bias") if architecture.get(key)]
-    if rope.get("rope_type", "default") != "default":
+    if rope["rope_type"] != "default":
         found.append(f"rope_type={rope['rope_type']}")
     if found:
         raise UsageError(
@@ -96,7 +96,6 @@ def add_facts(writer: GGUFWriter, architecture: Mapping[str, Any], kind: str, na
     """Add the keys general.* and llama.*."""
     heads = architecture["num_attention_heads"]
     width = head_width(architecture)
-    rope = architecture.get("rope_parameters") or {}
     writer.add_name(name)
     writer.add_file_type(TYPES[kind][1])
     writer.add_context_length(architecture["max_position_embeddings"])
@@ -108,8 +107,7 @@ def add_facts(writer: GGUFWriter, architecture: Mapping[str, Any], kind: str, na
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    # As transformers: 10000 where a config names none.
-    writer.add_rope_freq_base(float(architecture.get("rope_theta") or rope.get("rope_theta") or 10000.0))
+    writer.add_rope_freq_base(float(rope_of(architecture)["rope_theta"]))
     writer.add_layer_norm_rms_eps(float(architecture["rms_norm_eps"]))
 
 

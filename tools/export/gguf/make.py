@@ -15,7 +15,7 @@ from tools.export.gguf.modelfile import modelfile
 from tools.export.gguf.proof import Proof, context_of, prove, questions_of
 from tools.export.gguf.reader import Say
 from tools.export.gguf.vocabulary import vocabulary_of
-from tools.export.record import damaged
+from tools.export.record import damaged, read_record
 from tools.runs import trained
 from tools.runs.trained import TrainedRun
 
@@ -29,8 +29,10 @@ def export_gguf(run_folder: Path, kind: str, say: Say) -> Path:
     Raises VerificationError where the export is not verified, or the file holds something else.
     """
     with alone_with(run_folder):
-        folder = export(trained.read(run_folder, say), Manifest.load(run_folder), say)
-        run, record = read_exported(run_folder, say)
+        run = trained.read(run_folder, say)
+        folder = export(run, Manifest.load(run_folder), say)
+        record = read_record(folder)
+        assert record is not None, "it was exported, or raised"
         if not record["verified"]:
             raise VerificationError(f"the export is {record['status']}: {record['reason']}", where=str(folder))
         return make(folder, record, run, kind, say)

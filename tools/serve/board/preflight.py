@@ -13,6 +13,7 @@ from typing import Any
 from common.errors import MachineError, UsageError
 from common.hardware import TILE, Hardware, round_up, table
 from common.model.llama import attention_widths, kv_heads, parameters
+from engines.ttml.limits import rope_of
 
 GB = 1e9
 GALAXY = 32, (8, 4)  # chips, and the mesh that TG and BH-Galaxy stand for: worker.py, tg_mesh_grid
@@ -128,9 +129,7 @@ def obstacle(architecture: Mapping[str, Any], mesh: Mesh, slots: int) -> str:
 
 def check_model(architecture: Mapping[str, Any], hw: Hardware, mesh: Mesh, slots: int) -> None:
     """Raise MachineError, with the meshes that would do, for a model that a mesh of the board cannot serve."""
-    rope = architecture.get("rope_scaling") or architecture.get("rope_parameters") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPES:
+    if (kind := rope_of(architecture)["rope_type"]) not in ROPES:
         raise MachineError(f"positions by rope {kind!r}; tt-metal has {', '.join(ROPES)}", where="config.json")
     if why := obstacle(architecture, mesh, slots):
         here = [other for other in meshes_of(hw) if not obstacle(architecture, other, slots)]

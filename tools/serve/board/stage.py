@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -156,10 +157,4 @@ def check_staged(merged: Path, folder: Path, settings: Mapping[str, Any] | None)
 
 def same(one: Path, other: Path) -> bool:
     """Return whether two files have the same bytes: one file, or a copy."""
-    if one.samefile(other):
-        return True
-    with one.open("rb") as left, other.open("rb") as right:
-        while True:
-            mine, its = left.read(1 << 20), right.read(1 << 20)
-            if mine != its or not mine:
-                return mine == its
+    return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
