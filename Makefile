@@ -92,7 +92,7 @@ lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML a
 	ci/tools.sh hadolint docker/Dockerfile
 	ci/tools.sh ci/lint-workflows.sh
 
-docs: setup ## write the tables of the READMEs and docs/data.md from results.yaml and the code
+docs: setup ## write the tables of the READMEs and docs/ from results.yaml and the code; RUN=runs/...: first what README.md shows of a run
 	.venv/bin/python -m ci.docs
 
 bench: setup ## training and serving beside their peers (minutes; the peers get environments of their own)

@@ -1,27 +1,35 @@
-"""make docs: writes the tables of README.md and recipes/README.md from every recipe's results.yaml and configs, and
-that of docs/data.md from the dialects that tools/data knows.
+"""make docs: writes the tables of README.md, recipes/README.md and docs/board.md from every recipe's results.yaml and
+configs, and that of docs/data.md from the dialects that tools/data knows.
 
-Only what stands between a pair of markers is written. tests/ci/test_docs.py fails when one is stale.
+Only what stands between a pair of markers is written. tests/ci/test_docs.py fails when one is stale. With RUN=runs/...
+it first puts that run into the README: ci/shown.py.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ci import shown
 from ci.command import run
 from common import config, hardware
 from common.errors import UsageError
 from common.model import bases, llama
 from common.paths import ROOT
 from tools.data.dialects import DIALECTS
-from tools.results.schema import FOLDER, HeldOut, Measured, Numbers, Results, load
+from tools.results.schema import CLASSES, FOLDER, NEVER, HeldOut, Measured, Numbers, Results, load
 
 BEGIN, END = "<!-- made by `make docs`: do not edit -->", "<!-- end of what `make docs` made -->"
 Recipes = dict[Path, Results]
 DESCRIBED = ("what it does", "on a CPU", "on a board")
 
+MEANS = {
+    "measured": "a run of this repository",
+    "published": "figures of somebody else's program",
+    "double only": "our tests, against stand-ins that say nothing about a card",
+}
 LEGEND = """\
 *measured*: a run of this repository on that board. *published*: figures of somebody else's program on that board, for
 the same kind of training; not a run of this repository. *double only*: the test suite runs the recipe's path for that
@@ -33,6 +41,17 @@ def recipes(root: Path) -> Recipes:
     return {path.parent: load(path.parent) for path in sorted((root / "recipes").glob("*/config.yaml"))}
 
 
+def ran(found: Recipes) -> str:
+    """Under each class of evidence the boards whose strongest it is, over all recipes; those never run are counted."""
+    boards: dict[str, list[str]] = {kind: [] for kind in (*CLASSES, NEVER)}
+    for board in hardware.table().values():
+        kinds = {results.evidence(board.name) for results in found.values()}
+        boards[next(kind for kind in boards if kind in kinds or kind == NEVER)].append(f"`{board.name}`")
+    count = len(boards.pop(NEVER))
+    lines = [f"- **{kind}**, {MEANS[kind]}: {', '.join(names)}" for kind, names in boards.items() if names]
+    return "\n".join([*lines, f"- **{NEVER}**: {count} of {len(hardware.table())} boards"])
+
+
 def overview(found: Recipes) -> str:
     """What each recipe does, and the model it trains on a CPU and on boards."""
     rows = [[f"[`{folder.name}`](recipes/{folder.name})", *_described(folder)] for folder in found]
@@ -41,7 +60,7 @@ def overview(found: Recipes) -> str:
 
 def evidence(found: Recipes) -> str:
     """Board by recipe, the class of evidence in each cell."""
-    header = ["board", *(f"[`{folder.name}`](recipes/{folder.name})" for folder in found)]
+    header = ["board", *(f"[`{folder.name}`](../recipes/{folder.name})" for folder in found)]
     rows = [
         [f"`{board.name}`: {board.title}", *(results.evidence(board.name) for results in found.values())]
         for board in hardware.table().values()
@@ -74,8 +93,9 @@ def dialects(_found: Recipes) -> str:
 
 # What each page's pairs of markers hold, in their order.
 PAGES: dict[str, tuple[Callable[[Recipes], str], ...]] = {
-    "README.md": (overview, evidence),
+    "README.md": (ran, overview),
     "recipes/README.md": (gallery,),
+    "docs/board.md": (evidence,),
     "docs/data.md": (dialects,),
 }
 
@@ -174,7 +194,10 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def main() -> None:
-    """Write every page, and say which has changed."""
+    """Write every page, and say which has changed; RUN names the run that the README shows from now on."""
+    if run_folder := os.environ.get("RUN"):
+        for path in shown.show(Path(run_folder), ROOT):
+            print(f"{path.relative_to(ROOT)}: shows {run_folder}")
     for path, text in pages(ROOT).items():
         stale = path.read_text(encoding="utf-8") != text
         path.write_text(text, encoding="utf-8")

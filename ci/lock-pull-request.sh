@@ -57,7 +57,7 @@ commit() { # MESSAGE FILE...
 git switch --quiet --create "$branch"
 commit "$what" docker/images.lock.json
 .venv/bin/python -m ci.golden --record # needs a clean tree: the lock's commit comes first
-git diff --quiet || commit "The goldens, recorded with that lock" recipes README.md
+git diff --quiet || commit "The goldens, recorded with that lock" recipes README.md docs/board.md
 
 cat >"$body" <<'END'
 Made by `ci/lock-pull-request.sh`. Read both commits: what the lock pins now, and what that does to the figures.

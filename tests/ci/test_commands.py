@@ -14,7 +14,7 @@ from tests.support.commands import House, NotHere, Shown, Wrong, pages, shown
 from tools.recipes import RECIPES
 
 COMMANDS = [command for page in pages() for command in shown(page)]
-LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,15 +35,37 @@ def test_a_command_of_a_page_works(house, command):
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_link_leads_somewhere(page):
-    """But into a recipe that was deleted: its other pages need no edit for that."""
-    lost = []
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        path = (page.parent / target).resolve()
+    """To a file or folder, and to a heading of a page; but into a recipe that was deleted, whose links need no edit."""
+    assert not list(lost(page))
+
+
+def lost(page: Path) -> Iterator[str]:
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve() if target else page
         in_recipe = path.is_relative_to(RECIPES) and path != RECIPES
         gone = in_recipe and not (RECIPES / path.relative_to(RECIPES).parts[0]).is_dir()
-        if ":" not in target and not path.exists() and not gone:
-            lost.append(target)
-    assert not lost
+        if ":" in target or gone:
+            continue
+        if not path.exists() or (anchor and anchor not in anchors(path / "README.md" if path.is_dir() else path)):
+            yield f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings: small letters, hyphens for spaces, no other punctuation."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/README.md").write_text("# It is `so`, here\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "## Two words\n[a](#two-words) [b](folder#it-is-so-here) [c](folder/README.md) [d](https://x.org/#y)\n"
+    )
+    assert not list(lost(page))
+    page.write_text("## Two words\n[a](#two) [b](folder/README.md#so) [c](gone.md) [d](gone#x)\n")
+    assert list(lost(page)) == ["#two", "folder/README.md#so", "gone.md#", "gone#x"]
 
 
 @pytest.mark.parametrize(

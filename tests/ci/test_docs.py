@@ -50,8 +50,7 @@ def write_results(folder: Path, *entries: dict[str, Any], **values: Any) -> None
 def root(tmp_path: Path) -> Path:
     """The pages with tables and the recipe folders of this repository."""
     shutil.copy(ROOT / "README.md", tmp_path)
-    (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs/data.md", tmp_path / "docs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     return tmp_path
 
@@ -92,17 +91,17 @@ def test_a_changed_result_and_an_edited_table_are_stale(root: Path, folder: Path
     assert stale(root) == ["README.md"]
     refresh(root)
     write_results(folder, MEASURED | {"loss_at": {7: 0.5}})
-    assert stale(root) == ["README.md", "README.md"], "the README and the gallery"
+    assert stale(root) == ["README.md", "README.md", "board.md"], "the README, the gallery and the boards"
     refresh(root)
     assert not stale(root)
 
 
 def test_a_recipe_that_is_deleted_leaves_the_tables_at_the_next_make_docs(root: Path, folder: Path) -> None:
     shutil.rmtree(folder)
-    assert len(stale(root)) == 2
+    assert len(stale(root)) == 3
     refresh(root)
     assert not stale(root)
-    assert folder.name not in (root / "recipes/README.md").read_text()
+    assert folder.name not in (root / "recipes/README.md").read_text() + (root / "docs/board.md").read_text()
     assert f"(recipes/{folder.name}" not in (root / "README.md").read_text(), "no link to what is gone"
 
 

@@ -89,6 +89,11 @@ def test_a_run_s_page_holds_all_its_parts(tmp_path):
     assert (folder / "report.html").stat().st_size < 300_000
 
 
+def test_every_color_that_a_page_uses_is_defined_in_it(tmp_path):
+    text = pages.write_run(write_run(tmp_path)).read_text(encoding="utf-8")
+    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
+
+
 def test_it_says_what_differs_from_the_recipe(tmp_path, undrawn):
     page = page_of(write_run(tmp_path, overrides=("training_config.learning_rate=0.123",)))
     assert re.search(r"training_config.learning_rate: [\d.e-]+ -> 0.123", page.text)

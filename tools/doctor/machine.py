@@ -309,7 +309,8 @@ def ttml(machine: Machine) -> Iterator[Diagnosis]:
     if spec is None:
         needed = "its image has it" if machine.contained or machine.hw.is_cpu else "training on a board here needs it"
         cure = (
-            "build tt-metal with --build-tt-train for this Python (README, On a board); its image has it: CONTAINER=1"
+            "build tt-metal with --build-tt-train for this Python (docs/board.md, Without Docker); "
+            "its image has it: CONTAINER=1"
         )
         yield Diagnosis("python.ttml", machine.contained or machine.hw.is_cpu, f"no ttml here; {needed}", cure)
     elif any((folder / "models").is_dir() for folder in folders):

@@ -25,6 +25,8 @@ FILE = "report.html"
 OURS = '<meta name="generator" content="recipe report">'  # in every page; a page without it is somebody else's
 TEMPLATES = Path(__file__).with_name("templates")
 WIDE, NARROW, SMALL = (1180, 340), (400, 300), (400, 240)  # CSS pixels: the main plot on a desk and a phone; the others
+IN_PICTURE = (448, 140)  # picture.svg enlarges it to 608 x 190, so that its labels can be read on a phone
+TILES_IN_PICTURE = ("held-out loss", "better than untrained", "training time")
 NAMED = 8  # runs of a group that have a colour and a name; the older ones are faint
 SKIP = 0.1  # share of the steps that sets no scale where runs are laid over each other
 GROUPS = 12  # groups of runs that are drawn
@@ -103,6 +105,27 @@ def run_page(run: RunFolder) -> str:
         no_changes=no_changes,
         files=[name for name in FILES if (run.folder / name).is_file()],
         faults=run.faults,  # last: reading what is above may have found more
+    )
+
+
+def picture(run: RunFolder) -> str:
+    """Return the head of a run's page and its loss as an SVG file of 640 x 350, light or dark as the screen is.
+
+    For a README, which shows pictures and no pages. Raises UsageError where no loss was recorded.
+    """
+    from tools.report import facts, plots
+
+    loss, *_ = facts.panels(run)
+    if not loss.drawn:
+        raise UsageError("the run has no loss to draw", where=str(run.folder), todo="give a run that has taken steps")
+    return render(
+        TEMPLATES / "picture.svg",
+        html=True,
+        label=f"The run {run.name}. {loss.summary()}",
+        title=run.name,
+        tiles=[(name, value) for name, value, _ in facts.tiles(run) if name in TILES_IN_PICTURE],
+        panel=loss,
+        drawing=plots.svg(loss, *IN_PICTURE, "picture"),
     )
 
 

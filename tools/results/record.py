@@ -27,7 +27,7 @@ from tools.runs.folder import RunFolder, at_step, read_run
 # is compared (1, 5, 10, 20, 500: nano-transformer-scratch/README.md).
 STEPS = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 SPREAD = 3  # a band is so many times the largest deviation that was seen
-MADE = (FILE, "README.md", "recipes/README.md")  # what recording itself changes
+MADE = (FILE, "README.md", "recipes/README.md", "docs/board.md")  # what recording itself changes
 
 
 def record(folder: Path, others: Sequence[Path], speed: bool, say: Callable[[str], None]) -> None:

@@ -27,7 +27,7 @@ SOURCE, PROMPTS = "data/rows.jsonl", "data/prompts.jsonl"
 EVALUATED = 256  # held-out rows that an evaluation reads
 FEW_ROWS = 300  # with fewer, more passes; not many more: of ten over 60 rows on a CPU the first third helped
 EPOCHS = (3, 5)  # (docs/fork: held-out loss 4.71 untrained, 3.83 after 25 steps, 4.04 after 50 of 75)
-CPU_STEPS = 300  # at 2.4 seconds a step (README.md, "Speed") a CPU needs 12 minutes for them
+CPU_STEPS = 300  # at 2.4 seconds a step (bench/README.md, "Training: what came out") a CPU needs 12 minutes for them
 ANSWER = (32, 256)  # tokens of an answer to an evaluation prompt
 Settings = dict[str, tuple[object, str]]  # by dotted key: the value, and why it is this one
 
