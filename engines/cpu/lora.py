@@ -47,7 +47,10 @@ class LoraLinear(Frozen):
         self.scale, self.dropout, self.enabled = scale, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # [..., I] -> [..., O]
+        return self.adapt(x, super().forward(x))  # [..., I] -> [..., O]
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the frozen layer's y [..., O] of x [..., I] plus the low-rank update of x."""
         if not self.enabled:
             return y
         x = F.dropout(x.to(y.dtype), self.dropout, self.training)
