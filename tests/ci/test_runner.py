@@ -9,9 +9,12 @@ import signal
 import subprocess
 import tarfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support.stops import STOP_AT, end_of, still_there
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "ci/runner"
@@ -171,28 +174,68 @@ def test_a_configuration_starts_one_runner_and_is_gone(tmp_path: Path) -> None:
     assert (state / "jit/n300").exists()
 
 
-def test_a_stop_of_the_unit_cancels_the_job_and_waits_for_it(tmp_path: Path) -> None:
-    program, state = tmp_path / "program", tmp_path / "state"
-    for folder in (program, state / "jit", state / "work"):
+@pytest.fixture
+def unit(tmp_path: Path) -> Unit:
+    """A runner that says when it has begun, and takes SIGINT as a cancellation, which takes it a moment."""
+    made = Unit(tmp_path / "program", tmp_path / "state", tmp_path / "seen")
+    for folder in (made.program, made.state / "jit", made.state / "work"):
         folder.mkdir(parents=True)
-    seen = tmp_path / "seen"
-    (program / "run.sh").write_text(
+    (made.program / "run.sh").write_text(
         "#!/bin/bash\n"
-        f"trap 'sleep 0.2; echo cancelled >>{seen}; exit 3' INT\n"
-        f"echo begun >{seen}\n"
-        "for _ in $(seq 300); do sleep 0.1; done\n"
+        f"trap 'sleep 0.2; echo cancelled >>{made.seen}; exit 3' INT\n"
+        f"echo begun >>{made.seen}\n"
+        "for _ in $(seq 40); do sleep 0.1; done\n"
+        f"echo ended >>{made.seen}\n"
     )
-    (program / "run.sh").chmod(0o755)
-    (state / "jit/n300").write_text("once")
-    given = {"RECIPES_RUNNER_PROGRAM": str(program), "RECIPES_RUNNER_STATE": str(state), "PATH": os.environ["PATH"]}
-    with subprocess.Popen(["bash", str(RUNNER / "run-once.sh"), "n300"], env=given, start_new_session=True) as unit:
-        while not (seen.exists() and seen.read_text()):
-            assert unit.poll() is None, "it ended before its runner began"
+    (made.program / "run.sh").chmod(0o755)
+    (made.state / "jit/n300").write_text("once")
+    return made
+
+
+@dataclass(frozen=True)
+class Unit:
+    program: Path
+    state: Path
+    seen: Path
+
+    def start(self, **environment: str) -> subprocess.Popen[bytes]:
+        given = {"RECIPES_RUNNER_PROGRAM": str(self.program), "RECIPES_RUNNER_STATE": str(self.state)}
+        given |= {"PATH": os.environ["PATH"], **environment}
+        return subprocess.Popen(["bash", str(RUNNER / "run-once.sh"), "n300"], env=given, start_new_session=True)
+
+    @property
+    def left(self) -> set[Path]:
+        return {*self.state.rglob("*")} - {self.state / "jit", self.state / "work"}
+
+
+def test_a_stop_of_the_unit_cancels_the_job_and_waits_for_it(unit: Unit) -> None:
+    with unit.start() as started:
+        while not (unit.seen.exists() and unit.seen.read_text()):
+            assert started.poll() is None, "it ended before its runner began"
             time.sleep(0.02)
-        unit.send_signal(signal.SIGINT)  # as systemd does: to the main process alone, by KillSignal and KillMode
-        assert unit.wait(timeout=20) == 3
-    assert seen.read_text() == "begun\ncancelled\n"
-    assert {*state.rglob("*")} == {state / "jit", state / "work"}
+        started.send_signal(signal.SIGINT)  # as systemd does: to the main process alone, by KillSignal and KillMode
+        assert started.wait(timeout=20) == 3
+    assert unit.seen.read_text() == "begun\ncancelled\n"
+    assert unit.left == set()
+
+
+PLACES = [{"AT": str(at)} for at in range(1, 19)]
+PLACES += [{"BEFORE": words} for words in ("trap - INT TERM", "[ ! -e stopped ]", "exec ./run.sh")]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: " ".join(place.values()))
+def test_no_stop_is_lost_at_any_command_of_the_script(place: dict[str, str], unit: Unit, tmp_path: Path) -> None:
+    """Wherever it comes, the job is not begun or it is cancelled, and nothing of it is left."""
+    (tmp_path / "stop-at").write_text(STOP_AT)
+    with unit.start(BASH_ENV=str(tmp_path / "stop-at"), SEEN=str(unit.seen), **place) as started:
+        code = end_of(started)
+    seen = unit.seen.read_text().splitlines()
+    assert [line for line in seen if line.startswith("stop")], f"there is no such command: {place}"
+    assert not still_there(session=started.pid), "the stop is lost, and the runner goes on by itself"
+    assert "ended" not in seen, "the stop is lost"
+    assert code in ((3,) if "cancelled" in seen else (-signal.SIGINT, 130)), seen
+    assert unit.left <= {unit.state / "jit/n300"}
+    assert place != PLACES[17] or "stop wait $runner" in seen, "the last one is when the runner is waited for"
 
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
