@@ -85,13 +85,14 @@ lock=$(lock_for "$kind" "$version")
 
 # --- the steps ----------------------------------------------------------------------------------------
 
-child=''
-trap '[ -z "$child" ] || kill "$child" 2>/dev/null || true' EXIT
+# What a step has started ends with this script, however early a signal comes: the shell itself knows its jobs.
+# shellcheck disable=SC2046  # process ids
+trap 'kill $(jobs -pr) 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
 step() { # MESSAGE HELP COMMAND...: runs it quietly with a sign of life; on failure shows the end of its log
-    local message=$1 help=$2 begun=$SECONDS said=0 last
+    local message=$1 help=$2 begun=$SECONDS said=0 child last
     shift 2
     echo "setup: $message"
     PYTHONUNBUFFERED=1 "$@" >"$log" 2>&1 </dev/null &
@@ -108,11 +109,9 @@ step() { # MESSAGE HELP COMMAND...: runs it quietly with a sign of life; on fail
     done
     [ ! -t 1 ] || printf '\r\033[K'
     if ! wait "$child"; then
-        child=''
         tail -n 15 "$log" | sed 's/^/  /' >&2
         die "failed: $message" "$help" "the whole output is in $log; nothing needs to be undone: run the same command again"
     fi
-    child=''
 }
 
 fresh=''

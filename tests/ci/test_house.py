@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ci import lock as lock_tool
+from tests.support.stops import STOP_AT, end_of, still_there
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"), key=lambda path: path.name)
@@ -296,7 +297,8 @@ case "$*" in
 "-m venv --clear "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 *" install "*)
     echo "$*" >>"$ROOT_OF_TEST/pip.log"
-    case "$*" in *"$FAIL_ON"*) echo "no such wheel" && exit 1 ;; esac ;;
+    case "$*" in *"$FAIL_ON"*) echo "no such wheel" && exit 1 ;; esac
+    [ -z "${HOLD:-}" ] || exec sleep 600 ;;
 esac
 """
 
@@ -313,16 +315,13 @@ class Setup:
 
     def run(self, *, fail_on: str = "nothing", **environment: str) -> subprocess.CompletedProcess[str]:
         (self.folder / "pip.log").write_text("")
-        env = {
-            "PATH": os.environ["PATH"],
-            "PYTHON": "./python",
-            "FAIL_ON": fail_on,
-            "ROOT_OF_TEST": str(self.folder),
-        }
         command = ["bash", str(self.folder / "ci/setup.sh")]
-        return subprocess.run(
-            command, cwd=self.folder, env=env | environment, capture_output=True, text=True, timeout=60
-        )
+        env = self.environment(FAIL_ON=fail_on, **environment)
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=60)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        given = {"PATH": os.environ["PATH"], "PYTHON": "./python", "ROOT_OF_TEST": str(self.folder)}
+        return given | {"FAIL_ON": "nothing"} | more
 
     @property
     def installs(self) -> list[str]:
@@ -342,6 +341,19 @@ def test_a_setup_that_breaks_off_leaves_no_stamp_and_the_next_one_goes_on(setup:
     assert not (setup.folder / ".venv/setup.stamp").exists()
     assert (setup.run().returncode, len(setup.installs)) == (0, 3)
     assert (setup.run().stdout, setup.installs) == ("", []), "nothing changed"
+
+
+@pytest.mark.parametrize("command", ["child=$!", 'kill -0 "$child" 2> /dev/null', "sleep 0.2"])
+def test_a_ctrl_c_ends_what_a_setup_has_started_however_early(command: str, setup: Setup) -> None:
+    (setup.folder / "stop-at").write_text(STOP_AT)
+    stop = {"BASH_ENV": str(setup.folder / "stop-at"), "BEFORE": command, "SEEN": str(setup.folder / "seen")}
+    begun = ["bash", str(setup.folder / "ci/setup.sh")]
+    environment = setup.environment(HOLD="1", **stop)
+    with subprocess.Popen(begun, cwd=setup.folder, env=environment, start_new_session=True) as process:
+        assert end_of(process) == 130
+    assert (setup.folder / "seen").read_text().startswith("stop ")
+    assert not still_there(session=process.pid), "pip goes on"
+    assert setup.run().returncode == 0, "and the next one finishes it"
 
 
 def test_a_lock_without_torch_is_said_and_the_rest_installed(setup: Setup) -> None:
