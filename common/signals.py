@@ -10,8 +10,12 @@ from types import FrameType
 
 @contextlib.contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call `handler` for these signals within the block, and whatever was called before from its end on."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """Call `handler` for these signals within the block, and whatever was called before from its end on.
+
+    But for a SIGHUP that this process was started to ignore: by `nohup`, what goes on outlives its terminal.
+    """
+    spared = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, handler) for number in numbers if number not in spared}
     try:
         yield
     finally:

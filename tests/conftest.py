@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 from tools.verify.tiny_base import write_tiny_base
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of one thread, not two of two, on two cores
+
+# As at a terminal: what `nohup` or a script's `&` had this ignore, all that the tests start would ignore, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:

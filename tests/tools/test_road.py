@@ -183,18 +183,29 @@ def test_ctrl_c_at_the_question_is_no(bench: Bench) -> None:
     assert (code, bench.asked("buildx bake")) == (130, []), said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_build_and_the_next_call_goes_on(bench: Bench, number: int) -> None:
+def ignoring(name: str, command: list[str]) -> list[str]:
+    """The command, started as by `nohup` (HUP) or the `&` of a script (INT): it ignores that signal from its start."""
+    return ["bash", "-c", f"trap '' {name}; exec \"$@\"", "-", *command]
+
+
+def building(bench: Bench, command: list[str]) -> subprocess.Popen[bytes]:
+    """Start it, and wait until the engine builds; it goes on with that until the file `hold` is gone."""
     (bench.double / "hold").touch()
     with (bench.folder / "screen").open("w") as screen:
-        process = subprocess.Popen(
-            bench.command("--build"), cwd=ROOT, env=bench.environment(), stdout=screen, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=bench.environment(), stdout=screen, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + SECONDS
     while not (bench.double / "building").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, (bench.folder / "screen").read_text()
         time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "ignored"), [(signal.SIGINT, "USR1"), (signal.SIGTERM, "USR1"), (signal.SIGTERM, "INT")]
+)
+def test_a_signal_ends_the_build_and_the_next_call_goes_on(bench: Bench, number: int, ignored: str) -> None:
+    process = building(bench, ignoring(ignored, bench.command("--build")))
     process.send_signal(number)
     assert process.wait(SECONDS) == 130
     assert (bench.double / "ended").read_text() == "cancelled\n", "the build was told, and waited for"
@@ -202,6 +213,37 @@ def test_a_signal_ends_the_build_and_the_next_call_goes_on(bench: Bench, number:
     assert not bench.asked("create")
     (bench.double / "hold").unlink()
     assert bench.run("--build").returncode == 0
+
+
+def test_under_nohup_it_outlives_its_terminal(bench: Bench) -> None:
+    process = building(bench, ignoring("HUP", bench.command("--build")))
+    process.send_signal(signal.SIGHUP)
+    (bench.double / "hold").unlink()
+    assert process.wait(SECONDS) == 0, (bench.folder / "screen").read_text()
+
+
+# What `watched` starts sends it a signal at once, before anything else of ours goes on.
+AT_ONCE = """
+import os, subprocess, sys
+from pathlib import Path
+from tools.containers.progress import watched
+
+class Quick(subprocess.Popen):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+subprocess.Popen = Quick
+watched(["sleep", "600"], Path(), os.environ, Path(sys.argv[2]), "pins")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_signal_is_lost_between_the_start_of_a_build_and_hearing(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-c", AT_ONCE, str(int(number)), str(tmp_path / "log")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert "the build was interrupted" in done.stderr
+    assert done.returncode == -signal.SIGINT, "as Python ends by a KeyboardInterrupt"
 
 
 @pytest.mark.parametrize(

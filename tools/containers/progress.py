@@ -42,34 +42,43 @@ def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str]
     The first signal asks the build to end, and the third kills it; raises KeyboardInterrupt once it has.
     """
     heard: list[int] = []
+    client: subprocess.Popen[str] | None = None
+
+    def hear(number: int, _frame: FrameType | None) -> None:
+        heard.append(number)
+        if client is not None:
+            hand_on(client, heard)
+
     last: deque[str] = deque(maxlen=LAST_WORDS)
     print(f"its whole output: {log}", file=sys.stderr, flush=True)
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(
+    # Heard before the build is started: no signal comes in between, and what we handle a program that we start has by
+    # default. What we were told to ignore, as a shell's `command &` is of SIGINT, it would ignore too.
+    with log.open("w", encoding="utf-8") as file, handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), hear):
+        file.write(f"pins {pins}\n")
+        client = subprocess.Popen(
             command, cwd=folder, env=environment, start_new_session=True, text=True, encoding="utf-8", errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        ) as client,
-    ):  # fmt: skip
-        file.write(f"pins {pins}\n")
-
-        def hear(number: int, _frame: FrameType | None) -> None:
-            heard.append(number)
-            client.send_signal(signal.SIGINT if len(heard) < 3 else signal.SIGKILL)
-
-        with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), hear):
-            screen = Screen(sys.stderr)
+        )  # fmt: skip
+        if heard:  # while it was being started
+            hand_on(client, heard)
+        screen = Screen(sys.stderr)
+        with client:
             assert client.stdout is not None
             for line in client.stdout:
                 file.write(line)
                 file.flush()
                 last.append(line)
                 screen.show(line.rstrip("\n"))
-            code = client.wait()
+        code = client.wait()
     if heard:
         print("the build was interrupted; the same command goes on with the steps that are done", file=sys.stderr)
         raise KeyboardInterrupt
     return Ended(code, "".join(last), cause_of(last))
+
+
+def hand_on(client: subprocess.Popen[str], heard: list[int]) -> None:
+    """Ask a build to end, as Ctrl-C would; kill it at the third signal that was heard."""
+    client.send_signal(signal.SIGINT if len(heard) < 3 else signal.SIGKILL)
 
 
 def left_steps(log: Path, pins: str) -> bool:
