@@ -128,6 +128,12 @@ def test_a_signal_before_the_first_step_ends_it_with_nothing_saved(start):
     end(process, 130, "interrupted")
 
 
+@pytest.mark.parametrize(("parent", "code"), [("getppid", 0), ("getpid", -signal.SIGINT)])
+def test_a_rank_whose_command_is_gone_already_begins_nothing(parent, code):
+    script = f"import os; from tools.launch.rank import stop_with; stop_with(os.{parent}())"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL).returncode == code
+
+
 @pytest.mark.slow
 def test_rank_1_killed_rank_0_saves_its_last_step_and_one_process_goes_on(recipe, start, tmp_path):
     process = start(*LONG)

@@ -82,7 +82,12 @@ def start(launch: Launch, lead: Lead, here: int, options: dict[str, Any]) -> int
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     hosts = launch.hosts
     meeting = meeting_of(hosts)
-    job = {"launch": launch.to_json(), "lead": [lead.__module__, lead.__name__], "options": options}
+    job = {
+        "launch": launch.to_json(),
+        "lead": [lead.__module__, lead.__name__],
+        "options": options,
+        "agent": os.getpid(),
+    }
     with tempfile.TemporaryDirectory(prefix="recipe-ranks-") as name, passing_on_signals(Path(name)):
         (Path(name) / JOB).write_text(json.dumps(job), encoding="utf-8")
         if meeting.interface:  # left alone, gloo takes the address of the host's name: often a loopback address

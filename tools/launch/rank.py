@@ -46,15 +46,18 @@ def main() -> None:
     def lead() -> None:
         getattr(importlib.import_module(module), name)(launch, **job["options"])
 
-    code = exit_code_of(lambda: take_part(launch, lead), launch.debug)
+    code = exit_code_of(lambda: take_part(launch, lead, job["agent"]), launch.debug)
     if first_here:
         (folder / CODE).write_text(str(code), encoding="ascii")
     elif code == OUR_BUG:
         sys.exit(code)
 
 
-def take_part(launch: Launch, lead: Callable[[], None]) -> int:
-    """Join the other ranks of this run; call `lead` on rank 0, follow on every other. Return rank 0's exit code."""
+def take_part(launch: Launch, lead: Callable[[], None], agent: int) -> int:
+    """Join the other ranks of this run; call `lead` on rank 0, follow on every other. Return rank 0's exit code.
+
+    `agent` is the process id of the command that has started this one.
+    """
     from engines.cpu import ranks
     from engines.cpu.engine import follow
 
@@ -67,7 +70,7 @@ def take_part(launch: Launch, lead: Callable[[], None]) -> int:
             if found.rank:
                 code = follow(found)
                 return code if first_here else 0
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # with the command gone: save and stop
+            stop_with(agent)
             with ending(found):
                 lead()
             return 0
@@ -75,6 +78,16 @@ def take_part(launch: Launch, lead: Callable[[], None]) -> int:
         if first_here:
             raise
         return error.code  # one message a host is enough
+
+
+def stop_with(parent: int) -> None:
+    """Save and stop by a SIGTERM once `parent`, which has started this process, is gone.
+
+    Raises KeyboardInterrupt where it went before the kernel was asked for that signal, which then never comes.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
