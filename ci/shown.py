@@ -16,7 +16,7 @@ from tools.runs.folder import Record, RunFolder, read_run
 BEGIN = "<!-- made by `make docs RUN=runs/...`: do not edit -->"
 END = "<!-- end of what the run says -->"
 PAGE, PICTURE = "README.md", "docs/run.svg"
-ANSWER = 92  # characters of an answer at most: a line of the page on a desk, three on a phone
+ANSWER = 88  # characters of an answer at most: a line of the page on a desk, three on a phone
 MARKS = re.compile(r"([\\`*_{}\[\]<>#|~$&])")  # what Markdown, or GitHub's mathematics, takes for more than itself
 
 
@@ -51,17 +51,19 @@ def block(run: RunFolder) -> str:
     gain, error = last.improvement_over(first)
     took = clock((_time(manifest.end or manifest.start) - _time(manifest.start)).total_seconds())
     memory = f", {manifest.peak_memory_mib / 1024:.1f} GiB of memory" if manifest.peak_memory_mib else ""
-    figures = (
-        f"**What came out.** {run.last_step} steps on {machine_of(run.backend)}: {took} from start to proven export"
-        f"{memory}. Held-out loss {first.loss:.4f} → {last.loss:.4f} nats a token, better by {gain:.4f} ± {error:.4f}, "
-        f"paired by row. Of its {len(prompts)} prompts, none of them trained on, the first, the middle and the last:"
-    )
+    figures = [
+        f"**What came out** of `{manifest.recipe}` on {machine_of(run.backend)}:",
+        f"{run.last_step} steps, {took} from start to checked export{memory}.",
+        f"Held-out loss {first.loss:.4f} → {last.loss:.4f} nats a token,",
+        f"better by {gain:.4f} ± {error:.4f}, paired by row.",
+        f"Of its {len(prompts)} prompts, none of them trained on, the first, the middle and the last:",
+    ]
     picture = f"![The page of this run: held-out loss {first.loss:.4f} before, {last.loss:.4f} after]({PICTURE})"
     asked = [prompts[at]["prompt"] for at in (0, len(prompts) // 2, -1)]
     origin = (
         f"<sub>The run of {manifest.start[:10]} at commit {str(manifest.git_commit)[:7]}; its answers go on at …</sub>"
     )
-    return "\n\n".join([picture, figures, *(_answers(run, prompt) for prompt in asked), origin])
+    return "\n\n".join([picture, "\n".join(figures), *(_answers(run, prompt) for prompt in asked), origin])
 
 
 def _answers(run: RunFolder, prompt: str) -> str:
