@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.containers.conftest import ROOT, docker
+from tests.containers.conftest import ROOT, docker, recipe
 from tests.doubles import upstream
 from tests.doubles.upstream import Upstream
 
@@ -46,11 +44,8 @@ class Place:
 
     def recipe(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Return what a user gets of these words in the checkout, with the stand-ins named as mirrors are."""
-        variables = os.environ | self.standing.environment() | {"PYTHONPATH": str(self.clone), "BASE_IMAGE": self.base}
-        command = [sys.executable, "-m", "tools.cli", *words]
-        return subprocess.run(
-            command, cwd=self.clone, env=variables | environment, capture_output=True, text=True, check=False
-        )
+        variables = self.standing.environment() | {"BASE_IMAGE": self.base} | environment
+        return recipe(*words, folder=self.clone, **variables)
 
     def build(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Return what came of building the image of n150."""

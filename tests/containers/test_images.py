@@ -156,19 +156,17 @@ def all_wheels(cpu_image: Image, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_wheel_that_is_not_the_locked_one_ends_the_build(
     fault: str, all_wheels: Path, base_image: str, tmp_path: Path
 ) -> None:
-    wheels = tmp_path / "wheels"
-    shutil.copytree(all_wheels, wheels, copy_function=os.link)
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    wheels = clone / "docker/wheelhouse"
+    shutil.copytree(all_wheels, wheels, copy_function=os.link, dirs_exist_ok=True)
     victim = next(wheels.glob("annotated_doc-*.whl"))
     content = victim.read_bytes()
     victim.unlink()
     if fault == "changed":
         victim.write_bytes(content + b"one byte more")
-    mine = ROOT / "docker/wheelhouse" / victim.name  # which would do in place of the missing one
-    shutil.move(mine, tmp_path)
-    try:
-        done = recipe("image", "build", "cpu", "--base-image", base_image, "--wheelhouse", str(wheels))
-    finally:
-        shutil.move(tmp_path / victim.name, mine)
+    words = ("image", "build", "cpu", "--base-image", base_image, "--wheelhouse", str(wheels))
+    done = recipe(*words, folder=clone)
     assert (done.returncode, "annotated-doc" in done.stderr, "the build of cpu failed" in done.stderr) == (
         4,
         True,
