@@ -14,6 +14,7 @@ import pytest
 
 from ci import golden, matrix
 from common.errors import UsageError
+from tests.support.stops import end_of, still_there
 from tools.containers import images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,63 @@ def script(name: str, *words: str, **environment: str) -> subprocess.CompletedPr
     clean = {key: os.environ[key] for key in ("PATH", "HOME")}
     command = [str(ROOT / "ci" / name), *words]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+# --- .ci/run ----------------------------------------------------------------------------------------------------------
+
+OF_CONTAINERS = ["make image HW=cpu", "make test-containers"]
+OF_THE_REST = ["make lint", "make test", "make test-runs", "make test-processes", "make rehearse HW=n300"]
+# Fails as the target FAILS, and where HOLDS is one that takes for ever; says which engine each would ask.
+MAKE = """echo "$* was made, engine ${DOCKER_HOST:-of this machine}"
+case "$*" in "$FAILS") exit 1 ;; "$HOLDS") sleep 600 ;; esac"""
+
+
+@pytest.fixture
+def clone(tools: Path, tmp_path: Path) -> Path:
+    """A clone that has .ci/run alone; make, the base and .venv are stand-ins."""
+    for name in (".ci", "ci", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
+    for path, body in (("ci/with-base.sh", 'exec "$@"'), (".venv/bin/python", "")):
+        (tmp_path / path).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / path).chmod(0o755)
+    tool(tools, "make", MAKE)
+    tool(tools, "ip")
+    return tmp_path
+
+
+def ci_run(clone: Path, fails: str = "nothing", holds: str = "nothing") -> tuple[int, str]:
+    """Run it; its exit code and output. None of its processes is left."""
+    with subprocess.Popen(
+        ["bash", ".ci/run"], cwd=clone, env=os.environ | {"FAILS": fails, "HOLDS": holds}, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        code = end_of(process)
+        assert not still_there(session=process.pid)
+        assert process.stdout is not None
+        return code, process.stdout.read().decode()
+
+
+def test_all_of_ci_is_run_once_and_what_the_other_lane_said_comes_whole(clone: Path, tools: Path) -> None:
+    code, said = ci_run(clone)
+    assert code == 0, said
+    assert sorted(line for line in calls(tools) if line.startswith("make")) == sorted(
+        ["make setup", *OF_CONTAINERS, *OF_THE_REST]
+    )
+    lines = [line for line in said.splitlines() if " was made" in line]
+    assert lines[-2:] == [f"{words[5:]} was made, engine of this machine" for words in OF_CONTAINERS]
+    assert lines[1:-2] == [f"{words[5:]} was made, engine unix:///nobody" for words in OF_THE_REST]
+
+
+@pytest.mark.parametrize("words", [*OF_CONTAINERS, *OF_THE_REST])
+def test_whatever_fails_ends_ci_with_its_output(words: str, clone: Path) -> None:
+    code, said = ci_run(clone, fails=words[5:])
+    assert (code != 0, f"{words[5:]} was made" in said) == (True, True), said
+
+
+def test_a_lane_that_fails_does_not_wait_for_the_other(clone: Path) -> None:
+    code, said = ci_run(clone, fails="lint", holds="image HW=cpu")
+    assert (code != 0, "test was made" in said) == (True, False), said
 
 
 # --- whose code reaches a board ---------------------------------------------------------------------------------------
