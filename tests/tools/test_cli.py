@@ -319,6 +319,12 @@ def test_dry_run_trains_nothing(command, monkeypatch):
     assert f"--set {seed}" in printed
 
 
+def test_a_dry_run_misses_a_base_that_is_neither_pinned_nor_a_folder(command):
+    code, out, _ = command("run", "fine_tune", "--hw", "cpu", "--set", "model_config.base=/nowhere", "--dry-run")
+    assert code == 0
+    assert "a real run would lack:\n  no base model called '/nowhere'" in out
+
+
 def test_several_hosts_are_no_matter_for_a_container(command):
     code, _, err = command("run", "fine_tune", "--hw", "cpu-x2", "--container", "--nnodes", "2")
     assert code == 2

@@ -6,11 +6,12 @@ import importlib.util
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from common.config import Config
 from common.errors import MachineError, RecipeError
 from common.hardware import Hardware
-from common.model import llama
+from common.model import bases, llama
 from common.train.launch import Launch
 from engines.registry import engine_for
 from engines.ttml.mesh import find_descriptor
@@ -42,7 +43,7 @@ def describe(launch: Launch, container: bool | None) -> Iterator[str]:
     yield f"device nodes: {', '.join(here.nodes) or 'none needed'}"
     yield f"{start_of(config)}; precision {precision}; {config.batch_equation}; mesh {config.device.mesh_shape}"
     yield from launch.warnings
-    lacking = [*lacks(board, config, contained), *missing(config, launch.recipe_dir)]
+    lacking = [*lacks(board, config, launch.recipe_dir, contained), *missing(config, launch.recipe_dir)]
     yield "lacks nothing that can be seen from here" if not lacking else "a real run would lack:"
     yield from (f"  {line}" for line in lacking)
 
@@ -63,7 +64,7 @@ def image_of(board: Hardware) -> Image | None:
         return None
 
 
-def lacks(board: Hardware, config: Config, contained: bool) -> Iterator[str]:
+def lacks(board: Hardware, config: Config, recipe_dir: Path, contained: bool) -> Iterator[str]:
     """What a run needs and this machine does not have: in a container, or on this machine's own Python."""
     needs: list[Callable[[], object]]
     if contained:
@@ -77,6 +78,8 @@ def lacks(board: Hardware, config: Config, contained: bool) -> Iterator[str]:
         needs += [lambda: find_descriptor(board, mesh)] if mesh != (1, 1) else []
         if importlib.util.find_spec("ttml") is None:
             yield "ttml, which is built with tt-metal (build_metal.sh --build-tt-train); no package index has it"
+    if base := config.model.base:
+        needs.append(lambda: bases.find(base, recipe_dir))
     for need in needs:
         try:
             need()
