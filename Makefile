@@ -71,7 +71,7 @@ test: setup ## the fast tests, with one tiny run from data to export: within 150
 test-runs: setup ## what trains whole runs, the pages and CI's own scripts; minutes, no network
 	$(PYTEST) -m "not slow" tests/runs tests/ci tests/browser
 
-test-all: setup ## both, and the slow tests; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
+test-all: setup ## every test, the slow ones too; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
 	$(PYTEST) tests
 
 test-processes: setup ## runs of several processes and hosts that are killed, stopped and resumed; two minutes
