@@ -48,8 +48,8 @@ def ran(found: Recipes) -> str:
         kinds = {results.evidence(board.name) for results in found.values()}
         boards[next(kind for kind in boards if kind in kinds or kind == NEVER)].append(f"`{board.name}`")
     count = len(boards.pop(NEVER))
-    lines = [f"- **{kind}**, {MEANS[kind]}: {', '.join(names)}" for kind, names in boards.items() if names]
-    return "\n".join([*lines, f"- **{NEVER}**: {count} of {len(hardware.table())} boards"])
+    lines = [f"*{kind}*, {MEANS[kind]}: {', '.join(names)}." for kind, names in boards.items() if names]
+    return "\n".join(["**What ran where.**", *lines, f"*{NEVER}*: {count} of {len(hardware.table())} boards."])
 
 
 def overview(found: Recipes) -> str:

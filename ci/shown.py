@@ -52,7 +52,8 @@ def block(run: RunFolder) -> str:
     took = clock((_time(manifest.end or manifest.start) - _time(manifest.start)).total_seconds())
     memory = f", {manifest.peak_memory_mib / 1024:.1f} GiB of memory" if manifest.peak_memory_mib else ""
     figures = [
-        f"**What came out** of `{manifest.recipe}` on {machine_of(run.backend)}:",
+        f"**What came out** of `{manifest.recipe}` at commit {str(manifest.git_commit)[:7]}, {manifest.start[:10]},",
+        f"on {machine_of(run.backend)}:",
         f"{run.last_step} steps, {took} from start to checked export{memory}.",
         f"Held-out loss {first.loss:.4f} → {last.loss:.4f} nats a token,",
         f"better by {gain:.4f} ± {error:.4f}, paired by row.",
@@ -60,10 +61,7 @@ def block(run: RunFolder) -> str:
     ]
     picture = f"![The page of this run: held-out loss {first.loss:.4f} before, {last.loss:.4f} after]({PICTURE})"
     asked = [prompts[at]["prompt"] for at in (0, len(prompts) // 2, -1)]
-    origin = (
-        f"<sub>The run of {manifest.start[:10]} at commit {str(manifest.git_commit)[:7]}; its answers go on at …</sub>"
-    )
-    return "\n\n".join([picture, "\n".join(figures), *(_answers(run, prompt) for prompt in asked), origin])
+    return "\n\n".join([picture, "\n".join(figures), *(_answers(run, prompt) for prompt in asked)])
 
 
 def _answers(run: RunFolder, prompt: str) -> str:
