@@ -141,7 +141,7 @@ def _pinned(name: str, entry: Mapping[str, Any], recipe: str) -> Base:
             where=str(folder),
             todo=f"fetch it: recipe data build {recipe}",
         )
-    _verify(folder, entry)
+    verify(folder, entry)
     return Base(name, folder, identity_of(entry), entry["origin"], entry["licence"], entry["parameters"])
 
 
@@ -160,7 +160,8 @@ def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
     return home() / "bases" / f"{name.replace('/', '--')}-{key[:12]}"
 
 
-def _verify(folder: Path, entry: Mapping[str, Any]) -> None:
+def verify(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Hold each file of a pinned base against its sha256. Raises MachineError for the first that is damaged."""
     expected: dict[str, str] = dict(read_json(folder / "base.json").get("sha256", {}))
     # base.json is a file of this machine: where the repository pins a hash, that one counts.
     expected.update({k: v for k, v in entry.get("files", {}).items() if v and k in expected})

@@ -18,9 +18,9 @@ from common.model.weights import Weights
 from common.train import metrics
 from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.runs import newest_run, run_tiny
+from tools.bases.plain import plain_config
 from tools.export import check, hf_folder
 from tools.export.export import check_export, export_folder
-from tools.export.hf_folder import plain_config
 from tools.launch.after_run import say_next
 from tools.verify.tiny_base import write_tiny_base
 

