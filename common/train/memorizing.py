@@ -9,12 +9,13 @@ from collections.abc import Sequence
 MARGIN = 0.2
 
 
-def memorizing(recent: Sequence[float], held_out: Sequence[float], step: int) -> str | None:
+def memorizing(recent: Sequence[float], held_out: Sequence[tuple[float, int]]) -> str | None:
     """Return a sentence if the mean of `recent` training losses lies MARGIN below the lowest of the `held_out` ones.
 
+    `held_out` has the (loss, step) of every evaluation, step 0 among them.
     Of use for a corpus, whose held-out text is of one kind with the rest; rows held out by topic may be harder.
     """
-    floor = min(held_out, default=math.inf)
+    floor, step = min(held_out, default=(math.inf, 0))
     mean = math.fsum(recent) / len(recent) if recent else math.inf
     if not mean < floor - MARGIN:
         return None

@@ -217,7 +217,7 @@ class Run:
         line = describe(step, rows, untrained, self.text)
         self.console.say(f"{line} ({clock(time.perf_counter() - started)})")
         if self.config.data.corpus and (
-            warning := memorizing(self.recent_losses, [loss for loss, _ in self.losses], step)
+            warning := memorizing(self.recent_losses, [*([(untrained.loss, 0)] if untrained else []), *self.losses])
         ):
             self.console.say(warning)
         self.recent_losses = []
