@@ -46,13 +46,9 @@ class Trackers:
     def _wandb(self, config: Config, folder: Path) -> None:
         import wandb
 
-        run = wandb.init(
-            project=config.recipe,
-            name=folder.name,
-            dir=str(folder),
-            mode=config.logging.wandb_mode,
-            config=config.dump(),
-        )
+        # One run there for one of ours: a run that goes on here goes on there.
+        one = {"id": folder.name, "name": folder.name, "resume": "allow", "dir": str(folder)}
+        run = wandb.init(project=config.recipe, mode=config.logging.wandb_mode, config=config.dump(), **one)
         self.sinks.append(lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"]))
         self.closers.append(run.finish)
 

@@ -600,6 +600,16 @@ def test_wandb_gets_the_numbers_of_metrics_jsonl(go, monkeypatch, mode):
     assert wandb.finished == 1, "closed though the run was stopped"
 
 
+def test_a_resumed_run_is_one_run_to_wandb(go, monkeypatch):
+    first, second = FakeWandb(), FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", first)
+    folder = stop(go, 4, "logging_config.use_wandb=true")
+    monkeypatch.setitem(sys.modules, "wandb", second)
+    assert go("logging_config.use_wandb=true", resume="auto") == folder
+    assert first.options["id"] == second.options["id"] == folder.name
+    assert second.options["resume"] == "allow"
+
+
 def test_tensorboard_gets_the_numbers_of_metrics_jsonl(go, monkeypatch):
     events: list[tuple[str, float, int]] = []
 
