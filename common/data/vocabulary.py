@@ -36,10 +36,11 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
     tokenizer = char_tokenizer(documents) if kind == "char" else bpe_tokenizer(documents, vocab_size)
     found = tokenizer.get_vocab_size()
     if found > vocab_size:
+        ids, other = ("a byte each", "char") if kind == "bpe" else ("characters, and one for unknown ones", "bpe")
         raise DataError(
-            f"the corpus has {found} ids (characters, and one for unknown ones), the vocabulary room for {vocab_size}",
+            f"the corpus has {found} ids ({ids}), the vocabulary room for {vocab_size}",
             where="model_config.architecture.vocab_size",
-            todo="choose a preset with a larger vocabulary, or data_config.tokenizer.type=bpe",
+            todo=f"choose a preset with a larger vocabulary, or data_config.tokenizer.type={other}",
         )
     if kind == "bpe" and found < vocab_size:
         raise DataError(
@@ -54,6 +55,8 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
         tokenizer.save(str(made / "tokenizer.json"))
         # Without the clean-up: it would take the space before punctuation away when ids are made text again.
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        # Left out, transformers 4 would give the model token_type_ids, which no Llama takes.
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
         settings |= {"unk_token": UNKNOWN} if kind == "char" else {}
         (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         move_into_place(made, folder)

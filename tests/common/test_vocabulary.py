@@ -102,6 +102,12 @@ def test_more_characters_than_the_model_has_room_for_are_refused(tmp_path):
         vocabulary.train("char", 96, documents(text), tmp_path / "t")
 
 
+def test_bytes_that_the_model_has_no_room_for_are_refused_as_bytes(tmp_path, play):
+    with pytest.raises(DataError, match=r"256 ids \(a byte each\), the vocabulary room for 96") as caught:
+        vocabulary.train("bpe", 96, documents(play), tmp_path / "t")
+    assert "type=char" in (caught.value.todo or "")
+
+
 def test_the_same_corpus_makes_the_same_tokenizer(tmp_path, play):
     for kind, size in (("char", 96), ("bpe", 300)):
         made = [vocabulary.train(kind, size, documents(play), tmp_path / f"{kind}{n}") for n in range(2)]
