@@ -42,6 +42,8 @@ MARKER_SHAPES = re.compile(r"<<[^<>\s]+>>|<\|?/?[^<>\s]+\|?>|\[/?[A-Z][A-Z_]+\]|
 class ChatTokenizer:
     """A tokenizer with its chat template, read from a Hugging Face folder. `load` makes one."""
 
+    suppressed: Sequence[int] = ()  # ids that generation_config.json leaves out of answers
+
     def __init__(
         self, tokenizer: Tokenizer, template: str, tokens: Mapping[str, str], stop_ids: Sequence[int], sha256: str
     ) -> None:
@@ -92,13 +94,16 @@ class ChatTokenizer:
         stop_ids = stop_tokens(folder)
         digest = hashlib.sha256(raw)
         digest.update(json.dumps([template, tokens, stop_ids], sort_keys=True).encode())
-        return cls(tokenizer, template, tokens, stop_ids, digest.hexdigest())
+        made = cls(tokenizer, template, tokens, stop_ids, digest.hexdigest())
+        made.suppressed = settings_in(folder / "generation_config.json").get("suppress_tokens") or ()
+        return made
 
     @property
     def never_ids(self) -> tuple[int, ...]:
-        """Return the ids that no answer may hold: the unknown token's, which stands for no text."""
-        unknown = self._tokenizer.token_to_id(self.tokens["unk_token"]) if "unk_token" in self.tokens else None
-        return () if unknown is None or unknown in self.eos_ids else (unknown,)
+        """Return the ids that no answer may hold: the unknown token's, and what generation_config.json suppresses."""
+        unknown = self._tokenizer.token_to_id(self.tokens.get("unk_token", ""))
+        never = {*self.suppressed, *([] if unknown is None or unknown in self.eos_ids else [unknown])}
+        return tuple(sorted(id for id in never if id < self.vocab_size))
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text, with no token added at either end."""

@@ -124,9 +124,7 @@ def _local(folder: Path) -> Base:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise MachineError(
-            "the base folder holds no weights",
-            where=str(folder),
-            todo="put the model's *.safetensors files there",
+            "the base folder holds no weights", where=str(folder), todo="put the model's *.safetensors files there"
         )
     # Of contents in the order of their names, so that a folder may be moved or renamed.
     identity = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()

@@ -47,11 +47,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def save(
-    checkpoints: Path,
-    step: int,
-    tensors: Iterable[tuple[str, Array]],
-    config: Config,
-    facts: Mapping[str, Any],
+    checkpoints: Path, step: int, tensors: Iterable[tuple[str, Array]], config: Config, facts: Mapping[str, Any]
 ) -> Path:
     """Write the checkpoint of `step`; return its folder.
 

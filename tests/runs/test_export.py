@@ -16,12 +16,14 @@ from common.errors import MachineError, Stopped, UsageError, VerificationError
 from common.files import try_lock
 from common.model.weights import Weights
 from common.train import metrics
-from tests.doubles.tiny_recipe import make_tiny_recipe
+from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, tiny_scratch
 from tests.support.runs import newest_run, run_tiny
-from tools.bases.plain import plain_config
+from tools.bases import plain
 from tools.export import check, hf_folder
 from tools.export.export import check_export, export_folder
+from tools.export.record import WRITER, verified
 from tools.launch.after_run import say_next
+from tools.runs import trained
 from tools.verify.tiny_base import write_tiny_base
 
 
@@ -167,10 +169,10 @@ def test_a_wrong_adapter_is_caught(run, monkeypatch):
 
 
 def test_another_chat_template_is_caught(run, monkeypatch):
-    real = hf_folder.write_tokenizer
+    real = plain.write_tokenizer
 
-    def with_a_space(folder, run):
-        real(folder, run)
+    def with_a_space(source, folder, context):
+        real(source, folder, context)
         path = folder / "chat_template.jinja"
         path.write_text(path.read_text().replace("<|assistant|>", "<|assistant|> "))
 
@@ -325,10 +327,75 @@ def test_the_card_s_snippet_runs(exported, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_transformers_4_find_the_rotary_base_that_5_keep_in_rope_parameters():
-    architecture = {"rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"}, "quantization_config": {}}
-    config = plain_config(architecture, "bf16")
+def test_the_snippet_prints_what_the_card_shows(recipe, tmp_path, monkeypatch, capsys):
+    """Sampling that the folder did not carry would show as another answer: the penalty turns this one."""
+    answers = {}
+    for penalty in (1.0, 8.0):
+        out = tmp_path / str(penalty)
+        folder = run_tiny(recipe, out, f"eval_config.repetition_penalty={penalty}", "eval_config.max_new_tokens=24")
+        card = (folder / "export/merged/README.md").read_text()
+        monkeypatch.chdir(folder / "export/merged")
+        capsys.readouterr()
+        exec(card.split("```python\n")[1].split("```")[0], {})
+        sample = metrics.read(folder / "evaluations.jsonl")[-1]["samples"][0]["answer"]
+        answers[penalty] = sample
+        assert capsys.readouterr().out.strip().startswith(sample)
+        assert (
+            hf_folder.sampling(trained.read(folder, print).config.eval).items()
+            <= json.loads(Path("generation_config.json").read_text()).items()
+        )
+    assert answers[1.0] != answers[8.0], "the penalty changed nothing: nothing is tested"
 
-    assert config["rope_theta"] == 100000.0
-    assert config["torch_dtype"] == "bfloat16"
-    assert "quantization_config" not in config
+
+def test_the_card_counts_the_rows_that_were_evaluated(recipe, exported, tmp_path):
+    folder = run_tiny(recipe, tmp_path, "eval_config.max_rows=4", steps=2)
+    for card in (folder / "export").glob("*/README.md"):
+        assert "Evaluated in fp32 on 4 of 10 rows that were not trained on." in card.read_text()
+        assert "on all of those rows" in card.read_text()
+    assert "Evaluated in fp32 on all 10 rows" in (exported / "export/merged/README.md").read_text()
+
+
+def test_an_export_of_an_earlier_writer_is_served_and_checked_and_made_anew_when_asked(run):
+    path = run / "export" / "export.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "writer"}
+    path.write_text(json.dumps(old))
+    assert verified(run)["step"] == 6
+    check_export(run, print)
+
+    lines: list[str] = []
+    export_folder(run, lines.append)
+    assert record(run)["verified"]
+    assert record(run)["writer"] == WRITER
+    assert json.loads((run / "export.replaced-0" / "export.json").read_text())["checkpoint"] == old["checkpoint"]
+    export_folder(run, lines.append)
+    assert "kept" in lines[-1]
+
+
+def test_the_card_says_where_a_user_s_own_base_is_misread(recipe, tiny_base, tmp_path):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    del config["rope_theta"]
+    rope = {"rope_theta": 50000.0, "rope_type": "default"}
+    (base / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    folder = run_tiny(recipe, tmp_path / "runs", f"model_config.base={base}", steps=2)
+
+    assert (
+        "keeps the rotary base, 50000, in `rope_parameters` alone" in (folder / "export/adapter/README.md").read_text()
+    )
+    assert json.loads((folder / "export/merged/config.json").read_text())["rope_theta"] == 50000.0
+
+
+def test_other_tokens_of_plain_text_are_caught(tmp_path, monkeypatch):
+    folder = run_tiny(
+        FROM_SCRATCH, tmp_path, *tiny_scratch(tmp_path / "play.txt"), "eval_config.max_new_tokens=4", steps=2
+    )
+    real = plain.write_tokenizer
+
+    def lower_case(source, target, context):
+        real(source, target, context)
+        path = target / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+
+    monkeypatch.setattr(hf_folder, "write_tokenizer", lower_case)
+    with pytest.raises(VerificationError, match="AutoTokenizer makes other tokens"):
+        export_again(folder)

@@ -28,6 +28,7 @@ from tests.doubles.tiny_recipe import tiny_scratch
 from tests.support.runs import log, manifest, outcome, run_tiny
 from tools.export import unmoved
 from tools.export.export import check_export, export_folder
+from tools.generate.chat import talk
 from tools.runs import trained
 
 QUICK = (
@@ -208,7 +209,7 @@ def test_memorizing_is_said_by_its_margin_and_not_before(go, monkeypatch):
     say_losses(monkeypatch, [9.0, 9.0, 9.0])
     folder = go()
     assert log(folder).count("memorizing now: the mean training loss of the last 4 steps") == 2
-    assert "more than 0.2 below the lowest held-out loss so far, 9.0000 (step 8)" in log(folder)
+    assert "more than 0.2 below the lowest held-out loss so far, 9.0000 (step 0)" in log(folder)
     monkeypatch.undo()
 
 
@@ -262,8 +263,29 @@ def test_the_export_is_loaded_by_transformers_with_the_same_tokens_and_loss(fini
         **tokenizer("FOX", return_tensors="pt"), max_new_tokens=40, do_sample=True, temperature=50.0
     )
     never = {*run.tokenizer.never_ids, *range(run.tokenizer.vocab_size, 96)}
+    end = tokenizer.eos_token_id
+    assert end == run.tokenizer.vocab_size, "an end token that stands for no text, as some readers want one"
+    assert {model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.bos_token_id} == {end}
     assert never.isdisjoint(answer[0].tolist()), "padding and the unknown sign are suppressed"
     assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
+
+
+def test_the_card_s_snippet_stays_within_the_context_and_the_text_is_as_the_run_says_it(finished, monkeypatch, caplog):
+    monkeypatch.chdir(finished / "export" / "merged")
+    names: dict = {}
+    exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    whole = names["model"].generate(**names["inputs"])[0].tolist()
+    assert len(whole) == names["model"].config.max_position_embeddings
+    assert not any("exceeded" in record.message for record in caplog.records)
+
+
+def test_a_folder_is_talked_to_as_its_run(finished, capsys):
+    answers = []
+    for target in (finished, finished / "export" / "merged"):
+        capsys.readouterr()
+        talk(target, ["FOX."], sampling={"temperature": 100.0, "top_k": 0, "max_new_tokens": 40}, seed=3)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1], "no token more is sampled of an export, whose tokenizer has an end token"
 
 
 def test_a_prompt_of_characters_that_no_text_has_is_said(go):

@@ -186,11 +186,9 @@ def load_plain(folder: Path, half: bool = False) -> torch.nn.Module:
 
 
 def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
-    """Return a line for each prompt of which AutoTokenizer makes other ids than the run did; none for plain text."""
+    """Return a line for each prompt of which AutoTokenizer makes other ids than the run did."""
     import transformers
 
-    if not run.tokenizer.template:
-        return []
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     system = run.config.data.system_prompt
     before = [{"role": "system", "content": system}] if system else []
@@ -198,7 +196,10 @@ def tokenizer_faults(folder: Path, run: TrainedRun) -> list[str]:
     faults = []
     for prompt in [sample["prompt"] for sample in record["samples"]] or ["Hello!"]:
         turns = [*before, {"role": "user", "content": prompt}]
-        ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        if run.tokenizer.template:
+            ids = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = theirs(prompt)["input_ids"]
         if list(ids) != run.tokenizer.prompt_ids(prompt, system):
             faults.append(f"AutoTokenizer makes other tokens of the prompt {prompt!r} than the run did")
     return faults

@@ -22,7 +22,7 @@ from common.train.manifest import ExportFacts, Manifest
 from tools.export.check import ExportCheck, check
 from tools.export.hf_folder import export_dtype, write_adapter, write_merged
 from tools.export.model_card import adapter_card, merged_card
-from tools.export.record import FORMAT, damaged, read_record
+from tools.export.record import FORMAT, WRITER, damaged, read_record
 from tools.runs import trained
 from tools.runs.folder import read_run
 from tools.runs.trained import TrainedRun
@@ -117,12 +117,13 @@ def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[ExportCheck, dict[
     if run.config.model.lora:
         write_adapter(folder / "adapter", run)
     outcome = check(folder, run, dtype)
-    (folder / "merged" / "README.md").write_text(merged_card(run, dtype, outcome), encoding="utf-8")
+    (folder / "merged" / "README.md").write_text(merged_card(folder / "merged", run, dtype, outcome), encoding="utf-8")
     if run.config.model.lora:
         (folder / "adapter" / "README.md").write_text(adapter_card(run, outcome), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     record = {
         "format": FORMAT,
+        "writer": WRITER,
         "run": run.folder.name,
         "step": run.step,
         "checkpoint": dict(run.checkpoint.state["sha256"]),
@@ -145,7 +146,7 @@ def record_in(manifest: Manifest, run_folder: Path, record: dict[str, Any]) -> N
 
 
 def is_of(record: dict[str, Any], run: TrainedRun, dtype: str) -> bool:
-    """Return whether a record is that of a verified export of this checkpoint in this dtype."""
-    if not record["verified"] or record["dtype"] != dtype:
+    """Return whether a record is that of a verified export of this checkpoint in this dtype, as it is written now."""
+    if not record["verified"] or record["dtype"] != dtype or record.get("writer") != WRITER:
         return False
     return dict(record["checkpoint"]) == dict(run.checkpoint.state["sha256"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,12 @@ from common.model import bases
 from common.model.llama import HEAD, PREFIX
 from common.model.weights import SafetensorsWriter, Shapes, Weights
 from common.train.checkpoint import read_tensors
-from tools.bases.plain import plain_config, write_tokenizer_config
+from tools.bases.plain import plain_config, write_tokenizer
+from tools.export.end_token import declare_end
 from tools.runs.trained import TrainedRun
 
 Array = np.ndarray[Any, Any]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 ENTRY = 128  # bytes that a tensor takes in a safetensors header, beside its name; at most
 
 
@@ -121,9 +114,13 @@ def write_merged(folder: Path, run: TrainedRun, dtype: str) -> None:
     folder.mkdir()
     shapes = merged_shapes(run)
     write_safetensors(folder / "model.safetensors", shapes, merged_tensors(run, shapes), dtype)
-    write_json(folder / "config.json", plain_config(run.base.architecture, dtype))
-    write_json(folder / "generation_config.json", generation_config(run))
-    write_tokenizer(folder, run)
+    architecture = run.base.architecture
+    write_tokenizer(run.base.folder, folder, architecture["max_position_embeddings"])
+    end = declare_end(folder, run.tokenizer, architecture["vocab_size"]) if run.base.initial else None
+    ends = {} if end is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    write_json(folder / "config.json", plain_config({**architecture, **ends}, dtype))
+    never = [] if end is None else [end]
+    write_json(folder / "generation_config.json", generation_config(run, never) | ends)
 
 
 def write_adapter(folder: Path, run: TrainedRun) -> None:
@@ -133,7 +130,7 @@ def write_adapter(folder: Path, run: TrainedRun) -> None:
     config = json.loads((run.checkpoint.folder / "adapter_config.json").read_text(encoding="utf-8"))
     name, revision = base_for_peft(run)
     write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": name, "revision": revision})
-    write_tokenizer(folder, run)
+    write_tokenizer(run.base.folder, folder, run.base.architecture["max_position_embeddings"])
 
 
 def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
@@ -144,8 +141,10 @@ def base_for_peft(run: TrainedRun) -> tuple[str, str | None]:
     return str(run.base.folder), None
 
 
-def generation_config(run: TrainedRun) -> dict[str, Any]:
+def generation_config(run: TrainedRun, never: Sequence[int]) -> dict[str, Any]:
     """Return the settings of generation: the recipe's sampling, ended by every token that ends a turn.
+
+    The ids `never` are suppressed, with those that the run never samples.
 
     Every reader must take them alike. vLLM (vllm/config/model.py) reads temperature, top_k, top_p, min_p,
     repetition_penalty and max_new_tokens, and nothing else. Without a temperature it takes 1, whatever `do_sample`
@@ -157,13 +156,14 @@ def generation_config(run: TrainedRun) -> dict[str, Any]:
     tokenizer, architecture = run.tokenizer, run.base.architecture
     pad = tokenizer.encode_text(tokenizer.tokens["pad_token"]) if "pad_token" in tokenizer.tokens else []
     padding = range(tokenizer.vocab_size, architecture["vocab_size"])  # rows of the embedding that are no token
+    never = sorted({*never, *tokenizer.never_ids, *padding})
     return {
         "bos_token_id": architecture.get("bos_token_id"),
         "eos_token_id": list(tokenizer.eos_ids) or None,
         "pad_token_id": pad[0] if len(pad) == 1 else next(iter(tokenizer.eos_ids), None),
         **sampling(run.config.eval),
         "max_length": architecture["max_position_embeddings"],
-        **({"suppress_tokens": [*tokenizer.never_ids, *padding]} if padding or run.base.initial else {}),
+        **({"suppress_tokens": never} if padding or run.base.initial else {}),
     }
 
 
@@ -174,11 +174,3 @@ def sampling(settings: Evaluation) -> dict[str, Any]:
         return {"temperature": 0.0, **penalty}
     chosen = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}
     return {"do_sample": True, **chosen, **penalty}  # top_k is said even when it is off: transformers' own is 50
-
-
-def write_tokenizer(folder: Path, run: TrainedRun) -> None:
-    """Write the base's tokenizer with its chat template, in files that any version of transformers reads."""
-    for name in TOKENIZER_FILES:
-        if (run.base.folder / name).is_file():
-            shutil.copyfile(run.base.folder / name, folder / name)
-    write_tokenizer_config(folder, run.base.architecture["max_position_embeddings"])

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.config.schema import Evaluation
 from common.data import texts
+from common.files import read_json
 from common.train.console import clock
 from common.train.evaluate import HeldOut
 from tools.export.check import ExportCheck
@@ -24,10 +25,11 @@ from tools.templates import render
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def merged_card(run: TrainedRun, dtype: str, outcome: ExportCheck) -> str:
-    """Return the README.md of export/merged."""
+def merged_card(folder: Path, run: TrainedRun, dtype: str, outcome: ExportCheck) -> str:
+    """Return the README.md of export/merged, the folder `folder`."""
     name = "scratch" if run.base.initial else "merged"
-    return render(TEMPLATES / f"{name}.md.j2", **facts(run, outcome), library="transformers", dtype=dtype)
+    end = read_json(folder / "config.json").get("eos_token_id")
+    return render(TEMPLATES / f"{name}.md.j2", **facts(run, outcome), library="transformers", dtype=dtype, end=end)
 
 
 def adapter_card(run: TrainedRun, outcome: ExportCheck) -> str:
@@ -52,14 +54,14 @@ def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
         "base_identity": run.base.identity[:16],
         "local_base": base_for_peft(run)[1] is None,
         "licence": run.base.licence,
+        "rope_theta_of_5": rope_theta_of_5(run),
         "lora": lora is not None,
         "data": data_line(run),
         "parameters": f"{run.base.parameters:,}" if run.base.parameters else None,
         "bits": bits_line(run),
-        "evaluated_in": run.evaluated_in,
+        "evaluated": evaluated(run, outcome),
         "losses": losses(run),
         "proof": proof(outcome),
-        "held_out_rows": rows["held_out"],
         "train_rows": rows["train"],
         "seed": training.seed,
         "device": f"{config.hw}, {manifest.backend.device}" if manifest.backend else config.hw,
@@ -106,6 +108,22 @@ def losses(run: TrainedRun) -> dict[str, str]:
         before_name = "random weights" if run.base.initial else "base"
         table = {before_name: with_error(before), **table, "gain, paired by row": f"{gain:.4f} ± {error:.4f}"}
     return table
+
+
+def evaluated(run: TrainedRun, outcome: ExportCheck) -> str | None:
+    """Return in what precision, and on how many of the held-out rows, the exported step was evaluated; None if it was
+    not, neither by the run nor by the export's check.
+    """
+    own, held_out = run.held_out(run.step), run.manifest.data.rows["held_out"]
+    rows = outcome.held_out_rows if own is None else len(own.nll)
+    return f"{run.evaluated_in} on {'all' if rows == held_out else f'{rows} of'} {held_out} rows" if rows else None
+
+
+def rope_theta_of_5(run: TrainedRun) -> float | None:
+    """Return the rotary base of a base whose config.json has it in `rope_parameters` alone, where only 5 look."""
+    architecture = run.base.architecture
+    theta = (architecture.get("rope_parameters") or {}).get("rope_theta")
+    return None if "rope_theta" in architecture else theta
 
 
 def bits_line(run: TrainedRun) -> str | None:
