@@ -83,7 +83,7 @@ def find(base: str, recipe_dir: Path | None = None) -> dict[str, Any] | Path:
     for folder in (Path(base).expanduser(), (recipe_dir or Path()) / base):
         if (folder / "config.json").is_file():
             return folder.absolute()
-    model = base if base.count("/") == 1 else "OWNER/NAME"
+    model = base if base.count("/") == 1 and base[0] not in "./~" else "OWNER/NAME"
     raise UsageError(
         f"no base model called {base!r}",
         where="model_config.base",

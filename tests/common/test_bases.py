@@ -35,6 +35,14 @@ def test_an_unknown_base_is_a_usage_error_that_lists_the_known(tmp_path):
     assert all(name in str(caught.value) for name in bases.locked())
 
 
+@pytest.mark.parametrize(
+    ("base", "pinned"), [("owner/name", "owner/name"), ("/gone", "OWNER/NAME"), ("./gone", "OWNER/NAME")]
+)
+def test_a_folder_that_is_gone_is_not_taken_for_a_model_of_the_hub(base, pinned):
+    with pytest.raises(UsageError, match=f"recipe base add {pinned} --recipe"):
+        bases.find(base)
+
+
 def test_a_folder_without_weights_is_refused(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     (folder / "model.safetensors").unlink()
