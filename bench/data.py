@@ -38,6 +38,11 @@ from common.data import build, tokens
 from common.data.chat import ChatTokenizer
 from common.data.rows import read_rows
 from tools.data import checks
+try:
+    from tools.data import workers
+    faster = [lambda tokenizer, rows, options, name: workers.encode_rows(tokenizer, rows, options)]
+except ImportError:
+    faster = []
 tokenizer, facts = ChatTokenizer.load(base), {}
 start = time.perf_counter()
 rows = read_rows(rows_file)
@@ -46,7 +51,7 @@ start = time.perf_counter()
 if work == "check":
     facts["findings"] = len(checks.check({"train": rows}).findings)
 else:
-    splits, info = build.of_rows(Data(source="rows"), {"train": rows, "held_out": []}, tokenizer)
+    splits, info = build.of_rows(Data(source="rows"), {"train": rows, "held_out": []}, tokenizer, *faster)
     made = tokens.write(Path(tempfile.mkdtemp()) / "made", splits, source_key="bench", info=info)
     facts |= {"tokens": made.train.tokens, "tokens_sha256": made.tokens_sha256}
 facts["seconds"] = time.perf_counter() - start

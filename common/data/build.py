@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 SPLITS = ("train", "held_out")
 # Files whose code shapes tokens out of rows and texts: an edit of one, be it of a comment, makes every token set anew.
 # Once too often is only time; once too seldom would train on what an older rule made.
-SHAPERS = ("build.py", "chat.py", "tokens.py", "vocabulary.py", "words.py")
+SHAPERS = ("build.py", "chat.py", "tokens.py", "vocabulary.py")
 CUTS_SHOWN = 10  # of the screen; dataset.json has all
 UNKNOWN_ALLOWED = 1e-3  # share of held-out characters; above it bits per byte would leave out too much text
 
 Parts = Mapping[str, Sequence[Any]]  # rows, or texts, by split
-# Gives back the items it is given, and shows how many of so many were taken, under a name: tools/progress.py.
-Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
+# Yields what ChatTokenizer.encode_rows does of the rows of a split, by its other arguments; and gets the split's name.
+Encode = Callable[[ChatTokenizer, Sequence[Row], tuple[Any, ...], str], Iterable["Encoded | DataError"]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_splits(splits: Splits, config: Config, recipe_dir: Path) -> dict[str, l
 
 
 def build(
-    config: Config, parts: Parts, tokenizer: ChatTokenizer, base: Path, home: Path, watch: Watch | None = None
+    config: Config, parts: Parts, tokenizer: ChatTokenizer, base: Path, home: Path, encode: Encode | None = None
 ) -> TokenDataset:
     """Return the token data set of a recipe's rows or texts: the stored one if it verifies, else a new one.
 
@@ -112,7 +112,7 @@ def build(
     folder = home / "tokens" / key[:16]
     dataset, action, reason = reopen(folder)
     if dataset is None:
-        splits, info = of_texts(data, parts, base) if data.corpus else of_rows(data, parts, tokenizer, watch)
+        splits, info = of_texts(data, parts, base) if data.corpus else of_rows(data, parts, tokenizer, encode)
         dataset = tokens.write(folder, splits, source_key=key, info=info, length=data.max_length)
     dataset.report = report_of(dataset, action, reason)
     if len(dataset.train) < config.training.batch_size:
@@ -187,13 +187,19 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, watch: Watch | None = None) -> tuple[Any, Any]:
-    """Encode rows; return the arrays of each split, and what is stored beside them."""
+def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, encode: Encode | None = None) -> tuple[Any, Any]:
+    """Encode rows; return the arrays of each split, and what is stored beside them.
+
+    Raises DataError naming the first bad row. `encode` is a faster way to the tokens of ChatTokenizer.encode_rows.
+    """
     cut: list[dict[str, str]] = []
+    limit = None if data.max_length is None else data.max_length + 1  # n tokens make n-1 predictions
+    options = (data.system_prompt, limit, data.supervise_all)
 
     def noted(name: str) -> Iterator[Encoded]:
-        rows = watch(parts[name], f"tokenizing {name}", len(parts[name])) if watch else parts[name]
-        for row, encoded in zip(parts[name], encode(rows, tokenizer, data), strict=True):
+        rows = parts[name]
+        found = encode(tokenizer, rows, options, name) if encode else tokenizer.encode_rows(rows, *options)
+        for row, encoded in zip(rows, map(given, found), strict=True):
             if encoded.cut:
                 cut.append({"split": name, "where": row.where, "what": encoded.cut})
             yield encoded
@@ -207,12 +213,6 @@ def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, watch: Watch | N
         "rows": {name: [row.where for row in rows] for name, rows in parts.items()},
     }
     return splits, info
-
-
-def encode(rows: Iterable[Row], tokenizer: ChatTokenizer, data: Data) -> Iterator[Encoded]:
-    """Yield the tokens and masks of rows, by a data config's options. Raises DataError naming the first bad row."""
-    limit = None if data.max_length is None else data.max_length + 1  # n tokens make n-1 predictions
-    return map(given, tokenizer.encode_rows(rows, data.system_prompt, limit, data.supervise_all))
 
 
 def supervised_share(rows: Arrays) -> float:

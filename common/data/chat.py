@@ -12,16 +12,17 @@ import hashlib
 import itertools
 import json
 import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
 from common.data.rows import ROLES, Message, Row
 from common.data.tokens import Encoded
-from common.data.words import Words
 from common.errors import DataError
 from common.files import read_json
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 Messages = tuple[Message, ...]
 Talk = tuple[Messages, str]  # the messages of a row and where it stands
-AT_ONCE = 1024  # rows that are tokenized together: enough for every core, and little memory
+Cut = tuple[str, Sequence[int]]  # a text, and places in it: has what stands before each the same tokens alone?
+AT_ONCE = 128  # rows that are tokenized together: enough for every core, and what is made of them stays in its caches
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROBE = {"system": "sysj", "user": "qzjq", "assistant": "ajzj"}  # words that no template writes itself
 T = TypeVar("T")
@@ -47,8 +49,7 @@ class ChatTokenizer:
     def __init__(
         self, tokenizer: Tokenizer, template: str, tokens: Mapping[str, str], stop_ids: Sequence[int], sha256: str
     ) -> None:
-        self._tokenizer = tokenizer
-        self._words = Words(tokenizer)
+        self.library = tokenizer
         self.template = template
         self.tokens = dict(tokens)
         self.sha256 = sha256
@@ -101,17 +102,32 @@ class ChatTokenizer:
     @property
     def never_ids(self) -> tuple[int, ...]:
         """Return the ids that no answer may hold: the unknown token's, and what generation_config.json suppresses."""
-        unknown = self._tokenizer.token_to_id(self.tokens.get("unk_token", ""))
+        unknown = self.library.token_to_id(self.tokens.get("unk_token", ""))
         never = {*self.suppressed, *([] if unknown is None or unknown in self.eos_ids else [unknown])}
         return tuple(sorted(id for id in never if id < self.vocab_size))
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text, with no token added at either end."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.library.encode(text, add_special_tokens=False).ids)
+
+    def encode_texts(self, texts: Sequence[Cut]) -> Iterator[tuple[array[int], list[int | None]]]:
+        """Yield the ids of each text, and for each of its cuts how many of them are those of the part before it.
+
+        That is None where the part alone has other ids. No token is added at either end.
+        """
+        parts = [part for text, cuts in texts for part in (text, *(text[:cut] for cut in cuts))]
+        found = (part.ids for part in self.library.encode_batch_fast(parts, add_special_tokens=False))
+        for (_, cuts), ids in zip(texts, found, strict=False):
+            heads = list(itertools.islice(found, len(cuts)))
+            yield array("I", ids), [len(head) if ids[: len(head)] == head else None for head in heads]
+
+    def tokens_before(self, text: str, at: int) -> int:
+        """Return how many tokens of `text` begin before its character `at`."""
+        return bisect_left(self.library.encode(text, add_special_tokens=False).offsets, (at, 0))
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Return the text of ids; `skip_special` leaves out end and role tokens."""
-        return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=skip_special))
+        return str(self.library.decode([int(id) for id in ids], skip_special_tokens=skip_special))
 
     def marker_in(self, text: str) -> str | None:
         """Return the first template marker or special token written out in `text`, which would forge a turn."""
@@ -178,52 +194,46 @@ class ChatTokenizer:
         return encoded
 
     def _encode(self, talks: Sequence[Talk]) -> Iterator[Encoded | DataError]:
-        rendered = [self._rendered(*talk) for talk in talks]
-        texts_of_all = [text for texts in rendered if isinstance(texts, dict) for text in texts.values()]
-        ids = iter(self._words.encode(texts_of_all))
-        for (messages, where), texts in zip(talks, rendered, strict=True):
+        written = [self._written(*talk) for talk in talks]
+        found = self.encode_texts([text for text in written if not isinstance(text, DataError)])
+        for (messages, where), text in zip(talks, written, strict=True):
             try:
-                yield self._masked(messages, where, {turn: (text, next(ids)) for turn, text in given(texts).items()})
+                yield self._masked(messages, where, given(text), *next(found))
             except DataError as error:
                 yield error
 
-    def _rendered(self, messages: Sequence[Message], where: str) -> dict[int, str] | DataError:
-        """Return the text before each answer, as generation is fed it, by turn; the whole text at -1."""
+    def _written(self, messages: Sequence[Message], where: str) -> Cut | DataError:
+        """Return the whole text, cut where each answer that is trained on begins."""
         try:
             self._refuse_markers(messages, where)
-            answers = [at for at, turn in enumerate(messages) if turn.role == "assistant" and turn.trained]
-            opened = {turn: self.render(messages[:turn], answer_next=True, where=where) for turn in answers}
-            return {-1: self.render(messages, where=where), **opened}
+            text, cuts = self.render(messages, where=where), list[int]()
+            for turn in trained_turns(messages):
+                opened = self.render(messages[:turn], answer_next=True, where=where)
+                # A template that strips, or a token that lies across the seam, would teach another prompt.
+                cuts.append(len(opened) if text.startswith(opened) else refuse_prompt(where))
+            return text, cuts
         except DataError as error:
             return error
 
-    def _masked(self, messages: Sequence[Message], where: str, texts: Mapping[int, tuple[str, list[int]]]) -> Encoded:
-        text, ids = texts[-1]
-        mask = np.zeros(len(ids), dtype=np.uint8)
-        for turn, (opened, prompt) in texts.items():
-            if turn < 0:
-                continue
-            # A template that strips, or a token that lies across the seam, would teach another prompt than is asked.
-            if not text.startswith(opened) or ids[: len(prompt)] != prompt:
-                raise DataError(
-                    "the prompt part of this row has other tokens than generation would feed",
-                    where=where,
-                    todo="the base's chat template or tokenizer joins prompt and answer: take white space off the "
-                    "answer's start, or use another base",
-                )
-            until = next_turn_ends(text, len(opened), messages[turn : turn + 2])
-            last = len(ids) if until == len(text) else self._words.tokens_before(text, until)
-            mask[len(prompt) : self._end_of_turn(ids, len(prompt), last, where)] = 1
-        return Encoded(np.array(ids, dtype=np.uint32), mask)
+    def _masked(
+        self, messages: Sequence[Message], where: str, cut: Cut, ids: array[int], starts: Sequence[int | None]
+    ) -> Encoded:
+        mask = np.zeros(len(ids), np.uint8)
+        for turn, at, begin in zip(trained_turns(messages), cut[1], starts, strict=True):
+            start = refuse_prompt(where) if begin is None else begin
+            until = next_turn_ends(cut[0], at, messages[turn : turn + 2])
+            last = len(ids) if until == len(cut[0]) else self.tokens_before(cut[0], until)
+            mask[start : self._end_of_turn(ids[start:last], where) + start] = 1
+        return Encoded(np.frombuffer(ids, np.uint32), mask)
 
-    def _end_of_turn(self, ids: Sequence[int], start: int, last: int, where: str) -> int:
-        """Return the index after the end token of the turn that lies in ids[start:last]."""
+    def _end_of_turn(self, ids: array[int], where: str) -> int:
+        """Return how many of the ids from an answer's first on are its own, through its end token."""
         # Contents hold no end token: they were checked for markers.
-        for at in range(start, last):
-            if ids[at] in self.eos_ids:
-                return at + 1
-        what = "the chat template puts no end token after an answer: the model would never learn to stop"
-        raise DataError(what, where=where, todo="use a base whose template ends turns with eos_token")
+        ends = [ids.index(id) + 1 for id in self.eos_ids if id in ids]
+        if not ends:
+            what = "the chat template puts no end token after an answer: the model would never learn to stop"
+            raise DataError(what, where=where, todo="use a base whose template ends turns with eos_token")
+        return min(ends)
 
     def _shorten(self, messages: tuple[Message, ...], where: str, max_tokens: int) -> Encoded:
         removed = 0
@@ -287,6 +297,21 @@ def given(found: T | DataError) -> T:
     return found
 
 
+def trained_turns(messages: Sequence[Message]) -> list[int]:
+    """Return which messages are answers that are trained on, by index."""
+    return [at for at, turn in enumerate(messages) if turn.role == "assistant" and turn.trained]
+
+
+def refuse_prompt(where: str) -> NoReturn:
+    """Raise DataError for a row whose answer stands behind other tokens than it would be generated from."""
+    raise DataError(
+        "the prompt part of this row has other tokens than generation would feed",
+        where=where,
+        todo="the base's chat template or tokenizer joins prompt and answer: take white space off the answer's start, "
+        "or use another base",
+    )
+
+
 def next_turn_ends(text: str, start: int, turns: Sequence[Message]) -> int:
     """Return where the words of the turn after `turns[0]`, written at `start`, end; the text's end if none follows."""
     for message in turns:
@@ -303,7 +328,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
     return tuple(messages)
 
 
-def compile_template(source: str) -> Template:
+def compile_template(source: str, **settings: Any) -> Template:
     """Compile a chat template in the sandbox, with the filters and functions that `transformers` gives it.
 
     One thing is left out on purpose: `strftime_now`. A template that asks for today's date would make other
@@ -331,7 +356,7 @@ def compile_template(source: str) -> Template:
 
     # The settings of transformers' own renderer (utils/chat_template_utils.py): blocks leave no line and no indent.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols], **settings
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

@@ -85,7 +85,7 @@ def make_plan(
 
 
 def prepare(
-    launch: Launch, splits: Splits, watch: build.Watch | None = None
+    launch: Launch, splits: Splits, encode: build.Encode | None = None
 ) -> tuple[Base, ChatTokenizer, TokenDataset]:
     """Return what a launch starts from, its tokenizer and tokens: a base and rows, or random weights and a corpus."""
     config, recipe_dir, engine = launch.config, launch.recipe_dir, load_engine(launch.engine)
@@ -99,7 +99,7 @@ def prepare(
         base = bases.resolve(config.model.base, recipe_dir=recipe_dir)
         engine.refuse_model(base.architecture)
     tokenizer = ChatTokenizer.load(base.folder)
-    return base, tokenizer, build.build(config, parts, tokenizer, base.folder, bases.home(), watch)
+    return base, tokenizer, build.build(config, parts, tokenizer, base.folder, bases.home(), encode)
 
 
 def with_steps(config: Config, rows: int, say: Callable[[str], None]) -> Config:

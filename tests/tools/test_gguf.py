@@ -144,9 +144,7 @@ def test_where_no_token_ends_an_answer_one_that_no_text_has_stands_for_it(tmp_pa
     """llama.cpp would else end at its own: token 11 of byte-level BPE, which is a comma, and 2 of the others."""
     by_bytes, by_characters = bpe(tmp_path / "bpe", True), char(tmp_path / "char", True)
 
-    assert value(read(by_bytes), "tokenizer.ggml.eos_token_id") == ChatTokenizer.load(by_bytes)._tokenizer.token_to_id(
-        "ÿ"
-    )
+    assert value(read(by_bytes), "tokenizer.ggml.eos_token_id") == ChatTokenizer.load(by_bytes).library.token_to_id("ÿ")
     assert value(read(by_characters), "tokenizer.ggml.eos_token_id") == ChatTokenizer.load(by_characters).never_ids[0]
 
 

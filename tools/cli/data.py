@@ -201,10 +201,11 @@ def tokens_of(recipe: Launch, watch: Watch = unwatched) -> tuple[ChatTokenizer, 
     """Return the recipe's tokenizer and its token files, made when they are not there."""
     from common.train.plan import prepare
     from tools.data.fetch import fetch_pinned
+    from tools.data.workers import shown
     from tools.recipes import load_dataset
 
     fetch_pinned(recipe.config, recipe.recipe_dir, functools.partial(click.echo, err=True))
-    _, tokenizer, dataset = prepare(recipe, load_dataset(recipe.recipe_dir)[0], watch)
+    _, tokenizer, dataset = prepare(recipe, load_dataset(recipe.recipe_dir)[0], shown(watch))
     return tokenizer, dataset
 
 

@@ -22,6 +22,7 @@ from common.errors import DataError
 from common.hardware import TILE, round_up
 from tools.data import markers
 from tools.data.near import canonical, near_pairs
+from tools.data.workers import encode_rows
 from tools.progress import Watch, unwatched
 
 if TYPE_CHECKING:
@@ -306,8 +307,7 @@ def template_findings(
     limit = config.data.max_length if config else None
     refused, cut = [], []
     clean = [row for row in rows if id(row) not in marked]
-    watched = watch(clean, "tokenizing", len(clean))
-    for row, encoded in zip(clean, encode(watched, tokenizer, config, limit), strict=True):
+    for row, encoded in zip(clean, encode(clean, tokenizer, config, limit, watch), strict=True):
         if isinstance(encoded, DataError):
             refused.append(f"{row.where}: {encoded.what}")
         elif encoded.cut:
@@ -317,11 +317,12 @@ def template_findings(
 
 
 def encode(
-    rows: Iterable[Row], tokenizer: ChatTokenizer, config: Config | None, limit: int | None
-) -> Iterator[Encoded | DataError]:
-    """Yield the rows' tokens under the config's system prompt, cut to `limit` predictions, or why there are none."""
+    rows: Sequence[Row], tokenizer: ChatTokenizer, config: Config | None, limit: int | None, watch: Watch
+) -> Iterable[Encoded | DataError]:
+    """Return the rows' tokens under the config's system prompt, cut to `limit` predictions, or why there are none."""
     system = config.data.system_prompt if config else None
-    return tokenizer.encode_rows(rows, system=system, max_tokens=None if limit is None else limit + 1)
+    options = system, None if limit is None else limit + 1, False
+    return watch(encode_rows(tokenizer, rows, options), "tokenizing", len(rows))
 
 
 def batch_findings(rows: int, config: Config) -> Iterator[Finding]:
@@ -351,13 +352,14 @@ def stats(
     if not everything:
         raise DataError("no row to count")
     batch = config.training.batch_size if config else None
-    watched = watch(everything, "tokenizing", len(everything))
     return {
         "rows": {name: len(part) for name, part in rows.items()},
         "prompt_characters": spread([len(row.prompt) for row in everything]),
         "response_characters": spread([len(row.response) for row in everything]),
         "extra_keys": sorted({key for row in everything for key in row.extra}),
-        "tokens": token_stats(pack(map(given, encode(watched, tokenizer, config, None)))) if tokenizer else None,
+        "tokens": token_stats(pack(map(given, encode(everything, tokenizer, config, None, watch))))
+        if tokenizer
+        else None,
         "batch_size": batch,
         "steps_per_epoch": len(rows.get("train", ())) / batch if batch else None,
     }

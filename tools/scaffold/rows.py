@@ -18,6 +18,7 @@ from common.recipe import call
 from common.train.plan import check_prompts, refuse_too_long
 from tools.data import checks
 from tools.data.convert import line_of, record_of, write_rows
+from tools.data.workers import shown
 from tools.plan.estimate import CHARACTERS_A_TOKEN
 from tools.progress import Watch
 from tools.recipes import load_dataset
@@ -78,7 +79,7 @@ def prove(
                 todo="fork one whose dataset.py splits by split_by and held_out_share",
             )
         if base and tokenizer:
-            made_of_it = build.build(config, parts, tokenizer, base.folder, home, watch)
+            made_of_it = build.build(config, parts, tokenizer, base.folder, home, shown(watch))
             refuse_too_long(made_of_it, base.architecture)
             check_prompts(prompts, config, tokenizer, base.architecture, say)
         else:

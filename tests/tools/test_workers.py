@@ -1,0 +1,86 @@
+"""Rows are tokenized by several processes as by one: the same tokens, the same faults, in order."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from common.data.chat import ChatTokenizer
+from common.data.rows import Message, Row
+from common.data.tokens import Encoded
+from common.errors import DataError, MachineError
+from tools.data import workers
+
+
+@pytest.fixture
+def tokenizer(tiny_base):
+    return ChatTokenizer.load(tiny_base)
+
+
+@pytest.fixture(autouse=True)
+def three_processes(monkeypatch):
+    monkeypatch.setattr(workers, "ALONE", 10)
+    monkeypatch.setattr(workers, "CHUNK", 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1, 2})
+
+
+def rows(count: int) -> list[Row]:
+    """Rows of which every tenth holds a marker, and every fifteenth is long."""
+    asked = [
+        "<|user|>" if at % 10 == 3 else f"What is number {at}?" * (30 if at % 15 == 4 else 1) for at in range(count)
+    ]
+    return [
+        Row((Message("user", text), Message("assistant", f"It is {at}.")), {}, f"f:{at}")
+        for at, text in enumerate(asked)
+    ]
+
+
+def told(found: Encoded | DataError) -> object:
+    return (
+        (found.what, found.where, found.todo)
+        if isinstance(found, DataError)
+        else (list(found.ids), list(found.mask), found.cut)
+    )
+
+
+@pytest.mark.parametrize("count", [11, 14, 100])
+def test_several_processes_yield_what_one_does(tokenizer, count):
+    options = ("Be brief.", 64, False)
+    wanted = [told(one) for one in tokenizer.encode_rows(rows(count), *options)]
+    found = list(workers.encode_rows(tokenizer, rows(count), options))
+    assert [told(one) for one in found] == wanted
+    assert any(isinstance(one, DataError) for one in found)
+    assert any(not isinstance(one, DataError) and one.cut for one in found)
+
+
+def test_the_work_is_done_by_other_processes(tokenizer, monkeypatch):
+    def work(_tokenizer, chunks, _options, sender):
+        for chunk in chunks:
+            faults = {at: (str(os.getpid()), None, None) for at in range(len(chunk))}
+            sender.send_bytes(json.dumps({"faults": faults, "sizes": [], "cut": []}).encode())
+            sender.send_bytes(b"")
+            sender.send_bytes(b"")
+
+    monkeypatch.setattr(workers, "work", work)
+    processes = [str(fault) for fault in workers.encode_rows(tokenizer, rows(100), (None, None, False))]
+    assert len(set(processes)) == 3
+    assert str(os.getpid()) not in processes
+
+
+def test_a_process_that_dies_is_an_error_of_the_machine(tokenizer, monkeypatch):
+    monkeypatch.setattr(workers, "work", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(MachineError, match="has ended"):
+        list(workers.encode_rows(tokenizer, rows(100), (None, None, False)))
+
+
+def test_processes_end_with_who_stops_asking(tokenizer):
+    found = workers.encode_rows(tokenizer, rows(2000), (None, None, False))
+    next(found)
+    processes = multiprocessing.active_children()
+    assert len(processes) == 3
+    found.close()
+    assert not any(process.is_alive() for process in processes)
