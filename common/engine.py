@@ -82,7 +82,8 @@ class Backend(Protocol):
     def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
         """Return logits [B, V] after each row's last token, and a cache for the next call.
 
-        First call: `ids` [B, n] filled on the right, `lengths` [B]. With a cache: `ids` [B, 1], the new tokens.
+        First call: `ids` [B, n] filled on the right, `lengths` [B]. With a cache: `ids` [B, 1], the new tokens, and
+        `lengths` 0 in rows that have ended: what comes back for those is nothing, and an engine may leave them out.
         """
 
     def state(self) -> Iterator[tuple[str, Array]]:

@@ -33,30 +33,30 @@ def generate(
     """
     if not prompts:
         return []
-    lengths = np.array([len(prompt) for prompt in prompts])  # [B]
+    lengths = np.array([len(prompt) for prompt in prompts])  # [B]; 0 once a row has ended
     ids = np.zeros((len(prompts), int(lengths.max())), np.int64)  # [B, T], filled on the right; later [B, 1]
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     seen = [list(prompt) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
-    done = np.zeros(len(prompts), bool)
     cache: Any = None
     for position in range(sampling.max_new_tokens):
         logits, cache = backend.next_token_logits(ids, lengths, cache)  # [B, V]
         logits[:, list(never_ids)] = -np.inf
         draws = uniforms(seed, position, len(prompts))  # [B]; by position: rows that have ended shift no other row's
-        chosen = [choose(logits[row, :vocab_size], sampling, seen[row], draws[row]) for row in range(len(prompts))]
-        for row, token in enumerate(chosen):
+        ids = np.zeros((len(prompts), 1), np.int64)  # of rows that have ended nothing is read
+        for row in np.flatnonzero(lengths).tolist():
+            token = choose(logits[row, :vocab_size], sampling, seen[row], draws[row])
             if token in eos_ids:
-                done[row] = True
-            if not done[row]:
-                answers[row].append(token)
-                seen[row].append(token)
-                if on_token:
-                    on_token(row, token)
-        if done.all():
+                lengths[row] = 0
+                continue
+            ids[row] = token
+            answers[row].append(token)
+            seen[row].append(token)
+            if on_token:
+                on_token(row, token)
+        if not lengths.any():
             break
-        ids = np.array(chosen)[:, None]  # [B, 1]: rows that have ended go on, unread, so that the shape stays
     return answers
 
 

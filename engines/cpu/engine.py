@@ -31,7 +31,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.config import Config
@@ -40,7 +39,7 @@ from common.engine import Array, BackendInfo, StepStats, not_reached, supervised
 from common.errors import MachineError, RankLost, RecipeError, UsageError
 from common.hardware import TILE
 from common.model.llama import PREFIX
-from engines.cpu import ragged
+from engines.cpu import decode, ragged
 from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 from engines.cpu.lora import add_lora, lora_layers
 from engines.cpu.ranks import Ranks, gloo_errors, ranks_of
@@ -328,35 +327,22 @@ class TorchCPU:
             for parameter in parameters:
                 parameter.data = parameter.data.bfloat16()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
         self.model.eval()
-        new = torch.from_numpy(ids.astype(np.int64))  # [B, T], then [B, 1] with a cache
-        if cache is None:
-            # [B, T], false where a shorter prompt is filled on the right: nothing attends there, later neither.
-            real = torch.arange(new.shape[1])[None] < torch.from_numpy(lengths.astype(np.int64))[:, None]
-            cache = {
-                "past": DynamicCache(),
-                "attend": real,
-                "next": torch.from_numpy(lengths.astype(np.int64)),
-            }
-            positions, last = torch.arange(new.shape[1])[None].expand_as(new), cache["next"] - 1
-        else:
-            cache["attend"] = torch.cat([cache["attend"], torch.ones_like(new, dtype=torch.bool)], dim=1)
-            # A row goes on at its own position [B, 1], which in a shorter row is less than its place in the cache.
-            positions, last = cache["next"][:, None], torch.zeros(len(new), dtype=torch.int64)
-            cache["next"] = cache["next"] + 1
-        self.model.set_attn_implementation("sdpa")
         with self.autocast():
-            hidden = self.model.model(
-                input_ids=new,
-                attention_mask=cache["attend"].long(),
-                position_ids=positions,
-                past_key_values=cache["past"],
-                use_cache=True,
-            ).last_hidden_state
-            logits = self.model.lm_head(hidden[torch.arange(len(new)), last])  # [B, T, H] -> [B, H] -> [B, V]
-        return logits.float().numpy(), cache
+            if cache is None:
+                cache = decode.Rows(self.model, ids, lengths)
+            else:
+                cache.append(ids[:, 0], lengths > 0)
+            head16 = self.objective.head16
+            if head16 is None:
+                logits = self.model.lm_head(cache.hidden)  # [b, H] -> [b, V], of the rows that go on
+            else:
+                logits = cache.hidden.bfloat16() @ head16.t()
+        found = np.zeros((len(ids), logits.shape[1]), np.float32)
+        found[cache.live.numpy()] = logits.float().numpy()
+        return found, cache
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -4,34 +4,25 @@ What a row of the batch computes must not depend on the other rows: its logits a
 (tests/engines/test_slots.py). So the batch always has as many rows as there are slots, taken or not, for the kernels
 of other widths sum in another order; each row attends over its own keys, in a product of its own length; and a prompt
 is computed by itself.
-
-The model's layers are called here, not its `forward`: a token of one answer takes 0.037 s so and 0.048 s through it,
-one of four answers each 0.041 and 0.054 s, a prompt of 100 tokens 0.201 and 0.210 s (SmolLM2-135M in fp32, torch 2.13,
-two cores of an EPYC; best of 5 rounds in turns).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import rotate_half
 
 from common.engine import Array
+from engines.cpu.decode import Attention, Linear, few_rows, hidden_states
 from engines.cpu.engine import TorchCPU
-from engines.cpu.lora import LoraLinear
 
 # Shapes: R rows (the slots where tokens are decoded, 1 for a prompt), n tokens of a prompt, C tokens that a slot may
 # come to hold, Q query heads, K key/value heads, D width of a head, V rows of the vocabulary.
-
-Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, q, k, v, scaling
-Linear = Callable[[nn.Module, Tensor], Tensor]  # how a layer is called
 
 
 @dataclass
@@ -86,54 +77,14 @@ class Slots:
     @torch.inference_mode()
     def _forward(self, ids: Array, positions: Array, attention: Attention, linear: Linear) -> Array:
         """Return logits [R, V] after the last of `ids` [R, n]."""
-        llama, head = self.backend.model.model, self.backend.model.lm_head
-        if llama.training:  # asked first: eval() goes through every module, 0.9 ms for SmolLM2-135M
-            self.backend.model.eval()
+        model = self.backend.model
+        if model.training:  # asked first: eval() goes through every module, 0.9 ms for SmolLM2-135M
+            model.eval()
         with self.backend.autocast():
-            x = llama.embed_tokens(torch.from_numpy(ids))  # [R, n, H]
-            cos, sin = (t[:, None] for t in llama.rotary_emb(x, torch.from_numpy(positions)))  # [R, 1, n, D]
-            for block in llama.layers:
-                project, mlp = block.self_attn, block.mlp
-                normed = block.input_layernorm(x)
-                key, value = heads(linear(project.k_proj, normed), cos), heads(linear(project.v_proj, normed), cos)
-                key = rotated(key, cos, sin)
-                if block is llama.layers[-1]:  # what follows the last keys and values is asked of the last token only
-                    x, normed, cos, sin = x[:, -1:], normed[:, -1:], cos[:, :, -1:], sin[:, :, -1:]
-                query = rotated(heads(linear(project.q_proj, normed), cos), cos, sin)
-                qkv = query.to(value.dtype), key.to(value.dtype), value  # autocast leaves RoPE's outputs in fp32
-                attended = attention(project.layer_idx, *qkv, project.scaling)  # [R, Q, n, D]
-                x = x + linear(project.o_proj, attended.transpose(1, 2).flatten(2))
-                normed = block.post_attention_layernorm(x)
-                gated = mlp.act_fn(linear(mlp.gate_proj, normed)) * linear(mlp.up_proj, normed)
-                x = x + linear(mlp.down_proj, gated)
-            logits = linear(head, llama.norm(x[:, -1]))
+            x = hidden_states(model, torch.from_numpy(ids), torch.from_numpy(positions), attention, linear, last=True)
+            logits = linear(model.lm_head, x[:, -1])
         array: Array = logits.float().numpy()
         return array
-
-
-def heads(x: Tensor, like: Tensor) -> Tensor:
-    """Return x [R, n, heads D] as [R, heads, n, D], where `like` is [..., D]."""
-    return x.view(*x.shape[:2], -1, like.shape[-1]).transpose(1, 2)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [R, heads, n, D] with RoPE applied; cos and sin are [R, 1, n, D]."""
-    turned: Tensor = x * cos + rotate_half(x) * sin
-    return turned
-
-
-def few_rows(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for a linear layer and few rows: in fp32 as (W x^T)^T, for which MKL takes another way.
-
-    All matrices of 8 layers of SmolLM2-135M and its head with 4 rows took 0.034 s so and 0.049 s the other way, with
-    one row 0.024 s (torch 2.13, 2 threads that sleep while they wait, on 2 busy cores of an EPYC; best of 6).
-    """
-    if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
-        return cast(Tensor, layer(x))
-    y: Tensor = (layer.weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
-    if layer.bias is not None:
-        y = y + layer.bias
-    return layer.adapt(x, y) if isinstance(layer, LoraLinear) else y
 
 
 def attend_prompt(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:

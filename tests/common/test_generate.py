@@ -100,6 +100,19 @@ def test_an_end_token_ends_its_row_and_is_not_returned():
     assert counted([[1], [4], [7]], eos_ids={5, 9}, max_new_tokens=3) == [[2, 3, 4], [], [8]]
 
 
+def test_the_backend_is_told_which_rows_have_ended():
+    told = []
+
+    class Told(Counting):
+        def next_token_logits(self, ids: Any, lengths: Any, cache: Any = None) -> tuple[Any, Any]:
+            told.append([bool(length) for length in lengths])
+            return super().next_token_logits(ids, lengths, cache)
+
+    prompts, options = [[1], [4], [7]], sampling(max_new_tokens=9)
+    generate(Told(), prompts, options, eos_ids={5, 9}, vocab_size=11)  # type: ignore[arg-type]
+    assert told == [[True, True, True], [True, False, True], [True, False, False], [True, False, False]]
+
+
 def test_padding_of_the_vocabulary_is_never_chosen():
     assert all(token < 11 for token in counted([[0]], max_new_tokens=10)[0])
     for values in ({"temperature": 1.0}, {"temperature": 2.0, "top_k": 5}):
