@@ -10,7 +10,7 @@ from common.errors import UsageError
 from common.files import write_atomic
 from common.train.console import clock
 from tools.report import pages
-from tools.results.record import machine_of
+from tools.results.record import asked_steps, machine_of
 from tools.runs.folder import Record, RunFolder, read_run
 
 BEGIN = "<!-- made by `make docs RUN=runs/...`: do not edit -->"
@@ -23,12 +23,14 @@ MARKS = re.compile(r"([\\`*_{}\[\]<>#|~$&])")  # what Markdown, or GitHub's math
 def show(folder: Path, root: Path) -> list[Path]:
     """Put the run in `folder` into the README of the repository `root`; return what was written, picture and page.
 
-    Raises UsageError for a run that is not done or not of a commit, or has no answers before and after.
+    Raises UsageError for a run that is not done, not of a commit or not of the recipe's own config, or that has no
+    answers before and after.
     """
     run = read_run(folder, strict=True)
-    if run.state != "done" or run.manifest.git_dirty is not False:
-        what = "the README shows a run that is done, from a clean tree"
-        raise UsageError(what, where=str(folder), todo="commit, run the command again, and give that run")
+    changed = run.manifest.overrides or asked_steps(run.manifest.command)
+    if run.state != "done" or run.manifest.git_dirty is not False or changed:
+        what = "the README shows a run that is done, from a clean tree, of a recipe as it stands (no SET, no STEPS)"
+        raise UsageError(what, where=str(folder), todo="commit, run the recipe, and give that run")
     page, picture = root / PAGE, root / PICTURE
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -96,6 +96,8 @@ def test_what_a_model_writes_is_text_and_is_cut_off_behind_a_word(root: Path, tm
         ({"git_dirty": True}, "from a clean tree"),
         ({"git_dirty": None}, "from a clean tree"),
         ({"exit_reason": "stopped: Ctrl-C"}, "a run that is done"),
+        ({"overrides": ["training_config.seed=1"]}, "as it stands"),
+        ({"command": ["recipe", "run", "from_scratch", "--steps", "5"]}, "as it stands"),
     ],
 )
 def test_a_run_that_cannot_be_made_again_is_not_shown(changed: Any, words: str, root: Path, tmp_path: Path) -> None:
