@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ VENV = ROOT / ".venv-serving"
 README = BENCH / "README.md"
 RESULT = BENCH / "results" / "serving.json"
 BEGIN, END = "<!-- serving: written by bench/serving.py -->", "<!-- end -->"
-PROMPT, TOKENS, STREAMS, SINGLES = 100, 48, 4, 3  # tokens of a prompt and of an answer; answers at once, and alone
+PROMPT, TOKENS, STREAMS, SINGLES = 100, 48, 4, 6  # tokens of a prompt and of an answer; answers at once, and alone
 ANSWERS = 20  # after which memory is looked at
 PATIENCE = 180.0  # seconds that a server may take to be ready, or to say a word
 WORDS = (
@@ -104,31 +105,70 @@ def ask(port: int, model: str, prompt: str, tokens: int) -> Timed:
     return Timed(text, times[0], times[-1], tokens if reason == "length" else len(times))
 
 
-# --- one side ---------------------------------------------------------------------------------------------------------
+# --- the sides --------------------------------------------------------------------------------------------------------
 
 
-def measure_server(
-    command: Sequence[str | Path], port: int, model: str, prompts: Sequence[str], log: Path, env: Mapping[str, str]
-) -> Measured:
-    """Start a server, ask it, and return what was measured: seconds, tokens/s, bytes."""
-    with serving(command, port, log, env) as (process, ready):
-        warm, *singles = prompts[: 1 + SINGLES]
-        ask(port, model, warm, TOKENS)
-        alone = [ask(port, model, prompt, TOKENS) for prompt in singles]
-        at_once = prompts[1 + SINGLES : 1 + SINGLES + STREAMS]
-        began = time.perf_counter()
-        with ThreadPoolExecutor(STREAMS) as pool:
-            together = list(pool.map(lambda prompt: ask(port, model, prompt, TOKENS), at_once))
-        four = sum(answer.tokens for answer in together) / (time.perf_counter() - began)
-        for at in range(ANSWERS - 1 - SINGLES - STREAMS):
-            ask(port, model, prompts[at % len(prompts)], 4)
-        resident, peak = memory_of(process.pid)
-    return figures(alone) | {
-        "ready": ready,
-        "four": four,
-        "texts": [answer.text for answer in (*alone, *together)],
-        "resident_bytes": resident,
-        "peak_bytes": peak,
+def measure_servers(folder: Path, python: Path, prompts: Sequence[str], place: Path) -> dict[str, Measured]:
+    """Start every server, put each question to all of them in turn, and return what was measured, by side.
+
+    An idle server takes no time, and minutes of this machine differ by more than the servers do: beside each other,
+    each question meets all of them within a second or two.
+    """
+    commands = commands_of(folder, python, place)
+    warm, *singles = prompts[: 1 + SINGLES]
+    at_once = prompts[1 + SINGLES : 1 + SINGLES + STREAMS]
+    measured: dict[str, Measured] = {}
+    with contextlib.ExitStack() as running:
+        servers: dict[str, tuple[subprocess.Popen[bytes], int, str]] = {}
+        for side, (model, port, command) in commands.items():
+            load, env = os.getloadavg()[0], quiet(ROOT if side == "ours" else None)
+            process, ready = running.enter_context(serving(command, port, place / f"{side}.log", env))
+            servers[side] = process, port, model
+            measured[side] = {"ready": ready, "load_before": load}
+            ask(port, model, warm, TOKENS)
+        alone: dict[str, list[Timed]] = {side: [] for side in servers}
+        for at, prompt in enumerate(singles):
+            for side in in_turn(servers, at):
+                _, port, model = servers[side]
+                alone[side].append(ask(port, model, prompt, TOKENS))
+        for side, (process, port, model) in servers.items():
+            began = time.perf_counter()
+            with ThreadPoolExecutor(STREAMS) as pool:
+                together = list(pool.map(functools.partial(ask, port, model, tokens=TOKENS), at_once))
+            four = sum(answer.tokens for answer in together) / (time.perf_counter() - began)
+            for at in range(ANSWERS - 1 - SINGLES - STREAMS):
+                ask(port, model, prompts[at % len(prompts)], 4)
+            resident, peak = memory_of(process.pid)
+            measured[side] |= figures(alone[side]) | {
+                "four": four,
+                "texts": [answer.text for answer in (*alone[side], *together)],
+                "resident_bytes": resident,
+                "peak_bytes": peak,
+            }
+    said = (place / "ours.log").read_text(encoding="utf-8")
+    (sizes,) = re.findall(r"weights ([\d.]+) GB; KV cache of \d+ slots at most ([\d.]+) GB", said)
+    measured["ours"]["printed_bytes"] = [int(float(size) * 1e9) for size in sizes]
+    return measured
+
+
+def in_turn(sides: Iterable[str], at: int) -> list[str]:
+    """Return the sides, another one first each time: who comes first may find other caches."""
+    names = list(sides)
+    return names[at % len(names) :] + names[: at % len(names)]
+
+
+def commands_of(folder: Path, python: Path, place: Path) -> dict[str, tuple[str, int, list[str | Path]]]:
+    """Return each server's name for the model, its port, and the command that starts it."""
+    ours, peer, llama = (free_port() for _ in range(3))
+    recipe, transformers = Path(sys.executable).parent / "recipe", python.parent / "transformers"
+    return {
+        "ours": (folder.name, ours, [recipe, "serve", folder, "--port", str(ours)]),
+        "transformers": (
+            str(folder),
+            peer,
+            [transformers, "serve", folder, "--host", "127.0.0.1", "--port", str(peer)],
+        ),
+        "llama": ("model", llama, [python, BENCH / "peer_llama.py", place / "model.gguf", str(llama), str(STREAMS)]),
     }
 
 
@@ -210,34 +250,17 @@ def continued(speaker: Speaker, prompt: str) -> Timed:
     return Timed(tokenizer.decode(ids, skip_special=True), times[0], times[-1], len(ids))
 
 
-# --- all sides --------------------------------------------------------------------------------------------------------
-
-
-def measure(side: str, folder: Path, python: Path, prompts: Sequence[str], place: Path) -> Measured:
-    """Run one side in a process of its own and return what was measured."""
-    log, load = place / f"{side}.log", os.getloadavg()[0]
-    if side == "generate":
-        (place / "prompts.json").write_text(json.dumps(list(prompts)), encoding="utf-8")
-        alone = [sys.executable, "-m", "bench.serving", "--generate", str(place), "--base", str(folder)]
-        subprocess.run(alone, env=quiet(ROOT), cwd=ROOT, check=True)
-        measured: Measured = json.loads((place / "generate.json").read_text(encoding="utf-8"))
-        return measured | {"load_before": load}
-    port = free_port()
-    commands: dict[str, tuple[str, list[str | Path]]] = {
-        "ours": (folder.name, [Path(sys.executable).parent / "recipe", "serve", folder, "--port", str(port)]),
-        "transformers": (
-            str(folder),
-            [python.parent / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port)],
-        ),
-        "llama": ("model", [python, BENCH / "peer_llama.py", place / "model.gguf", str(port), str(STREAMS)]),
-    }
-    model, command = commands[side]
-    measured = measure_server(command, port, model, prompts, log, quiet(ROOT if side == "ours" else None))
-    if side == "ours":
-        said = log.read_text(encoding="utf-8")
-        (sizes,) = re.findall(r"weights ([\d.]+) GB; KV cache of \d+ slots at most ([\d.]+) GB", said)
-        measured["printed_bytes"] = [int(float(size) * 1e9) for size in sizes]
+def measure_generate(folder: Path, prompts: Sequence[str], place: Path) -> Measured:
+    """Run `generate` in a process of its own and return what was measured."""
+    load = os.getloadavg()[0]
+    (place / "prompts.json").write_text(json.dumps(list(prompts)), encoding="utf-8")
+    alone = [sys.executable, "-m", "bench.serving", "--generate", str(place), "--base", str(folder)]
+    subprocess.run(alone, env=quiet(ROOT), cwd=ROOT, check=True)
+    measured: Measured = json.loads((place / "generate.json").read_text(encoding="utf-8"))
     return measured | {"load_before": load}
+
+
+# --- what they say ----------------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -392,7 +415,7 @@ def base_folder() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="how often each side runs, in turns")
+    parser.add_argument("--rounds", type=int, default=2, help="how often all of it is done")
     parser.add_argument(
         "--base", type=Path, help="a Llama's folder; without: the fine-tuning recipe's base for the CPU"
     )
@@ -412,8 +435,9 @@ def main() -> None:
     runs: dict[str, list[Measured]] = {name: [] for name in SIDES}
     with prepared(folder) as place:
         for number in range(1, given.rounds + 1):
-            for side in SIDES:
-                measured = measure(side, folder, python, prompts, place)
+            generate = measure_generate(folder, prompts, place)
+            sides_of_round = {"generate": generate} | measure_servers(folder, python, prompts, place)
+            for side, measured in sides_of_round.items():
                 runs[side].append(measured)
                 middle = medians([measured])
                 said = ", ".join(

@@ -170,10 +170,10 @@ def run_threads(
         finally:
             server.should_exit = True
 
-    # Threads that wait for each other spin for some 0.1 ms (10,000 pauses), then sleep. With 4 slots a token of
-    # SmolLM2-135M took 51 ms so on two idle cores; 52 with libgomp's own 300,000, 100 asleep at once
-    # (OMP_WAIT_POLICY=PASSIVE). On two busy cores its matrices alone took 0.1 to 0.6 s, 0.5 to 0.8 and 0.1 to 0.2.
-    # (torch 2.13 on an EPYC; OpenMP reads it when torch is imported, on the thread below.)
+    # Threads that wait for each other spin for some 0.1 ms (10,000 pauses), then sleep. On two busy cores a token's
+    # matrices took 0.1 to 0.6 s so, and 0.5 to 0.8 with libgomp's own 300,000; asleep at once (OMP_WAIT_POLICY=PASSIVE)
+    # a token on idle cores takes twice as long. (SmolLM2-135M, torch 2.13 on an EPYC; OpenMP reads it when torch is
+    # imported, on the thread below.)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     thread = threading.Thread(target=compute, name="compute")
