@@ -33,7 +33,6 @@ from common.config.schema import (
     Model,
     Section,
     Training,
-    convert_command,
     converted_name,
     is_converted,
 )
@@ -330,8 +329,7 @@ def _from_format_1(layer: Layer) -> None:
 def _instead_of(key: str, layer: Layer) -> str:
     """Return what to write in place of a key that there was once; empty for any other key."""
     if key.startswith("data_config.") and key.rpartition(".")[2] in _CONVERSION:
-        command = convert_command(layer.get("data_config"))
-        return f"is no key: training reads rows as JSONL, made once by `{command}` and named in data_config.source"
+        return "is no key: recipe data convert, with --format, --map, --revision, makes the rows of data_config.source"
     if key != _ACCUMULATION:
         return ""
     at_once, parts, mesh = layer.get(_BATCH), layer.get(_ACCUMULATION), layer.get("device_config.mesh_shape")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -224,17 +224,6 @@ def converted_name(source: str) -> str:
     return f"{stem}{'-rows' if source == f'{stem}.jsonl' else ''}.jsonl"
 
 
-def convert_command(data: Mapping[str, Any]) -> str:
-    """Return the command that makes JSONL rows of a data_config's source, its `format`, `map` and `revision`."""
-    source, mapping = str(data.get("source") or "SOURCE"), data.get("map")
-    words = ["recipe", "data", "convert", source, converted_name(source)]
-    words += ["--format", str(data["format"])] if data.get("format") else []
-    for name, column in mapping.items() if isinstance(mapping, Mapping) else ():
-        words += ["--map", f"{name}={column}"]
-    words += ["--revision", str(data["revision"])] if data.get("revision") else []
-    return shlex.join(words)
-
-
 class Data(Section):
     source: str | None = Field(default=None, min_length=1)
     """Rows as JSONL: a path relative to the recipe's folder, or an absolute one."""
@@ -258,19 +247,18 @@ class Data(Section):
     """Train on every token, prompts too."""
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
-        if is_converted(self.source or ""):
-            yield "source", f"training reads rows as JSONL: {convert_command({'source': self.source})}"
+        if is_converted(source := self.source or ""):
+            command = shlex.join(["recipe", "data", "convert", source, converted_name(source)])
+            yield "source", f"training reads rows as JSONL: {command}"
         if (self.source is None) == (self.corpus is None):
             yield "corpus", "exactly one of source (rows) and corpus (plain text) must be set"
         if self.corpus and self.max_length is None:
             yield "max_length", "a corpus needs it: the tokens of one context"
         changed = {name for name, info in Data.model_fields.items() if getattr(self, name) != info.default}
-        for key in ("tokenizer", "num_proc"):
-            if self.source and key in changed:
-                yield key, "belongs to a corpus; rows are read with the base's tokenizer"
-        for key in ("system_prompt", "split_by", "control", "supervise_all"):
-            if self.corpus and key in changed:
-                yield key, "belongs to rows (source); it means nothing for a corpus"
+        for key in sorted(changed & {"tokenizer", "num_proc"}) if self.source else ():
+            yield key, "belongs to a corpus; rows are read with the base's tokenizer"
+        for key in sorted(changed & {"system_prompt", "split_by", "control", "supervise_all"}) if self.corpus else ():
+            yield key, "belongs to rows (source); it means nothing for a corpus"
 
 
 class Evaluation(Section):

@@ -32,39 +32,27 @@ class Launch:
     """One training, as it is to happen. Paths are absolute, so that they mean the same in every process."""
 
     recipe_dir: Path
-    config: Config
-    """All layers merged, for the board `hw`."""
-    engine: str
-    """The module of the engine that trains it; common/engine.py says what it holds."""
-    reason: str
-    """The sentence that says why it is this board."""
-    run: str
-    """The name of the run's folder in `out`, if the launch begins a new run; no two launches have the same."""
+    config: Config  # all layers merged, for the board `hw`
+    engine: str  # the module of the engine that trains it; common/engine.py says what it holds
+    reason: str  # the sentence that says why it is this board
+    run: str  # the name of the run's folder in `out`, if the launch begins a new run; no two launches have the same
     out: Path
-    nodes: tuple[str, ...] = ()
-    """The board's device nodes on this machine."""
+    nodes: tuple[str, ...] = ()  # the board's device nodes on this machine
+    # Keys of the training that a CPU has of its own, so that it is another experiment than a board's.
     departures: tuple[str, ...] = ()
-    """Keys of the training that a CPU has of its own, so that it is another experiment than a board's."""
-    warnings: tuple[str, ...] = ()
-    """Of choices in the config that are valid and known to be bad."""
+    warnings: tuple[str, ...] = ()  # of choices in the config that are valid and known to be bad
     stop_at: int | None = None
-    resume: str = "auto"
-    """auto, never, or the path of a run or a checkpoint."""
+    resume: str = "auto"  # auto, never, or the path of a run or a checkpoint
     accept_changes: bool = False
-    command: tuple[str, ...] = ()
-    """The words that were typed, for the manifest."""
-    overrides: tuple[str, ...] = ()
-    """What --set and --world changed, as --set takes it; for the manifest."""
-    host: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Kernel, driver and cards of the machine."""
+    command: tuple[str, ...] = ()  # the words that were typed, for the manifest
+    overrides: tuple[str, ...] = ()  # what --set and --world changed, as --set takes it; for the manifest
+    host: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # kernel, driver and cards of the machine
     git_commit: str | None = None
     git_dirty: bool | None = None
-    image: Mapping[str, Any] | None = None
-    """The image it runs in: target, reference, source and pins_sha256."""
-    debug: bool = False
-    """Whether an error shows its traceback."""
+    image: Mapping[str, Any] | None = None  # the image it runs in: target, reference, source and pins_sha256
+    debug: bool = False  # whether an error shows its traceback
+    # What any step may take, in place of the watchdog's own rule; 0: it watches nothing.
     stall_seconds: float | None = None
-    """What any step may take, in place of the watchdog's own rule; 0: it watches nothing."""
     hosts: Hosts = Hosts()
 
     @property

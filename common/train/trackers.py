@@ -17,12 +17,8 @@ class Trackers:
     def __init__(self, config: Config, folder: Path, say: Callable[[str], None]) -> None:
         self.sinks: list[Callable[[Record], None]] = []
         self.closers: list[Callable[[], None]] = []
-        wanted = {
-            "tensorboard": (config.logging.use_tensorboard, self._tensorboard),
-            "wandb": (config.logging.use_wandb, self._wandb),
-        }
-        for name, (asked, start) in wanted.items():
-            if asked:
+        for name, start in (("tensorboard", self._tensorboard), ("wandb", self._wandb)):
+            if getattr(config.logging, f"use_{name}"):
                 try:
                     start(config, folder)
                 except ImportError:
