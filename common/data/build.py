@@ -153,8 +153,11 @@ def rows_sha256(rows: Sequence[Row]) -> str:
     """Return the sha256 over what rows say and the file names and lines they stand at, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        turns = [[turn.role, turn.content, *([] if turn.trained else [0])] for turn in row.messages]
-        digest.update(json.dumps([row.where.rpartition("/")[2], turns]).encode() + b"\n")
+        turns = [
+            [one.role, one.content, *([] if one.trained else [0]), *filter(None, [one.fields])] for one in row.messages
+        ]
+        said = [row.where.rpartition("/")[2], turns, *filter(None, [row.tools])]
+        digest.update(json.dumps(said).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -14,8 +14,9 @@ import json
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from tokenizers import Tokenizer
 
-Messages = tuple[Message, ...]
-Talk = tuple[Messages, str]  # the messages of a row and where it stands
 Cut = tuple[str, Sequence[int]]  # a text, and places in it: has what stands before each the same tokens alone?
 AT_ONCE = 128  # rows that are tokenized together: enough for every core, and what is made of them stays in its caches
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-PROBE = {"system": "sysj", "user": "qzjq", "assistant": "ajzj"}  # words that no template writes itself
+PROBE = "qzjq"  # a word that no template writes itself
+WRITTEN = ("name", "description", "arguments")  # of a function or a call to it: what a template must write
+PRIVATE_USE = 0xF0000  # the first of 65,534 characters that Unicode leaves without a meaning
 T = TypeVar("T")
 # What a role marker looks like in this family's templates: <|user|>, </s>, [INST], ### Answer:
 MARKER_SHAPES = re.compile(r"<<[^<>\s]+>>|<\|?/?[^<>\s]+\|?>|\[/?[A-Z][A-Z_]+\]|#{2,} ?\w+:")
@@ -134,7 +135,9 @@ class ChatTokenizer:
         found = self._markers.search(text)
         return found.group() if found else None
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool = False, where: str | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, answer_next: bool = False, where: str = ""
+    ) -> str:
         """Return the conversation as the template writes it; `answer_next` opens the assistant's turn at the end.
 
         Raises DataError when there is no template or the template refuses the conversation.
@@ -143,9 +146,10 @@ class ChatTokenizer:
 
         if self._compiled is None:
             raise DataError("the base model has no chat template", where=where, todo="use an instruction-tuned base")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [{"role": turn.role, "content": turn.content, **(turn.fields or {})} for turn in messages]
+        facts = {"tools": list(tools) or None, "documents": None, **self.tokens}
         try:
-            return self._compiled.render(messages=turns, add_generation_prompt=answer_next, **self.tokens)
+            return self._compiled.render(messages=turns, add_generation_prompt=answer_next, **facts)
         except (TemplateError, TypeError) as error:
             what = f"the base model's chat template refuses this conversation: {error}"
             raise DataError(what, where=where) from error
@@ -159,9 +163,9 @@ class ChatTokenizer:
             if system:
                 raise DataError("a model without a chat template takes no system prompt", where="the prompt")
             return self.encode_text(prompt)
-        messages = with_system((Message("user", prompt),), system)
-        self._refuse_markers(messages, "the prompt")
-        return self.encode_text(self.render(messages, answer_next=True, where="the prompt"))
+        asked = Row(with_system((Message("user", prompt),), system), where="the prompt")
+        self._refuse_markers(asked)
+        return self.encode_text(self.render(asked.messages, answer_next=True, where=asked.where))
 
     def encode_rows(
         self, rows: Iterable[Row], system: str | None = None, max_tokens: int | None = None, supervise_all: bool = False
@@ -170,60 +174,86 @@ class ChatTokenizer:
 
         mask is 1 on every assistant turn that is trained on, from its first token through its end token, 0 elsewhere
         (1 everywhere with `supervise_all`). `system` is put before a row that has no system message. A row of
-        more than `max_tokens` tokens is shortened: the users' words first (oldest first, from their end),
+        more than `max_tokens` tokens is shortened: words of users and tools first (oldest first, from their end),
         markers and answers last; only when that is not enough is the end cut off.
         """
         waiting = iter(rows)
-        while talks := [(with_system(row.messages, system), row.where) for row in itertools.islice(waiting, AT_ONCE)]:
+        while part := list(itertools.islice(waiting, AT_ONCE)):
+            talks = [replace(row, messages=with_system(row.messages, system)) if system else row for row in part]
             for talk, encoded in zip(talks, self._encode(talks), strict=True):
-                try:
-                    yield self._fitted(given(encoded), talk, max_tokens, supervise_all)
-                except DataError as error:
-                    yield error
+                yield caught(self._fitted, encoded, talk, max_tokens, supervise_all)
 
-    def _fitted(self, encoded: Encoded, talk: Talk, max_tokens: int | None, supervise_all: bool) -> Encoded:
+    def _fitted(self, found: Encoded | DataError, row: Row, max_tokens: int | None, supervise_all: bool) -> Encoded:
+        encoded = given(found)
         if max_tokens is not None and len(encoded.ids) > max_tokens:
-            encoded = self._shorten(*talk, max_tokens)
+            encoded = self._shorten(encoded, row, max_tokens)
         if supervise_all:
-            if not all(message.trained for message in talk[0]):
-                raise DataError("a message of weight 0, and data_config.supervise_all trains on all", where=talk[1])
+            if not all(message.trained for message in row.messages):
+                raise DataError("a message of weight 0, and data_config.supervise_all trains on all", where=row.where)
             encoded = replace(encoded, mask=np.ones_like(encoded.mask))
         if not encoded.mask[1:].any():
             todo = "raise data_config.max_length or shorten the row"
-            raise DataError(f"nothing of the answer is left in {len(encoded.ids)} tokens", where=talk[1], todo=todo)
+            raise DataError(f"nothing of the answer is left in {len(encoded.ids)} tokens", where=row.where, todo=todo)
         return encoded
 
-    def _encode(self, talks: Sequence[Talk]) -> Iterator[Encoded | DataError]:
-        written = [self._written(*talk) for talk in talks]
+    def _encode(self, rows: Sequence[Row]) -> Iterator[Encoded | DataError]:
+        written = [caught(self._written, row) for row in rows]
         found = self.encode_texts([text for text in written if not isinstance(text, DataError)])
-        for (messages, where), text in zip(talks, written, strict=True):
-            try:
-                yield self._masked(messages, where, given(text), *next(found))
-            except DataError as error:
-                yield error
+        for row, text in zip(rows, written, strict=True):
+            yield text if isinstance(text, DataError) else caught(self._masked, row, text, *next(found))
 
-    def _written(self, messages: Sequence[Message], where: str) -> Cut | DataError:
+    def _written(self, row: Row) -> Cut:
         """Return the whole text, cut where each answer that is trained on begins."""
-        try:
-            self._refuse_markers(messages, where)
-            text, cuts = self.render(messages, where=where), list[int]()
-            for turn in trained_turns(messages):
-                opened = self.render(messages[:turn], answer_next=True, where=where)
-                # A template that strips, or a token that lies across the seam, would teach another prompt.
-                cuts.append(len(opened) if text.startswith(opened) else refuse_prompt(where))
-            return text, cuts
-        except DataError as error:
-            return error
+        self._refuse_markers(row)
+        if row.tools or any(turn.fields for turn in row.messages):
+            self._refuse_lost(row)
+        text, cuts = self._render(row), list[int]()
+        for turn in trained_turns(row.messages):
+            opened = self._render(row, turn, answer_next=True)
+            # A template that strips, or a token that lies across the seam, would teach another prompt.
+            cuts.append(len(opened) if text.startswith(opened) else refuse_prompt(row.where))
+        return text, cuts
 
-    def _masked(
-        self, messages: Sequence[Message], where: str, cut: Cut, ids: array[int], starts: Sequence[int | None]
-    ) -> Encoded:
-        mask = np.zeros(len(ids), np.uint8)
-        for turn, at, begin in zip(trained_turns(messages), cut[1], starts, strict=True):
-            start = refuse_prompt(where) if begin is None else begin
-            until = next_turn_ends(cut[0], at, messages[turn : turn + 2])
-            last = len(ids) if until == len(cut[0]) else self.tokens_before(cut[0], until)
-            mask[start : self._end_of_turn(ids[start:last], where) + start] = 1
+    def _render(self, row: Row, turns: int | None = None, answer_next: bool = False) -> str:
+        return self.render(row.messages[:turns], row.tools, answer_next=answer_next, where=row.where)
+
+    def _refuse_lost(self, row: Row) -> None:
+        """Refuse a row with tools of which the template leaves words out. Raises DataError."""
+        words: list[str] = []
+
+        def marked(value: Any) -> Any:
+            """Return a value of JSON in which each text has a character before it that is nowhere else."""
+            if isinstance(value, str) and value:
+                words.append(value)
+                return chr(PRIVATE_USE + len(words)) + value
+            if isinstance(value, Mapping):
+                return {marked(key): marked(inner) for key, inner in value.items()}
+            return [*map(marked, value)] if isinstance(value, list) else value
+
+        def function(entry: Mapping[str, Any]) -> dict[str, Any]:
+            inner = entry["function"]
+            return {**entry, "function": {**inner, **{key: marked(inner[key]) for key in WRITTEN if key in inner}}}
+
+        turns = []
+        for turn in row.messages:
+            fields = dict(turn.fields or {})
+            fields |= {key: [*map(function, fields[key])] for key in fields if key == "tool_calls"}
+            turns.append(replace(turn, content=marked(turn.content), fields=fields))
+        text = self.render(turns, [*map(function, row.tools)], where=row.where)
+        if lost := [word for at, word in enumerate(words, start=1) if chr(PRIVATE_USE + at) not in text]:
+            what = f"the base model's chat template leaves out words of a row with tools: {lost[0][:40]!r}"
+            todo = "use a base whose template writes tools and the calls to them, or remove the rows with tools"
+            raise DataError(what, where=row.where, todo=todo)
+
+    def _masked(self, row: Row, cut: Cut, ids: array[int], starts: Sequence[int | None]) -> Encoded:
+        mask, text = np.zeros(len(ids), np.uint8), cut[0]
+        for turn, begin in zip(trained_turns(row.messages), starts, strict=True):
+            start, last = refuse_prompt(row.where) if begin is None else begin, len(ids)
+            if turn < len(row.messages) - 1:  # the turn's own end, not that of what follows
+                closed = self._render(row, turn + 1)
+                same = closed if text.startswith(closed) else commonprefix((closed, text))  # noqa: RUF071 - no paths
+                last = self.tokens_before(text, len(same))
+            mask[start : self._end_of_turn(ids[start:last], row.where) + start] = 1
         return Encoded(np.frombuffer(ids, np.uint32), mask)
 
     def _end_of_turn(self, ids: array[int], where: str) -> int:
@@ -235,45 +265,35 @@ class ChatTokenizer:
             raise DataError(what, where=where, todo="use a base whose template ends turns with eos_token")
         return min(ends)
 
-    def _shorten(self, messages: tuple[Message, ...], where: str, max_tokens: int) -> Encoded:
+    def _shorten(self, encoded: Encoded, row: Row, max_tokens: int) -> Encoded:
         removed = 0
-        for at, message in enumerate(messages):
-            if message.role != "user":
+        for at, turn in enumerate(row.messages):
+            if turn.role not in ("user", "tool") or len(turn.content) < 2:
                 continue
-            messages, lost = self._shorten_turn(messages, at, max_tokens, where)
-            removed += lost
-            encoded = given(*self._encode([(messages, where)]))
+            # By halves: only tokenizing tells how long a text is, and a long row would otherwise cost a pass a
+            # character. Where even one character is too many, it stays.
+            sizes = range(len(turn.content) - 1, 0, -1)
+
+            def fits(size: int, row: Row = row, at: int = at) -> bool:
+                return len(self.encode_text(self._render(shortened(row, at, size)))) <= max_tokens
+
+            row = shortened(row, at, sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)])
+            removed += len(turn.content) - len(row.messages[at].content)
+            encoded = given(*self._encode([row]))
             if len(encoded.ids) <= max_tokens:
                 return replace(encoded, cut=f"{removed} characters of the prompt")
-        lost = len(encoded.ids) - max_tokens
-        cut = f"{removed} characters of the prompt and the last {lost} tokens"
+        cut = f"{removed} characters of the prompt and the last {len(encoded.ids) - max_tokens} tokens"
         return Encoded(encoded.ids[:max_tokens], encoded.mask[:max_tokens], cut)
 
-    def _shorten_turn(self, messages: Messages, at: int, max_tokens: int, where: str) -> tuple[Messages, int]:
-        """Return the turns with as much of turn `at` as fits (a character at least), and how many characters went."""
-        text = messages[at].content
-
-        def kept(characters: int) -> tuple[Message, ...]:
-            shorter = text[:characters].rstrip() or text.strip()[:1]
-            return (*messages[:at], Message("user", shorter), *messages[at + 1 :])
-
-        # By halves: only tokenizing tells how long a text is, and a long row would otherwise cost a pass a character.
-        fits, too_long = 1, len(text)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if len(self.encode_text(self.render(kept(middle), where=where))) <= max_tokens:
-                fits = middle
-            else:
-                too_long = middle
-        best = kept(fits)
-        return best, len(text) - len(best[at].content)
-
-    def _refuse_markers(self, messages: Sequence[Message], where: str) -> None:
-        for message in messages:
-            marker = self.marker_in(message.content)
-            if marker is not None:
-                what = f"the {message.role}'s text contains {marker!r}: the base model reads that as structure"
-                raise DataError(what, where=where, todo="write the marker another way, for example with a space inside")
+    def _refuse_markers(self, row: Row) -> None:
+        texts = [(f"the {turn.role}'s text contains", turn.content) for turn in row.messages]
+        if called := [*row.tools, *filter(None, (turn.fields for turn in row.messages))]:
+            texts.append(("a tool or a call to it contains", json.dumps(called, ensure_ascii=False)))
+        for what, text in texts:
+            if (marker := self.marker_in(text)) is not None:
+                what = f"{what} {marker!r}: the base model reads that as structure"
+                todo = "write the marker another way, for example with a space inside"
+                raise DataError(what, where=row.where, todo=todo)
 
     def _own_text(self) -> list[str]:
         """Return what the template itself writes around the turns of a conversation; the last is behind an answer.
@@ -281,12 +301,16 @@ class ChatTokenizer:
         Empty where there is no template, or it refuses such a conversation.
         """
         pieces: list[str] = []
-        for roles in (ROLES, ROLES[1:]):  # some templates know no system message
-            turns = [Message(role, PROBE[role]) for role in roles]
+        tool = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
+        system, user, answer = (Message(role, PROBE) for role in ROLES)
+        call = replace(answer, fields={"tool_calls": [tool]})
+        # Some templates know no tools, and some no system message.
+        for turns in ([user, call, replace(user, role="tool"), answer], [system, user, answer], [user, answer]):
+            tools = [tool] if call in turns else []
             with contextlib.suppress(DataError):
-                texts = self.render(turns[:-1], answer_next=True), self.render(turns)
                 # With the assistant's turn opened and closed: how a template begins an answer, and how it ends one.
-                pieces += [piece for text in texts for piece in re.split("|".join(PROBE.values()), text)]
+                for text in (self.render(turns[:-1], tools, answer_next=True), self.render(turns, tools)):
+                    pieces += text.split(PROBE)
         return pieces
 
 
@@ -312,13 +336,19 @@ def refuse_prompt(where: str) -> NoReturn:
     )
 
 
-def next_turn_ends(text: str, start: int, turns: Sequence[Message]) -> int:
-    """Return where the words of the turn after `turns[0]`, written at `start`, end; the text's end if none follows."""
-    for message in turns:
-        words = message.content.strip()
-        at = text.find(words, start)  # of "<" within the end token before it: then behind that token's beginning
-        start = at + len(words) if at >= 0 else len(text)
-    return start if len(turns) == 2 else len(text)
+def caught(work: Callable[..., T], *arguments: Any) -> T | DataError:
+    """Return what `work` gives for the arguments, or the DataError that it raises."""
+    try:
+        return work(*arguments)
+    except DataError as error:
+        return error
+
+
+def shortened(row: Row, at: int, size: int) -> Row:
+    """Return a row with the first `size` characters of turn `at`, less white space at their end; one at least."""
+    text = row.messages[at].content
+    kept = replace(row.messages[at], content=text[:size].rstrip() or text.strip()[:1])
+    return replace(row, messages=(*row.messages[:at], kept, *row.messages[at + 1 :]))
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
@@ -334,19 +364,9 @@ def compile_template(source: str, **settings: Any) -> Template:
     One thing is left out on purpose: `strftime_now`. A template that asks for today's date would make other
     tokens every day; the templates that use it fall back to a fixed date when it is missing.
     """
-    from jinja2 import ext, nodes
+    from jinja2 import ext
     from jinja2.exceptions import TemplateError
-    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(ext.Extension):
-        """`{% generation %}` marks what the assistant says; it changes nothing in the text."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -356,10 +376,13 @@ def compile_template(source: str, **settings: Any) -> Template:
 
     # The settings of transformers' own renderer (utils/chat_template_utils.py): blocks leave no line and no indent.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols], **settings
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols], **settings
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    # `{% generation %}` marks what the assistant says; it changes nothing in the text.
+    source = re.sub(r"(?<={%)([-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"(?<={%)([-+]?\s*)endgeneration\b", r"\1endif", source)
     try:
         return environment.from_string(source)
     except TemplateError as error:

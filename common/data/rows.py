@@ -1,8 +1,9 @@
 """Rows: what a data set is before it is tokens. JSON lines in UTF-8, one object a line.
 
-A line is `{"prompt": ..., "response": ...}` or `{"messages": [{"role", "content"}, ...]}`; other keys are
-kept, but for those that other tools read as part of it: they are for `recipe data convert`. `"weight": 0` in an
-assistant's message keeps it out of the loss. Every line that cannot be used is named with its number and reason.
+A line is `{"prompt": ..., "response": ...}` or `{"messages": [{"role", "content"}, ...]}`, with `tool_calls`, turns of
+`tool` and a list of `tools` as OpenAI has them, but each call's arguments as an object. Other keys are kept, but for
+those that other tools read as part of it: they are for `recipe data convert`. `"weight": 0` in an assistant's message
+keeps it out of the loss. Every line that cannot be used is named with its number and reason.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 # Keys that hold a part of the conversation, or say how it is trained on, where other tools read them (docs/data.md):
 # beside the turns of a row, and beside role and content of a message.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-ROW_KEYS = frozenset(
-    [*"system system_prompt history tools functions chosen rejected chat_template_kwargs".split(), *MEDIA]
-)
-WORDS = tuple("tool_calls function_call reasoning_content reasoning thinking refusal audio images".split())
+ROW_KEYS = frozenset([*"system system_prompt history functions chosen rejected chat_template_kwargs".split(), *MEDIA])
+WORDS = tuple("function_call reasoning_content reasoning thinking refusal audio images".split())
 MESSAGE_KEYS = frozenset(["train", "train_detail", "training", "mask", "loss", *WORDS])
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: role is system, user or assistant; an assistant's words are trained on unless `trained` is False."""
+    """One turn: role is one of ROLES or tool; what an assistant says is trained on unless `trained` is False."""
 
     role: str
     content: str
     trained: bool = True
+    # What templates read beside role and content: an assistant's tool_calls, a tool's tool_call_id and name.
+    fields: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +53,12 @@ class Row:
     messages: tuple[Message, ...]
     extra: Mapping[str, Any] = field(default_factory=lambda: NO_EXTRA)
     where: str = ""
+    tools: Sequence[Mapping[str, Any]] = ()  # that the assistant may call, as OpenAI describes them
 
     @property
     def prompt(self) -> str:
         """Return what the user says first."""
         return next(message.content for message in self.messages if message.role == "user")
-
-    @property
-    def response(self) -> str:
-        """Return what the assistant says last."""
-        return self.messages[-1].content
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,16 @@ class Problem:
 
 def read_rows(path: Path) -> list[Row]:
     """Return all rows of a JSONL file. Raises DataError that lists every bad line, or says that there is no row."""
-    rows, problems = scan(path, row_of)
+    return read_all(path, row_of, "no row in this file", '{"prompt": ..., "response": ...}')
+
+
+def read_all(path: Path, read: Callable[[Mapping[str, Any], str], T], lacking: str, form: str) -> list[T]:
+    """Return what `read` makes of each line of a JSONL file. Raises DataError for bad lines, and for none at all."""
+    found, problems = scan(path, read)
     refuse(problems, path)
-    if not rows:
-        todo = 'one object a line: {"prompt": ..., "response": ...}'
-        raise DataError("no row in this file", where=str(path), todo=todo)
-    return rows
+    if not found:
+        raise DataError(lacking, where=str(path), todo=f"one object a line: {form}")
+    return found
 
 
 def scan(path: Path, read: Callable[[Mapping[str, Any], str], T]) -> tuple[list[T], list[Problem]]:
@@ -109,8 +110,9 @@ def row_of(record: Mapping[str, Any], where: str) -> Row:
         messages, used = (Message("user", prompt), Message("assistant", response)), {"prompt", "response"}
     else:
         raise ValueError(f"no prompt and response, and no messages; columns: {columns_of(record)}; {CONVERT}")
+    used |= {"tools"} & record.keys()
     extra = {key: value for key, value in record.items() if key not in used} if len(record) > len(used) else NO_EXTRA
-    return Row(messages, extra, where)
+    return Row(messages, extra, where, functions_of(record.get("tools") or [], "'tools'", {"name": str}))
 
 
 def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
@@ -120,12 +122,7 @@ def read_prompts(source: str | Sequence[str], recipe_dir: Path) -> list[str]:
     """
     if not isinstance(source, str):
         return list(source)
-    path = recipe_dir / source
-    prompts, problems = scan(path, prompt_of)
-    refuse(problems, path)
-    if not prompts:
-        raise DataError("no prompt in this file", where=str(path), todo='one object a line: {"prompt": ...}')
-    return prompts
+    return read_all(recipe_dir / source, prompt_of, "no prompt in this file", '{"prompt": ...}')
 
 
 def prompt_of(record: Mapping[str, Any], _where: str) -> str:
@@ -163,21 +160,43 @@ def conversation(value: Any) -> tuple[Message, ...]:
     for number, item in enumerate(value, start=1):
         if not isinstance(item, Mapping) or not {"role", "content"} <= set(item):
             raise ValueError(f"message {number} has no role and content")
-        if item["role"] not in ROLES:
-            raise ValueError(f"message {number}: role {item['role']!r}; known: {', '.join(ROLES)}")
+        if item["role"] not in (*ROLES, "tool"):
+            raise ValueError(f"message {number}: role {item['role']!r}; known: {', '.join(ROLES)}, tool")
         if odd := next((key for key in item if key in MESSAGE_KEYS and item[key] is not None), None):
             raise ValueError(f"message {number} has {odd!r}, which says how it is trained on or written; {CONVERT}")
         if (weight := item.get("weight")) not in (None, 0, 1):
             raise ValueError(f"message {number}: 'weight' is {weight!r}; known: 0 (not trained on) and 1")
-        turns.append(
-            Message(sys.intern(item["role"]), valid_text(item["content"], f"message {number}"), weight in (None, 1))
-        )
-    spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
-    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise ValueError("after an optional system message, user and assistant must alternate, the assistant last")
+        fields, content = fields_of(item, f"message {number}"), item["content"]
+        # A call needs no words beside it, and a tool may answer with none.
+        silent = content in (None, "") and (fields or item["role"] == "tool")
+        text = "" if silent else valid_text(content, f"message {number}")
+        turns.append(Message(sys.intern(item["role"]), text, weight in (None, 1), fields))
+    # Of each role the first letter; A is an assistant that calls tools.
+    shape = "".join(turn.role[0].upper() if turn.fields and turn.role != "tool" else turn.role[0] for turn in turns)
+    if not re.fullmatch("s?(u(At+)*(a|A$))+", shape):
+        rest = "; tools answer behind the assistant's calls to them" if re.search("[A-Zt]", shape) else ""
+        what = "after an optional system message, user and assistant must alternate, the assistant last"
+        raise ValueError(what + rest)
     if not any(turn.trained for turn in turns if turn.role == "assistant"):
         raise ValueError("no answer is trained on: every one has weight 0")
     return tuple(turns)
+
+
+def fields_of(item: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Return the `fields` of a message: its tool calls, or which call a tool answers. Raises ValueError."""
+    functions_of(item.get("tool_calls") or [], f"{name}: 'tool_calls'", {"name": str, "arguments": dict})
+    keys = ("tool_calls", "tool_call_id", "name") if item["role"] == "tool" else ("tool_calls",)
+    return {key: item[key] for key in keys if item.get(key)} or None
+
+
+def functions_of(value: Any, name: str, kinds: Mapping[str, type]) -> list[Mapping[str, Any]]:
+    """Return a list of {"function": {...}}, with keys of these kinds in each. Raises ValueError where it is none."""
+    for entry in value if isinstance(value, list) else [None]:
+        function = entry.get("function") if isinstance(entry, Mapping) else None
+        if not isinstance(function, Mapping) or not all(isinstance(function.get(key), kinds[key]) for key in kinds):
+            raise ValueError(f"{name} is no list of {{'function': {{{', '.join(kinds)}}}}}; {CONVERT}")
+    valid_text(json.dumps(value, ensure_ascii=False), name)
+    return list(value)
 
 
 def valid_text(value: Any, name: str) -> str:
@@ -289,6 +308,8 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     """
     if control == "none":
         return list(rows)
+    if called := next((row for row in rows if any(turn.fields for turn in row.messages)), None):
+        raise DataError(f"control {control} leaves tool calls in place, and would train on them", where=called.where)
     answers = [turn.content for row in rows for turn in row.messages if turn.role == "assistant"]
     from common.data.order import permutation  # numpy: a board's host reads texts with this module, and has none
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
 from common.errors import DataError
 from tests.support.encoded import encode_row
+from tests.support.tool_templates import ALL_CALLS, ONE_CALL, write_tool_base
 from tools.verify.tiny_base import CORPUS, write_tiny_base
 
 CHATML = (
@@ -377,3 +378,98 @@ def test_an_answer_of_weight_0_has_no_label_and_the_tokens_are_the_same(tiny_bas
     assert tokenizer.decode(both.ids[both.mask == 1]) == "b</s>d</s>"
     with pytest.raises(DataError, match="supervise_all"):
         encode_row(tokenizer, Row((turns[0], Message("assistant", "b", trained=False), *turns[2:])), supervise_all=True)
+
+
+# Tools and calls to them.
+
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "sky", "description": "Look up.", "parameters": {"type": "object"}}}
+]
+
+
+def calling(*cities: str, words: str = "") -> Message:
+    functions = [{"name": "sky", "arguments": {"at": city, "days": 2, "now": True}} for city in cities]
+    return Message("assistant", words, fields={"tool_calls": [{"type": "function", "function": f} for f in functions]})
+
+
+def tool_row(*turns: Message, tools: list[dict[str, Any]] | None = None) -> Row:
+    return Row((Message("user", "Why?"), *turns), {}, "data.jsonl:7", TOOLS if tools is None else tools)
+
+
+ANSWER, SAY = Message("tool", '{"sky": "rain"}'), Message("assistant", "So.")
+TWICE = tool_row(calling("Paris"), ANSWER, SAY, Message("user", "How?"), calling("Oslo"), ANSWER, ANSWER, SAY)
+
+
+@pytest.mark.parametrize("template", [ALL_CALLS, ONE_CALL], ids=["all calls", "one call"])
+def test_tools_are_written_as_transformers_writes_them(tmp_path, template):
+    from transformers import AutoTokenizer
+
+    base = write_tool_base(tmp_path / "b", template)
+    ours, theirs = ChatTokenizer.load(base), cast(Any, AutoTokenizer.from_pretrained(base))
+    chat = [{"role": turn.role, "content": turn.content, **(turn.fields or {})} for turn in TWICE.messages]
+    for tools in (TOOLS, None):
+        row = replace(TWICE, tools=tools or ())
+        assert ours.render(row.messages, row.tools) == theirs.apply_chat_template(chat, tools=tools, tokenize=False)
+        assert encode_row(ours, row).ids.tolist() == theirs.apply_chat_template(chat, tools=tools)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        (ALL_CALLS, '<call>sky {"at": "%s", "days": 2, "now": true}</call></s>'),
+        (ONE_CALL, '{"name": "sky", "parameters": {"at": "%s", "days": 2, "now": true}}</s>'),
+    ],
+    ids=["all calls", "one call"],
+)
+def test_calls_are_supervised_and_what_tools_answer_is_not(tmp_path, template, call):
+    tokenizer = ChatTokenizer.load(write_tool_base(tmp_path / "b", template))
+    trained = supervised(tokenizer, encode_row(tokenizer, TWICE))
+    assert trained == [call % "Paris", "So.</s>", call % "Oslo", "So.</s>"]
+    turns = list(TWICE.messages)
+    turns[1] = replace(turns[1], trained=False)
+    untrained = encode_row(tokenizer, replace(TWICE, messages=tuple(turns)))
+    assert supervised(tokenizer, untrained) == ["So.</s>", call % "Oslo", "So.</s>"]
+
+
+def test_a_call_that_ends_a_row_and_several_at_once_with_words_are_supervised(tmp_path):
+    tokenizer = ChatTokenizer.load(write_tool_base(tmp_path / "b"))
+    (said,) = supervised(tokenizer, encode_row(tokenizer, tool_row(calling("Paris", "Oslo", words="I look."))))
+    assert said.startswith('I look.<call>sky {"at": "Paris"')
+    assert said.count("<call>") == 2
+    assert said.endswith("</call></s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "reason"),
+    [
+        (None, TWICE, "leaves out words of a row with tools: 'sky'"),
+        (None, tool_row(calling("sky"), tools=[]), "leaves out words of a row with tools: 'sky'"),
+        (None, tool_row(SAY), "leaves out words of a row with tools: 'sky'"),
+        (ALL_CALLS.replace("tool | tojson", "tool.type"), TWICE, "leaves out words of a row with tools: 'sky'"),
+        (ALL_CALLS.replace("(call.function.arguments | tojson)", "'{}'"), TWICE, "leaves out words.*: 'at'"),
+        (ALL_CALLS.replace("else %}{{- message", "elif message.role != 'tool' %}{{- message"), TWICE, '\'{"sky": '),
+        (ONE_CALL, tool_row(calling("Paris", words="I look."), ANSWER, SAY), "leaves out words.*: 'I look.'"),
+        (ONE_CALL, tool_row(calling("Paris", "Oslo")), "only single tool-calls"),
+        (ALL_CALLS, tool_row(calling("a</s>b")), "a tool or a call to it contains '</s>'"),
+        (ALL_CALLS, tool_row(replace(ANSWER, content="a <call>"), SAY), "the tool's text contains '<call>'"),
+    ],
+)
+def test_words_of_tools_that_a_template_does_not_write_are_refused(tmp_path, template, row, reason):
+    """By rendering: a word that stands in the row elsewhere, as in its question, is no proof that it was written."""
+    base = write_tool_base(tmp_path / "b", template) if template else write_tiny_base(tmp_path / "b")
+    row = replace(row, messages=(Message("user", "Look at the sky: at Paris, 2 days"), *row.messages[1:]))
+    with pytest.raises(DataError, match=reason) as error:
+        encode_row(ChatTokenizer.load(base), row)
+    assert error.value.where == "data.jsonl:7"
+
+
+def test_what_tools_answer_is_shortened_before_any_answer(tmp_path):
+    tokenizer = ChatTokenizer.load(write_tool_base(tmp_path / "b"))
+    long = tool_row(calling("Paris"), replace(ANSWER, content="rain and snow " * 40), SAY)
+    whole = encode_row(tokenizer, long)
+    cut = encode_row(tokenizer, long, max_tokens=len(whole.ids) - 100)
+    assert supervised(tokenizer, cut) == supervised(tokenizer, whole)
+    assert len(whole.ids) - 108 <= len(cut.ids) <= len(whole.ids) - 100
+    silent = tool_row(calling("Paris"), replace(ANSWER, content=""), SAY)
+    room = len(encode_row(tokenizer, silent).ids) - 4
+    assert len(encode_row(tokenizer, silent, max_tokens=room).ids) == room

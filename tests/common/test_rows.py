@@ -34,8 +34,8 @@ def pair(prompt: object = "Why?", response: object = "So.", **extra: object) -> 
 def test_rows_keep_extra_keys_and_know_their_line(tmp_path):
     path = file_of(tmp_path, pair(topic="fox"), "", "   ", pair("How?", " Thus.\n"))
     first, second = read_rows(path)
-    assert (first.prompt, first.response, first.extra) == ("Why?", "So.", {"topic": "fox"})
-    assert (second.response, second.where) == (" Thus.\n", f"{path}:4")
+    assert (first.prompt, first.messages[-1].content, first.extra) == ("Why?", "So.", {"topic": "fox"})
+    assert (second.messages[-1].content, second.where) == (" Thus.\n", f"{path}:4")
 
 
 def test_messages_with_a_system_turn(tmp_path):
@@ -43,7 +43,7 @@ def test_messages_with_a_system_turn(tmp_path):
     path = file_of(tmp_path, {"messages": [{"role": r, "content": c, "name": "x"} for r, c in turns], "id": 3})
     [row] = read_rows(path)
     assert row.messages == tuple(Message(*turn) for turn in turns)
-    assert (row.prompt, row.response, row.extra) == ("a", "d", {"id": 3})
+    assert (row.prompt, row.messages[-1].content, row.extra) == ("a", "d", {"id": 3})
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,8 @@ def test_messages_with_a_system_turn(tmp_path):
         ({"messages": []}, "no messages"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must alternate"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "must alternate"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "tools answer behind the assistant's calls"),
+        ({"messages": [{"role": "critic", "content": "a"}]}, "role 'critic'; known: system, user, assistant, tool"),
         ({"messages": [{"role": "user"}]}, "message 1 has no role and content"),
         ({"messages": [{"role": "system", "content": "a"}]}, "must alternate"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "message 2"),
@@ -244,8 +245,10 @@ def test_rows_without_the_key_are_named():
 def test_permuted_responses_keep_every_answer_and_give_each_to_another_row():
     rows = topic_rows(10)
     control = control_rows(rows, "permuted_responses")
-    assert sorted(row.response for row in control) == sorted(row.response for row in rows)
-    assert all(ours.response != theirs.response for ours, theirs in zip(control, rows, strict=True))
+    assert sorted(row.messages[-1].content for row in control) == sorted(row.messages[-1].content for row in rows)
+    assert all(
+        ours.messages[-1].content != theirs.messages[-1].content for ours, theirs in zip(control, rows, strict=True)
+    )
     assert [row.prompt for row in control] == [row.prompt for row in rows]
     assert control == control_rows(rows, "permuted_responses")
 
@@ -254,8 +257,8 @@ def test_shuffled_words_keep_the_words_of_each_answer():
     text = "one two three four five six seven eight"
     rows = [Row((Message("user", "q"), Message("assistant", text)))] * 2
     first, second = control_rows(rows, "shuffled_words")
-    assert sorted(first.response.split()) == sorted(text.split())
-    assert text != first.response != second.response
+    assert sorted(first.messages[-1].content.split()) == sorted(text.split())
+    assert text != first.messages[-1].content != second.messages[-1].content
 
 
 def test_a_control_keeps_what_is_not_trained_on():
@@ -283,7 +286,7 @@ def test_rows_of_a_long_file_take_little_more_than_their_words(tmp_path):
     rows = read_rows(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    words = sum(sys.getsizeof(text) for row in rows for text in (row.prompt, row.response, row.where))
+    words = sum(sys.getsizeof(text) for row in rows for text in (row.prompt, row.messages[-1].content, row.where))
     # A row, its tuple and its two messages are 272 bytes on a 64-bit CPython 3.11, its place in the list 8 or 9.
     assert peak - words < 350 * len(rows)
 
@@ -292,3 +295,74 @@ def test_a_line_feed_alone_ends_a_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": "a\u2028b",\r "response": "c\x85d"}\r\n\n{"prompt": "e", "response": "f"}'.encode())
     assert [(row.prompt, row.where) for row in read_rows(path)] == [("a\u2028b", f"{path}:1"), ("e", f"{path}:3")]
+
+
+# Tools.
+
+
+def call(**arguments: object) -> dict:
+    return {"type": "function", "function": {"name": "sky", "arguments": arguments}}
+
+
+TOOLS = [{"type": "function", "function": {"name": "sky", "description": "Look up."}}]
+ASK = {"role": "user", "content": "Why?"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [call(at="Paris")]}
+ANSWER = {"role": "tool", "content": "rain", "tool_call_id": "7", "name": "sky"}
+SAY = {"role": "assistant", "content": "So."}
+
+
+def test_tools_and_calls_to_them_are_kept_as_templates_take_them(tmp_path):
+    (found,) = read_rows(file_of(tmp_path, {"messages": [ASK, CALL, ANSWER, SAY], "tools": TOOLS, "n": 1}))
+    assert (found.tools, found.extra) == (TOOLS, {"n": 1})
+    assert [turn.fields for turn in found.messages] == [
+        None,
+        {"tool_calls": CALL["tool_calls"]},
+        {"tool_call_id": "7", "name": "sky"},
+        None,
+    ]
+    (plain,) = read_rows(file_of(tmp_path, {"messages": [ASK, SAY], "tools": []}))
+    assert (plain.tools, plain.extra) == ([], {})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [ASK, CALL],
+        [ASK, CALL, ANSWER, ANSWER, SAY],
+        [ASK, CALL, ANSWER, {**CALL, "content": None}, {**ANSWER, "content": ""}, SAY, ASK, CALL],
+    ],
+)
+def test_the_orders_that_turns_with_tools_may_have(tmp_path, messages):
+    assert len(read_rows(file_of(tmp_path, {"messages": messages}))[0].messages) == len(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([ASK, CALL, SAY], "tools answer behind the assistant's calls"),
+        ([ASK, SAY, ANSWER, SAY], "tools answer behind"),
+        ([ASK, CALL, ANSWER], "the assistant last"),
+        ([ASK, CALL, ASK, SAY], "must alternate"),
+        ([ASK, CALL, ANSWER, ASK, SAY], "must alternate"),
+        ([ASK, {**CALL, "role": "user"}, ANSWER, SAY], "must alternate"),
+        ([ASK, {**CALL, "tool_calls": [{"function": {"name": "sky", "arguments": "{}"}}]}], "recipe data convert"),
+        ([ASK, {**CALL, "tool_calls": "sky"}], "message 2: 'tool_calls' is no list of"),
+        ([ASK, {**CALL, "tool_calls": [call(at="\ud83d")]}], "half of a surrogate pair"),
+    ],
+)
+def test_calls_that_no_template_could_write_are_refused(tmp_path, messages, reason):
+    with pytest.raises(DataError, match=reason):
+        read_rows(file_of(tmp_path, {"messages": messages}))
+
+
+def test_tools_that_are_none_are_refused(tmp_path):
+    for odd in ("sky", [{"name": "sky"}], [{"function": {"description": "Look up."}}]):
+        with pytest.raises(DataError, match=r"'tools' is no list of \{'function': \{name\}\}; recipe data convert"):
+            read_rows(file_of(tmp_path, {"messages": [ASK, SAY], "tools": odd}))
+
+
+def test_a_control_does_not_leave_calls_in_place(tmp_path):
+    rows = read_rows(file_of(tmp_path, {"messages": [ASK, CALL, ANSWER, SAY]}))
+    assert control_rows(rows, "none") == rows
+    with pytest.raises(DataError, match="leaves tool calls in place"):
+        control_rows(rows, "permuted_responses")

@@ -10,6 +10,7 @@ import pytest
 from common.data.chat import ChatTokenizer
 from common.data.rows import MESSAGE_KEYS, ROW_KEYS, WORDS, Problem, grouped
 from tests.support.encoded import encode_row
+from tests.support.tool_templates import write_tool_base
 from tools.data import dialects, turns
 
 
@@ -27,6 +28,10 @@ def turns_of(record: dict[str, Any], *, chosen: bool = False, **mapping: str) ->
 def talk(*pairs: tuple[str, Any], **of_the_last: object) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in pairs]
     return [*found[:-1], {**found[-1], **of_the_last}]
+
+
+def a_call(at: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "sky", "arguments": {"at": at}}}
 
 
 ASKED, SAID = ("user", "Why?"), ("assistant", "So.")
@@ -55,8 +60,6 @@ def test_a_message_that_its_tool_does_not_train_on_is_not_trained_on(key):
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "'train_detail'"),
         ({"mask": True}, "'mask'"),
         ({"weight": 0, "train": True}, "'weight' and 'train' contradict"),
-        ({"tool_calls": [{"id": "1"}]}, "'tool_calls'"),
-        ({"function_call": {"name": "f"}}, "'function_call'"),
         ({"reasoning_content": "Hm."}, "'reasoning_content'"),
         ({"refusal": "No."}, "'refusal'"),
     ],
@@ -70,7 +73,7 @@ def test_a_key_of_a_message_that_cannot_be_kept_is_refused(held, reason):
 
 def test_every_key_that_training_leaves_to_convert_is_known_to_it():
     assert {*WORDS, *turns.SWITCHES, "mask", "train_detail"} == MESSAGE_KEYS
-    assert {*dialects.UNWRITTEN, *dialects.SYSTEM, "history", "chosen", "rejected"} == ROW_KEYS
+    assert {*dialects.UNWRITTEN, *dialects.SYSTEM, "functions", "history", "chosen", "rejected"} == ROW_KEYS
 
 
 def test_training_on_what_the_user_says_is_refused():
@@ -82,7 +85,7 @@ def test_training_on_what_the_user_says_is_refused():
 
 def test_other_keys_of_a_message_are_said():
     found = read({"messages": talk(ASKED, SAID, name="Ada", id=None)})
-    assert found.notes == ["of a message role, content and weight are kept; left out: name"]
+    assert found.notes == ["of a message role, content, weight and tool calls are kept; left out: name"]
 
 
 def test_llama_factorys_history_comes_first_and_its_answers_are_trained_on():
@@ -102,10 +105,10 @@ def test_llama_factorys_history_comes_first_and_its_answers_are_trained_on():
     assert turns_of(cell) == turns_of(record), "as a CSV file has it"
 
 
-@pytest.mark.parametrize("column", ["tools", "functions", "image", "images", "chat_template_kwargs"])
+@pytest.mark.parametrize("column", ["image", "images", "chat_template_kwargs"])
 def test_a_column_that_no_template_here_writes_is_refused_unless_it_is_empty(column):
     pair = {"prompt": "Why?", "response": "So."}
-    for empty in dialects.EMPTY:
+    for empty in turns.EMPTY:
         assert turns_of({**pair, column: empty}) == [ASKED, SAID]
     with pytest.raises(ValueError, match=f"'{column}' is not empty"):
         read({**pair, column: [{"name": "f"}]})
@@ -114,7 +117,7 @@ def test_a_column_that_no_template_here_writes_is_refused_unless_it_is_empty(col
 def test_a_mapped_name_wins_and_the_column_called_so_is_kept_under_another_name():
     found = read({"prompt": "theirs", "ask": "Why?", "say": "So.", "n": 1}, prompt="ask", response="say")
     assert found.row is not None
-    assert (found.row.prompt, found.row.response) == ("Why?", "So.")
+    assert (found.row.prompt, found.row.messages[-1].content) == ("Why?", "So.")
     assert found.row.extra == {"column_prompt": "theirs", "n": 1}
     assert found.notes == ["the column 'prompt' is kept beside the row as 'column_prompt'"]
     taken = {"prompt": "theirs", "column_prompt": "too", "ask": "Why?", "say": "So."}
@@ -199,9 +202,173 @@ def test_the_turns_of_a_dialect(name, record, expected):
     assert read(record).dialect.startswith(name)
 
 
+# Tools: every dialect's calls become the same turns.
+
+OPENAI_CALL = {"id": "1", "type": "function", "function": {"name": "sky", "arguments": '{"at": "a"}'}}
+BARE = {"name": "sky", "description": "Look up.", "parameters": {"type": "object", "properties": {}}}
+WRAPPED = {"type": "function", "function": BARE}
+WITH_TOOLS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "messages",
+        {
+            "messages": [
+                *talk(ASKED),
+                {"role": "assistant", "content": None, "tool_calls": [OPENAI_CALL]},
+                {"role": "tool", "tool_call_id": "1", "content": "rain"},
+                *talk(SAID),
+            ],
+            "tools": [WRAPPED],
+            "parallel_tool_calls": False,
+        },
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                *talk(ASKED),
+                {"role": "assistant", "function_call": {"name": "sky", "arguments": '{"at": "a"}'}},
+                {"role": "function", "name": "sky", "content": "rain"},
+                *talk(SAID),
+            ],
+            "functions": [BARE],
+        },
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                *talk(ASKED, ("tool_call", json.dumps({"name": "sky", "arguments": {"at": "a"}}))),
+                *talk(("tool_response", "rain"), SAID),
+            ],
+            "tools": json.dumps([WRAPPED]),
+        },
+    ),
+    (
+        "ShareGPT",
+        {
+            "conversations": [
+                {"from": "human", "value": "Why?"},
+                {"from": "function_call", "value": '{"name": "sky", "arguments": {"at": "a"}}'},
+                {"from": "observation", "value": "rain"},
+                {"from": "gpt", "value": "So."},
+            ],
+            "tools": json.dumps([BARE]),
+        },
+    ),
+    (
+        "prompt and completion as messages",
+        {
+            "prompt": talk(ASKED),
+            "completion": [
+                {"role": "assistant", "content": "", "tool_calls": [a_call("a")]},
+                *talk(("ipython", "rain"), SAID),
+            ],
+            "tools": [WRAPPED],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "record"), WITH_TOOLS)
+def test_the_tool_calls_of_a_dialect(name, record):
+    found = read(record)
+    assert found.row is not None
+    assert found.dialect.startswith(name)
+    assert [(turn.role, turn.content) for turn in found.row.messages] == [
+        ASKED,
+        ("assistant", ""),
+        ("tool", "rain"),
+        SAID,
+    ]
+    fields = found.row.messages[1].fields
+    assert fields is not None
+    assert [call["function"] for call in fields["tool_calls"]] == [a_call("a")["function"]]
+    assert found.row.tools == [WRAPPED]
+    assert not {"tools", "functions", "column_tools", "column_functions"} & set(found.row.extra)
+
+
+def test_xlams_answers_are_calls():
+    found = read(
+        {"query": "Why?", "tools": json.dumps([BARE]), "answers": '[{"name": "sky", "arguments": {"at": "a"}}]'}
+    )
+    assert found.row is not None
+    assert found.dialect == "function calls (xLAM)"
+    assert found.row.messages[-1].fields == {"tool_calls": [a_call("a")]}
+    assert found.notes == ["a function in 'tools' is written as {'type': 'function', 'function': ...}"]
+    with pytest.raises(ValueError, match="'answers' is empty: no call"):
+        read({"query": "Why?", "tools": json.dumps([BARE]), "answers": "[]"})
+
+
+def test_calls_at_once_are_one_turn_and_answers_come_in_their_order():
+    def answered(*ids: str) -> dict[str, Any]:
+        calls = [{**OPENAI_CALL, "id": id} for id in ("1", "2")]
+        said = [{"role": "tool", "tool_call_id": id, "content": f"to {id}"} for id in ids]
+        return {"messages": [*talk(ASKED), {"role": "assistant", "tool_calls": calls}, *said, *talk(SAID)]}
+
+    for order in ("12", "21"):
+        assert turns_of(answered(*order))[2:4] == [("tool", "to 1"), ("tool", "to 2")]
+    assert read(answered("1", "2")).notes == []
+    assert read(answered("2", "1")).notes == ["the answers of tools are put in the order of the calls"]
+    for odd in ("1", "13", "11", "123"):
+        with pytest.raises(ValueError, match="'tool_call_id' of no call before it, or a call has no answer"):
+            read(answered(*odd))
+    one = json.dumps({"name": "sky", "arguments": {}})
+    row = read({"messages": talk(ASKED, ("tool_call", one), ("tool_call", one), ("tool", "rain"), SAID)}).row
+    assert row is not None
+    assert [len((turn.fields or {}).get("tool_calls", ())) for turn in row.messages] == [0, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ({"tool_calls": [{"id": "1"}]}, "message 2 has a call without the name of a function"),
+        ({"tool_calls": [{"type": "custom", "custom": {"name": "sky"}}]}, "a call of type 'custom'"),
+        ({"tool_calls": [{"function": {"name": "sky", "arguments": "{at: a}"}}]}, "arguments is not JSON"),
+        ({"tool_calls": [{"function": {"name": "sky", "arguments": "[1]"}}]}, "arguments are a list, not an object"),
+        ({"tool_calls": [OPENAI_CALL], "function_call": BARE}, "has its calls twice"),
+        ({"tool_calls": "sky"}, "a call is not JSON"),
+    ],
+)
+def test_calls_that_say_no_function_are_refused(held, reason):
+    with pytest.raises(ValueError, match=reason):
+        read({"messages": talk(ASKED, SAID, **held)})
+    with pytest.raises(ValueError, match="the user calls no tools"):
+        read({"messages": [{**talk(ASKED)[0], **held}, *talk(SAID)]})
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("sky", "'tools' is no list of functions"),
+        ([{"type": "web_search"}], "'tools' is no list of functions"),
+        ([{"type": "custom", "function": BARE}], "'tools' has a tool of type 'custom'"),
+        ([{"type": "function", "function": {"description": "Look up."}}], "each with its name"),
+    ],
+)
+def test_tools_that_say_no_function_are_refused(tools, reason):
+    with pytest.raises(ValueError, match=reason):
+        read({"prompt": "Why?", "response": "So.", "tools": tools})
+
+
+def test_a_column_of_tools_may_have_another_name():
+    row = read({"ask": "Why?", "say": "So.", "apis": [WRAPPED]}, prompt="ask", response="say", tools="apis").row
+    assert row is not None
+    assert (row.tools, row.extra) == ([WRAPPED], {})
+
+
 @pytest.mark.parametrize(
     ("messages", "expected", "note"),
     [
+        (
+            [*talk(ASKED), {"role": "assistant", "tool_calls": [a_call("a")]}, *talk(("tool", "rain"))],
+            [ASKED, ("assistant", "")],
+            "a tool's answer at the end, which no answer follows, is cut off",
+        ),
+        (
+            [*talk(ASKED), {"role": "assistant", "tool_calls": [a_call("a")]}, *talk(("tool", {"sky": 1}), SAID)],
+            [ASKED, ("assistant", ""), ("tool", '{"sky": 1}'), SAID],
+            "a tool's answer that is an object is written as JSON",
+        ),
         (talk(ASKED, SAID, ("user", "How?")), [ASKED, SAID], "the last turn, a question without an answer, is cut off"),
         (talk(("assistant", "Hi."), ASKED, SAID), [ASKED, SAID], "the first turn, an answer to nothing, is cut off"),
         (
@@ -219,8 +386,7 @@ def test_what_is_changed_is_said(messages, expected, note):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": talk(ASKED, ("tool", "7"))}, "role 'tool': the chat templates of the bases here"),
-        ({"conversations": [{"from": "observation", "value": "7"}]}, "role 'observation'"),
+        ({"messages": talk(ASKED, ("tool", "7"), SAID)}, "must alternate.*; tools answer behind the assistant's calls"),
         ({"messages": talk(ASKED, SAID, ("system", "s"), *TWICE[2:], SAID)}, "a system message after the first turn"),
         ({"messages": talk(ASKED, ("assistant", [{"type": "image_url"}]))}, "a part of type 'image_url'"),
         ({"messages": talk(ASKED, ASKED, SAID)}, "must alternate"),
@@ -385,6 +551,17 @@ TRL: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+TRL_WITH_TOOLS = (
+    "-5 -204 -57 -84 -84 -81 -88 -31 -204 -96 -7 -89 -94 -290 -7 -31 -226 -7 -75 -90 -83 -72 -89 -331 -7 -17 -226 -7 "
+    "-75 -90 -83 -72 -89 -331 -7 -31 -226 -96 -7 -83 -312 -74 -7 -31 -226 -7 -88 -80 -94 -7 -98 -98 -2 -204 -3 -204 "
+    "-309 -94 -36 -2 -204 -4 -204 33 72 311 81 35 88 80 94 226 96 7 276 7 31 226 7 70 7 98 33 20 72 311 81 35 33 72 "
+    "311 81 35 88 80 94 226 96 7 276 7 31 226 7 71 7 98 33 20 72 311 81 35 2 -204 -33 -97 -344 -84 -81 -97 -35 -204 "
+    "-72 -2 -204 -33 -97 -344 -84 -81 -97 -35 -204 -73 -2 -204 -4 -204 56 84 19 2 -204 -3 -204 -45 -84 -92 -36 -2 "
+    "-204 -4 -204 45 82 19 33 72 311 81 35 88 80 94 226 96 7 276 7 31 226 7 74 7 98 33 20 72 311 81 35 2 -204 -33 -97 "
+    "-344 -84 -81 -97 -35 -204 -75 -2 -204 -4 -204 308 90 88 19 2 -204"
+)
+
+
 @pytest.mark.parametrize("name", TRL)
 def test_the_tokens_are_those_of_trl_and_the_labels_but_for_the_line_break_behind_the_end(tiny_base, name):
     record, theirs = TRL[name][0], [int(id) for id in TRL[name][1].split()]
@@ -393,6 +570,20 @@ def test_the_tokens_are_those_of_trl_and_the_labels_but_for_the_line_break_behin
     encoded = encode_row(ChatTokenizer.load(tiny_base), row)
     assert encoded.ids.tolist() == [abs(id) for id in theirs]
     assert encoded.mask.tolist() == [*(int(id > 0) for id in theirs[:-1]), 0]
+
+
+def test_tool_calls_have_the_tokens_and_labels_of_trl(tmp_path):
+    """With `assistant_only_loss`, by this template's marks of what the assistant generates."""
+    called = {"role": "assistant", "content": "", "tool_calls": [a_call("a"), a_call("b")]}
+    messages = [*talk(ASKED), called, *talk(("tool", "c"), ("tool", "d"), SAID, ("user", "How?"))]
+    messages += [{"role": "assistant", "content": "Hm.", "tool_calls": [a_call("e")]}, *talk(("tool", "f"))]
+    messages += talk(("assistant", "Thus."))
+    row = read({"messages": messages, "tools": json.dumps([{"type": "function", "function": {"name": "sky"}}])}).row
+    assert row is not None
+    encoded = encode_row(ChatTokenizer.load(write_tool_base(tmp_path / "b")), row)
+    theirs = [int(id) for id in TRL_WITH_TOOLS.split()]
+    assert encoded.ids.tolist() == [abs(id) for id in theirs]
+    assert encoded.mask.tolist() == [int(id > 0) for id in theirs]
 
 
 def test_trl_has_the_tokens_of_messages_too_and_trains_on_all_of_them(tiny_base):

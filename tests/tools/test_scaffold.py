@@ -172,7 +172,7 @@ def test_every_row_of_the_user_s_is_in_the_fork_once_and_on_one_side(root, tmp_p
     recipe, said = fork(root, table(tmp_path / "my.csv"))
     splits = splits_of(recipe)
     asked = [json.loads(line) for line in (recipe / "data/prompts.jsonl").read_text().splitlines()]
-    found = [(row.prompt, row.response) for part in splits.values() for row in part]
+    found = [(row.prompt, row.messages[-1].content) for part in splits.values() for row in part]
     assert sorted(found + [(row["prompt"], row["response"]) for row in asked]) == sorted(PAIRS)
     assert {name: len(part) for name, part in splits.items()} == {"train": 52, "held_out": 8}
     assert len(asked) == 4
@@ -243,7 +243,7 @@ def test_every_format_that_data_convert_takes(root, tmp_path, format):
     recipe, said = fork(root, data)
     splits = splits_of(recipe)
     asked = [json.loads(line) for line in (recipe / "data/prompts.jsonl").read_text().splitlines()]
-    found = [(row.prompt, row.response) for part in splits.values() for row in part]
+    found = [(row.prompt, row.messages[-1].content) for part in splits.values() for row in part]
     assert sorted(found + [(row["prompt"], row["response"]) for row in asked]) == sorted(PAIRS)
     kind = {"text": "text", "semicolon": "csv"}.get(format, "jsonl")
     assert f"({kind})" in said

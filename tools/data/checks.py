@@ -22,6 +22,7 @@ from common.errors import DataError
 from common.hardware import TILE, round_up
 from tools.data import markers
 from tools.data.near import canonical, near_pairs
+from tools.data.turns import answer_of, words_of
 from tools.data.workers import encode_rows
 from tools.progress import Watch, unwatched
 
@@ -153,7 +154,7 @@ def check(
     if tokenizer is not None:
         found.append(template_findings(everything, tokenizer, config, watch))
     else:
-        found.append(known_markers(everything))
+        found += [known_markers(everything), tools_used(everything)]
     if config is not None and train:
         found.append(batch_findings(len(train), config))
     if licence is None:
@@ -215,21 +216,21 @@ def duplicates(rows: Sequence[Row], watch: Watch) -> Iterator[Finding]:
     repeated: list[str] = []
     conflicts: list[str] = []
     for group in grouped(rows, conversation_key):
-        answers = {canonical(row.response) for row in group}
+        answers = {canonical(answer_of(row)) for row in group}
         place = ", ".join(row.where for row in group)
         (conflicts if len(answers) > 1 else repeated).append(f"{place}: {shown(group[0].prompt)}")
     yield from listed("D105", "prompts come again with the same answer", repeated)
     yield from listed("D106", "prompts have different answers", conflicts)
-    by_answer = grouped(rows, lambda row: row.response)
+    by_answer = grouped(rows, answer_of)
     same = [group for group in by_answer if len({conversation_key(row) for row in group}) > 1]
-    places = [f"{', '.join(row.where for row in group)}: {shown(group[0].response)}" for group in same]
+    places = [f"{', '.join(row.where for row in group)}: {shown(answer_of(group[0]))}" for group in same]
     yield from listed("D107", "answers are given to different prompts", places)
     yield from listed("D108", "prompts are nearly the same as an earlier one", near_earlier(rows, watch))
 
 
 def conversation_key(row: Row) -> str:
     """Return what stands before the last answer, for comparison."""
-    return "\n".join(f"{turn.role}: {canonical(turn.content)}" for turn in row.messages[:-1])
+    return "\n".join(f"{turn.role}: {canonical(words_of(turn))}" for turn in row.messages[:-1])
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
@@ -252,7 +253,7 @@ def private_data(rows: Sequence[Row], watch: Watch) -> Iterator[Finding]:
     """Yield keys (errors), e-mail addresses and phone numbers (warnings). What was found is not printed again."""
     secrets, addresses, numbers = [], [], []
     for row in watch(rows, "looking for private data", len(rows)):
-        text = "\n".join(turn.content for turn in row.messages)
+        text = "\n".join(map(words_of, row.messages))
         secrets += [f"{row.where}: {name}" for name in secrets_in(text)]
         addresses += [row.where] if has_email(text) else []
         numbers += [row.where] if has_phone(text) else []
@@ -278,7 +279,7 @@ def has_phone(text: str) -> bool:
 
 def untidy_text(rows: Sequence[Row]) -> Iterator[Finding]:
     """Yield answers that are all but empty, and texts with white space around them."""
-    empty = (f"{row.where}: {shown(row.response)}" for row in rows if len(row.response.split()) < 2)
+    empty = (f"{row.where}: {shown(answer_of(row))}" for row in rows if len(answer_of(row).split()) < 2)
     yield from listed("D111", "answers are a single word", empty)
     edges = (row.where for row in rows if any(turn.content != turn.content.strip() for turn in row.messages))
     yield from listed("D114", "rows have white space around a text: the model learns to write it", edges)
@@ -291,6 +292,13 @@ def known_markers(rows: Sequence[Row]) -> Iterator[Finding]:
     yield from listed("D008", f"rows hold a marker of the templates of bases here: {FORGED}", here)
     elsewhere = [f"{where}: {mark!r} ({base})" for where, mark, base in found if mark not in markers.HERE]
     yield from listed("D113", f"rows hold a marker of another base's template: {FORGED}", elsewhere)
+
+
+def tools_used(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Yield the rows with tools or calls to them, where no base is named whose template would be asked about them."""
+    found = [row.where for row in rows if row.tools or any(turn.fields for turn in row.messages)]
+    message = "rows have tools or calls to them, which not every template writes: --base NAME asks that of a base"
+    yield from listed("D120", message, found)
 
 
 def template_findings(
@@ -309,10 +317,10 @@ def template_findings(
     clean = [row for row in rows if id(row) not in marked]
     for row, encoded in zip(clean, encode(clean, tokenizer, config, limit, watch), strict=True):
         if isinstance(encoded, DataError):
-            refused.append(f"{row.where}: {encoded.what}")
+            refused.append(Problem(row.where, encoded.what))
         elif encoded.cut:
             cut.append(f"{row.where}: would lose {encoded.cut}")
-    yield from listed("D006", "rows cannot be tokenized", refused)
+    yield from faults("D006", "rows cannot be tokenized", refused)
     yield from listed("D117", f"rows do not fit max_length {limit}", cut)
 
 
@@ -355,7 +363,7 @@ def stats(
     return {
         "rows": {name: len(part) for name, part in rows.items()},
         "prompt_characters": spread([len(row.prompt) for row in everything]),
-        "response_characters": spread([len(row.response) for row in everything]),
+        "response_characters": spread([len(answer_of(row)) for row in everything]),
         "extra_keys": sorted({key for row in everything for key in row.extra}),
         "tokens": token_stats(pack(map(given, encode(everything, tokenizer, config, None, watch))))
         if tokenizer

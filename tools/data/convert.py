@@ -139,9 +139,10 @@ def convert(
 
 def record_of(row: Row) -> dict[str, Any]:
     """Return the row as one JSON object: prompt and response where that says it all, messages otherwise."""
-    if [message.role for message in row.messages] == ["user", "assistant"]:
-        return {"prompt": row.prompt, "response": row.response, **row.extra}
-    return {"messages": [turns.record_of(message) for message in row.messages], **row.extra}
+    tools = {"tools": row.tools} if row.tools else {}
+    if [message.role for message in row.messages] == ["user", "assistant"] and not row.messages[-1].fields:
+        return {"prompt": row.prompt, "response": row.messages[-1].content, **tools, **row.extra}
+    return {"messages": [turns.record_of(message) for message in row.messages], **tools, **row.extra}
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -21,18 +21,12 @@ Record = Mapping[str, Any]
 CHOSEN = "a row of preferences: recipe data convert --chosen keeps the answer that was chosen, without the other one"
 NEXT_TO = "\n\n"  # between an instruction and what it is about
 # Columns that carry a part of the conversation whatever the dialect, which no template here writes.
-UNWRITTEN = ("tools", "functions", *MEDIA, "chat_template_kwargs")
+UNWRITTEN = (*MEDIA, "chat_template_kwargs")
+TOOLS = ("tools", "functions")  # what the assistant may call; functions: OpenAI's older format
 SYSTEM = ("system", "system_prompt")
-OURS = ("prompt", "response", "messages", "system", "history", *UNWRITTEN, "chosen", "rejected")
+OURS = ("prompt", "response", "messages", "system", "history", *TOOLS, *UNWRITTEN, "chosen", "rejected")
 WRITTEN_LIST = re.compile(r"""\s*\[\s*\{\s*["']""")
-TARGETS = ("prompt", "response", "system", "messages")  # of --map
-EMPTY: tuple[Any, ...] = (
-    None,
-    "",
-    "[]",
-    [],
-    {},
-)  # what a column says that has nothing to say; LLaMA-Factory's tools are JSON
+TARGETS = ("prompt", "response", "system", "messages", "tools")  # of --map
 
 
 @dataclass
@@ -43,6 +37,7 @@ class Reading:
     chosen: bool = False
     used: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    tools: list[Mapping[str, Any]] = field(default_factory=list)
 
     def value(self, name: str) -> Any:
         """Return the value of a column, and count it as used; None where there is none."""
@@ -141,6 +136,7 @@ def read(record: Record, mapping: Mapping[str, str], where: str, *, chosen: bool
         if found is not None and (idle := [name for name in mapping if name not in inner.used]):
             raise ValueError(f"--map {idle[0]}=... is of no use to a row that is read as {dialect.name}")
         used = reading.used | (inner.used - set(mapping))
+        reading.tools = inner.tools
     else:
         dialect = recognized(record)
         found = dialect.read(reading)
@@ -148,16 +144,19 @@ def read(record: Record, mapping: Mapping[str, str], where: str, *, chosen: bool
     if messages is None:
         return Read(None, dialect.name, reading.notes)
     extra = kept({key: value for key, value in record.items() if key not in used}, reading.notes)
-    return Read(Row(messages, extra, where), dialect.name, reading.notes)
+    return Read(Row(messages, extra, where, reading.tools), dialect.name, reading.notes)
 
 
 def finished(found: list[Message] | None, reading: Reading) -> tuple[Message, ...] | None:
-    """Return the conversation of what a dialect read, with the system text and history of its other columns."""
+    """Return the conversation of what a dialect read, with the system text, history and tools of its other columns."""
     if found is None:
         return None
     for name in UNWRITTEN:
-        if reading.value(name) not in EMPTY:
-            raise ValueError(f"{name!r} is not empty: {turns.NO_TOOLS}; remove the column or the row")
+        if reading.value(name) not in turns.EMPTY:
+            raise ValueError(f"{name!r} is not empty: {turns.LEFT_OUT}; remove the column or the row")
+    for name in TOOLS:
+        if (value := reading.list_in(name)) not in turns.EMPTY:
+            reading.tools += turns.tools_of(value, name, reading.notes)
     if earlier := reading.list_in("history"):
         at = 1 if found and found[0].role == "system" else 0
         found = [*found[:at], *turns.history_of(earlier), *found[at:]]
@@ -341,6 +340,14 @@ def about_context(reading: Reading) -> list[Message]:
     return [Message("user", question), Message("assistant", reading.text("answer"))]
 
 
+def calls(reading: Reading) -> list[Message]:
+    """Return xLAM's question and the calls that answer it."""
+    if (value := reading.list_in("answers")) in turns.EMPTY:
+        raise ValueError("'answers' is empty: no call to train on; remove the row")
+    fields = {"tool_calls": turns.calls_of(value, "'answers'")}
+    return [Message("user", reading.text("query")), Message("assistant", "", fields=fields)]
+
+
 def segments(_reading: Reading) -> list[Message]:
     """Refuse axolotl's input_output, which has text and no turns. Raises ValueError."""
     raise ValueError("axolotl's input_output: 'segments' are text without turns; write them as messages with weight 0")
@@ -366,7 +373,7 @@ MESSAGES = Dialect(
     ("messages",),
     of_messages("messages"),
     "every assistant's turn and its end token, but for `weight` 0, and for `train`, `training` or `loss` false",
-    "`mask`, `train_detail`, `train: true` on a user's turn, tool calls, parts other than text",
+    "`mask`, `train_detail`, `train: true` on another's turn, calls without their answers, parts other than text",
 )
 PROMPT_RESPONSE = pair("prompt and response", "prompt", "response")
 PAIRS = (
@@ -405,8 +412,8 @@ DIALECTS: tuple[Dialect, ...] = (
         "ShareGPT (LLaMA-Factory, Unsloth, axolotl)",
         ("conversations",),
         of_messages("conversations"),
-        "every turn `from` gpt; a `system` column comes first",
-        "function_call, observation, `tools`; a `system` column at odds with a first system turn",
+        "every turn `from` gpt or function_call, not those from observation; a `system` column comes first",
+        "a `system` column at odds with a first system turn",
     ),
     Dialect(
         "conversation (LMSYS, WildChat)",
@@ -423,6 +430,13 @@ DIALECTS: tuple[Dialect, ...] = (
         "as of messages; `chat_template_kwargs`",
         lambda record: is_list(record["prompt"]) or is_list(record["completion"]),
         "one of them is a list",
+    ),
+    Dialect(
+        "function calls (xLAM)",
+        ("query", "answers", "tools"),
+        calls,
+        "the calls in `answers`; `query` asks",
+        "no call in `answers`",
     ),
     Dialect(
         "input_output (axolotl)", ("segments",), segments, "nothing", "all: text without turns fits no chat template"

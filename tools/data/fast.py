@@ -39,8 +39,12 @@ class FastTokenizer(ChatTokenizer):
         self._forms: dict[tuple[bool | str, ...], str] = {}
         super().__init__(plain.library, plain.template, plain.tokens, plain.eos_ids, plain.sha256)
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool = False, where: str | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, answer_next: bool = False, where: str = ""
+    ) -> str:
         """Return what ChatTokenizer's render does: by the form that these roles have, if the template has forms."""
+        if tools or any(message.fields for message in messages):
+            return super().render(messages, tools, answer_next=answer_next, where=where)
         roles: tuple[bool | str, ...] = (answer_next, *(message.role for message in messages))
         words = [message.content for message in messages]
         form = self._forms.get(roles)
@@ -55,7 +59,8 @@ class FastTokenizer(ChatTokenizer):
         turns = [{"role": role, "content": Held(f"\ue000{at}\ue001")} for at, role in enumerate(roles[1:])]
         try:
             assert self._looking is not None
-            text = self._looking.render(messages=turns, add_generation_prompt=roles[0], **self.tokens)
+            facts = {"tools": None, "documents": None, **self.tokens}
+            text = self._looking.render(messages=turns, add_generation_prompt=roles[0], **facts)
         except (Looked, Exception):  # whatever it is, ChatTokenizer's own render says it
             return ""
         return re.sub("\ue000(\\d+)\ue001", r"{\1}", text.replace("{", "{{").replace("}", "}}"))

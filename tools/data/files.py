@@ -255,7 +255,7 @@ def parquet_records(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=1024):  # rows in memory at once
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", record
+                    yield f"{path}: row {number}", {key: without_nulls(value) for key, value in record.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"not a readable Parquet file: {error}", where=str(path)) from error
 
@@ -276,7 +276,18 @@ def arrow_records(path: Path, split: str) -> Iterator[Record]:
             )
         table = table[split]
     for number, record in enumerate(table, start=1):
-        yield f"{path}: row {number}", record
+        yield f"{path}: row {number}", {key: without_nulls(value) for key, value in record.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of Arrow without the keys of objects that are null.
+
+    Objects in one column have the same keys there: a call's arguments those of every other call, null where they are
+    not its own.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
 def text_records(path: Path) -> Iterator[Record]:

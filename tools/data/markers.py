@@ -7,9 +7,12 @@ can be looked at before a base is chosen.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from common.data.rows import Row
+from tools.data.turns import words_of
 
 # Marks by the base that reads them as structure. Those of the bases that the recipes here train on, whose runs refuse
 # them: SmolLM2's are the added tokens of its tokenizer.json, TinyLlama's those of its template and its three own.
@@ -41,7 +44,7 @@ SHAPE = re.compile("|".join([*map(re.escape, ALL), r"<\|[^<>\s|]+\|>"]))
 def found_in(row: Row) -> tuple[str, str] | None:
     """Return the first mark in a row's words and the name of a base that reads it, or None."""
     for turn in row.messages:
-        if mark := SHAPE.search(turn.content):
+        if mark := SHAPE.search(words_of(turn)):
             return mark.group(), ALL.get(mark.group(), "any base that has it as a token")
     return None
 
@@ -55,4 +58,14 @@ def escaped(text: str) -> str:
 
 def escape(row: Row) -> Row:
     """Return a row whose words hold no mark of a chat template any more."""
-    return replace(row, messages=tuple(replace(turn, content=escaped(turn.content)) for turn in row.messages))
+    turns = [replace(turn, content=escaped(turn.content), fields=in_all(turn.fields)) for turn in row.messages]
+    return replace(row, messages=tuple(turns), tools=in_all(row.tools))
+
+
+def in_all(value: Any) -> Any:
+    """Return a value of JSON with every text in it escaped."""
+    if isinstance(value, Mapping):
+        return {escaped(key): in_all(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(in_all, value)]
+    return escaped(value) if isinstance(value, str) else value

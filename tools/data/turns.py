@@ -1,14 +1,17 @@
-"""The turns of a conversation as other tools write them, made into ours: roles, parts of a content, what is trained on.
+"""The turns of a conversation as other tools write them, made into ours: roles, parts, tool calls, what is trained on.
 
 What cannot be kept is refused by its name; what is changed on the way is noted, so that whoever reads the data says it.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from common.data.rows import WORDS, Message, conversation, kind_of, valid_text
+from common.data.rows import WORDS, Message, Row, conversation, kind_of, unique_keys, valid_text
 
 ROLES = {
     "human": "user",  # ShareGPT
@@ -20,10 +23,16 @@ ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's name for it since its reasoning models
 }
-TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response", "ipython")
-NO_TOOLS = "the chat templates of the bases here write system, user and assistant alone, and would leave it out"
+# Whose content is a call, or a list of calls, as JSON: LLaMA-Factory's name for it and ms-swift's.
+CALLERS = ("function_call", "tool_call")
+# Who answers a call: OpenAI's names, LLaMA-Factory's, ms-swift's and Llama 3.1's.
+ANSWERERS = ("tool", "function", "observation", "tool_response", "ipython")
 SWITCHES = ("train", "training", "loss")  # axolotl's message_field_training and its older name; ms-swift's
 KNOWN = {"role", "from", "content", "value", "weight", *SWITCHES}
+LEFT_OUT = "the chat templates of the bases here do not write it, and it would be left out"
+FUNCTIONS = "chat templates write functions alone"
+# What a column or a key says that has nothing to say; LLaMA-Factory's tools are JSON.
+EMPTY: tuple[Any, ...] = (None, "", "[]", [], {})
 
 
 def messages_of(value: Sequence[Any], notes: list[str], trained: bool = True) -> list[Message]:
@@ -32,7 +41,17 @@ def messages_of(value: Sequence[Any], notes: list[str], trained: bool = True) ->
     With `trained` False no answer among them is trained on. Appends to `notes` what is left out. Raises ValueError with
     the reason for what cannot be kept.
     """
-    return [message_of(item, number, notes, trained) for number, item in enumerate(value, start=1)]
+    found: list[Message] = []
+    before = None
+    for number, item in enumerate(value, start=1):
+        message = message_of(item, number, notes, trained)
+        who = of_two(item, "role", "from", f"message {number}")
+        if found and who in CALLERS and before in CALLERS:  # ms-swift: calls at once are turns one after another
+            both = [call for turn in (found.pop(), message) for call in (turn.fields or {})["tool_calls"]]
+            message = replace(message, fields={"tool_calls": both})
+        found.append(message)
+        before = who
+    return found
 
 
 def after_system(system: str, found: list[Message]) -> list[Message]:
@@ -50,17 +69,88 @@ def message_of(item: Any, number: int, notes: list[str], trained: bool = True) -
     if not isinstance(item, Mapping):
         raise ValueError(f"{name} is {kind_of(item)}, not an object")
     who = of_two(item, "role", "from", name)
-    if who in TOOL_ROLES:
-        raise ValueError(f"{name}: role {who!r}: {NO_TOOLS}; remove the rows with tools")
-    if not isinstance(who, str) or who not in ROLES:
-        raise ValueError(f"{name}: role {who!r}; known: {', '.join(ROLES)}")
-    if held := next((key for key in WORDS if item.get(key)), None):
-        raise ValueError(f"{name} has {held!r}: {NO_TOOLS if 'call' in held else 'it would be left out'}")
-    content = text_of(of_two(item, "content", "value", name), name)
-    if left := sorted(str(key) for key, held in item.items() if key not in KNOWN and held not in (None, "", [], {})):
-        notes.append(f"of a message role, content and weight are kept; left out: {', '.join(left)}")
-    role = ROLES[who]
-    return Message(role, content, is_trained(item, role, name) and (trained or role != "assistant"))
+    if not isinstance(who, str) or who not in (*ROLES, *CALLERS, *ANSWERERS):
+        raise ValueError(f"{name}: role {who!r}; known: {', '.join((*ROLES, *CALLERS, *ANSWERERS))}")
+    role = "assistant" if who in CALLERS else "tool" if who in ANSWERERS else ROLES[who]
+    read = {"assistant": ("tool_calls", "function_call"), "tool": ("tool_call_id", "name")}.get(role, ())
+    if held := next((key for key in ("tool_calls", *WORDS) if item.get(key) and key not in read), None):
+        raise ValueError(f"{name} has {held!r}: {f'the {role} calls no tools' if 'call' in held else LEFT_OUT}")
+    left = sorted(str(key) for key, held in item.items() if key not in {*KNOWN, *read} and held not in EMPTY)
+    if left:
+        notes.append(f"of a message role, content, weight and tool calls are kept; left out: {', '.join(left)}")
+    content = of_two(item, "content", "value", name)
+    fields = fields_of(item, role, content if who in CALLERS else None, name)
+    if role == "tool" and isinstance(content, Mapping):
+        notes.append("a tool's answer that is an object is written as JSON")
+        content = json.dumps(content, ensure_ascii=False)
+    # A call needs no words beside it, and a tool may answer with none.
+    silent = who in CALLERS or (content in EMPTY and (fields or role == "tool"))
+    text = "" if silent else text_of(content, name)
+    return Message(role, text, is_trained(item, role, name) and (trained or role != "assistant"), fields)
+
+
+def fields_of(item: Mapping[str, Any], role: str, said: Any, name: str) -> dict[str, Any] | None:
+    """Return what templates read of a message beside role and content: its tool calls, or which call a tool answers.
+
+    `said` is a content that is itself calls. None where there is nothing. Raises ValueError with the reason.
+    """
+    if role == "tool":
+        return {key: item[key] for key in ("tool_call_id", "name") if item.get(key)} or None
+    calls = [value for value in (said, item.get("tool_calls"), item.get("function_call")) if value not in EMPTY]
+    if len(calls) > 1:
+        raise ValueError(f"{name} has its calls twice: keep 'tool_calls' alone")
+    return {"tool_calls": calls_of(calls[0], name)} if calls and role == "assistant" else None
+
+
+def calls_of(value: Any, name: str) -> list[dict[str, Any]]:
+    """Return calls as templates take them, of one call or a list, perhaps as JSON; arguments are an object then.
+
+    A call is {"function": {"name", "arguments"}} or {"name", "arguments"}. Raises ValueError for what is none.
+    """
+    found = []
+    value = from_json(value, f"{name}: a call")
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(entry, Mapping) and entry.get("type") not in (None, "function"):
+            raise ValueError(f"{name} has a call of type {entry['type']!r}: {FUNCTIONS}")
+        function = entry.get("function", entry) if isinstance(entry, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise ValueError(f"{name} has a call without the name of a function")
+        arguments = from_json(function.get("arguments", function.get("parameters")), f"{name}: a call's arguments")
+        arguments = {} if arguments in EMPTY else arguments
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{name}: a call's arguments are {kind_of(arguments)}, not an object")
+        id = {"id": entry["id"]} if entry.get("id") else {}
+        found.append({**id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}})
+    return found
+
+
+def tools_of(value: Any, name: str, notes: list[str]) -> list[Mapping[str, Any]]:
+    """Return a row's tools as OpenAI describes them, also of a list of bare functions, as its older format has them.
+
+    Appends to `notes` what is changed. Raises ValueError with the reason for what cannot be kept.
+    """
+    found: list[Mapping[str, Any]] = []
+    for item in value if isinstance(value, list | tuple) else [None]:
+        entry = item if isinstance(item, Mapping) else {}
+        function = entry.get("function", entry)
+        if "function" in entry and entry.get("type", "function") != "function":
+            raise ValueError(f"{name!r} has a tool of type {entry['type']!r}: {FUNCTIONS}")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise ValueError(f"{name!r} is no list of functions, each with its name")
+        if function is entry:
+            notes.append(f"a function in {name!r} is written as {{'type': 'function', 'function': ...}}")
+        found.append({"type": "function", "function": function} if function is entry else entry)
+    return found
+
+
+def from_json(value: Any, name: str) -> Any:
+    """Return what a text says as JSON, and any other value as it is. Raises ValueError where it is no JSON."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as fault:
+        raise ValueError(f"{name} is not JSON: {fault}") from fault
 
 
 def of_two(item: Mapping[str, Any], one: str, other: str, name: str) -> Any:
@@ -124,16 +214,54 @@ def settled(messages: Sequence[Message], notes: list[str]) -> tuple[Message, ...
     if len(turns) > 1 and turns[0].role == "assistant":
         notes.append("the first turn, an answer to nothing, is cut off")
         del turns[0]
+    while len(turns) > 1 and turns[-1].role == "tool":
+        notes.append("a tool's answer at the end, which no answer follows, is cut off")
+        del turns[-1]
     if len(turns) > 1 and turns[-1].role == "user":
         notes.append("the last turn, a question without an answer, is cut off")
         del turns[-1]
-    return conversation([record_of(turn) for turn in (*systems, *turns)])
+    return conversation([record_of(turn) for turn in (*systems, *in_order(turns, notes))])
+
+
+def in_order(turns: Sequence[Message], notes: list[str]) -> list[Message]:
+    """Return turns with the answers of tools in the order of the calls: many templates write no id, but the order.
+
+    Raises ValueError where ids of calls and of answers to them do not match.
+    """
+    found: list[Message] = []
+    for at, turn in enumerate(turns):
+        if turn.role == "tool" and found and found[-1].role == "tool":
+            continue  # it was taken with the one before
+        answers = list(itertools.takewhile(lambda one: one.role == "tool", turns[at:]))
+        calls = (found[-1].fields or {}).get("tool_calls", ()) if found else ()
+        ids = [call.get("id") for call in calls]
+        said = [(answer.fields or {}).get("tool_call_id") for answer in answers]
+        if answers and all(ids) and all(said):
+            if sorted(map(str, ids)) != sorted(map(str, said)):
+                raise ValueError("a tool's answer has a 'tool_call_id' of no call before it, or a call has no answer")
+            if ids != said:
+                notes.append("the answers of tools are put in the order of the calls")
+            answers.sort(key=lambda answer: ids.index((answer.fields or {})["tool_call_id"]))
+        found += answers or [turn]
+    return found
 
 
 def record_of(message: Message) -> dict[str, Any]:
-    """Return a message as it is written in a row: role and content, and weight 0 where it is not trained on."""
+    """Return a message as it is written in a row: role, content, calls, and weight 0 where it is not trained on."""
     weight = {} if message.trained else {"weight": 0}
-    return {"role": message.role, "content": message.content, **weight}
+    return {"role": message.role, "content": message.content, **(message.fields or {}), **weight}
+
+
+def words_of(message: Message) -> str:
+    """Return all that a message says: its content, and below it each tool call as JSON."""
+    calls = (message.fields or {}).get("tool_calls", ())
+    said = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+    return "\n".join([*([message.content] if message.content else []), *said]) if said else message.content
+
+
+def answer_of(row: Row) -> str:
+    """Return what the assistant says last, as `words_of` has it."""
+    return words_of(row.messages[-1])
 
 
 def history_of(value: Any) -> Iterable[Message]:

@@ -25,6 +25,7 @@ from common.train.launch import Launch
 from common.train.plan import prepare
 from engines.ttml import memory
 from engines.ttml.memory import MIB, Memory
+from tools.data.turns import words_of
 from tools.launch.resolve import resolve
 from tools.recipes import load_dataset
 from tools.results.grade import config_of, subject, ties_named
@@ -136,7 +137,7 @@ def known(launch: Launch) -> tuple[Mapping[str, Any], Rows]:
 def estimated(config: Config, recipe: Path, why: str) -> Rows:
     """Rows counted, and their length by their characters."""
     splits = build.read_splits(load_dataset(recipe)[0], config, recipe)
-    sizes = [sum(len(turn.content) for turn in row.messages) for row in splits["train"]]
+    sizes = [sum(len(words_of(turn)) for turn in row.messages) for row in splits["train"]]
     longest = round_up(math.ceil(max(sizes) / CHARACTERS_A_TOKEN))
     length = config.data.max_length or longest
     mean = sum(sizes) / len(sizes) / CHARACTERS_A_TOKEN

@@ -18,6 +18,7 @@ from common.recipe import call
 from common.train.plan import check_prompts, refuse_too_long
 from tools.data import checks
 from tools.data.convert import line_of, record_of, write_rows
+from tools.data.turns import answer_of
 from tools.data.workers import shown
 from tools.plan.estimate import CHARACTERS_A_TOKEN
 from tools.progress import Watch
@@ -90,7 +91,7 @@ def prove(
 
 def settings(found: Split) -> Settings:
     """Return what the rows set on every board: where they are, how they are split, what is asked."""
-    sizes = sorted(len(row.response) for row in found.rows)
+    sizes = sorted(len(answer_of(row)) for row in found.rows)
     longest = sizes[math.ceil(0.95 * len(sizes)) - 1]  # nearest rank; the longest of all may be one of a kind
     tokens = round_up(math.ceil(longest / CHARACTERS_A_TOKEN), 16)
     values: Settings = {
