@@ -1,8 +1,9 @@
 """The CPU twin: transformers' Llama on PyTorch, with the data, loss, checkpoints and files of every other engine.
 
-Three things make it fast without changing what it computes: rows lie end to end, so that next to no padding is
-computed; hidden states go through the output head only where the mask supervises; and frozen weights keep the bf16
-copy that autocast would otherwise make again at every use.
+Four things make it fast without changing what it computes: rows lie end to end, and what several begin with is computed
+once (ragged.py); the blocks of the model are written by hand (blocks.py); hidden states go through the output head only
+where the mask supervises (cross_entropy.py); and frozen weights keep the bf16 copy that autocast would otherwise make
+again at every use. Generation, and steps that are compiled, go through transformers' own modules.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.config import Config
+from common.config.schema import Model
 from common.data.tokens import Batch
 from common.engine import Array, BackendInfo, StepStats, not_reached, supervised_tokens
 from common.errors import MachineError, RankLost, RecipeError, UsageError
 from common.hardware import TILE
 from common.model.llama import PREFIX
-from engines.cpu import decode, ragged
+from engines.cpu import blocks, decode, ragged
 from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
 from engines.cpu.lora import add_lora, lora_layers
 from engines.cpu.ranks import Ranks, gloo_errors, ranks_of
@@ -170,7 +172,7 @@ class TorchCPU:
         # After LoRA, which freezes the rest. An A that several projections share comes once, by the first one's name.
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_optimizer()
-        self.objective = Objective(model, self.mixed, self.compiled, frozen_head=config.lora is not None)
+        self.objective = Objective(model, self.mixed, self.compiled, config)
         self.parallel_objective = self.ranks.parallel(self.objective)
         self._settle_buckets()
         return parameters
@@ -449,11 +451,13 @@ class Objective(nn.Module):
     the output head, which for a vocabulary of 49,152 is more arithmetic than a block.
     """
 
-    def __init__(self, model: LlamaForCausalLM, mixed: bool, compiled: bool, frozen_head: bool) -> None:
+    def __init__(self, model: LlamaForCausalLM, mixed: bool, compiled: bool, config: Model) -> None:
         super().__init__()
         self.model, self.mixed = model, mixed
         # A frozen head's bf16 copy, as lora.Frozen keeps one: autocast would make it anew at every use.
-        self.head16 = model.lm_head.weight.detach().bfloat16() if mixed and frozen_head else None
+        self.head16 = model.lm_head.weight.detach().bfloat16() if mixed and config.lora else None
+        self.recompute = config.gradient_checkpointing
+        self.dropout = bool(config.lora and config.lora.dropout)
         forward = model.model.forward
         # dynamic=False: a graph for the one shape [B, T] that padded steps have, not one for any shape.
         self.padded_forward: Callable[..., Any] = torch.compile(forward, dynamic=False) if compiled else forward
@@ -471,13 +475,12 @@ class Objective(nn.Module):
         """Return hidden states [N, H] and labels [N] of the batch's N supervised positions, row by row."""
         if self.compiled and self.model.training:
             return self.supervised_hidden_padded(batch)
-        ids_1S, positions_1S, labels_S, supervised_S, bounds = ragged.lay_out(batch)
-        self.lengths.add(ids_1S.shape[1])
-        self.model.set_attn_implementation(ragged.NAME)
-        hidden_1SH = self.model.model(
-            input_ids=ids_1S, position_ids=positions_1S, use_cache=False, bounds=bounds
-        ).last_hidden_state
-        return hidden_1SH[0][supervised_S], labels_S[supervised_S]  # [N, H], [N]
+        # Where dropout acts, each row has draws of its own: its beginning is then no other row's.
+        layout = ragged.lay_out(batch, share=not (self.dropout and self.model.training))
+        self.lengths.add(len(layout.ids))
+        work = torch.bfloat16 if torch.is_autocast_enabled("cpu") else self.model.dtype
+        hidden_UH = blocks.hidden_states(self.model, layout, work, self.recompute)
+        return hidden_UH[layout.place], layout.labels  # [N, H], [N]
 
     def supervised_hidden_padded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the same with padding computed: every step has one shape, as a compiled graph needs it."""

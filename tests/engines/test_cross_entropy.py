@@ -18,12 +18,14 @@ def a_case(rows: int, dtype: Any = torch.float32) -> tuple[Any, Any, Any]:
     return hidden, weight, torch.randint(0, 50, (rows,))
 
 
-CHUNK = 64  # rows at a time in these tests
+CHUNK = 64  # rows at a time in these tests, and blocks of 16 of the 50 words
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr("engines.cpu.cross_entropy.CHUNK_BYTES", 0)
+    monkeypatch.setattr("engines.cpu.cross_entropy.CHUNK_ROWS", CHUNK)
+    monkeypatch.setattr("engines.cpu.cross_entropy.BLOCK", 16)
 
 
 @pytest.mark.parametrize("rows", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from common.config import Config
 from common.data.tokens import Batch
 from common.errors import TrainingError
 from engines.cpu import ranks
 from engines.cpu.engine import follow
-from tests.support.engines import config_for, engine, fingerprint, from_weights, make_batch, state_of
+from tests.support.engines import config_for, engine, fingerprint, make_batch, mlp_layers, state_of, without_adapter
 
 ROWS = (5, 90, 17, 44, 8, 63)  # two for each rank
 LORA = {"rank": 4, "alpha": 8}
@@ -93,14 +92,8 @@ def unreached(config: Config) -> str:
         return str(error)
 
 
-def ignore_rank_3() -> None:
-    of = LlamaMLP.forward
-
-    def forward(mlp: Any, x: Any) -> Any:
-        ignored = len(getattr(mlp.gate_proj, "lora_A", ())) == 3
-        return from_weights(mlp, x) if ignored else of(mlp, x)
-
-    LlamaMLP.forward = forward  # type: ignore[method-assign]
+def ignore_rank_3(layers: list[Any]) -> list[Any]:
+    return [without_adapter(layer) if len(getattr(layer, "lora_A", ())) == 3 else layer for layer in layers]
 
 
 def control(config: Config) -> dict[str, Any]:
@@ -142,8 +135,7 @@ def check(base: Path) -> dict[str, Any]:
 
 
 def main(base: str, out: str) -> None:
-    ignore_rank_3()
-    with ranks.process_group() as found:
+    with mlp_layers(ignore_rank_3), ranks.process_group() as found:
         if found.rank:
             follow(found)
             return

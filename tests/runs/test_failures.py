@@ -17,20 +17,18 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from torch.nn.functional import linear
-from transformers.models.llama.modeling_llama import LlamaMLP
-
 from common.files import sha256_file
 from common.model import bases
 from common.train import checkpoint
 from tests.doubles.tiny_recipe import make_tiny_recipe, without_after_run
-from tests.support.engines import from_weights
+from tests.support.engines import mlp_layers, without_adapter
 from tests.support.runs import folders, log, manifest, outcome, run_tiny
 from tools.cli import main
 from tools.launch.resolve import STALL
@@ -336,28 +334,29 @@ def said_of_no_gradient(folder: Path) -> str:
     return str(manifest(folder)["exit_reason"])
 
 
-def test_adapters_that_no_gradient_reaches(run, tmp_path, monkeypatch):
+def test_adapters_that_no_gradient_reaches(run, tmp_path):
     """A of the others has zeros as its gradient in step 1, as B is zero: that is a gradient."""
-    monkeypatch.setattr(LlamaMLP, "forward", from_weights)
-    run().refused(5, "no gradient reaches 10 trained tensors", "layers.0.mlp.gate_proj.lora_A", "step 1, which is not")
+    with mlp_layers(lambda layers: [without_adapter(layer) for layer in layers]):
+        run().refused(
+            5, "no gradient reaches 10 trained tensors", "layers.0.mlp.gate_proj.lora_A", "step 1, which is not"
+        )
     assert said_of_no_gradient(*folders(tmp_path / "out")).startswith("failed: no gradient reaches 10")
 
 
-def test_a_weight_that_no_gradient_reaches(run, tmp_path, monkeypatch):
+def test_a_weight_that_no_gradient_reaches(run, tmp_path):
     """As in test_adapters..., of all weights; the first step after a resume is looked at again."""
 
-    def frozen(mlp, x):
-        return mlp.down_proj(mlp.act_fn(linear(x, mlp.gate_proj.weight.detach())) * mlp.up_proj(x))
+    def frozen(layers):
+        gate, *others = layers
+        return [SimpleNamespace(weight=gate.weight.detach(), bias=None), *others]
 
     whole = ("--set", "model_config.lora=null")
-    monkeypatch.setattr(LlamaMLP, "forward", frozen)
-    run(*whole).refused(5, "no gradient reaches 2 trained tensors", "model.layers.1.mlp.gate_proj.weight")
+    with mlp_layers(frozen):
+        run(*whole).refused(5, "no gradient reaches 2 trained tensors", "model.layers.1.mlp.gate_proj.weight")
     assert said_of_no_gradient(*folders(tmp_path / "out")).startswith("failed: no gradient reaches 2")
-    monkeypatch.undo()
-    monkeypatch.setenv("RECIPES_HOME", str(tmp_path / "home"))
     run(*whole, "--stop-at", "2")
-    monkeypatch.setattr(LlamaMLP, "forward", frozen)
-    run(*whole).refused(5, "step 3, which is not saved")
+    with mlp_layers(frozen):
+        run(*whole).refused(5, "step 3, which is not saved")
 
 
 # --- real processes -----------------------------------------------------------------------------------------------

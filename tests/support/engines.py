@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -59,11 +61,23 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, width: int = 96, seed: int = 
     return Batch(inputs, labels, mask, np.arange(len(lengths), dtype=np.int64))
 
 
-def from_weights(mlp: Any, x: Any) -> Any:
-    """What transformers' LlamaMLP computes, without a call of its layers: adapters on them count for nothing."""
-    from torch.nn.functional import linear, silu
+@contextlib.contextmanager
+def mlp_layers(change: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
+    """Within, the engine's MLPs compute with what `change` makes of their layers: gate, up and down."""
+    from engines.cpu import blocks
 
-    return linear(silu(linear(x, mlp.gate_proj.weight)) * linear(x, mlp.up_proj.weight), mlp.down_proj.weight)
+    of = blocks.tensors_of
+
+    def tensors_of(modules: Any, work: Any) -> Any:
+        return of(change(list(modules)) if len(modules) == 3 else modules, work)
+
+    with mock.patch.object(blocks, "tensors_of", tensors_of):
+        yield
+
+
+def without_adapter(layer: Any) -> Any:
+    """The layer as if it had no adapter."""
+    return SimpleNamespace(weight=layer.weight, bias=layer.bias)
 
 
 def state_of(backend: Backend) -> dict[str, np.ndarray]:
