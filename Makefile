@@ -95,10 +95,15 @@ lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML a
 docs: setup ## write the tables of the READMEs and docs/ from results.yaml and the code; RUN=runs/...: first what README.md shows of a run
 	.venv/bin/python -m ci.docs
 
-bench: setup ## training and serving beside their peers (minutes; the peers get environments of their own)
+bench: setup ## training and serving beside their peers (minutes; the peers get environments of their own); PHASES=1: where a run's time goes
+ifeq ($(PHASES),1)
+	.venv/bin/python -m bench.phases
+	.venv/bin/python -m bench.phases --isa avx2
+else
 	.venv/bin/python bench/scratch.py
 	.venv/bin/python bench/throughput.py
 	.venv/bin/python -m bench.serving
+endif
 
 lock: ## make requirements/*.txt again from *.in, with hashes, then the pins of the images: UPGRADE=1 takes newer
 	@ci/tools.sh python ci/lock.py

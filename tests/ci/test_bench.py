@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from bench import loop, serving, throughput
+from bench import loop, phases, serving, throughput
 from bench.throughput import LOCK, ROOT
 from common.data.chat import ChatTokenizer
+from tests.doubles.tiny_recipe import make_tiny_recipe
 
 
 def measured(seconds: list[float], rows: list[int], peak: float = 100.0) -> dict[str, Any]:
@@ -169,3 +170,40 @@ def test_the_table_is_that_of_the_committed_result() -> None:
         assert inside == serving.table(json.loads(serving.RESULT.read_text(encoding="utf-8")))
     else:
         assert inside.startswith("Not measured yet")
+
+
+def test_the_phases_of_a_run_are_all_of_its_time(tiny_base: Path, tmp_path: Path) -> None:
+    tiny, home = make_tiny_recipe(tmp_path / "tiny", tiny_base), {"RECIPES_HOME": str(tmp_path / "home")}
+    found = phases.measured(ROOT, [str(tiny), "--hw", "cpu"], home, tmp_path)
+    evaluation = ("step-0 evaluation", "evaluations")
+    named = {f"{outer}/{inner}" for outer in evaluation for inner in ("loss", "generation")}
+    named |= {f"steps/{part}" for part in ("forward", "backward", "optimizer")}
+    named |= {"start-up", "data", "data/base", "base", "steps", "checkpoints", "report", "end of the process"}
+    named |= {"export write", "export write/export check", "card", "the run read again"}
+    assert named <= set(found["phases"])
+    assert sum(phase["seconds"] for phase in found["phases"].values()) == pytest.approx(found["seconds"], abs=1e-3)
+    calls = {name: phase["calls"] for name, phase in found["phases"].items()}
+    assert (calls["steps"], calls["steps/forward"], calls["steps/optimizer"]) == (6, 6, 6)
+    assert (calls["step-0 evaluation/loss"], calls["evaluations/loss"]) == (1, 2)
+    assert 0 < found["seconds_to_the_first_evaluation"] < found["seconds_to_the_first_step"] < found["seconds"]
+    assert [record["step"] for record in found["held_out"]] == [0, 3, 6]
+
+
+def test_phases_are_compared_by_their_medians() -> None:
+    def of(seconds: float, loss: float, *answers: str) -> dict[str, Any]:
+        keys = ("seconds", "seconds_to_the_first_evaluation", "seconds_to_the_first_step", "peak_memory_mib")
+        held_out = [{"step": 0, "eval_loss": loss}]
+        return {
+            **dict.fromkeys(keys, seconds),
+            "phases": {"steps": {"seconds": seconds / 2}},
+            "held_out": held_out,
+            "answers": [answers],
+        }
+
+    found = phases.summary(
+        {"before": [of(10, 2.0, "a", "b"), of(30, 2.0, "a", "b")], "now": [of(10, 2.5, "a", "c")] * 2}
+    )
+    assert found["now_over_before"]["seconds"] == 0.5
+    assert found["sides"]["before"]["phases"] == {"steps": 10}
+    assert (found["held_out_moved_by"], found["answers_alike"]) == (0.5, [1, 2])
+    assert any(line.split() == ["steps", "10.00", "5.00"] for line in phases.table(found))
