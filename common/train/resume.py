@@ -60,6 +60,7 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
             continue
         found = checkpoint.newest(folder / "checkpoints", say)
         if found is None:
+            lock.truncate(0)  # the folder of this launch will be another one
             lock.close()
             continue
         refuse_other_tokens(plan, found, "--resume never starts a new run on the data as they are now")

@@ -287,6 +287,24 @@ def test_a_finished_run_is_not_resumed(go):
     assert go() != go()
 
 
+def test_a_run_that_ended_before_it_saved_is_not_taken_for_the_one_that_follows(recipe, tmp_path, monkeypatch):
+    """The next launch looks into its folder, finds nothing to go on from, and trains in a folder of its own."""
+
+    def trained(out: Path) -> str:
+        launch = resolve(recipe, hw="cpu", out=out, command=("recipe", "run", "tiny"))
+        train_here(launch)
+        return launch.run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchCPU, "train_step", lambda *_: (_ for _ in ()).throw(TrainingError("it ends here")))
+        with pytest.raises(TrainingError, match="it ends here"):
+            trained(tmp_path / "out")
+    run = trained(tmp_path / "out")
+    assert len(folders(tmp_path / "out")) == 2
+    assert manifest(tmp_path / "out" / run)["exit_reason"] == "done"
+    assert [path.parent.name for path in (tmp_path / "out").glob("*/.lock") if run in path.read_text()] == [run]
+
+
 def test_a_run_of_another_training_is_not_resumed(go):
     folder = stop(go, 3)
     other = go("training_config.learning_rate=0.02")
