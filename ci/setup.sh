@@ -123,34 +123,37 @@ mkdir -p $venv
 rm -f $stamp
 if [ -n "$fresh" ]; then
     log=$(mktemp) # --clear empties the folder
-    step "1/4 Python $version ($(command -v "$python")) -> $venv" "does '$python -m venv' work here?" \
+    step "1/5 Python $version ($(command -v "$python")) -> $venv" "does '$python -m venv' work here?" \
         "$python" -m venv --clear $venv
     rm -f "$log"
     log=$venv/setup.log
 else
-    echo "setup: 1/4 Python $version in $venv is kept"
+    echo "setup: 1/5 Python $version in $venv is kept"
 fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
-locked=(install --progress-bar off --no-deps --require-hashes --only-binary :all:)
+locked=(install --progress-bar off --no-compile --no-deps --require-hashes --only-binary :all:)
 
 # The lock's torch requirement: its line and the continuation lines with its hashes.
 awk '/^torch==/ { on = 1 } on { print; if (!/\\$/) exit }' "$lock" >$venv/torch.txt
 torch=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $venv/torch.txt)
 if [ "$kind" = launcher ]; then
-    echo "setup: 2/4 no torch: a board's host needs none"
+    echo "setup: 2/5 no torch: a board's host needs none"
 elif [ -z "$torch" ]; then
-    echo "setup: 2/4 NO TORCH: $lock has no line for it (see its head). Training and the tests that need torch will"
+    echo "setup: 2/5 NO TORCH: $lock has no line for it (see its head). Training and the tests that need torch will"
     echo "       not run on Python $version; use Python 3.11, or \`make lock\` where PyTorch's CPU index can be reached"
 else
     # Few tries and short waits: where the wheel comes from elsewhere (PIP_FIND_LINKS, a mirror), an index that
     # cannot be reached costs seconds.
-    step "2/4 $torch, the CPU build (about 200 MB)" \
+    step "2/5 $torch, the CPU build (about 200 MB)" \
         "is ${torch_index:-the package index} reachable? Else set TORCH_INDEX to a mirror, or PIP_FIND_LINKS to a folder with the wheel" \
         "${pip[@]}" "${locked[@]}" --retries 1 --timeout 10 ${torch_index:+--extra-index-url "$torch_index"} -r $venv/torch.txt
 fi
-step "3/4 what $lock names" "is the package index reachable (pip's settings, proxy)?" \
+step "3/5 what $lock names" "is the package index reachable (pip's settings, proxy)?" \
     "${pip[@]}" "${locked[@]}" -r "$lock"
-step "4/4 the command $venv/bin/recipe" "is pyproject.toml sound?" \
+# pip would compile on one core: 39 s for torch and transformers where two cores take 24. What is no Python 3 is skipped.
+step "4/5 bytecode, on all cores" "does $venv/bin/python run?" \
+    bash -c '"$1" -m compileall -q -j 0 "$2" || true' - $venv/bin/python $venv/lib
+step "5/5 the command $venv/bin/recipe" "is pyproject.toml sound?" \
     "${pip[@]}" install --no-index --no-deps --no-build-isolation --editable .
 
 printf '%s\n' "$kind" "$version" "$(key_of "$kind" "$version")" "$root" >$stamp.new
