@@ -14,8 +14,8 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
 
     But for a SIGHUP that this process was started to ignore: by `nohup`, what goes on outlives its terminal.
     """
-    spared = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    before = {number: signal.signal(number, handler) for number in numbers if number not in spared}
+    heard = (it for it in numbers if (it, signal.getsignal(it)) != (signal.SIGHUP, signal.SIG_IGN))
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
