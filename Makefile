@@ -78,7 +78,7 @@ test-processes: setup ## runs of several processes and hosts that are killed, st
 	.venv/bin/python -m pytest -q -n 1 tests/runs/test_data_parallel.py
 
 test-containers: setup ## the tests that build and start containers; minutes, and a Docker engine (ci/engine.sh)
-	.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup -m "not slow" tests/containers
+	.venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m "not slow" tests/containers
 
 rehearse: setup ## the hardware job of CI without a card, some minutes: HW=n300, FAULT=hung-step (a wrong one lists them), OUT=; ROAD=1: from a clone to a checkpoint
 	.venv/bin/python -m ci.rehearse

@@ -1,14 +1,16 @@
 """One cpu image for all tests of this folder, built as a user builds it: `make image HW=cpu BASE_IMAGE=...`.
 
-Two workers share the engine: one has the tests that build, one those of the board, of which a machine has one.
+Two workers share the engine, a file of tests each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,6 @@ from tools.containers.build import LOCAL_BASE
 from tools.containers.images import Image, image_for
 
 ROOT = Path(__file__).resolve().parents[2]
-OF_THE_BOARD = ("test_launch", "test_road")  # an engine's containers are judged by the card that they have
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each half of the tests to one worker, in their order: a file shares what it builds."""
-    for item in items:
-        half = "board" if item.path.stem in OF_THE_BOARD else "builds"
-        item.add_marker(pytest.mark.xdist_group(half))
 
 
 def recipe(*words: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -42,6 +35,21 @@ def docker(*words: str) -> str:
     return done.stdout.strip()
 
 
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Have what this file of the checkout stands for, while the other worker waits for it."""
+    with (ROOT / name).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def the_only_board() -> Iterator[None]:
+    """A machine has one n150, and who has it is judged by the engine's containers, whichever test has started them."""
+    with alone("common/hardware.yaml"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def base_image() -> str:
     """The base to build on: BASE_IMAGE, else the one that ci/engine.sh makes."""
@@ -52,8 +60,7 @@ def base_image() -> str:
 
 @pytest.fixture(scope="session")
 def cpu_image(base_image: str) -> Image:
-    with (ROOT / "docker/docker-bake.hcl").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the other worker then finds each step done
+    with alone("docker/docker-bake.hcl"):  # the other worker then finds each step done
         done = recipe("image", "build", "cpu", "--base-image", base_image)
     assert done.returncode == 0, done.stdout + done.stderr
     return image_for(get("cpu"))

@@ -239,7 +239,7 @@ def test_a_reader_that_goes_away_lets_the_run_save(bench, image):
 
 
 @pytest.fixture
-def board(bench) -> Bench:
+def board(the_only_board, bench) -> Bench:
     """A machine with one n150 whose node an engine can give away."""
     if not real_nodes(fake_host(bench.folder / "machine", "n150")):
         pytest.skip("only root can make device nodes")

@@ -21,7 +21,7 @@ QUICK = ("old-firmware", "few-pages", "no-tt-smi", "unknown-authority")
 
 
 @pytest.fixture
-def place(base_image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(base_image: str, the_only_board: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to rehearse in. What this checkout has of wheels is not downloaded again; each still has its hash."""
     if os.getuid():
         pytest.skip("only root can make device nodes")
