@@ -40,7 +40,8 @@ from common.data.rows import read_rows
 from tools.data import checks
 try:
     from tools.data import workers
-    faster = [lambda tokenizer, rows, options, name: workers.encode_rows(tokenizer, rows, options)]
+    spill = Path(tempfile.mkdtemp(dir=rows_file.parent))
+    faster = [lambda tokenizer, rows, options, name: workers.encode_rows(tokenizer, rows, options), spill]
 except ImportError:
     faster = []
 tokenizer, facts = ChatTokenizer.load(base), {}
@@ -52,7 +53,7 @@ if work == "check":
     facts["findings"] = len(checks.check({"train": rows}).findings)
 else:
     splits, info = build.of_rows(Data(source="rows"), {"train": rows, "held_out": []}, tokenizer, *faster)
-    made = tokens.write(Path(tempfile.mkdtemp()) / "made", splits, source_key="bench", info=info)
+    made = tokens.write(Path(tempfile.mkdtemp(dir=rows_file.parent)) / "made", splits, source_key="bench", info=info)
     facts |= {"tokens": made.train.tokens, "tokens_sha256": made.tokens_sha256}
 facts["seconds"] = time.perf_counter() - start
 facts["rows_per_second"] = len(rows) / (facts["seconds"] + facts["read_seconds"])

@@ -112,7 +112,8 @@ def build(
     folder = home / "tokens" / key[:16]
     dataset, action, reason = reopen(folder)
     if dataset is None:
-        splits, info = of_texts(data, parts, base) if data.corpus else of_rows(data, parts, tokenizer, encode)
+        home.mkdir(parents=True, exist_ok=True)
+        splits, info = of_texts(data, parts, base) if data.corpus else of_rows(data, parts, tokenizer, encode, home)
         dataset = tokens.write(folder, splits, source_key=key, info=info, length=data.max_length)
     dataset.report = report_of(dataset, action, reason)
     if len(dataset.train) < config.training.batch_size:
@@ -153,11 +154,8 @@ def rows_sha256(rows: Sequence[Row]) -> str:
     """Return the sha256 over what rows say and the file names and lines they stand at, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        turns = [
-            [one.role, one.content, *([] if one.trained else [0]), *filter(None, [one.fields])] for one in row.messages
-        ]
-        said = [row.where.rpartition("/")[2], turns, *filter(None, [row.tools])]
-        digest.update(json.dumps(said).encode() + b"\n")
+        place = f"{row.where.rpartition('/')[2]}\n{row.roles}\n{len(row.words)}\n{row.fields or ''}{row.tools or ''}\n"
+        digest.update(place.encode() + row.words)
     return digest.hexdigest()
 
 
@@ -190,11 +188,8 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, encode: Encode | None = None) -> tuple[Any, Any]:
-    """Encode rows; return the arrays of each split, and what is stored beside them.
-
-    Raises DataError naming the first bad row. `encode` is a faster way to the tokens of ChatTokenizer.encode_rows.
-    """
+def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, encode: Encode | None, spill: Path) -> tuple[Any, Any]:
+    """Return each split's arrays, in files in `spill`, and what is stored with them. Raises DataError for a bad row."""
     cut: list[dict[str, str]] = []
     limit = None if data.max_length is None else data.max_length + 1  # n tokens make n-1 predictions
     options = (data.system_prompt, limit, data.supervise_all)
@@ -207,13 +202,13 @@ def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, encode: Encode |
                 cut.append({"split": name, "where": row.where, "what": encoded.cut})
             yield encoded
 
-    splits = {name: tokens.pack(noted(name)) for name in parts}
+    splits = {name: tokens.pack(noted(name), spill) for name in parts}
     info = {
         "supervised_share": supervised_share(splits["train"]),
         "cut": cut,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "rows": {name: [row.where for row in rows] for name, rows in parts.items()},
+        "places": {name: (row.where for row in rows) for name, rows in parts.items()},
     }
     return splits, info
 
@@ -261,7 +256,7 @@ def of_texts(data: Data, parts: Mapping[str, Sequence[Document]], folder: Path) 
     info = {
         "supervised_share": 1.0,
         "cut": [],
-        "rows": {name: [f"{name}, token {start}" for start in part.starts.tolist()] for name, part in splits.items()},
+        "places": {name: map(f"{name}, token {{}}".format, part.starts) for name, part in splits.items()},
         "vocab_size": len(sizes),
         "corpus": {
             name: {

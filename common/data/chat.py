@@ -112,10 +112,7 @@ class ChatTokenizer:
         return list(self.library.encode(text, add_special_tokens=False).ids)
 
     def encode_texts(self, texts: Sequence[Cut]) -> Iterator[tuple[array[int], list[int | None]]]:
-        """Yield the ids of each text, and for each of its cuts how many of them are those of the part before it.
-
-        That is None where the part alone has other ids. No token is added at either end.
-        """
+        """Yield a text's ids, and how many are those of what is before each cut; None where that alone has others."""
         parts = [part for text, cuts in texts for part in (text, *(text[:cut] for cut in cuts))]
         found = (part.ids for part in self.library.encode_batch_fast(parts, add_special_tokens=False))
         for (_, cuts), ids in zip(texts, found, strict=False):
@@ -179,7 +176,7 @@ class ChatTokenizer:
         """
         waiting = iter(rows)
         while part := list(itertools.islice(waiting, AT_ONCE)):
-            talks = [replace(row, messages=with_system(row.messages, system)) if system else row for row in part]
+            talks = [row.but(messages=with_system(row.messages, system)) if system else row for row in part]
             for talk, encoded in zip(talks, self._encode(talks), strict=True):
                 yield caught(self._fitted, encoded, talk, max_tokens, supervise_all)
 
@@ -328,12 +325,9 @@ def trained_turns(messages: Sequence[Message]) -> list[int]:
 
 def refuse_prompt(where: str) -> NoReturn:
     """Raise DataError for a row whose answer stands behind other tokens than it would be generated from."""
-    raise DataError(
-        "the prompt part of this row has other tokens than generation would feed",
-        where=where,
-        todo="the base's chat template or tokenizer joins prompt and answer: take white space off the answer's start, "
-        "or use another base",
-    )
+    what = "the prompt part of this row has other tokens than generation would feed"
+    joins = "the base's chat template or tokenizer joins prompt and answer: take white space off the answer's start"
+    raise DataError(what, where=where, todo=f"{joins}, or use another base")
 
 
 def caught(work: Callable[..., T], *arguments: Any) -> T | DataError:
@@ -348,7 +342,7 @@ def shortened(row: Row, at: int, size: int) -> Row:
     """Return a row with the first `size` characters of turn `at`, less white space at their end; one at least."""
     text = row.messages[at].content
     kept = replace(row.messages[at], content=text[:size].rstrip() or text.strip()[:1])
-    return replace(row, messages=(*row.messages[:at], kept, *row.messages[at + 1 :]))
+    return row.but(messages=(*row.messages[:at], kept, *row.messages[at + 1 :]))
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:

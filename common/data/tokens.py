@@ -9,6 +9,7 @@ pickled.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from array import array
@@ -27,7 +28,7 @@ from common.hardware import round_up
 
 # Shapes: R rows of a split, N tokens of a split, B rows of a batch, T positions of a row, n tokens of one row.
 
-FORMAT = 1
+FORMAT = 2  # 1 had the places of the rows in dataset.json, which then took seconds to read
 ARRAYS = {"ids": np.uint32, "mask": np.uint8, "starts": np.int64, "ends": np.int64}
 
 
@@ -171,6 +172,10 @@ class TokenDataset:
         """Return the rows that are only evaluated (none when the recipe holds none out)."""
         return self.splits["held_out"]
 
+    def places(self, split: str) -> list[str]:
+        """Return where each row of a split stands, as "file:line"."""
+        return [*map(json.loads, (self.folder / f"{split}.places.jsonl").read_text(encoding="utf-8").splitlines())]
+
     @classmethod
     def open(cls, folder: Path) -> TokenDataset:
         """Map the files of `folder`. Raises DataError where one is missing, or they do not match their hash."""
@@ -195,8 +200,9 @@ def write(
 ) -> TokenDataset:
     """Store `splits` in `folder`, whole or not at all, and open it.
 
-    T is `length`, which every row must fit, or the smallest multiple of 32 that holds them all. `info` is stored
-    beside them and must be JSON. Where the folder is there, another process was first, and its content is as good.
+    T is `length`, which every row must fit, or the smallest multiple of 32 that holds them all. `info` is stored beside
+    them and must be JSON, its `places` (where each row of a split stands) in files of their own. Where the folder is
+    there, another process was first, and its content is as good.
     """
     splits = {"train": EMPTY, "held_out": EMPTY, **splits}
     if length is None:
@@ -208,7 +214,7 @@ def write(
         "tokens_sha256": content_sha256(splits),
         "length": length,
         "splits": list(splits),
-        "info": dict(info),
+        "info": {key: value for key, value in info.items() if key != "places"},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -217,6 +223,9 @@ def write(
             for key in ARRAYS:
                 np.save(temporary / f"{name}.{key}.npy", getattr(arrays, key), allow_pickle=False)
                 sync(temporary / f"{name}.{key}.npy")
+        for name, where in info.get("places", {}).items():
+            with (temporary / f"{name}.places.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(place)}\n" for place in where)
         write_json(temporary / "dataset.json", header)
         temporary.chmod(0o755)  # mkdtemp gives the folder to its owner alone
         move_into_place(temporary, folder)
@@ -238,15 +247,19 @@ def load_arrays(folder: Path, name: str) -> Arrays:
     return Arrays(**found)
 
 
-def pack(rows: Iterable[Encoded]) -> Arrays:
-    """Return the arrays of a split with these rows one after the other; a row is kept no longer than it takes."""
-    ids, mask, ends = bytearray(), bytearray(), array("q", [0])
-    for row in rows:
-        ids += row.ids.astype(np.uint32, copy=False).data
-        mask += row.mask.astype(np.uint8, copy=False).data
-        ends.append(len(mask))
-    bounds = np.array(ends, dtype=np.int64)
-    return Arrays(np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8), bounds[:-1], bounds[1:])
+def pack(rows: Iterable[Encoded], folder: Path | None = None) -> Arrays:
+    """Return the arrays of a split with these rows one after the other, kept in unnamed files in `folder`."""
+    ends = array("q", [0])
+    with tempfile.TemporaryFile(dir=folder) as ids, tempfile.TemporaryFile(dir=folder) as mask:
+        for row in rows:
+            ids.write(row.ids.astype(np.uint32, copy=False).data)
+            mask.write(row.mask.astype(np.uint8, copy=False).data)
+            ends.append(ends[-1] + len(row.ids))
+        bounds = np.frombuffer(ends, dtype=np.int64)
+        if not ends[-1]:
+            return EMPTY
+        # A map outlives its file's name, and reads what it is asked for.
+        return Arrays(np.memmap(ids, np.uint32, "r"), np.memmap(mask, np.uint8, "r"), bounds[:-1], bounds[1:])
 
 
 EMPTY = Arrays(np.zeros(0, np.uint32), np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))

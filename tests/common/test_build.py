@@ -46,6 +46,17 @@ def test_a_recipe_becomes_tokens_and_is_reused(recipe, tokenizer):
     assert first.folder == recipe.parent / "home/tokens" / first.source_key[:16]
 
 
+def test_where_each_row_stands_is_kept_beside_the_tokens(recipe, tokenizer):
+    made = built(recipe, tokenizer)
+    texts = (recipe / "rows.jsonl").read_text().splitlines()
+    found = [place for name in ("train", "held_out") for place in made.places(name)]
+    assert sorted(found) == sorted(f"{recipe / 'rows.jsonl'}:{number}" for number in range(1, 25))
+    for at, place in enumerate(made.places("train")):
+        row = made.train.row(at)
+        answer = tokenizer.decode(row.ids[row.mask == 1], skip_special=True).strip()
+        assert answer in texts[int(place.rpartition(":")[2]) - 1]
+
+
 def touch_rows(recipe: Path) -> None:
     path = recipe / "rows.jsonl"
     path.write_text(path.read_text().replace("a fox knows", "any fox knows"))
@@ -211,5 +222,5 @@ def test_what_is_not_trained_on_is_in_the_key_and_without_it_the_key_is_as_it_wa
     plain = [Row((*turns, *turns), {}, "f:1")]
     masked = [Row((turns[0], Message("assistant", "b", trained=False), *turns), {}, "f:1")]
     assert build.rows_sha256(plain) != build.rows_sha256(masked)
-    expected = '["f:1", [["user", "a"], ["assistant", "b"], ["user", "a"], ["assistant", "b"]]]\n'
-    assert build.rows_sha256(plain) == hashlib.sha256(expected.encode()).hexdigest()
+    expected = "f:1\nuser assistant user assistant\n7\n\na\xffb\xffa\xffb"
+    assert build.rows_sha256(plain) == hashlib.sha256(expected.encode("latin-1")).hexdigest()

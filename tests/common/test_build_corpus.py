@@ -41,6 +41,13 @@ def config_of(*overrides: str) -> Config:
     return configs.load(RECIPE, hardware.get("cpu"), overrides)
 
 
+def test_a_window_is_named_by_its_split_and_first_token(build):
+    dataset = build()
+    assert dataset.places("train")[:2] == ["train, token 0", f"train, token {T}"]
+    assert dataset.places("held_out")[0] == "held_out, token 0"
+    assert [len(dataset.places(name)) for name in dataset.splits] == [len(split) for split in dataset.splits.values()]
+
+
 def test_every_token_but_the_first_is_predicted_once(build):
     dataset = build()
     split = dataset.train

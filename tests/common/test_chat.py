@@ -408,7 +408,7 @@ def test_tools_are_written_as_transformers_writes_them(tmp_path, template):
     ours, theirs = ChatTokenizer.load(base), cast(Any, AutoTokenizer.from_pretrained(base))
     chat = [{"role": turn.role, "content": turn.content, **(turn.fields or {})} for turn in TWICE.messages]
     for tools in (TOOLS, None):
-        row = replace(TWICE, tools=tools or ())
+        row = TWICE.but(tools=tools or ())
         assert ours.render(row.messages, row.tools) == theirs.apply_chat_template(chat, tools=tools, tokenize=False)
         assert encode_row(ours, row).ids.tolist() == theirs.apply_chat_template(chat, tools=tools)["input_ids"]
 
@@ -427,7 +427,7 @@ def test_calls_are_supervised_and_what_tools_answer_is_not(tmp_path, template, c
     assert trained == [call % "Paris", "So.</s>", call % "Oslo", "So.</s>"]
     turns = list(TWICE.messages)
     turns[1] = replace(turns[1], trained=False)
-    untrained = encode_row(tokenizer, replace(TWICE, messages=tuple(turns)))
+    untrained = encode_row(tokenizer, TWICE.but(messages=turns))
     assert supervised(tokenizer, untrained) == ["So.</s>", call % "Oslo", "So.</s>"]
 
 
@@ -457,7 +457,7 @@ def test_a_call_that_ends_a_row_and_several_at_once_with_words_are_supervised(tm
 def test_words_of_tools_that_a_template_does_not_write_are_refused(tmp_path, template, row, reason):
     """By rendering: a word that stands in the row elsewhere, as in its question, is no proof that it was written."""
     base = write_tool_base(tmp_path / "b", template) if template else write_tiny_base(tmp_path / "b")
-    row = replace(row, messages=(Message("user", "Look at the sky: at Paris, 2 days"), *row.messages[1:]))
+    row = row.but(messages=(Message("user", "Look at the sky: at Paris, 2 days"), *row.messages[1:]))
     with pytest.raises(DataError, match=reason) as error:
         encode_row(ChatTokenizer.load(base), row)
     assert error.value.where == "data.jsonl:7"

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,7 +91,7 @@ def test_duplicates_and_conflicts_are_told_apart():
         row("Tell me in plain words why the foxes are red"),
     ]
     assert ids(near) == ["D108"]
-    named = [replace(one, where=f"a ~ b/rows.jsonl:{line}") for line, one in enumerate(near, start=1)]
+    named = [Row(one.messages, {}, f"a ~ b/rows.jsonl:{line}") for line, one in enumerate(near, start=1)]
     [finding] = checks.check({"train": named}).warnings
     assert finding.where == ["a ~ b/rows.jsonl:2 ~ a ~ b/rows.jsonl:1"]
 

@@ -121,12 +121,12 @@ def show(name: str, hw: str | None, overrides: Sequence[str], step: int, limit: 
     recipe = open_recipe(name, hw, overrides)
     tokenizer, dataset = tokens_of(recipe)
     batch = dataset.train.batch(step, recipe.config.training.seed, recipe.config.training.batch_size)
-    console = Console(highlight=False, soft_wrap=True)
+    console, places = Console(highlight=False, soft_wrap=True), dataset.places("train")
     supervised, tokens = int(batch.loss_mask.sum()), batch.loss_mask.size
     console.print(f"step {step}: {len(batch.rows)} rows of {dataset.length}, {supervised} of {tokens} supervised")
     for at in range(min(limit, len(batch.rows))):
         row = int(batch.rows[at])
-        console.print(f"\nrow {row} ({dataset.info['rows']['train'][row]})", style="bold")
+        console.print(f"\nrow {row} ({places[row]})", style="bold")
         console.print(decoded_line(batch, at, tokenizer, color=console.is_terminal))
     if limit < len(batch.rows):
         console.print(f"\nand {len(batch.rows) - limit} more rows (--rows {len(batch.rows)})")

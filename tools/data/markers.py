@@ -59,7 +59,7 @@ def escaped(text: str) -> str:
 def escape(row: Row) -> Row:
     """Return a row whose words hold no mark of a chat template any more."""
     turns = [replace(turn, content=escaped(turn.content), fields=in_all(turn.fields)) for turn in row.messages]
-    return replace(row, messages=tuple(turns), tools=in_all(row.tools))
+    return row.but(messages=turns, tools=in_all(row.tools))
 
 
 def in_all(value: Any) -> Any:

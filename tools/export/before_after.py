@@ -120,7 +120,7 @@ class TrainingText:
 def responses(run: TrainedRun) -> Iterator[tuple[str, str]]:
     """Yield (file:line, text) of every response as it was trained on: from the tokens, with every cut and control."""
     dataset = run.dataset()
-    for index, where in enumerate(dataset.info["rows"]["train"]):
+    for index, where in enumerate(dataset.places("train")):
         row = dataset.train.row(index)
         edges = np.flatnonzero(np.diff(row.mask, prepend=0, append=0))  # where the mask turns on, off, on, ...
         turns = [row.ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common.data.rows import Row, group_hash, plain
 from common.errors import DataError
@@ -53,7 +53,7 @@ def split(rows: Sequence[Row], batch: int, where: str) -> Split:
     column = next((name for name in GROUP_COLUMNS if holds_together(rows, prompts, name)), None)
     if column is None and len({plain(row.prompt) for row in rows}) > different:
         column = SAME_PROMPT
-        rows = [replace(row, extra={**row.extra, column: name}) for row, name in zip(rows, prompts, strict=True)]
+        rows = [row.but(extra={**row.extra, column: name}) for row, name in zip(rows, prompts, strict=True)]
     groups = [str(row.extra[column]) if column else plain(row.prompt) for row in rows]
     share = share_of(Counter(group for group, _ in set(zip(groups, prompts, strict=True))), wanted + ASKED)
     held = [at for at, group in enumerate(groups) if group_hash(group) < share]
