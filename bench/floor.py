@@ -34,11 +34,11 @@ def products_of(backend: Any, batch: Batch) -> Counter[Product]:
         found.update(of_linears([mlp.gate_proj, mlp.up_proj], needed))
         found.update(of_linears([mlp.down_proj], needed))
         heads, groups = model.config.num_key_value_heads, attention.num_key_value_groups
-        for who in layout.attending_last if layer is layers[-1] else layout.attending:
-            n, m = (who.end - who.start) * groups, sum(end - start for start, end in who.keys)
-            width = attention.head_dim
+        for group in (layout.attending_last if layer is layers[-1] else layout.attending).groups:
+            parts, n, _, m = group.hidden.shape
+            b, n, width = heads * parts, n * groups, attention.head_dim
             # Scores and their gradient's two; then the same of weights times values.
-            found.update({(heads, n, width, m): 2, (heads, n, m, width): 2, (heads, m, n, width): 2})
+            found.update({(b, n, width, m): 2, (b, n, m, width): 2, (b, m, n, width): 2})
     vocabulary, hidden = model.lm_head.weight.shape
     found.update(of_head(len(layout.labels), hidden, vocabulary, cross_entropy.chunk_of(model.lm_head.weight)))
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from engines.cpu.lora import Frozen, LoraLinear
-from engines.cpu.ragged import Attending, Layout
+from engines.cpu.ragged import Attending, Layout, Together
 
 # Shapes: S tokens, U of them queries (all but in the last block), H hidden_size, R rank, K key/value heads, G query
 # heads of each, D width of a head; n queries and m keys of one product.
@@ -283,7 +283,7 @@ class Attention:
 
     cos: Tensor
     sin: Tensor
-    attending: Sequence[Attending]
+    attending: Attending
     queries: Tensor | None
     width: int
     scaling: float
@@ -297,11 +297,8 @@ class Attention:
         q = turned(q.view(len(q), heads, -1, self.width), cos_q, sin_q)  # [K, U, G, D]
         k = turned(k.view(len(k), heads, 1, self.width), cos, sin)[:, :, 0]  # [K, S, D]
         v = v.view(len(v), heads, self.width).transpose(0, 1).float().contiguous()  # [K, S, D]
-        out = h.new_zeros(q.shape[1], heads, *q.shape[2:])  # [U, K, G, D]; zeros for what only fills
-        for who in self.attending:
-            attended = weights_of(q, k, who) @ joined(v, who)  # [K, n G, D]
-            out[who.start : who.end] = attended.view(heads, -1, *q.shape[2:]).transpose(0, 1)
-        out = out.view(len(out), -1)
+        attended = [weights_of(q, k, group) @ taken(v, group.keys, group) for group in self.attending.groups]
+        out = self._in_order(attended, q).transpose(0, 1).reshape(q.shape[1], -1).to(h.dtype)  # [U, K G D]
         (y,) = linears.forward(out, slice(3, 4))
         return [y, q, k, v, out]
 
@@ -314,16 +311,16 @@ class Attention:
         dout = dout.float()
         along = (dout * out).view(queries, heads, groups, width).sum(-1).transpose(0, 1)  # [K, U, G]
         dout = dout.view(queries, heads, groups, width).transpose(0, 1)
-        dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
-        for who in self.attending:
-            at = slice(who.start, who.end)
-            mine = (heads, -1, width)
-            weights, slope = weights_of(q, k, who), dout[:, at].reshape(mine)  # [K, n G, m], [K, n G, D]
-            add_back(dv, weights.transpose(1, 2) @ slope, who)
-            scores = slope @ joined(v, who).transpose(1, 2)  # dP, then dS
-            scores.sub_(along[:, at].reshape(heads, -1, 1)).mul_(weights)
-            dq[:, at] = (scores @ joined(k, who)).view(heads, -1, groups, width)
-            add_back(dk, scores.transpose(1, 2) @ q[:, at].view(mine), who)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dqs = []
+        for group in self.attending.groups:
+            weights, slope = weights_of(q, k, group), taken(dout, group.queries, group)  # [P K, n G, m], [P K, n G, D]
+            add_back(dv, weights.transpose(1, 2) @ slope, group)
+            scores = slope @ taken(v, group.keys, group).transpose(1, 2)  # dP, then dS
+            scores.sub_(taken(along[..., None], group.queries, group)).mul_(weights)
+            dqs.append(scores @ taken(k, group.keys, group))
+            add_back(dk, scores.transpose(1, 2) @ taken(q, group.queries, group), group)
+        dq = self._in_order(dqs, q)
         cos, sin, cos_q, sin_q = self._angles()
         # The derivative of a turn is the turn back.
         dq = turned(dq, cos_q[:, None], -sin_q[:, None]).view(queries, -1).to(h.dtype)
@@ -332,6 +329,12 @@ class Attention:
         dk = turned(dk[:, :, None], cos[:, None], -sin[:, None]).view(len(h), -1).to(h.dtype)
         dv = dv.transpose(0, 1).reshape(len(h), -1).to(h.dtype)
         return linears.backward(h, [dq, dk, dv], slice(0, 3))
+
+    def _in_order(self, found: Sequence[Tensor], q: Tensor) -> Tensor:
+        """Return what was found for the queries of each group, [K P, n G, D], as q [K, U, G, D] has them."""
+        heads, _, groups, width = q.shape
+        everyone = [each.view(heads, -1, groups, width) for each in found]
+        return (everyone[0] if len(found) == 1 else torch.cat(everyone, dim=1))[:, self.attending.place]
 
     def _angles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return cosines and sines of keys, [S, 1, D / 2] each, then of queries [U, 1, D / 2], scaling included."""
@@ -355,24 +358,24 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def joined(x: Tensor, who: Attending) -> Tensor:
-    """Return the tokens [K, m, D] of x [K, S, D] that queries attend to."""
-    spans = [x[:, start:end] for start, end in who.keys]
-    return spans[0] if len(spans) == 1 else torch.cat(spans, dim=1)
+def taken(x: Tensor, places: Tensor, group: Together) -> Tensor:
+    """Return x [K, S, ..., D] at `places` [P n] as one matrix [n ..., D] for each head and part: [K P, n ..., D].
+
+    Query heads that share keys stand below each other, so that one product serves all of them.
+    """
+    return x.index_select(1, places).view(x.shape[0] * len(group.hidden), -1, x.shape[-1])
 
 
-def add_back(total: Tensor, slope: Tensor, who: Attending) -> None:
-    """Add what `joined` took together, slope [K, m, D], to where it came from in total [K, S, D]."""
-    for (start, end), part in zip(who.keys, slope.split([end - start for start, end in who.keys], dim=1), strict=True):
-        total[:, start:end] += part
+def add_back(total: Tensor, slope: Tensor, group: Together) -> None:
+    """Add the gradients of the keys of a group, slope [K P, m, D], to those of their tokens, total [K, S, D]."""
+    each = slope.view(len(total), len(group.hidden), *slope.shape[1:])
+    for part, first, start, end in group.spans:
+        total[:, start:end] += each[:, part, first : first + end - start]
 
 
-def weights_of(q: Tensor, k: Tensor, who: Attending) -> Tensor:
-    """Return the attention weights [K, n G, m] of q [K, U, G, D], which is scaled, over k [K, S, D]."""
-    heads, _, groups, width = q.shape
-    # Queries that share keys stand below each other, so that one product serves all of them.
-    mine = q[:, who.start : who.end].view(heads, -1, width)  # [K, n G, D]
-    scores = mine @ joined(k, who).transpose(1, 2)
-    own = scores.view(heads, -1, groups, scores.shape[-1])[..., -who.future.shape[-1] :]  # the others are all past
-    own.masked_fill_(who.future, float("-inf"))
+def weights_of(q: Tensor, k: Tensor, group: Together) -> Tensor:
+    """Return the attention weights [K P, n G, m] of q [K, U, G, D], which is scaled, over k [K, S, D]."""
+    scores = taken(q, group.queries, group) @ taken(k, group.keys, group).transpose(1, 2)
+    parts, n, _, m = group.hidden.shape
+    scores.view(len(q), parts, n, -1, m).masked_fill_(group.hidden, float("-inf"))
     return torch.softmax(scores, -1)

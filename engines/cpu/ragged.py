@@ -28,6 +28,9 @@ SHARE_BY = 8
 FILL_TO = 32
 # Queries of one product at most: what lies in the future of all of them is not computed.
 QUERIES = 256
+# Pieces whose queries and keys are at most so many times as many as the fewest are filled up and multiplied together:
+# one product of many is sooner done than many of one, and all cores have work.
+ALIKE = 1.5
 Ints = npt.NDArray[np.int64]
 
 
@@ -42,17 +45,38 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Attending:
-    """Queries start..end, and the spans of tokens that they attend to.
+class Part:
+    """Queries first..last (`first` and on, `count` of them) of one piece, and the spans of tokens that they attend to.
 
-    `future` bool [n, 1, m] is true where a query must not see one of the m tokens of the last span, which is the
-    queries' own piece; the others are seen whole.
+    `future` bool [count, m] is true where a query must not see one of all m tokens.
     """
 
-    start: int
-    end: int
+    first: int
+    count: int
     keys: tuple[tuple[int, int], ...]
-    future: Tensor
+    future: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Together:
+    """P parts of like size, whose attention is one product each way: n queries and m keys of each, filled up.
+
+    queries int64 [P n] and keys int64 [P m] are places among queries and tokens, hidden bool [P, n, 1, m] is true where
+    a query must not see a key; spans are (part, first key, token, token's end) of all tokens that are keys.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    hidden: Tensor
+    spans: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Attending:
+    """Who attends to whom; place int64 [U] is where each query stands among those of all groups in a row."""
+
+    groups: tuple[Together, ...]
+    place: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,9 +90,9 @@ class Layout:
 
     ids: Tensor
     positions: Tensor
-    attending: tuple[Attending, ...]
+    attending: Attending
     needed: Tensor
-    attending_last: tuple[Attending, ...]  # in the last block, where the needed tokens are the only queries
+    attending_last: Attending  # in the last block, where the needed tokens are the only queries
     labels: Tensor
     place: Tensor
     rows: Tensor
@@ -91,13 +115,13 @@ def lay_out(batch: Batch, share: bool = True) -> Layout:
     # Each row counts from 0: rotary embeddings see it as if it were alone.
     positions = [np.arange(piece.start, piece.end) for piece in pieces]
     tokens = int(ends[-1])
-    filled = tokens + FILL_TO - tokens % FILL_TO
+    filled, queries = (count + FILL_TO - count % FILL_TO for count in (tokens, len(needed)))  # one more at least
     return Layout(
         ids=torch.from_numpy(np.pad(np.concatenate(ids).astype(np.int64), (0, filled - tokens))),
         positions=torch.from_numpy(np.pad(np.concatenate(positions), (0, filled - tokens))),
-        attending=tuple(attending(pieces, spans, np.arange(tokens))),
-        needed=torch.from_numpy(np.pad(needed, (0, -len(needed) % FILL_TO), constant_values=filled - 1)),
-        attending_last=tuple(attending(pieces, spans, needed)),
+        attending=together(list(parts(pieces, spans, np.arange(tokens))), filled),
+        needed=torch.from_numpy(np.pad(needed, (0, queries - len(needed)), constant_values=filled - 1)),
+        attending_last=together(list(parts(pieces, spans, needed)), queries),
         labels=torch.from_numpy(batch.labels[supervised].astype(np.int64)),
         place=torch.from_numpy(place.reshape(-1)),
         rows=torch.from_numpy(np.nonzero(supervised)[0]),
@@ -128,13 +152,46 @@ def pieces_of(batch: Batch, share: bool) -> Iterator[Piece]:
                 count += 1
 
 
-def attending(pieces: list[Piece], spans: list[tuple[int, int]], queries: Ints) -> Iterator[Attending]:
-    """Yield who attends to whom, for `queries`: ascending places among all tokens."""
+def parts(pieces: list[Piece], spans: list[tuple[int, int]], queries: Ints) -> Iterator[Part]:
+    """Yield what each piece's `queries`, ascending places among all tokens, attend to."""
     for piece, (start, end) in zip(pieces, spans, strict=True):
         first, last = (int(place) for place in np.searchsorted(queries, (start, end)))
         for at in range(first, last, QUERIES):
             mine = queries[at : min(at + QUERIES, last)]
             seen = int(mine[-1]) + 1
-            future = torch.from_numpy(np.arange(start, seen) > mine[:, None])[:, None]
-            keys = (*(spans[earlier] for earlier in piece.before), (start, seen))
-            yield Attending(at, at + len(mine), keys, future)
+            future = np.arange(start - piece.start, seen) > mine[:, None]  # what it begins with is past
+            yield Part(at, len(mine), (*(spans[earlier] for earlier in piece.before), (start, seen)), future)
+
+
+def together(found: list[Part], queries: int) -> Attending:
+    """Return all parts in groups of like size; `queries` are theirs and at least one more, which only fills."""
+    groups: list[list[Part]] = []
+    for part in sorted(found, key=lambda part: part.future.shape):
+        n, m = part.future.shape
+        if groups and n <= ALIKE * groups[-1][0].future.shape[0] and m <= ALIKE * groups[-1][0].future.shape[1]:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    # What only fills stands where the first part's queries have ended.
+    place, begin, made = np.full(queries, max(part.count for part in groups[0])), 0, []
+    for group in groups:
+        # One query more than the longest has: its output is zero wherever what only fills is needed.
+        n, m = (max(part.future.shape[axis] for part in group) for axis in (0, 1))
+        n += 1
+        at, keys = np.full((len(group), n), queries - 1), np.zeros((len(group), m), np.int64)
+        hidden = np.ones((len(group), n, 1, m), np.bool_)
+        hidden[:, :, :, 0] = False  # whoever fills sees one key, as a softmax over none is no number
+        spans = []
+        for index, part in enumerate(group):
+            at[index, : part.count] = np.arange(part.first, part.first + part.count)
+            place[at[index]] = begin + index * n + np.arange(n)
+            hidden[index, : part.count, 0, : part.future.shape[1]] = part.future
+            first = 0
+            for start, end in part.keys:
+                keys[index, first : first + end - start] = np.arange(start, end)
+                spans.append((index, first, start, end))
+                first += end - start
+        begin += at.size
+        tensors = (torch.from_numpy(array) for array in (at.ravel(), keys.ravel(), hidden))
+        made.append(Together(next(tensors), next(tensors), next(tensors), tuple(spans)))
+    return Attending(tuple(made), torch.from_numpy(place))
