@@ -106,6 +106,6 @@ else
 endif
 
 lock: ## make requirements/*.txt again from *.in, with hashes, then the pins of the images: UPGRADE=1 takes newer
-	@ci/tools.sh python ci/lock.py
+	@ci/tools.sh python -m ci.lock
 	@ci/setup.sh
 	@ci/forward.sh lock UPGRADE

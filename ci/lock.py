@@ -18,12 +18,25 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.export.readers.environment import uv_settings
+
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = Path("requirements")
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 # One requirement: its first line and every continuation, hashes included, and the `# via` comments below it.
 TORCH_BLOCK = re.compile(r"^torch==(?P<version>\S+)(?:.*\\\n)*.*\n(?:    #.*\n)*", re.MULTILINE)
+
+
+# What packages ask for beside torch, said otherwise: one wants `2.13.0+cpu`, which no ordinary index has; and of what
+# belongs to torch the ordinary index has CUDA builds alone, which a CPU build of torch cannot load (seen: torchvision
+# 0.28.0). Text needs none of them.
+OVERRIDE = """\
+torch=={torch}
+torchvision; python_version < "3"
+torchaudio; python_version < "3"
+torchcodec; python_version < "3"
+"""
 
 
 @dataclass(frozen=True)
@@ -41,14 +54,18 @@ class Lock:
 
     @property
     def has_torch(self) -> bool:
-        return bool({"cpu.in", "requirements-trl.in", "requirements-serving.in"} & set(self.inputs))
+        texts = ((ROOT / self.folder / name).read_text() for name in self.inputs)
+        return any(re.search(r"^torch(==|$)", text, re.MULTILINE) for text in texts)
 
 
 BOARD_IMAGES = ("board", "ttml-build")
+READERS = Path("requirements/readers")
+# What opens an export for `recipe export --readers`. Their wheels want a newer glibc: manylinux_2_35 for MLX.
+OTHERS = ("ctranslate2", "mlx-lm", "onnxruntime-genai", "openvino", "vllm")
 LOCKS = (
     Lock("tools.txt", ("tools.in",), "3.10", universal=True),
     Lock("browser.txt", ("browser.in",), "3.10", universal=True),
-    Lock("readers.txt", ("readers.in",), "3.10", universal=True),
+    *(Lock(f"{name}.txt", (f"{name}.in",), "3.10", universal=True, folder=READERS) for name in ("uv", "llama.cpp")),
     Lock("launcher.txt", ("build.in", "launcher.in"), "3.10", universal=True),
     *(Lock(f"cpu-{python}.txt", ("build.in", "launcher.in", "cpu.in"), python) for python in ("3.10", "3.11", "3.12")),
     # The wheels of ttnn that `make test-all` looks into: they want a newer glibc, and there is none for 3.11.
@@ -61,6 +78,10 @@ LOCKS = (
     # After the cpu locks: the bench's peers are constrained to their versions.
     Lock("requirements-trl.txt", ("requirements-trl.in",), "3.11", folder=Path("bench")),
     Lock("requirements-serving.txt", ("requirements-serving.in",), "3.11", folder=Path("bench")),
+    *(
+        Lock(f"{name}.txt", (f"{name}.in",), "3.11", folder=READERS, platform="x86_64-manylinux_2_36")
+        for name in ("transformers-4.48", "transformers-4.57", "transformers-5", *OTHERS)
+    ),
 )
 
 
@@ -86,21 +107,6 @@ def cpu_index_answers() -> bool:
         return False
 
 
-def uv_environment() -> dict[str, str]:
-    """pip's settings, said again to uv, which reads only its own."""
-    env = dict(os.environ)
-    for pip_name, uv_name in {
-        "PIP_FIND_LINKS": "UV_FIND_LINKS",
-        "PIP_INDEX_URL": "UV_DEFAULT_INDEX",
-        "PIP_EXTRA_INDEX_URL": "UV_INDEX",
-        "PIP_CERT": "SSL_CERT_FILE",
-    }.items():
-        if env.get(pip_name) and not env.get(uv_name):
-            separator = "," if uv_name == "UV_FIND_LINKS" else " "
-            env[uv_name] = separator.join(env[pip_name].split())
-    return env
-
-
 def compile_lock(lock: Lock, old: str, cpu_index: bool) -> str:
     """What uv resolves for one lock, keeping the versions of `old` unless UPGRADE is set."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--generate-hashes"]
@@ -115,10 +121,14 @@ def compile_lock(lock: Lock, old: str, cpu_index: bool) -> str:
         output = Path(folder) / lock.name
         if old:
             output.write_text(old)
+        if lock.has_torch:
+            override = Path(folder) / "override.txt"
+            override.write_text(OVERRIDE.format(torch=wanted_torch().removesuffix("+cpu")))
+            command += ["--override", str(override)]
         command += ["--output-file", str(output), *(str(lock.folder / name) for name in lock.inputs)]
-        if subprocess.run(command, env=uv_environment(), stdout=subprocess.DEVNULL).returncode != 0:
+        if subprocess.run(command, env=uv_settings(os.environ), stdout=subprocess.DEVNULL).returncode != 0:
             raise SystemExit(f"{lock.path}: uv could not resolve it (its message is above); nothing was written")
-        return output.read_text()
+        return re.sub(r"^    #   --override .*\n", "", output.read_text(), flags=re.MULTILINE)
 
 
 def header(lock: Lock, torch_missing: bool) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ci/weekly.sh: one whole recipe on a CPU, verified, and graded where its figures are recorded.
+# ci/weekly.sh: one whole recipe on a CPU, verified, graded where its figures are recorded, and opened by other software.
 #
 #   NAME=recipe HW=cpu [STEPS=20] [GRADE=1] [OUT=folder] ci/weekly.sh
 set -euo pipefail
@@ -16,3 +16,5 @@ if [ -n "${GRADE:-}" ]; then
 else
     echo "weekly: $NAME has no figures on $HW of the recipe as it stands; nothing to grade by"
 fi
+# A line and a row for each reader; 6 where one opens the export and computes something else.
+.venv/bin/recipe export "$run" --readers

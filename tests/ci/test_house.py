@@ -17,6 +17,7 @@ from tests.support.stops import STOP_AT, end_of, still_there
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"), key=lambda path: path.name)
 OF_THE_BENCH = [ROOT / f"bench/requirements-{peer}.txt" for peer in ("serving", "trl")]
+OF_READERS = sorted((ROOT / "requirements/readers").glob("*.txt"))
 PYTHONS = ("3.10", "3.11", "3.12")
 
 
@@ -46,7 +47,6 @@ def test_every_lock_is_there() -> None:
         "browser.txt",
         *(f"cpu-{python}.txt" for python in PYTHONS),
         "launcher.txt",
-        "readers.txt",
         "tools.txt",
         "ttml-build-3.10.txt",
         "ttnn-3.10.txt",
@@ -54,7 +54,7 @@ def test_every_lock_is_there() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", [*LOCKS, *OF_THE_BENCH], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, *OF_THE_BENCH, *OF_READERS], ids=lambda path: path.name)
 def test_every_requirement_is_pinned_by_hash(path: Path) -> None:
     for requirement, hashes in requirements(path).items():
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][\w.+]*", requirement), requirement
@@ -62,7 +62,7 @@ def test_every_requirement_is_pinned_by_hash(path: Path) -> None:
         assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in hashes), requirement
 
 
-@pytest.mark.parametrize("path", [*LOCKS, *OF_THE_BENCH], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*LOCKS, *OF_THE_BENCH, *OF_READERS], ids=lambda path: path.name)
 def test_a_lock_says_what_and_never_where_from(path: Path) -> None:
     text = path.read_text()
     for sign in (
@@ -72,6 +72,15 @@ def test_a_lock_says_what_and_never_where_from(path: Path) -> None:
         r"^\s*-(?:i|f|-index|-find)",
     ):
         assert not re.search(sign, text, re.MULTILINE), f"{path.name} holds {sign}"
+
+
+def test_a_reader_s_lock_has_torch_as_its_cpu_build_or_not_at_all() -> None:
+    for path in OF_READERS:
+        found = names(path)
+        assert not {name for name in found if re.match(r"nvidia|cuda", name)}, path.name  # triton: by xgrammar
+        asked = re.search(r"^torch$", path.with_suffix(".in").read_text(), re.MULTILINE)
+        torch = [line for line in requirements(path) if line.startswith("torch==")]
+        assert torch == ([lock_tool_torch()] if asked else []), path.name
 
 
 @pytest.mark.parametrize("python", PYTHONS)

@@ -19,9 +19,10 @@ from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.llamas import KINDS, TEXTS, bpe, chat, smollm, with_bytes
 from tests.support.runs import run_tiny
 from tools.cli.main import recipe as recipe_command
-from tools.export.gguf import file, make, proof, reader, vocabulary
+from tools.export.gguf import file, make, proof, vocabulary
 from tools.export.gguf.file import write_gguf
 from tools.export.gguf.proof import Questions, parts_of, prove
+from tools.export.readers import environment
 from tools.export.record import damaged
 from tools.generate.chat import folder_speaker
 
@@ -43,7 +44,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama_cpp(home) -> None:
     try:
-        reader.python_of_reader(print)
+        environment.python_of("llama.cpp", print)
     except MachineError as error:
         pytest.skip(f"llama.cpp cannot be had here: {error.what}")
 
@@ -123,7 +124,7 @@ def test_a_file_that_is_no_gguf_fails(llama_cpp, tmp_path):
     found = prove(tmp_path / "x.gguf", base, "f32", QUESTIONS, print)
 
     assert found.verdict == "failed"
-    assert "cannot read it" in found.reason
+    assert "cannot open it" in found.reason
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------
@@ -155,14 +156,14 @@ def recipe(*words: str) -> tuple[int, str]:
 def echo(folder: Path, change=lambda theirs: theirs):
     """A reader that says what ours says, changed."""
 
-    def read(_python: Path, job: dict) -> dict:
+    def ask(_lock: str, _probe: str, _opened: dict, asked: dict, _say) -> dict:
         merged = folder / "export" / "merged"
         tokenizer = ChatTokenizer.load(merged)
-        with folder_speaker(merged, {"eval.max_new_tokens": job["tokens"]}) as speaker:
-            answers = [proof.greedy(speaker, prompt, {*tokenizer.eos_ids}) for prompt in job["prompts"]]
-        return change({"texts": [tokenizer.encode_text(text) for text in job["texts"]], "answers": answers})
+        with folder_speaker(merged, {"eval.max_new_tokens": asked["greedy"][0][1]}) as speaker:
+            answers = [proof.greedy(speaker, prompt, {*tokenizer.eos_ids}) for prompt, _ in asked["greedy"]]
+        return change({"ids": [tokenizer.encode_text(text) for (text,) in asked["ids"]], "greedy": answers})
 
-    return read
+    return ask
 
 
 @pytest.fixture
@@ -170,8 +171,7 @@ def echoing(run, monkeypatch):
     """Put a reader in llama.cpp's place; return how to change what it says."""
 
     def put(change=lambda theirs: theirs) -> None:
-        monkeypatch.setattr(reader, "python_of_reader", lambda say: Path("python"))
-        monkeypatch.setattr(reader, "read", echo(run, change))
+        monkeypatch.setattr(proof, "ask", echo(run, change))
 
     put()
     return put
@@ -206,7 +206,7 @@ def test_a_damaged_file_is_found_set_aside_and_made_anew(run, echoing):
 
 
 def test_a_file_that_fails_is_not_kept_under_its_name(run, echoing):
-    echoing(lambda theirs: {**theirs, "texts": [[*theirs["texts"][0], 5], *theirs["texts"][1:]]})
+    echoing(lambda theirs: {**theirs, "ids": [[*theirs["ids"][0], 5], *theirs["ids"][1:]]})
     code, said = recipe("export", str(run), "--gguf")
 
     assert code == 6
@@ -218,8 +218,8 @@ def test_a_file_that_fails_is_not_kept_under_its_name(run, echoing):
 @pytest.mark.parametrize(("allowed", "verdict"), [(100.0, "parted"), (0.0, "failed")])
 def test_where_answers_part_it_says_at_which_token_and_by_how_much(run, echoing, monkeypatch, allowed, verdict):
     def other_third_token(theirs: dict) -> dict:
-        first, *rest = theirs["answers"]
-        return {**theirs, "answers": [[*first[:2], (first[2] + 1) % 512, *first[3:]], *rest]}
+        first, *rest = theirs["greedy"]
+        return {**theirs, "greedy": [[*first[:2], (first[2] + 1) % 512, *first[3:]], *rest]}
 
     monkeypatch.setitem(proof.ALLOWED, "f16", allowed)
     echoing(other_third_token)
@@ -233,10 +233,10 @@ def test_where_answers_part_it_says_at_which_token_and_by_how_much(run, echoing,
 
 
 def test_without_a_reader_nothing_is_called_good(run, monkeypatch):
-    def nowhere(say):
-        raise MachineError("xllamacpp could not be set up: no network")
+    def nowhere(*asked):
+        raise MachineError("could not be set up: no network")
 
-    monkeypatch.setattr(reader, "python_of_reader", nowhere)
+    monkeypatch.setattr(proof, "ask", nowhere)
     code, said = recipe("export", str(run), "--gguf")
     assert (code, record(run)["tiny-step-6-f16.gguf"]["verdict"]) == (0, "not tried")
     assert f"recipe export {run} --check" in said
@@ -263,18 +263,6 @@ def test_an_export_that_is_not_verified_gets_no_file(run, monkeypatch):
     shutil.rmtree(run / "export")
     with pytest.raises(VerificationError, match="unverified"):
         make.export_gguf(run, "f32", print)
-
-
-def test_the_reader_is_made_from_the_lock_and_a_lost_network_is_told(home, tmp_path, monkeypatch):
-    """pip is asked for the locked wheel where there is none: the one line says what it said."""
-    monkeypatch.setenv("RECIPES_HOME", str(tmp_path))
-    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(MachineError, match="could not be set up: ERROR: No matching distribution"):
-        reader.python_of_reader(print)
-    assert list((tmp_path / "readers").iterdir()) == []
 
 
 def test_a_margin_counts_from_the_more_likely_token_of_ours(run):

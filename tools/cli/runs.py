@@ -40,8 +40,16 @@ def report(folders: tuple[Path, ...], out: Path) -> None:
 @click.option(
     "--type", "kind", type=click.Choice(GGUF_TYPES), help="With --gguf: how weights are stored.  [default: f16]"
 )
-def export(run: Path, check: bool, gguf: bool, kind: str | None) -> None:
+@click.option("--readers", is_flag=True, help="Have it opened by other software: all of docs/exports.md, or each NAME.")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+def export(run: Path, check: bool, gguf: bool, kind: str | None, readers: bool, names: tuple[str, ...]) -> None:
     """Write a run's Hugging Face folders, and prove them by reloading."""
+    if names and not readers:
+        raise UsageError(
+            f"what is {names[0]!r}? One run is exported at a time", todo="--readers takes names of readers"
+        )
+    if readers and (check or gguf):
+        raise UsageError("--readers opens the folders that were written", todo="leave out --check and --gguf")
     if check and gguf:
         raise UsageError("--check looks at all files there are", todo="leave out --gguf, or --check")
     if kind and not gguf:
@@ -50,6 +58,10 @@ def export(run: Path, check: bool, gguf: bool, kind: str | None) -> None:
         from tools.export.gguf.make import export_gguf
 
         export_gguf(run, kind or "f16", click.echo)
+    elif readers:
+        from tools.export.readers.report import export_readers
+
+        export_readers(run, names, click.echo)
     elif check:
         from tools.export.gguf.make import check_all
 

@@ -13,8 +13,8 @@ from tools.export.export import alone_with, check_export, export, read_exported
 from tools.export.gguf.file import write_gguf
 from tools.export.gguf.modelfile import modelfile
 from tools.export.gguf.proof import Proof, context_of, prove, questions_of
-from tools.export.gguf.reader import Say
 from tools.export.gguf.vocabulary import vocabulary_of
+from tools.export.readers.environment import Say
 from tools.export.record import damaged, read_record
 from tools.runs import trained
 from tools.runs.trained import TrainedRun

@@ -19,8 +19,11 @@ import numpy as np
 from common.data.tokens import spread
 from common.errors import MachineError, VerificationError
 from common.train.generate import generate
-from tools.export.gguf import reader
 from tools.export.gguf.vocabulary import vocabulary_of
+from tools.export.readers.ask import ask
+from tools.export.readers.compare import first_difference
+from tools.export.readers.environment import Say
+from tools.export.readers.table import LLAMA_CPP
 from tools.generate.chat import Speaker, architecture_of, folder_speaker
 from tools.runs.trained import TrainedRun
 
@@ -83,7 +86,7 @@ def parts_of(texts: Sequence[str]) -> Iterator[str]:
                 yield rest
 
 
-def prove(path: Path, merged: Path, kind: str, questions: Questions, say: reader.Say) -> Proof:
+def prove(path: Path, merged: Path, kind: str, questions: Questions, say: Say) -> Proof:
     """Read the GGUF file at `path` with llama.cpp and compare it with our engine on the folder `merged`."""
     started = time.perf_counter()
     tokens = min(TOKENS, context_of(merged) // 2)
@@ -91,16 +94,22 @@ def prove(path: Path, merged: Path, kind: str, questions: Questions, say: reader
         tokenizer, texts = speaker.tokenizer, questions.texts
         ids = [tokenizer.encode_text(text) for text in texts]
         prompts = prompts_of(questions, speaker, ids, speaker.context - tokens)
-        job = {"model": str(path), "context": max(map(len, prompts)) + tokens + 1, "tokens": tokens}
-        job |= {"texts": texts, "prompts": prompts, "never": tokenizer.never_ids}
+        context = max(map(len, prompts)) + tokens + 1
+        opened = {"file": str(path), "context": context, "never": tokenizer.never_ids}
+        asked = {"ids": [[text] for text in texts], "greedy": [[prompt, tokens] for prompt in prompts]}
+        version = LLAMA_CPP.version
         try:
-            theirs = reader.read(reader.python_of_reader(say), job)
+            theirs = ask(LLAMA_CPP.lock, LLAMA_CPP.probe, opened, asked, say)
         except VerificationError as error:
-            return Proof("failed", error.what, reader.version())
+            return Proof("failed", f"{version} {error.what}", version)
         except MachineError as error:
-            return Proof("not tried", error.what)
-        proof = Proof("equal", "", reader.version(), len(texts), len(prompts))
-        for text, own, other in zip(texts, ids, theirs["texts"], strict=True):
+            return Proof("not tried", f"{version} {error.what}")
+        proof = Proof("equal", "", version, len(texts), len(prompts))
+        for answer in [*theirs["ids"], *theirs["greedy"]]:
+            if isinstance(answer, dict):
+                proof.verdict, proof.reason = "failed", f"{version} cannot read it: {answer['error']}"
+                return proof
+        for text, own, other in zip(texts, ids, theirs["ids"], strict=True):
             if own != other:
                 at = first_difference(own, other)
                 cut = tokenizer.decode(own[max(0, at - 4) : at + 4])
@@ -108,7 +117,7 @@ def prove(path: Path, merged: Path, kind: str, questions: Questions, say: reader
                 proof.reason = f"other tokens of a text, from token {at} on: {cut!r} of {text[:60]!r}"
                 return proof
         ends = {*tokenizer.eos_ids, vocabulary_of(merged).end}
-        compare_answers(proof, speaker, prompts, theirs["answers"], ends, ALLOWED[kind])
+        compare_answers(proof, speaker, prompts, theirs["greedy"], ends, ALLOWED[kind])
     proof.seconds = time.perf_counter() - started
     return proof
 
@@ -162,12 +171,6 @@ def lead(speaker: Speaker, before: list[int], own: Sequence[int], other: Sequenc
     at = first_difference(own, other)
     chosen = [max(logits[id] for id in ([ids[at]] if at < len(ids) else ends)) for ids in (own, other)]
     return float(chosen[0] - chosen[1])
-
-
-def first_difference(own: Sequence[int], other: Sequence[int]) -> int:
-    """Return the first place where two lists differ; the shorter one's length where it begins the other."""
-    pairs = zip(own, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
 
 
 def context_of(merged: Path) -> int:

@@ -1,0 +1,1 @@
+"""What runs in a reader's environment: nothing here imports anything of ours."""
