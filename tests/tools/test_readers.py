@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ EXPECTED = Expected(
     printed="A fox is",
     whole=False,
 )
-SAME = {
+SAME: dict[str, Any] = {
     "ids": [[1, 2], [3]],
     "chat": ["<u>a"],
     "logits": [[*LOGITS, 99.0]],  # a row of the embedding that is no token counts for nothing

@@ -52,7 +52,7 @@ def python_of(lock: str, say: Say) -> Path:
         made = Path(scratch) / "venv"
         version = wanted[1] if wanted else sys.executable
         run([uv, "venv", "--quiet", "--relocatable", "--no-python-downloads", "--python", version, made], env, scratch)
-        install = [uv, "pip", "install", "--quiet", "--python", made / "bin" / "python"]
+        install: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", made / "bin" / "python"]
         install += ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
         if torch := TORCH.search(text_of(lock)):
             # Alone, by its local version, which the ordinary index has not: never a CUDA build.
@@ -76,9 +76,9 @@ def uv_of(say: Say) -> Path:
         with tempfile.TemporaryDirectory(prefix=".uv-", dir=folder.parent) as scratch:
             made = Path(scratch) / "venv"
             run([sys.executable, "-m", "venv", made], os.environ, scratch)
-            pip = [made / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            hashed = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", LOCKS / "uv.txt"]
-            run([*pip, *hashed], os.environ, scratch)
+            pip: list[str | Path] = [made / "bin" / "python", "-m", "pip", "install", "--quiet"]
+            pip += ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--disable-pip-version-check"]
+            run([*pip, "-r", LOCKS / "uv.txt"], os.environ, scratch)
             place(made, folder)
     return folder / "bin" / "uv"
 

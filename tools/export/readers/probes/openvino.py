@@ -12,7 +12,7 @@ def open_model(folder: str) -> Model:
     from optimum.exporters.openvino import main_export
 
     made = tempfile.mkdtemp()
-    main_export(folder, made, task="text-generation-with-past", stateful=True)
+    main_export(folder, made, task="text-generation-with-past", convert_tokenizer=True)
     return Model(made, openvino_genai.Tokenizer(made))
 
 
