@@ -18,7 +18,7 @@ from common.errors import MachineError
 from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.runs import run_tiny
 from tools.cli.main import recipe as recipe_command
-from tools.export.readers import ask, environment, report
+from tools.export.readers import ask, environment, questions, report
 from tools.export.readers.table import READERS
 from tools.export.record import verified
 
@@ -84,7 +84,7 @@ def test_asked_again_the_card_has_one_table_and_the_rows_of_both_times(run, here
 def test_a_model_that_a_reader_reads_otherwise_is_a_failure(run, here):
     """The rotary base where transformers before version 5 do not look, as seen by this one: another base."""
     path = run / "export" / "merged" / "config.json"
-    expected = report.expected_of
+    expected = questions.expected_of
 
     def then_changed(*given):
         found = expected(*given)

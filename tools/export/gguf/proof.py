@@ -96,7 +96,8 @@ def prove(path: Path, merged: Path, kind: str, questions: Questions, say: Say) -
         prompts = prompts_of(questions, speaker, ids, speaker.context - tokens)
         context = max(map(len, prompts)) + tokens + 1
         opened = {"file": str(path), "context": context, "never": tokenizer.never_ids}
-        asked = {"ids": [[text] for text in texts], "greedy": [[prompt, tokens] for prompt in prompts]}
+        asked: dict[str, list[list[Any]]] = {"ids": [[text] for text in texts]}
+        asked["greedy"] = [[prompt, tokens] for prompt in prompts]
         version = LLAMA_CPP.version
         try:
             theirs = ask(LLAMA_CPP.lock, LLAMA_CPP.probe, opened, asked, say)

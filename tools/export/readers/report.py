@@ -46,7 +46,7 @@ def export_readers(run_folder: Path, names: Sequence[str], say: Say) -> None:
             row = row_of(reader, run, folder, expected, say)
             say(row.line())
             rows[reader.name] = {**vars(row), "date": datetime.date.today().isoformat()}
-        keep(folder, record)
+            keep(folder, record)  # now: the next one may take half an hour
     say("")
     for line in table(rows.values()):
         say(line)
