@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SAME_INPUT: tuple[set[Projection], ...] = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 _Positive = Annotated[int, Field(gt=0)]
 
 
@@ -165,6 +166,8 @@ class Lora(Section):
         if len(self.target_modules) != len(set(self.target_modules)):
             yield "target_modules", "a projection is named twice"
         for group in groups:
+            if not any(set(group) <= inputs for inputs in SAME_INPUT):
+                yield "tie_groups", f"{group} share no input to have one A for: tie among q, k, v or among gate, up"
             missing = [name for name in group if name not in self.target_modules]
             if missing and missing != group:
                 cure = f"add {missing}, remove the others, or change model_config.lora.tie_groups"

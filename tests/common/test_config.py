@@ -210,6 +210,7 @@ def test_every_mistake_is_listed_with_file_line_and_key(recipe):
         ("model_config.lora.tie_groups=[[q]]", "tie_groups[0][0]: should be 'q_proj'"),
         ("model_config.lora.target_modules=[q]", "'q_proj'"),
         ("model_config.lora.tie_groups=[[q_proj, k_proj], [k_proj, v_proj]]", "two tie groups"),
+        ("model_config.lora.tie_groups=[[q_proj, o_proj]]", "share no input"),
         ("device_config.mesh_shape=[2, 2]", "on a line"),
         ("device_config.mesh_shape=[1, true]", "mesh_shape[1]: should be a valid integer"),
         ("training_config.max_steps=null", "exactly one of max_steps and num_epochs"),
