@@ -30,8 +30,14 @@ def refuse_launch(_hw: Hardware, _config: Config) -> None:
         )
 
 
-def refuse_model(_architecture: Mapping[str, Any]) -> None:
-    """Refuse nothing: transformers computes every Llama."""
+def refuse_model(architecture: Mapping[str, Any]) -> None:
+    """Raise MachineError for an activation other than SiLU, whose derivative alone stands in blocks.py."""
+    if (activation := architecture.get("hidden_act", "silu")) != "silu":
+        raise MachineError(
+            f"the CPU twin cannot train this model: hidden_act is {activation}, it knows silu",
+            where="config.json of model_config.base",
+            todo="choose another model",
+        )
 
 
 def precision_for(_hw: Hardware, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, str]:

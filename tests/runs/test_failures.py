@@ -161,6 +161,13 @@ def test_missing_base_weights(run, tiny_base, tmp_path):
     run("--set", f"model_config.base={bare}").refused(4, "holds no weights", str(bare))
 
 
+def test_a_base_of_another_activation(run, tiny_base, tmp_path):
+    """Its blocks would be trained with another's derivative, without a word."""
+    gelu = shutil.copytree(tiny_base, tmp_path / "gelu")
+    rewrite(gelu / "config.json", lambda text: text.replace('"silu"', '"gelu"'))
+    run("--set", f"model_config.base={gelu}", "--steps", "1").refused(4, "hidden_act is gelu", "choose another model")
+
+
 def test_a_base_that_does_not_exist(run):
     run("--set", "model_config.base=/no/such/base").refused(2, "/no/such/base", "model_config.base")
 
