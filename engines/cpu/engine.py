@@ -3,7 +3,8 @@
 Four things make it fast without changing what it computes: rows lie end to end, and what several begin with is computed
 once (ragged.py); the blocks of the model are written by hand (blocks.py); hidden states go through the output head only
 where the mask supervises (cross_entropy.py); and frozen weights keep the bf16 copy that autocast would otherwise make
-again at every use. Generation, and steps that are compiled, go through transformers' own modules.
+again at every use. Generation calls the model's layers one by one (decode.py); only steps that are compiled go through
+transformers' own forward.
 """
 
 from __future__ import annotations
