@@ -61,3 +61,21 @@ def test_the_sums_are_those_of_each_row_alone(model, given, once):
         assert nll == pytest.approx(float((nats * torch.from_numpy(row.mask[1:])).sum()), abs=1e-4)
     assert len(asked) == (3 if once else 2)
     assert not once or asked[0] == (1, once)
+
+
+def test_long_rows_over_a_large_vocabulary_go_one_by_one(model, monkeypatch):
+    """Four of 2,048 tokens over 128,256 words would take 4 GB of logits, and as much again for their softmax."""
+    given, asked = rows(BEGIN, 8), []
+    longest = max(LENGTHS) * model.config.vocab_size
+    split = TokenSplit(tokens.pack(given), 32)
+    together = plain_nll(model, split, range(len(given)))
+    monkeypatch.setattr("tools.export.check.LOGITS", 2 * longest - 1)
+    watch = model.register_forward_pre_hook(
+        lambda _model, _words, named: asked.append(named["input_ids"].shape), with_kwargs=True
+    )
+    found = plain_nll(model, split, range(len(given)))
+    watch.remove()
+    np.testing.assert_allclose(found.nll, together.nll, atol=1e-4)
+    assert all(count * length * model.config.vocab_size <= longest * 2 for count, length in asked)
+    assert asked[-1] == (1, max(LENGTHS) - 1), "the longest by itself"
+    assert asked[1][0] > 1, "short ones together"

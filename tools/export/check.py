@@ -10,7 +10,7 @@ import gc
 import importlib.util
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 # for fp32 sees and the one for bf16 would not: so what needs no rounding is held to fp32's.
 ALLOWED = {"fp32": 1e-3, "bf16": 0.02}
 CHECKED_ROWS = 64  # a larger held-out set is sampled evenly: parity shows on any rows, and the check stays short
-AT_ONCE = 4  # rows: their logits over a vocabulary of 49,152 are some 50 MB
+AT_ONCE = 4  # rows at most, and so few that a logit for each of their tokens and words stays within LOGITS
+LOGITS = 1 << 26  # 256 MB in fp32: one row of 500 tokens over Llama 3's 128,256 words, four of 340 over 49,152
 
 
 @dataclass
@@ -162,9 +163,8 @@ def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) ->
     sums = torch.zeros(len(rows), dtype=torch.float64)
     with torch.inference_mode():
         begun = model(input_ids=ids[0][None, :shared], use_cache=True).past_key_values if shared else None
-        by_length = sorted(range(len(rows)), key=lambda at: len(ids[at]))  # so that few places are filled
-        for first in range(0, len(rows), AT_ONCE):
-            chosen = by_length[first : first + AT_ONCE]
+        config: Any = model.config
+        for chosen in together([len(row) - shared for row in ids], config.vocab_size):
             past = copy.deepcopy(begun)
             if past is not None:
                 past.batch_repeat_interleave(len(chosen))
@@ -179,6 +179,17 @@ def plain_nll(model: torch.nn.Module, split: TokenSplit, rows: Sequence[int]) ->
             nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [B, N]
             sums[chosen] = (nll.double() * counted[:, predicted]).sum(dim=1)
     return from_rows(sums.tolist(), [int(mask[1:].sum()) for mask in masks])
+
+
+def together(lengths: Sequence[int], vocabulary: int) -> Iterator[list[int]]:
+    """Yield which rows to compute at once, by length, so that few places are filled: AT_ONCE and LOGITS bound them."""
+    group: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if len(group) == AT_ONCE or (group and (len(group) + 1) * lengths[row] * vocabulary > LOGITS):
+            yield group
+            group = []
+        group.append(row)
+    yield group
 
 
 def begun_alike(rows: Sequence[Encoded]) -> int:
