@@ -13,6 +13,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from common.data.order import random_words
 from common.data.tokens import Arrays, Batch, TokenSplit
 from common.train.plan import make_plan
 from engines.cpu import ragged
+from engines.cpu.ragged import Layout
 from engines.registry import engine_for
 from tools.data.fetch import fetch_pinned
 from tools.launch.resolve import resolve
@@ -44,13 +46,18 @@ def with_system_prompt(rows: int, vocabulary: int, prompt: int = 300, own: int =
     return TokenSplit(Arrays(ids.ravel(), mask.ravel(), ends - ids.shape[1], ends), -(-ids.shape[1] // 32) * 32)
 
 
+def laid_out(real: Callable[..., Layout], shares: bool, batch: Batch, share: bool = True) -> Layout:
+    """Return the layout that `real` makes of a batch, with beginnings shared if `shares` and the engine says so."""
+    return real(batch, share=share and shares)
+
+
 def measure(backend: Any, batches: list[Batch], rate: float) -> dict[str, Any]:
     """Return rows/s of both sides, tokens computed of those there are, and the step over its matrix products."""
     taken: dict[str, list[float]] = {side: [] for side in SIDES}
     losses: dict[str, list[float]] = {side: [] for side in SIDES}
     for step, batch in enumerate(batches, 1):
         for side, share in SIDES.items():
-            with mock.patch.object(ragged, "lay_out", functools.partial(ragged.lay_out, share=share)):
+            with mock.patch.object(ragged, "lay_out", functools.partial(laid_out, ragged.lay_out, share)):
                 started = time.perf_counter()
                 losses[side].append(backend.train_step([batch], rate, step).loss)
                 taken[side].append(time.perf_counter() - started)

@@ -207,3 +207,18 @@ def test_phases_are_compared_by_their_medians() -> None:
     assert found["sides"]["before"]["phases"] == {"steps": 10}
     assert (found["held_out_moved_by"], found["answers_alike"]) == (0.5, [1, 2])
     assert any(line.split() == ["steps", "10.00", "5.00"] for line in phases.table(found))
+
+
+def test_the_prefix_bench_computes_a_beginning_once_on_one_side_only(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="the CPU engine is torch")
+    from bench import prefix
+    from tests.support.engines import config_for, engine
+    from tools.verify.tiny_base import write_tiny_base
+
+    monkeypatch.setattr(prefix, "WARM_UP", 0)
+    batch = prefix.with_system_prompt(4, 300, prompt=64, own=32).batch(1, 0, 4)
+    with engine(config_for(write_tiny_base(tmp_path / "tiny"))) as backend:
+        found = prefix.measure(backend, [batch], rate=0.0)
+        assert backend.objective.lengths == {192, 384}, "64 + 4 x 31 and 4 x 95 tokens, filled up"
+    shared, alone = (found["losses"][side][0] for side in prefix.SIDES)
+    assert shared == pytest.approx(alone, rel=1e-6)
