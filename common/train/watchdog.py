@@ -14,6 +14,7 @@ import signal
 import statistics
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TextIO
@@ -48,6 +49,8 @@ class Watchdog:
         self.seconds: deque[float] = deque(maxlen=50)  # of the last steps of this process: a run may slow down for good
         self.begun = 0
         self.step: int | None = None  # the one that goes on
+        self.dumps_after: float | None = None  # the seconds allowed to the step for which a dump was asked, at `armed`
+        self.armed = 0.0  # seconds of time.monotonic
         self.closed = threading.Event()
         self.timer = KernelTimer()
         if self.fixed != 0:
@@ -66,17 +69,24 @@ class Watchdog:
         """Watch `step` from now."""
         self.begun, self.step = self.begun + 1, step
         if self.fixed != 0:
-            self.timer.start(self.allowed + LOCKED_GRACE)
+            allowed, now = self.allowed, time.monotonic()
+            self.timer.start(allowed + LOCKED_GRACE)
             # Before the timer ends the process, a thread of C's writes which call it was: no Python may run any more.
-            faulthandler.dump_traceback_later(self.allowed + LOCKED_GRACE / 2, file=self.log or sys.stderr)
+            # To start one and end the one before takes longer than all else of a short step, so it is done once a tick,
+            # and what is written may be written a tick early.
+            if allowed != self.dumps_after or now - self.armed > TICK:
+                faulthandler.dump_traceback_later(allowed + LOCKED_GRACE / 2, file=self.log or sys.stderr)
+                self.dumps_after, self.armed = allowed, now
 
     def end(self, seconds: float | None = None) -> None:
         """Watch no longer: the step is over, after `seconds`, or something begins that may take what it takes."""
         self.step = None
         self.timer.start(0)
-        faulthandler.cancel_dump_traceback_later()
-        if seconds is not None:
+        if seconds is not None:  # the next step begins at once
             self.seconds.append(seconds)
+            return
+        faulthandler.cancel_dump_traceback_later()
+        self.dumps_after = None
 
     def close(self) -> None:
         """End the watching for good. Closing twice is harmless."""

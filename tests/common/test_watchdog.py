@@ -18,7 +18,7 @@ from common import known_errors
 from common.errors import UsageError
 from common.hardware import get
 from common.paths import ROOT
-from common.train.watchdog import AT_LEAST, FIRST_STEP, TIMES_MEDIAN, Watchdog
+from common.train.watchdog import AT_LEAST, FIRST_STEP, LOCKED_GRACE, TIMES_MEDIAN, Watchdog
 from tests.doubles.tiny_recipe import FROM_SCRATCH
 from tools.cli import main
 from tools.launch import resolve
@@ -69,6 +69,23 @@ def test_a_native_call_that_keeps_pythons_lock_is_left_as_well():
     assert done.returncode == 5
     assert done.stdout == "", "no thread of Python ran"
     assert "Timeout (0:00:01" in done.stderr
+
+
+def test_a_short_step_after_others_starts_no_thread_and_a_shorter_allowance_does(monkeypatch):
+    asked: list[float] = []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, **_: asked.append(seconds))
+    monkeypatch.setattr("common.train.watchdog.TICK", 3600.0)
+    dog = Watchdog(lambda what: None, devices=1)
+    try:
+        for step in range(1, 5):
+            dog.begin(step)
+            dog.end(0.1)
+        assert asked == [FIRST_STEP + LOCKED_GRACE / 2, AT_LEAST + LOCKED_GRACE / 2]
+        dog.end()  # an evaluation
+        dog.begin(5)
+        assert len(asked) == 3, "it was taken back for what may take what it takes"
+    finally:
+        dog.close()
 
 
 def test_what_is_not_a_step_is_not_watched():
