@@ -87,6 +87,20 @@ def test_the_supply_rate_counts_whole_batches(monkeypatch: pytest.MonkeyPatch) -
     assert loop.supply_rate(split, batch_size=2, seconds=1.0) == pytest.approx(2 * 2 * 32 / 2.0)
 
 
+def test_the_loop_is_told_by_its_median_and_its_slow_steps() -> None:
+    found = loop.of_loop([0.0001] * 980 + [0.002] * 20)
+    assert found == pytest.approx({"mean": 0.138, "median": 0.1, "p99": 2.0})
+
+
+def test_an_idle_step_has_the_seconds_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([1.0, 1.5, 3.5])
+    monkeypatch.setattr("bench.loop.time.perf_counter", lambda: next(ticks))
+    step = loop.IdleStep()
+    for number in range(1, 4):
+        step.train_step([], 1e-3, number)
+    assert step.gaps == [0.5, 2.0]
+
+
 # --- serving ----------------------------------------------------------------------------------------------------------
 
 GOOD = {"first": 0.2, "one": 10.0, "four": 25.0, "ready": 4.0, "resident_bytes": 0.9e9}
