@@ -14,10 +14,12 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,36 +30,46 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "bench" / "results" / "data.json"
 BEFORE = "871dfab"  # the last commit that tokenized a row at a time
 WORDS = 3_300
-# What one process does: `work` is build or check. Written so that it runs in both trees.
+# What one process does: `work` is build, warm (what a training does until its first batch, once tokens are there) or
+# check. Written so that it runs in both trees.
 CHILD = """
-import json, resource, sys, tempfile, time
+import json, sys, time
 from pathlib import Path
-work, rows_file, base = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+work, rows_file, base, made = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 from common.config.schema import Data
 from common.data import build, tokens
 from common.data.chat import ChatTokenizer
-from common.data.rows import read_rows
+from common.data.rows import groups_of, hold_out, read_rows
 from tools.data import checks
 try:
     from tools.data import workers
-    spill = Path(tempfile.mkdtemp(dir=rows_file.parent))
-    faster = [lambda tokenizer, rows, options, name: workers.encode_rows(tokenizer, rows, options), spill]
+    faster = [lambda tokenizer, rows, options, name: workers.encode_rows(tokenizer, rows, options), made.parent]
 except ImportError:
     faster = []
 tokenizer, facts = ChatTokenizer.load(base), {}
 start = time.perf_counter()
 rows = read_rows(rows_file)
 facts["read_seconds"] = time.perf_counter() - start
-start = time.perf_counter()
 if work == "check":
     facts["findings"] = len(checks.check({"train": rows}).findings)
+elif work == "warm":
+    groups = groups_of(rows, None)
+    held = hold_out(groups, 0.05)
+    for inside in (False, True):
+        build.rows_sha256([row for row, group in zip(rows, groups) if (group in held) == inside])
+    train = tokens.TokenDataset.open(made).train
+    train.batch(1, 0, 32)
 else:
     splits, info = build.of_rows(Data(source="rows"), {"train": rows, "held_out": []}, tokenizer, *faster)
-    made = tokens.write(Path(tempfile.mkdtemp(dir=rows_file.parent)) / "made", splits, source_key="bench", info=info)
-    facts |= {"tokens": made.train.tokens, "tokens_sha256": made.tokens_sha256}
+    done = tokens.write(made, splits, source_key="bench", info=info)
+    facts |= {"tokens": done.train.tokens, "tokens_sha256": done.tokens_sha256}
 facts["seconds"] = time.perf_counter() - start
-facts["rows_per_second"] = len(rows) / (facts["seconds"] + facts["read_seconds"])
-facts["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+facts["rows_per_second"] = len(rows) / facts["seconds"]
+if work == "warm":
+    start = time.perf_counter()
+    for step in range(2, 102):
+        train.batch(step, 0, 32)
+    facts["batch_ms"] = (time.perf_counter() - start) * 10
 print(json.dumps(facts))
 """
 
@@ -74,13 +86,42 @@ def write_rows(path: Path, count: int) -> None:
             file.write(json.dumps({"prompt": f"{prompt} {at}?", "response": f"{response}."}) + "\n")
 
 
-def measured(tree: Path, work: str, rows: Path, base: Path) -> dict[str, Any]:
-    """Return what one process of the code in `tree` says of `work` on `rows`."""
-    command = [sys.executable, "-c", CHILD, work, str(rows), str(base)]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
+def measured(tree: Path, work: str, rows: Path, base: Path, made: Path) -> dict[str, Any]:
+    """Return what one process of the code in `tree` says of `work` on `rows`, and the memory that it took, in MiB.
+
+    That is the most that it and its own processes held together, twice a second: `memory_mib` with what of files was
+    mapped, `own_memory_mib` without.
+    """
+    command = [sys.executable, "-c", CHILD, work, str(rows), str(base), str(made)]
+    most = {"memory_mib": 0.0, "own_memory_mib": 0.0}
+    with subprocess.Popen(
+        command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, text=True
+    ) as child:
+        while child.poll() is None:
+            now = [memory(pid) for pid in (child.pid, *children(child.pid))]
+            most = {key: max(most[key], sum(one[at] for one in now)) for at, key in enumerate(most)}
+            time.sleep(0.5)
+        assert child.stdout is not None
+        found: dict[str, Any] = {**json.loads(child.stdout.read()), **most}
     return found
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started and that are still there."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def memory(pid: int) -> tuple[float, float]:
+    """Return a process's share of the memory (PSS) in MiB: all of it, and what no file has."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0.0, 0.0
+    found = {line.split(":")[0]: line.split()[1] for line in lines[1:]}
+    return int(found.get("Pss", 0)) / 1024, int(found.get("Pss_Anon", 0)) / 1024
 
 
 def unpacked(commit: str, folder: Path) -> Path:
@@ -99,22 +140,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--small", type=int, default=20_000, help="rows that both sides take")
     parser.add_argument(
-        "--rows", type=int, default=200_000, help="rows that this side takes alone; 1000000 for the long run"
+        "--rows", type=int, default=200_000, help="rows that this side takes alone (0: none); 1000000 for the long run"
     )
+    parser.add_argument("--work", default="build,warm,check", help="what is measured")
+    parser.add_argument("--add", action="store_true", help="keep what the file has")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args(arguments)
     runs, base = [], base_of(asked.base, print).folder
     with tempfile.TemporaryDirectory() as scratch:
         before = unpacked(asked.before, Path(scratch) / "before")
-        files = {count: Path(scratch) / f"{count}.jsonl" for count in (asked.small, asked.rows)}
+        files = {count: Path(scratch) / f"{count}.jsonl" for count in {asked.small, asked.rows} - {0}}
         for count, path in files.items():
             write_rows(path, count)
-        plan = [(name, asked.small) for _ in range(asked.rounds) for name in ("before", "now")] + [("now", asked.rows)]
-        for (side, count), work in itertools.product(plan, ("build", "check")):
-            found = measured(before if side == "before" else ROOT, work, files[count], base)
+        plan = [(name, asked.small) for _ in range(asked.rounds) for name in ("before", "now")]
+        plan += [("now", asked.rows)] if asked.rows else []
+        for (side, count), work in itertools.product(plan, asked.work.split(",")):
+            tree, made = before if side == "before" else ROOT, Path(scratch) / f"{side}-{count}"
+            if work == "build":
+                shutil.rmtree(made, ignore_errors=True)
+            found = measured(tree, work, files[count], base, made)
             runs.append({"side": side, "work": work, "rows": count, "load": os.getloadavg()[0], **found})
             print(json.dumps(runs[-1]), flush=True)
-    asked.out.write_text(json.dumps({"before": asked.before, "cores": os.cpu_count(), "runs": runs}, indent=1) + "\n")
+    earlier = json.loads(asked.out.read_text())["runs"] if asked.add and asked.out.is_file() else []
+    told = {"before": asked.before, "cores": os.cpu_count(), "runs": [*earlier, *runs]}
+    asked.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

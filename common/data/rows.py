@@ -38,7 +38,7 @@ WORDS = tuple("function_call reasoning_content reasoning thinking refusal audio 
 MESSAGE_KEYS = frozenset(["train", "train_detail", "training", "mask", "loss", *WORDS])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as one is made of each turn at each look, and frozen it takes three times as long
 class Message:
     """One turn: role is one of ROLES or tool; what an assistant says is trained on unless `trained` is False."""
 
