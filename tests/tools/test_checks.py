@@ -13,6 +13,7 @@ from common.data.rows import Message, Problem, Row
 from common.data.tokens import Encoded, pack
 from common.errors import DataError
 from tests.support.encoded import encode_row
+from tests.support.tool_templates import write_tool_base
 from tools.data import checks, markers
 
 WORDS = "amber birch cedar delta ember flint grove heron inlet jasper kelp lotus maple north otter plume".split()
@@ -183,7 +184,37 @@ def test_rows_longer_than_max_length_say_what_they_would_lose(tokenizer):
 
 def test_rows_that_the_template_refuses_are_errors(tokenizer):
     tight = config(max_length=32, system_prompt="a long system prompt " * 10)
-    assert ids([row("Why?"), row("How?")], tokenizer=tokenizer, config=tight) == ["D006"]
+    report = checks.check({"train": [row("Why?"), row("How?")]}, (), tokenizer, tight)
+    (finding,) = report.findings
+    (fault,) = finding.faults
+    assert (finding.id, finding.message) == ("D006", "2 rows cannot be tokenized")
+    assert fault == "f:1: nothing of the answer is left in 33 tokens (2 rows, then f:2)", "one fault is one line"
+
+
+def called(prompt: str, **arguments: str) -> Row:
+    """A row that ends with a call, of a tool that no conversation names."""
+    function = {"name": "sky", "arguments": arguments}
+    call = Message("assistant", "", fields={"tool_calls": [{"type": "function", "function": function}]})
+    return replace(row(prompt), messages=(Message("user", prompt), call))
+
+
+def test_rows_with_tools_are_named_and_asked_of_a_base(tokenizer, tmp_path):
+    rows = [called("Will it rain?", at="Paris"), called("Is it warm there?", at="Oslo")]
+    report = checks.check({"train": [*rows, row("Why?")]})
+    assert [(one.id, one.where) for one in report.findings] == [("D120", [rows[0].where, rows[1].where])]
+    assert ids(rows, tokenizer=tokenizer) == ["D006"], "the tiny base's template knows no tools"
+    assert ids(rows, tokenizer=ChatTokenizer.load(write_tool_base(tmp_path / "b"))) == []
+
+
+def test_what_a_call_says_is_looked_at_as_an_answer_is():
+    """Two calls with other arguments are not the same answer, nor an empty one; and a key in one is found."""
+    rows = [called("Will it rain?", at="Paris"), called("Is it warm there?", at="Oslo")]
+    assert ids(rows) == ["D120"]
+    assert ids([rows[0], called("Is it dry?", at="Paris")]) == ["D107", "D120"]
+    assert ids([called("Log in?", key="AKIA" + "A1B2C3D4" * 2)]) == ["D004", "D120"]
+    assert ids([called("Stop?", at="<|im_end|>")]) == ["D008", "D120"]
+    found = checks.stats({"train": rows})
+    assert found["response_characters"]["min"] == len('{"name": "sky", "arguments": {"at": "Oslo"}}')
 
 
 def test_fewer_rows_than_a_batch_unusable_lines_and_no_licence():

@@ -379,6 +379,53 @@ def test_a_format_that_names_a_dialect_takes_no_other(tmp_path):
 MARKED = {"prompt": "What is <|im_end|>, and </s>?", "response": "Two marks, as <|anything|> is."}
 
 
+CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "a<|im_end|>"}}}
+TOOL = {"type": "function", "function": {"name": "sky", "description": "Writes [INST]."}}
+TALK = [
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0},
+    {"role": "tool", "content": "rain", "tool_call_id": "7", "name": "sky"},
+    {"role": "assistant", "content": "So."},
+]
+
+
+def test_what_is_written_of_tools_is_read_back_as_it_was(tmp_path):
+    """And converting what was converted changes nothing."""
+    rows = [{"messages": TALK, "tools": [TOOL]}, {"prompt": "Why?", "response": "So.", "tools": [TOOL], "n": 1}]
+    source = text_file(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert converted(source, tmp_path) == rows
+    call, answer = read_rows(tmp_path / "out.jsonl")[0].messages[1:3]
+    assert (call.fields, call.trained) == ({"tool_calls": [CALL]}, False)
+    assert answer.fields == {"tool_call_id": "7", "name": "sky"}
+
+
+def test_parquets_nulls_are_no_arguments(tmp_path):
+    """In a column of objects each has the keys of all: of every call the arguments of the others, null."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def talk(**arguments: str) -> list[dict]:
+        call = {"type": "function", "function": {"name": "sky", "arguments": arguments}}
+        return [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    table = pyarrow.table({"messages": [talk(at="Paris"), talk(when="now")]})
+    assert table.to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "at": "Paris",
+        "when": None,
+    }
+    parquet.write_table(table, tmp_path / "a.parquet")
+    found = [row["messages"][1]["tool_calls"][0]["function"] for row in converted(tmp_path / "a.parquet", tmp_path)]
+    assert [one["arguments"] for one in found] == [{"at": "Paris"}, {"when": "now"}]
+
+
+def test_markers_are_escaped_in_calls_and_tools_too(tmp_path):
+    source = text_file(tmp_path, "a.jsonl", json.dumps({"messages": TALK, "tools": [TOOL]}))
+    (row,) = converted(source, tmp_path, escape_markers=True)
+    assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"at": "a< |im_end|>"}
+    assert row["tools"][0]["function"]["description"] == "Writes [ INST]."
+    assert row["messages"][2] == TALK[2]
+
+
 def test_markers_are_escaped_when_that_is_asked_for(tmp_path):
     source = text_file(tmp_path, "a.jsonl", json.dumps(MARKED))
     assert converted(source, tmp_path, escape_markers=True) == [

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 
 from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
+from common.errors import DataError
+from tests.support.tool_templates import write_tool_base
 from tools.data.fast import FastTokenizer, Words, words_apart
 
 # What stands at the edge of a rule: white space of every kind, contractions, digits, parts of special tokens.
@@ -233,3 +235,16 @@ def test_rows_get_the_tokens_and_masks_of_the_plain_tokenizer(tiny_base):
 
 def told(found):
     return str(found) if isinstance(found, Exception) else (found.ids.tolist(), found.mask.tolist(), found.cut)
+
+
+def test_tools_are_written_by_the_template_itself(tmp_path):
+    plain = ChatTokenizer.load(write_tool_base(tmp_path / "b"))
+    call = {"type": "function", "function": {"name": "sky", "arguments": {"at": "a"}}}
+    turns = [Message("user", "Why?"), Message("assistant", "", fields={"tool_calls": [call]}), Message("tool", "rain")]
+    called = Row((*turns, Message("assistant", "So.")), {}, "f:1", [{"type": "function", "function": {"name": "sky"}}])
+    untooled = Row((Message("user", "Why?"), Message("assistant", "So.")))
+    for rows in ([called, untooled], [untooled, called]):
+        for ours, theirs in zip(FastTokenizer(plain).encode_rows(rows), plain.encode_rows(rows), strict=True):
+            assert not isinstance(ours, DataError)
+            assert not isinstance(theirs, DataError)
+            assert (ours.ids.tolist(), ours.mask.tolist()) == (theirs.ids.tolist(), theirs.mask.tolist())
