@@ -178,9 +178,9 @@ class ChatTokenizer:
         while part := list(itertools.islice(waiting, AT_ONCE)):
             talks = [row.but(messages=with_system(row.messages, system)) if system else row for row in part]
             for talk, encoded in zip(talks, self._encode(talks), strict=True):
-                yield caught(self._fitted, encoded, talk, max_tokens, supervise_all)
+                yield caught(self._fitted, talk, encoded, max_tokens, supervise_all)
 
-    def _fitted(self, found: Encoded | DataError, row: Row, max_tokens: int | None, supervise_all: bool) -> Encoded:
+    def _fitted(self, row: Row, found: Encoded | DataError, max_tokens: int | None, supervise_all: bool) -> Encoded:
         encoded = given(found)
         if max_tokens is not None and len(encoded.ids) > max_tokens:
             encoded = self._shorten(encoded, row, max_tokens)
@@ -202,7 +202,7 @@ class ChatTokenizer:
     def _written(self, row: Row) -> Cut:
         """Return the whole text, cut where each answer that is trained on begins."""
         self._refuse_markers(row)
-        if row.tools or any(turn.fields for turn in row.messages):
+        if row.tools or row.fields:
             self._refuse_lost(row)
         text, cuts = self._render(row), list[int]()
         for turn in trained_turns(row.messages):
@@ -284,9 +284,8 @@ class ChatTokenizer:
 
     def _refuse_markers(self, row: Row) -> None:
         texts = [(f"the {turn.role}'s text contains", turn.content) for turn in row.messages]
-        if called := [*row.tools, *filter(None, (turn.fields for turn in row.messages))]:
-            texts.append(("a tool or a call to it contains", json.dumps(called, ensure_ascii=False)))
-        for what, text in texts:
+        called = json.dumps([row.tools, row.fields], ensure_ascii=False) if row.tools or row.fields else ""
+        for what, text in [*texts, ("a tool or a call to it contains", called)]:
             if (marker := self.marker_in(text)) is not None:
                 what = f"{what} {marker!r}: the base model reads that as structure"
                 todo = "write the marker another way, for example with a space inside"
@@ -330,12 +329,13 @@ def refuse_prompt(where: str) -> NoReturn:
     raise DataError(what, where=where, todo=f"{joins}, or use another base")
 
 
-def caught(work: Callable[..., T], *arguments: Any) -> T | DataError:
-    """Return what `work` gives for the arguments, or the DataError that it raises."""
+def caught(work: Callable[..., T], row: Row, *arguments: Any) -> T | DataError:
+    """Return what `work` gives for a row and the other arguments, or the DataError that it raises."""
     try:
-        return work(*arguments)
-    except DataError as error:
-        return error
+        return work(row, *arguments)
+    except (DataError, RecursionError) as error:
+        deep = DataError("a tool or a call to it is nested too deeply", where=row.where)
+        return error if isinstance(error, DataError) else deep
 
 
 def shortened(row: Row, at: int, size: int) -> Row:

@@ -334,7 +334,7 @@ def control_rows(rows: Sequence[Row], control: str) -> list[Row]:
     """
     if control == "none":
         return list(rows)
-    if called := next((row for row in rows if any(turn.fields for turn in row.messages)), None):
+    if called := next((row for row in rows if row.fields), None):
         raise DataError(f"control {control} leaves tool calls in place, and would train on them", where=called.where)
     answers = [turn.content for row in rows for turn in row.messages if turn.role == "assistant"]
     from common.data.order import permutation  # numpy: a board's host reads texts with this module, and has none

@@ -463,6 +463,19 @@ def test_words_of_tools_that_a_template_does_not_write_are_refused(tmp_path, tem
     assert error.value.where == "data.jsonl:7"
 
 
+def test_arguments_that_are_nested_too_deeply_are_refused(tmp_path):
+    """JSON is read to more levels than a template writes."""
+    tokenizer, deep = ChatTokenizer.load(write_tool_base(tmp_path / "b")), {"at": "here"}
+    for _ in range(700):
+        deep = {"at": deep}  # type: ignore[dict-item]
+    call = {"type": "function", "function": {"name": "sky", "arguments": deep}}
+    rows = [tool_row(Message("assistant", "", fields={"tool_calls": [call]})), tool_row(SAY)]
+    refused, whole = tokenizer.encode_rows(rows)
+    assert isinstance(refused, DataError)
+    assert (refused.what, refused.where) == ("a tool or a call to it is nested too deeply", "data.jsonl:7")
+    assert not isinstance(whole, DataError)
+
+
 def test_what_tools_answer_is_shortened_before_any_answer(tmp_path):
     tokenizer = ChatTokenizer.load(write_tool_base(tmp_path / "b"))
     long = tool_row(calling("Paris"), replace(ANSWER, content="rain and snow " * 40), SAY)

@@ -195,13 +195,14 @@ def called(prompt: str, **arguments: str) -> Row:
     """A row that ends with a call, of a tool that no conversation names."""
     function = {"name": "sky", "arguments": arguments}
     call = Message("assistant", "", fields={"tool_calls": [{"type": "function", "function": function}]})
-    return replace(row(prompt), messages=(Message("user", prompt), call))
+    return row(prompt).but(messages=(Message("user", prompt), call))
 
 
 def test_rows_with_tools_are_named_and_asked_of_a_base(tokenizer, tmp_path):
     rows = [called("Will it rain?", at="Paris"), called("Is it warm there?", at="Oslo")]
     report = checks.check({"train": [*rows, row("Why?")]})
-    assert [(one.id, one.where) for one in report.findings] == [("D120", [rows[0].where, rows[1].where])]
+    (finding,) = report.findings
+    assert (finding.id, finding.faults) == ("D120", ["f:1: tools or calls to them (2 rows, then f:2)"])
     assert ids(rows, tokenizer=tokenizer) == ["D006"], "the tiny base's template knows no tools"
     assert ids(rows, tokenizer=ChatTokenizer.load(write_tool_base(tmp_path / "b"))) == []
 

@@ -108,6 +108,14 @@ def test_check_and_stats_take_a_file_of_rows(recipe, tiny_base, tmp_path):
     assert "error D001" in run("check", other).stdout
 
 
+@pytest.mark.parametrize("name", ["gone.jsonl", "data/gone.CSV", "gone.json.gz"])
+def test_a_file_that_is_gone_is_no_unknown_recipe(name):
+    for verb in ("check", "stats"):
+        with pytest.raises(DataError) as error:
+            done(verb, name)
+        assert (error.value.what, error.value.where) == ("no such file", name)
+
+
 def test_options_without_a_meaning_are_refused(recipe):
     with pytest.raises(UsageError, match="--set"):
         done("stats", recipe / "rows.jsonl", "--set", "data_config.max_length=32")

@@ -181,6 +181,7 @@ TO_TURNS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         {"context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
         [("user", "c\n\nq"), ("assistant", "a")],
     ),
+    ("SQuAD", {"context": "c", "question": "q", "answers": "a"}, [("user", "c\n\nq"), ("assistant", "a")]),
     (
         "question and answer about",
         {"context": "c", "question": "q", "answer": "a"},
@@ -327,6 +328,7 @@ def test_calls_at_once_are_one_turn_and_answers_come_in_their_order():
         ({"tool_calls": [{"function": {"name": "sky", "arguments": "[1]"}}]}, "arguments are a list, not an object"),
         ({"tool_calls": [OPENAI_CALL], "function_call": BARE}, "has its calls twice"),
         ({"tool_calls": "sky"}, "a call is not JSON"),
+        ({"tool_calls": [{"function": {"name": "sky", "arguments": '{"at": NaN}'}}]}, "NaN is no number of JSON"),
     ],
 )
 def test_calls_that_say_no_function_are_refused(held, reason):
@@ -350,6 +352,26 @@ def test_tools_that_say_no_function_are_refused(tools, reason):
         read({"prompt": "Why?", "response": "So.", "tools": tools})
 
 
+def test_the_same_tool_in_both_columns_is_one():
+    row = read({"prompt": "Why?", "response": "So.", "tools": [WRAPPED], "functions": [BARE]}).row
+    assert row is not None
+    assert row.tools == [WRAPPED]
+
+
+@pytest.mark.parametrize("said", [7, ["rain"], True])
+def test_what_a_tool_answers_may_be_any_json(said):
+    messages = [*talk(ASKED), {"role": "assistant", "content": " ", "tool_calls": [a_call("a")]}]
+    assert turns_of({"messages": [*messages, *talk(("tool", said), SAID)]})[2] == ("tool", json.dumps(said))
+
+
+@pytest.mark.parametrize("column", ["weight", "train", "loss", "mask"])
+def test_a_column_that_would_keep_a_message_out_of_the_loss_is_said_to_mean_nothing(column):
+    found = read({"prompt": "Why?", "response": "So.", column: 0})
+    assert found.notes == [
+        f"the column {column!r} is kept beside the row: of a message it would say how it is trained on"
+    ]
+
+
 def test_a_column_of_tools_may_have_another_name():
     row = read({"ask": "Why?", "say": "So.", "apis": [WRAPPED]}, prompt="ask", response="say", tools="apis").row
     assert row is not None
@@ -367,7 +389,7 @@ def test_a_column_of_tools_may_have_another_name():
         (
             [*talk(ASKED), {"role": "assistant", "tool_calls": [a_call("a")]}, *talk(("tool", {"sky": 1}), SAID)],
             [ASKED, ("assistant", ""), ("tool", '{"sky": 1}'), SAID],
-            "a tool's answer that is an object is written as JSON",
+            "a tool's answer that is no text is written as JSON",
         ),
         (talk(ASKED, SAID, ("user", "How?")), [ASKED, SAID], "the last turn, a question without an answer, is cut off"),
         (talk(("assistant", "Hi."), ASKED, SAID), [ASKED, SAID], "the first turn, an answer to nothing, is cut off"),

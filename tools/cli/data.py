@@ -181,8 +181,12 @@ def recipe_called(
     name: str, hw: str | None, overrides: Sequence[str], pairs: Sequence[str], base: str | None
 ) -> Launch | None:
     """Return the recipe, or None where `name` is a file of rows. Raises UsageError for options of the other kind."""
+    from tools.data.files import PACKED, SUFFIXES
+
     path = Path(name)
     is_file = path.is_file() or (path.is_dir() and not (path / "config.yaml").is_file())
+    if not path.exists() and {suffix.lower() for suffix in path.suffixes} & {*SUFFIXES, *PACKED}:
+        raise DataError("no such file", where=name, todo="name a file of rows that is there, or a recipe")
     wrong = {"--set": overrides} if is_file else {"--map": pairs, "--base": base}
     if given := [option for option, value in wrong.items() if value]:
         kind = "a file of rows" if is_file else "a recipe, which has rows as JSONL and model_config.base"

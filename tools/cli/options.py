@@ -21,7 +21,11 @@ container_option = click.option(
 )
 steps_option = click.option("--steps", type=click.IntRange(min=1), help="As for `run`.")
 map_option = click.option(
-    "--map", "pairs", metavar="NAME=COLUMN", multiple=True, help="Column of prompt, response, system or messages."
+    "--map",
+    "pairs",
+    metavar="NAME=COLUMN",
+    multiple=True,
+    help="Column of prompt, response, system, messages or tools.",
 )
 out_option = click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=ROOT / "runs", help="Folder of runs."

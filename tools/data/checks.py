@@ -296,9 +296,9 @@ def known_markers(rows: Sequence[Row]) -> Iterator[Finding]:
 
 def tools_used(rows: Sequence[Row]) -> Iterator[Finding]:
     """Yield the rows with tools or calls to them, where no base is named whose template would be asked about them."""
-    found = [row.where for row in rows if row.tools or any(turn.fields for turn in row.messages)]
+    used = [row.where for row in rows if row.tools or row.fields]
     message = "rows have tools or calls to them, which not every template writes: --base NAME asks that of a base"
-    yield from listed("D120", message, found)
+    yield from faults("D120", message, [Problem(where, "tools or calls to them") for where in used])
 
 
 def template_findings(

@@ -156,7 +156,8 @@ def finished(found: list[Message] | None, reading: Reading) -> tuple[Message, ..
             raise ValueError(f"{name!r} is not empty: {turns.LEFT_OUT}; remove the column or the row")
     for name in TOOLS:
         if (value := reading.list_in(name)) not in turns.EMPTY:
-            reading.tools += turns.tools_of(value, name, reading.notes)
+            found_here = turns.tools_of(value, name, reading.notes)
+            reading.tools += [tool for tool in found_here if tool not in reading.tools]
     if earlier := reading.list_in("history"):
         at = 1 if found and found[0].role == "system" else 0
         found = [*found[:at], *turns.history_of(earlier), *found[at:]]
@@ -173,6 +174,8 @@ def kept(extra: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         name = key
         while name in OURS or (name != key and name in extra):
             name = f"column_{name}"
+        if key in turns.OF_A_MESSAGE:
+            notes.append(f"the column {key!r} is kept beside the row: of a message it would say how it is trained on")
         if name != key:
             notes.append(f"the column {key!r} is kept beside the row as {name!r}")
         found[name] = value
@@ -326,6 +329,7 @@ def squad(reading: Reading) -> list[Message]:
     """Return SQuAD's question below its paragraph, and the first of its answers."""
     answers = reading.value("answers")
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
+    texts = [texts] if isinstance(texts, str) and texts else texts
     first = texts[0] if isinstance(texts, list | tuple) and texts else None
     if first is None:
         raise ValueError("'answers' is empty: the paragraph does not answer the question; remove the row")

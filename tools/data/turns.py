@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from common.data.rows import WORDS, Message, Row, conversation, kind_of, unique_keys, valid_text
 
@@ -29,6 +29,7 @@ CALLERS = ("function_call", "tool_call")
 ANSWERERS = ("tool", "function", "observation", "tool_response", "ipython")
 SWITCHES = ("train", "training", "loss")  # axolotl's message_field_training and its older name; ms-swift's
 KNOWN = {"role", "from", "content", "value", "weight", *SWITCHES}
+OF_A_MESSAGE = ("weight", *SWITCHES, "mask", "train_detail", "mask_history")  # what says how a message is trained on
 LEFT_OUT = "the chat templates of the bases here do not write it, and it would be left out"
 FUNCTIONS = "chat templates write functions alone"
 # What a column or a key says that has nothing to say; LLaMA-Factory's tools are JSON.
@@ -80,13 +81,19 @@ def message_of(item: Any, number: int, notes: list[str], trained: bool = True) -
         notes.append(f"of a message role, content, weight and tool calls are kept; left out: {', '.join(left)}")
     content = of_two(item, "content", "value", name)
     fields = fields_of(item, role, content if who in CALLERS else None, name)
-    if role == "tool" and isinstance(content, Mapping):
-        notes.append("a tool's answer that is an object is written as JSON")
+    if role == "tool" and not (content is None or isinstance(content, str) or is_parts(content)):
+        notes.append("a tool's answer that is no text is written as JSON")
         content = json.dumps(content, ensure_ascii=False)
     # A call needs no words beside it, and a tool may answer with none.
-    silent = who in CALLERS or (content in EMPTY and (fields or role == "tool"))
+    nothing = content in EMPTY or (isinstance(content, str) and not content.strip())
+    silent = who in CALLERS or (nothing and (fields or role == "tool"))
     text = "" if silent else text_of(content, name)
     return Message(role, text, is_trained(item, role, name) and (trained or role != "assistant"), fields)
+
+
+def is_parts(value: Any) -> bool:
+    """Return whether a value is a content of parts, {"type": ...} each."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) and "type" in one for one in value)
 
 
 def fields_of(item: Mapping[str, Any], role: str, said: Any, name: str) -> dict[str, Any] | None:
@@ -113,7 +120,7 @@ def calls_of(value: Any, name: str) -> list[dict[str, Any]]:
         if isinstance(entry, Mapping) and entry.get("type") not in (None, "function"):
             raise ValueError(f"{name} has a call of type {entry['type']!r}: {FUNCTIONS}")
         function = entry.get("function", entry) if isinstance(entry, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        if not is_named(function):
             raise ValueError(f"{name} has a call without the name of a function")
         arguments = from_json(function.get("arguments", function.get("parameters")), f"{name}: a call's arguments")
         arguments = {} if arguments in EMPTY else arguments
@@ -122,6 +129,12 @@ def calls_of(value: Any, name: str) -> list[dict[str, Any]]:
         id = {"id": entry["id"]} if entry.get("id") else {}
         found.append({**id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}})
     return found
+
+
+def is_named(function: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a value is a function or a call to one: an object with a name."""
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return isinstance(name, str) and bool(name.strip())
 
 
 def tools_of(value: Any, name: str, notes: list[str]) -> list[Mapping[str, Any]]:
@@ -135,7 +148,7 @@ def tools_of(value: Any, name: str, notes: list[str]) -> list[Mapping[str, Any]]
         function = entry.get("function", entry)
         if "function" in entry and entry.get("type", "function") != "function":
             raise ValueError(f"{name!r} has a tool of type {entry['type']!r}: {FUNCTIONS}")
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        if not is_named(function):
             raise ValueError(f"{name!r} is no list of functions, each with its name")
         if function is entry:
             notes.append(f"a function in {name!r} is written as {{'type': 'function', 'function': ...}}")
@@ -143,12 +156,17 @@ def tools_of(value: Any, name: str, notes: list[str]) -> list[Mapping[str, Any]]
     return found
 
 
+def no_number(constant: str) -> NoReturn:
+    """Refuse NaN and the infinities, which JSON has not. Raises ValueError."""
+    raise ValueError(f"{constant} is no number of JSON")
+
+
 def from_json(value: Any, name: str) -> Any:
     """Return what a text says as JSON, and any other value as it is. Raises ValueError where it is no JSON."""
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        return json.loads(value, object_pairs_hook=unique_keys)
+        return json.loads(value, object_pairs_hook=unique_keys, parse_constant=no_number)
     except (ValueError, RecursionError) as fault:
         raise ValueError(f"{name} is not JSON: {fault}") from fault
 
