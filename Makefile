@@ -102,6 +102,7 @@ ifeq ($(PHASES),1)
 else
 	.venv/bin/python bench/scratch.py
 	.venv/bin/python bench/throughput.py
+	.venv/bin/python -m bench.prefix
 	.venv/bin/python -m bench.serving
 endif
 

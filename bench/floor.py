@@ -1,8 +1,8 @@
 """The matrix products that a step of ours cannot do without, and how fast this machine multiplies at their shapes.
 
-A step that took no longer than these products would be at its floor. Of a fine-tuning with adapters: each frozen weight
-once forward and once for the gradient of its input, the adapters' own products, the attention of each piece of a row,
-and the head over the supervised positions.
+A step that took no longer than these products would be at its floor: each weight once forward and once for the gradient
+of its input, once more where it is trained, the adapters' own products, the attention of each piece of a row, and the
+head over the supervised positions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ def products_of(backend: Any, batch: Batch) -> Counter[Product]:
     model, layout = backend.model, ragged.lay_out(batch)
     found: Counter[Product] = Counter()
     layers = list(model.model.layers)
+    # Without the tokens that only fill; attention is counted as it is filled up, whose products are small.
+    everyone = max(span[-1] for group in layout.attending.groups for span in group.spans)
     for layer in layers:
-        everyone, needed = len(layout.ids), len(layout.needed) if layer is layers[-1] else len(layout.ids)
+        needed = int(layout.place.max()) + 1 if layer is layers[-1] else everyone
         attention, mlp = layer.self_attn, layer.mlp
         found.update(of_linears([attention.q_proj], needed))
         found.update(of_linears([attention.k_proj, attention.v_proj], everyone))
@@ -38,9 +40,8 @@ def products_of(backend: Any, batch: Batch) -> Counter[Product]:
             parts, n, _, m = group.hidden.shape
             b, n, width = heads * parts, n * groups, attention.head_dim
             # Scores and their gradient's two; then the same of weights times values.
-            found.update({(b, n, width, m): 2, (b, n, m, width): 2, (b, m, n, width): 2})
-    vocabulary, hidden = model.lm_head.weight.shape
-    found.update(of_head(len(layout.labels), hidden, vocabulary, cross_entropy.chunk_of(model.lm_head.weight)))
+            found.update(2 * [(b, n, width, m), (b, n, m, width), (b, m, n, width)])
+    found.update(of_head(model.lm_head.weight, len(layout.labels)))
     return found
 
 
@@ -60,12 +61,15 @@ def of_linears(modules: list[Any], tokens: int) -> Iterator[Product]:
         yield from ((1, tokens, ins, rank), (1, tokens, rank, ins), (1, rank, tokens, ins))
 
 
-def of_head(rows: int, hidden: int, vocabulary: int, chunk: int) -> Iterator[Product]:
-    """Yield the products of a frozen head, in the chunks and blocks in which they are made."""
+def of_head(weight: torch.Tensor, rows: int) -> Iterator[Product]:
+    """Yield the products of a head [V, H], in the chunks of `rows` and blocks of V in which they are made."""
+    (vocabulary, hidden), chunk = weight.shape, cross_entropy.chunk_of(weight)
     for start in range(0, rows, chunk):
         for first in range(0, vocabulary, cross_entropy.BLOCK):
             m, n = min(chunk, rows - start), min(cross_entropy.BLOCK, vocabulary - first)
             yield from ((1, m, hidden, n), (1, m, n, hidden))
+            if weight.requires_grad:
+                yield 1, n, m, hidden
 
 
 def gflop(products: Counter[Product]) -> float:

@@ -195,6 +195,13 @@ def round_ratios(runs: Mapping[str, Sequence[Measured]], warmup: int, peer: str)
     return [ours / theirs for ours, theirs in rates]
 
 
+def floor(ours: Sequence[Measured], seconds_per_step: float) -> dict[str, float]:
+    """Return the matrix products of our last step: 1e9 operations, their rate and seconds, and our step over these."""
+    least = min(measured["floor"]["seconds"] for measured in ours)
+    work = ours[0]["floor"]["gflop"]
+    return {"gflop": work, "gflops": work / least, "seconds": least, "step_over_floor": seconds_per_step / least}
+
+
 COLUMNS = (
     ("rows/s", "rows_per_second", "9.2f"),
     ("tokens/s", "tokens_per_second", "10.0f"),
@@ -256,6 +263,7 @@ def report(job: Job, runs: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
         "verdict": result | {"by_round": round_ratios(runs, job["warmup"], result["peer"])},
         "versions": {name: measured[0]["versions"] for name, measured in runs.items()},
         "evidence": {name: measured[0]["evidence"] for name, measured in runs.items()},
+        "floor": floor(runs["ours"], sides["ours"]["seconds_per_step"]),
         "runs": {name: list(measured) for name, measured in runs.items()},
     }
 
@@ -270,6 +278,11 @@ def show(result: Mapping[str, Any], peer_version: str) -> None:
     print("\n".join(table(result["medians"])))
     rounds = ", ".join(f"{ratio:.2f}" for ratio in decision["by_round"])
     print(f"\nratio in rows/s, ours over trl with {decision['peer']}: {decision['ratio']:.2f} (by round: {rounds})")
+    least = result["floor"]
+    print(
+        f"our step is {least['step_over_floor']:.2f} times its matrix products by themselves: "
+        f"{least['seconds']:.2f} s, {least['gflop']:.0f} GFLOP at {least['gflops']:.0f} GFLOPS"
+    )
     for name, evidence in result["evidence"].items():
         print(f"  {name}: {json.dumps(evidence)}")
     if odd := differing(result["versions"]["ours"], result["versions"][PEER_MODES[0]]):

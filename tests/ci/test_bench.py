@@ -65,6 +65,26 @@ def test_each_round_has_its_ratio() -> None:
     assert throughput.round_ratios(runs, 0, "padding") == pytest.approx([2.0, 3.0])
 
 
+def test_a_step_is_held_against_its_matrix_products() -> None:
+    runs = [measured([1.0], [8]) | {"floor": {"gflop": 300.0, "seconds": at}} for at in (2.0, 1.5)]
+    assert throughput.floor(runs, seconds_per_step=1.8) == pytest.approx(
+        {"gflop": 300, "gflops": 200, "seconds": 1.5, "step_over_floor": 1.2}
+    )
+
+
+def test_the_products_of_a_step_are_those_of_its_computed_tokens(tiny_base: Path) -> None:
+    """Each weight three times: forward, for its input's gradient and its own. 22 of the row's 32 tokens have a loss."""
+    from bench import floor
+    from tests.support.engines import config_for, engine, make_batch
+
+    with engine(config_for(tiny_base)) as backend:
+        found = floor.gflop(floor.products_of(backend, make_batch((32,))))
+    q, kv, mlp, head = 64 * 64, 2 * 64 * 32, 3 * 64 * 96, 64 * 512
+    weights = 32 * (2 * q + kv + mlp) + 22 * (2 * q + mlp) + 32 * kv + 22 * head  # the last block: two thirds
+    attention = 2 * 32 * 32 * (33 + 23)  # of two heads as wide as a row is long; one query more than there are
+    assert found == pytest.approx(2e-9 * (3 * weights + 6 * attention))
+
+
 def pins(text: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE))
 
