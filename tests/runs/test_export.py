@@ -210,6 +210,8 @@ def test_every_way_of_training_is_exported_in_the_dtype_it_says(recipe, tmp_path
     assert {str(weights[name].dtype) for name in weights} == {dtype}
     assert json.loads((folder / "export/merged/config.json").read_text())["dtype"] == dtype
     assert (folder / "export/adapter").is_dir() is ("model_config.lora=null" not in overrides)
+    rounded = "training_config.precision=bf16" in overrides
+    assert ("Both were computed in bf16, by the run" in (folder / "export/merged/README.md").read_text()) is rounded
 
 
 def test_a_stopped_run_is_exported_at_a_step_it_never_evaluated(recipe, tmp_path):

@@ -272,6 +272,7 @@ def test_the_export_is_loaded_by_transformers_with_the_same_tokens_and_loss(fini
 
 def test_the_card_s_snippet_stays_within_the_context_and_the_text_is_as_the_run_says_it(finished, monkeypatch, caplog):
     monkeypatch.chdir(finished / "export" / "merged")
+    assert "one ends where prompt and answer fill the 64 tokens" in Path("README.md").read_text()
     names: dict = {}
     exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], names)
     whole = names["model"].generate(**names["inputs"])[0].tolist()

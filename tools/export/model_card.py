@@ -56,6 +56,7 @@ def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
         "licence": run.base.licence,
         "rope_theta_of_5": rope_theta_of_5(run),
         "lora": lora is not None,
+        "scratch": run.base.initial is not None,
         "data": data_line(run),
         "parameters": f"{run.base.parameters:,}" if run.base.parameters else None,
         "bits": bits_line(run),
