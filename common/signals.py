@@ -12,7 +12,7 @@ from types import FrameType
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Call `handler` for these signals within the block, and whatever was called before from its end on.
 
-    But for a SIGHUP that this process was started to ignore: by `nohup`, what goes on outlives its terminal.
+    A SIGHUP that this process was started to ignore stays ignored: what `nohup` started outlives its terminal.
     """
     heard = (it for it in numbers if (it, signal.getsignal(it)) != (signal.SIGHUP, signal.SIG_IGN))
     before = {number: signal.signal(number, handler) for number in heard}

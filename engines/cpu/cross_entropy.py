@@ -44,15 +44,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows, target = hidden[start : start + chunk], labels[start : start + chunk, None]  # [C, H], [C, 1]
             softmax = Softmax(rows, work, target, keep=need_hidden or need_weight)
             total += softmax.nll().sum()
-            slope = torch.zeros_like(rows, dtype=torch.float32)  # blocks add up in fp32, too
+            grad_rows = torch.zeros_like(rows, dtype=torch.float32)  # blocks add up in fp32, too
             for first, grad in softmax.gradients():  # [C, W]
                 block = slice(first, first + BLOCK)
                 if need_hidden:
-                    slope += grad @ work[block]  # [C, W] @ [W, H]
+                    grad_rows += grad @ work[block]  # [C, W] @ [W, H]
                 if grad_weight is not None:
                     grad_weight[block] += grad.t() @ rows  # [W, C] @ [C, H]
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = slope
+                grad_hidden[start : start + chunk] = grad_rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -95,7 +95,7 @@ class Softmax:
                 self.blocks.append((exponentials, top))
 
     def nll(self) -> Tensor:
-        """Return -log of the label's share, float32 [C]."""
+        """Return -log of the label's probability, float32 [C]."""
         return (self.total.log() - (self.picked + (self.picked_top - self.top)))[:, 0]
 
     def gradients(self) -> Iterator[tuple[int, Tensor]]:

@@ -25,7 +25,7 @@ from engines.cpu.lora import LoraLinear
 # D width of a head, H hidden_size.
 
 ROOM = 128  # tokens by which the cache grows: an evaluation's prompts and answers fit into two or three times that
-Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer, q, k, v, scaling
+Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # layer's index, q, k, v, scaling
 Linear = Callable[[nn.Module, Tensor], Tensor]  # how a layer is called
 
 
@@ -65,10 +65,10 @@ class Rows:
         """Return hidden states [B, n, H] of `ids` [B, n] at their `places` in the rows [B, n], which are kept."""
         (count, new), end = ids.shape, int(places.max()) + 1
         rows = torch.arange(count)[:, None]
-        # A query sees its own place and those before it. A shorter prompt's places behind its end hold what nobody
-        # sees, until its answer comes to stand there.
-        hidden = torch.arange(end) > places[:, None, None, :, None]  # [B, 1, 1, n, C]
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        # A query attends to its own place and those before it. A shorter prompt's places behind its end are attended to
+        # by nobody until its answer comes to stand there.
+        future = torch.arange(end) > places[:, None, None, :, None]  # [B, 1, 1, n, C]
+        mask = torch.zeros(future.shape).masked_fill_(future, float("-inf"))
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
             # In fp32 also where the rest is bf16: for one query a row, products in bf16 take 2.4 times as long, and
@@ -89,7 +89,10 @@ class Rows:
 
 
 def longer(kept: Tensor, new: Tensor, end: int) -> Tensor:
-    """Return a cache [B, K, C, D] like `new` [B, K, n, D], with room for `end` tokens and what was kept; fp32."""
+    """Return a cache [B, K, C, D] in fp32 that has room for `end` tokens and holds `kept`, the cache so far.
+
+    `kept` is an empty tensor at first; `new` [B, K, n, D] says the other sizes.
+    """
     room = torch.zeros(*new.shape[:2], -(-end // ROOM) * ROOM, new.shape[3])
     if kept.ndim == room.ndim:
         room[:, :, : kept.shape[2]] = kept
@@ -102,7 +105,8 @@ def hidden_states(
     """Return the hidden states [B, n, H] under the output head of `ids` [B, n], which stand at `places` [B, n].
 
     `attention` gets the queries [B, Q, n, D] and the new keys and values [B, K, n, D] of a layer, and keeps what it
-    needs of them. With `last` only each row's last token is asked for: [B, 1, H].
+    needs of them; `linear` calls a linear layer. With `last` only the hidden states of each row's last token are
+    computed, [B, 1, H].
     """
     llama = model.model
     x = llama.embed_tokens(ids)
