@@ -390,13 +390,9 @@ def settings_in(path: Path) -> dict[str, Any]:
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the named tokens of a tokenizer config, which templates may use: {"eos_token": "</s>", ...}."""
-    found = {}
-    for name in TOKEN_NAMES:
-        token = settings.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            found[name] = text
-    return found
+    named = {name: settings.get(name) for name in TOKEN_NAMES}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
@@ -412,8 +408,6 @@ def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
 
 def stop_tokens(folder: Path) -> list[int]:
     """Return the end ids that the model's configs name: generation_config.json's, else config.json's."""
-    for name in ("generation_config.json", "config.json"):
-        found = settings_in(folder / name).get("eos_token_id")
-        if found is not None:
-            return [int(id) for id in (found if isinstance(found, list) else [found])]
-    return []
+    named = [settings_in(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    found: Any = next((ids for ids in named if ids is not None), [])
+    return [int(id) for id in (found if isinstance(found, list) else [found])]

@@ -120,8 +120,7 @@ class TokenSplit:
         """Yield every row once, in order; the last batch is filled with rows of zero mask (`rows` = -1)."""
         for first in range(0, len(self), batch_size):
             rows = np.arange(first, first + batch_size, dtype=np.int64)
-            rows[rows >= len(self)] = -1
-            yield self.gather(rows)
+            yield self.gather(np.where(rows < len(self), rows, -1))
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Batch:
         """Return the batch of these rows (int64 [B], -1 = a line of padding).
@@ -185,14 +184,8 @@ class TokenDataset:
         found = content_sha256(stored)
         if found != header["tokens_sha256"]:
             raise DataError(f"the token files do not match their hash ({found[:16]} found)", where=str(folder))
-        return cls(
-            folder=folder,
-            splits={name: TokenSplit(arrays, length) for name, arrays in stored.items()},
-            length=length,
-            source_key=str(header["source_key"]),
-            tokens_sha256=str(header["tokens_sha256"]),
-            info=header["info"],
-        )
+        splits = {name: TokenSplit(arrays, length) for name, arrays in stored.items()}
+        return cls(folder, splits, length, str(header["source_key"]), found, header["info"])
 
 
 def write(
