@@ -84,8 +84,8 @@ class Layout:
     """What a batch's supervised positions need: the tokens to compute, and who attends to whom.
 
     ids, positions int64 [S], with at least one token at the end that only fills and that nobody attends to; needed
-    int64 [U], ascending, filled up with the last token; labels, place, rows int64 [N]: supervised position i has the
-    hidden state of token needed[place[i]] and belongs to row rows[i] of the batch.
+    int64 [U], ascending, filled up with the last token; labels, place int64 [N]: supervised position i has the hidden
+    state of token needed[place[i]].
     """
 
     ids: Tensor
@@ -95,7 +95,6 @@ class Layout:
     attending_last: Attending  # in the last block, where the needed tokens are the only queries
     labels: Tensor
     place: Tensor
-    rows: Tensor
 
 
 def lay_out(batch: Batch, share: bool = True) -> Layout:
@@ -124,7 +123,6 @@ def lay_out(batch: Batch, share: bool = True) -> Layout:
         attending_last=together(list(parts(pieces, spans, needed)), queries),
         labels=torch.from_numpy(batch.labels[supervised].astype(np.int64)),
         place=torch.from_numpy(place.reshape(-1)),
-        rows=torch.from_numpy(np.nonzero(supervised)[0]),
     )
 
 
