@@ -37,8 +37,8 @@ def products_of(backend: Any, batch: Batch) -> Counter[Product]:
         found.update(of_linears([mlp.down_proj], needed))
         heads, groups = model.config.num_key_value_heads, attention.num_key_value_groups
         for group in (layout.attending_last if layer is layers[-1] else layout.attending).groups:
-            parts, n, _, m = group.hidden.shape
-            b, n, width = heads * parts, n * groups, attention.head_dim
+            count, n, _, m = group.masked.shape
+            b, n, width = heads * count, n * groups, attention.head_dim
             # Scores and their gradient's two; then the same of weights times values.
             found.update(2 * [(b, n, width, m), (b, n, m, width), (b, m, n, width)])
     found.update(of_head(model.lm_head.weight, len(layout.labels)))
@@ -47,8 +47,8 @@ def products_of(backend: Any, batch: Batch) -> Counter[Product]:
 
 def of_linears(modules: list[Any], tokens: int) -> Iterator[Product]:
     """Yield the products of linear layers with one input of `tokens` rows, forward and backward."""
-    slots, tensors = blocks.tensors_of(modules, torch.float32)
-    for layer in slots:
+    linears, tensors = blocks.tensors_of(modules, torch.float32)
+    for layer in linears:
         outs, ins = tensors[layer.weight].shape
         yield 1, tokens, ins, outs
         yield 1, tokens, outs, ins
@@ -57,7 +57,7 @@ def of_linears(modules: list[Any], tokens: int) -> Iterator[Product]:
         if layer.b is not None:
             rank = tensors[layer.b].shape[1]
             yield from ((1, tokens, rank, outs), (1, tokens, outs, rank), (1, outs, tokens, rank))
-    for rank, ins in {layer.a: tensors[layer.a].shape for layer in slots if layer.a is not None}.values():
+    for rank, ins in {layer.a: tensors[layer.a].shape for layer in linears if layer.a is not None}.values():
         yield from ((1, tokens, ins, rank), (1, tokens, rank, ins), (1, rank, tokens, ins))
 
 

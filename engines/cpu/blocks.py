@@ -1,6 +1,6 @@
 """The blocks of a Llama, forward and backward by hand: with the head, all that a training step spends its time on.
 
-A block is two Functions, its attention and its MLP, each with norm and residual. Against what autograd makes of
+A block is two Functions, its sublayers attention and MLP, each with norm and residual. Against what autograd makes of
 transformers' modules they save memory and passes over it: normalized tensors, activations and attention weights are
 made again in the backward pass, gradients are added up inside of products, projections that share an A multiply by it
 once, and the last block goes on with the tokens that a loss needs. tests/engines/test_blocks.py holds it all against
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from engines.cpu.lora import Frozen, LoraLinear
-from engines.cpu.ragged import Attending, Layout, Together
+from engines.cpu.ragged import AttentionGroup, AttentionLayout, Layout
 
 # Shapes: S tokens, U of them queries (all but in the last block), H hidden_size, R rank, K key/value heads, G query
-# heads of each, D width of a head; n queries and m keys of one product.
+# heads of each, D width of a head; P blocks of queries that are multiplied together, n queries and m keys of each.
 
 
 def hidden_states(model: LlamaForCausalLM, layout: Layout, work: torch.dtype, recompute: bool) -> Tensor:
@@ -39,9 +39,9 @@ def hidden_states(model: LlamaForCausalLM, layout: Layout, work: torch.dtype, re
         attention, mlp = layer.self_attn, layer.mlp
         attend = Attention(cos, sin, attending, queries, attention.head_dim, attention.scaling)
         modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        x = half_block(attend, x, layer.input_layernorm, modules, work, recompute)
+        x = with_residual(attend, x, layer.input_layernorm, modules, work, recompute)
         modules = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        x = half_block(Mlp(), x, layer.post_attention_layernorm, modules, work, recompute)
+        x = with_residual(Mlp(), x, layer.post_attention_layernorm, modules, work, recompute)
     return cast(Tensor, model.model.norm(x))
 
 
@@ -49,8 +49,8 @@ def hidden_states(model: LlamaForCausalLM, layout: Layout, work: torch.dtype, re
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Where a linear layer's tensors are in a list, None where it has none, and how its adapter acts."""
+class LinearSpec:
+    """A linear layer: the indices of its tensors in a list, None where it has none, and how its adapter acts."""
 
     weight: int
     bias: int | None = None
@@ -60,33 +60,39 @@ class Slots:
     dropout: float = 0.0
 
 
-def tensors_of(modules: Sequence[nn.Module], work: torch.dtype) -> tuple[list[Slots], list[Tensor]]:
-    """Return all tensors of linear layers, a shared A once, and where each layer's are."""
+def tensors_of(modules: Sequence[nn.Module], work: torch.dtype) -> tuple[list[LinearSpec], list[Tensor]]:
+    """Return the linear layers with the indices of their tensors, and these tensors, a shared A once."""
     tensors: list[Tensor] = []
 
-    def slot(tensor: Any) -> int:
-        found = next((index for index, known in enumerate(tensors) if known is tensor), len(tensors))
-        tensors[found:] = tensors[found:] or [tensor]
-        return found
+    def index_of(tensor: Any) -> int:
+        for index, known in enumerate(tensors):
+            if known is tensor:
+                return index
+        tensors.append(tensor)
+        return len(tensors) - 1
 
-    slots = []
+    specs = []
     for module in modules:
         weight16 = module.weight16 if isinstance(module, Frozen) and work is torch.bfloat16 else None
-        weight = slot(module.weight if weight16 is None else weight16)
-        bias = None if module.bias is None else slot(module.bias)
+        weight = index_of(module.weight if weight16 is None else weight16)
+        bias = None if module.bias is None else index_of(module.bias)
         if isinstance(module, LoraLinear) and module.enabled:
             dropout = module.dropout if module.training else 0.0
-            slots.append(Slots(weight, bias, slot(module.lora_A), slot(module.lora_B), module.scale, dropout))
+            specs.append(
+                LinearSpec(weight, bias, index_of(module.lora_A), index_of(module.lora_B), module.scale, dropout)
+            )
         else:
-            slots.append(Slots(weight, bias))
-    return slots, tensors
+            specs.append(LinearSpec(weight, bias))
+    return specs, tensors
 
 
 class Linears:
     """Linear layers with their adapters, y = x W^T + b + scale (x A^T) B^T, and the gradients of their tensors."""
 
-    def __init__(self, slots: Sequence[Slots], tensors: Sequence[Tensor], needed: Sequence[bool], work: torch.dtype):
-        self.slots, self.needed = slots, needed
+    def __init__(
+        self, specs: Sequence[LinearSpec], tensors: Sequence[Tensor], needed: Sequence[bool], work: torch.dtype
+    ):
+        self.specs, self.needed = specs, needed
         self.tensors = [tensor.to(work) for tensor in tensors]
         self.gradients: list[Tensor | None] = [None] * len(tensors)
         # By A: scale (x A^T) [S, R], and where there is dropout what x was multiplied by, 0 or 1 / (1 - dropout).
@@ -94,48 +100,51 @@ class Linears:
         self.kept: dict[int, Tensor] = {}
 
     def saved(self) -> list[Tensor]:
-        """Return what the backward pass needs besides the input of each product."""
+        """Return what the backward pass needs besides the input of each product: `low` and `kept`."""
         return [*self.low.values(), *self.kept.values()]
 
     def restore(self, saved: Iterator[Tensor]) -> None:
         """Take back what `saved` returned."""
-        dropout = {slots.a: slots.dropout for slots in self.slots if slots.a is not None}
+        dropout = {spec.a: spec.dropout for spec in self.specs if spec.a is not None}
         self.low = {a: next(saved) for a in dropout}
         self.kept = {a: next(saved) for a in dropout if dropout[a]}
 
     def forward(self, x: Tensor, layers: slice) -> list[Tensor]:
         """Return x [S, I] through each of some of the layers: [S, O] each."""
         found = []
-        for slots in self.slots[layers]:
-            weight = self.tensors[slots.weight].t()
-            y = x @ weight if slots.bias is None else torch.addmm(self.tensors[slots.bias], x, weight)
-            if slots.a is not None and slots.b is not None:
-                if slots.a not in self.low:
-                    if slots.dropout:
-                        share = torch.full_like(x, 1 - slots.dropout)
-                        self.kept[slots.a] = torch.bernoulli(share).div_(share)
-                    self.low[slots.a] = (self._dropped(x, slots.a) @ self.tensors[slots.a].t()).mul_(slots.scale)
-                y.addmm_(self.low[slots.a], self.tensors[slots.b].t())
+        for spec in self.specs[layers]:
+            weight = self.tensors[spec.weight].t()
+            y = x @ weight if spec.bias is None else torch.addmm(self.tensors[spec.bias], x, weight)
+            if spec.a is not None and spec.b is not None:
+                if spec.a not in self.low:
+                    if spec.dropout:
+                        share = torch.full_like(x, 1 - spec.dropout)
+                        self.kept[spec.a] = torch.bernoulli(share).div_(share)
+                    self.low[spec.a] = (self._dropped(x, spec.a) @ self.tensors[spec.a].t()).mul_(spec.scale)
+                y.addmm_(self.low[spec.a], self.tensors[spec.b].t())
             found.append(y)
         return found
 
-    def backward(self, x: Tensor, slopes: Sequence[Tensor], layers: slice) -> Tensor:
-        """Return the gradient of x [S, I] from those of the outputs, [S, O] each; note those of the tensors."""
+    def backward(self, x: Tensor, grads: Sequence[Tensor], layers: slice) -> Tensor:
+        """Return the gradient of x [S, I] from those of the outputs, [S, O] each.
+
+        Those of the tensors are put into `gradients`.
+        """
         dx: Tensor | None = None
         low: dict[int, Tensor] = {}
-        for slots, dy in zip(self.slots[layers], slopes, strict=True):
-            weight = self.tensors[slots.weight]
+        for spec, dy in zip(self.specs[layers], grads, strict=True):
+            weight = self.tensors[spec.weight]
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-            if self.needed[slots.weight]:
-                self.gradients[slots.weight] = dy.t() @ x
-            if slots.bias is not None and self.needed[slots.bias]:
-                self.gradients[slots.bias] = dy.sum(0)
-            if slots.a is not None and slots.b is not None:
-                b = self.tensors[slots.b]
-                self.gradients[slots.b] = dy.t() @ self.low[slots.a]
-                low[slots.a] = low[slots.a].addmm_(dy, b) if slots.a in low else dy @ b
+            if self.needed[spec.weight]:
+                self.gradients[spec.weight] = dy.t() @ x
+            if spec.bias is not None and self.needed[spec.bias]:
+                self.gradients[spec.bias] = dy.sum(0)
+            if spec.a is not None and spec.b is not None:
+                b = self.tensors[spec.b]
+                self.gradients[spec.b] = dy.t() @ self.low[spec.a]
+                low[spec.a] = low[spec.a].addmm_(dy, b) if spec.a in low else dy @ b
         assert dx is not None, "no layers"
-        scales = {slots.a: slots.scale for slots in self.slots}
+        scales = {spec.a: spec.scale for spec in self.specs}
         for index, dlow in low.items():
             dlow.mul_(scales[index])
             self.gradients[index] = dlow.t() @ self._dropped(x, index)
@@ -149,11 +158,11 @@ class Linears:
         return x * self.kept[a] if a in self.kept else x
 
 
-# --- half a block -----------------------------------------------------------------------------------------------------
+# --- a sublayer -------------------------------------------------------------------------------------------------------
 
 
-class Half(Protocol):
-    """What half a block does between its norm and its residual."""
+class Sublayer(Protocol):
+    """What a sublayer of a block does between its norm and its residual."""
 
     def forward(self, h: Tensor, linears: Linears) -> list[Tensor]:
         """Return [the output, what else the backward pass needs ...] for normalized input h [S, H]."""
@@ -166,82 +175,82 @@ class Half(Protocol):
         """The tokens that have an output, int64 [U]; None for all."""
 
 
-def half_block(
-    half: Half, x: Tensor, norm: Any, modules: Sequence[nn.Module], work: torch.dtype, recompute: bool
+def with_residual(
+    sublayer: Sublayer, x: Tensor, norm: Any, modules: Sequence[nn.Module], work: torch.dtype, recompute: bool
 ) -> Tensor:
-    """Return x + half(norm(x)) [U, H] for x [S, H]."""
-    slots, tensors = tensors_of(modules, work)
-    shape = Shape(half, slots, norm.variance_epsilon, work, recompute)
-    return cast(Tensor, HalfBlock.apply(shape, x, norm.weight, *tensors))  # type: ignore[no-untyped-call]
+    """Return x + sublayer(norm(x)) [U, H] for x [S, H]."""
+    specs, tensors = tensors_of(modules, work)
+    settings = Settings(sublayer, specs, norm.variance_epsilon, work, recompute)
+    return cast(Tensor, ResidualSublayer.apply(settings, x, norm.weight, *tensors))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """All of half a block that is no tensor of the model."""
+class Settings:
+    """All of a sublayer that is no tensor of the model."""
 
-    half: Half
-    slots: Sequence[Slots]
+    sublayer: Sublayer
+    specs: Sequence[LinearSpec]
     epsilon: float
     work: torch.dtype
     recompute: bool
 
 
-class HalfBlock(torch.autograd.Function):
-    """x + half(norm(x)), for x [S, H] in the dtype of the residuals, the norm's gain [H] and the layers' tensors."""
+class ResidualSublayer(torch.autograd.Function):
+    """x + sublayer(norm(x)) of x [S, H] in the residual stream's dtype, the norm's gain [H] and the layers' tensors."""
 
     @staticmethod
-    def forward(ctx: Any, shape: Shape, x: Tensor, gain: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.shape, ctx.random = shape, torch.get_rng_state() if shape.recompute else None
-        linears = Linears(shape.slots, tensors, (), shape.work)
-        root = inverse_root(x, shape.epsilon)
-        y, *saved = shape.half.forward(normalized(x, root, gain, shape.work), linears)
-        ctx.save_for_backward(x, root, gain, *tensors, *(() if shape.recompute else (*linears.saved(), *saved)))
-        return y + (x if shape.half.queries is None else x[shape.half.queries])
+    def forward(ctx: Any, settings: Settings, x: Tensor, gain: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.settings, ctx.random = settings, torch.get_rng_state() if settings.recompute else None
+        linears = Linears(settings.specs, tensors, (), settings.work)
+        root = inverse_rms(x, settings.epsilon)
+        y, *saved = settings.sublayer.forward(rms_norm(x, root, gain, settings.work), linears)
+        ctx.save_for_backward(x, root, gain, *tensors, *(() if settings.recompute else (*linears.saved(), *saved)))
+        return y + (x if settings.sublayer.queries is None else x[settings.sublayer.queries])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,), shape, half = gradients, ctx.shape, ctx.shape.half
+        (upstream,), settings, sublayer = gradients, ctx.settings, ctx.settings.sublayer
         saved = iter(ctx.saved_tensors)
         x, root, gain = next(saved), next(saved), next(saved)
         tensors = [next(saved) for _ in ctx.needs_input_grad[3:]]
-        linears = Linears(shape.slots, tensors, ctx.needs_input_grad[3:], shape.work)
-        h = normalized(x, root, gain, shape.work)
-        if shape.recompute:
+        linears = Linears(settings.specs, tensors, ctx.needs_input_grad[3:], settings.work)
+        h = rms_norm(x, root, gain, settings.work)
+        if settings.recompute:
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(ctx.random)  # so that dropout is the same
-                _, *kept = half.forward(h, linears)
+                _, *kept = sublayer.forward(h, linears)
         else:
             linears.restore(saved)
             kept = list(saved)
-        dh = half.backward(upstream.to(shape.work), h, linears, kept)
-        if half.queries is not None:
-            upstream = torch.zeros_like(x).index_copy_(0, half.queries, upstream)
-        dx, dgain = normalized_back(dh, x, root, gain, upstream, ctx.needs_input_grad[2])
+        dh = sublayer.backward(upstream.to(settings.work), h, linears, kept)
+        if sublayer.queries is not None:
+            upstream = torch.zeros_like(x).index_copy_(0, sublayer.queries, upstream)
+        dx, dgain = rms_norm_backward(dh, x, root, gain, upstream, ctx.needs_input_grad[2])
         pairs = zip(linears.gradients, tensors, strict=True)
-        return None, dx, dgain, *(None if slope is None else slope.to(tensor.dtype) for slope, tensor in pairs)
+        return None, dx, dgain, *(None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs)
 
 
-def inverse_root(x: Tensor, epsilon: float) -> Tensor:
+def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
     """Return 1 / sqrt(mean(x^2) + epsilon) of each row of x [S, H], float32 [S, 1]."""
     square: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square_()  # one pass
     return square.div_(x.shape[1]).add_(epsilon).rsqrt_()
 
 
-def normalized(x: Tensor, root: Tensor, gain: Tensor, work: torch.dtype) -> Tensor:
-    """Return RMSNorm of x [S, H] in the dtype `work`, for its `inverse_root`."""
+def rms_norm(x: Tensor, root: Tensor, gain: Tensor, work: torch.dtype) -> Tensor:
+    """Return RMSNorm of x [S, H] in the dtype `work`, for its `inverse_rms`."""
     return (x * root).to(x.dtype).mul_(gain).to(work)
 
 
-def normalized_back(
+def rms_norm_backward(
     dh: Tensor, x: Tensor, root: Tensor, gain: Tensor, residual: Tensor, gain_too: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of x, `residual` added, and of the gain [H] if asked, for the gradient dh [S, H]."""
     dh, x = dh.float(), x.float()
     dgain = (dh * x).mul_(root).sum(0).to(gain.dtype) if gain_too else None
-    slope = dh * gain
-    # d (x root) / dx = root - x (x . slope) root^3 / H
-    along = (slope * x).sum(1, keepdim=True).mul_(root**3 / x.shape[1])
-    dx = torch.addcmul(residual.float(), slope, root).addcmul_(x, along, value=-1)
+    dnormed = dh * gain
+    # dx = root dnormed - x (x . dnormed) root^3 / H
+    along = (dnormed * x).sum(1, keepdim=True).mul_(root**3 / x.shape[1])
+    dx = torch.addcmul(residual.float(), dnormed, root).addcmul_(x, along, value=-1)
     return dx.to(residual.dtype), dgain
 
 
@@ -263,9 +272,9 @@ class Mlp:
         """Return the gradient of h [S, H] for that of the output."""
         gate, up = saved
         silu = F.silu(gate)
-        slope = linears.backward(silu * up, [dy], slice(2, 3))
-        dup = silu.mul_(slope)
-        dgate = torch.ops.aten.silu_backward(slope.mul_(up), gate)
+        dgated = linears.backward(silu * up, [dy], slice(2, 3))
+        dup = silu.mul_(dgated)
+        dgate = torch.ops.aten.silu_backward(dgated.mul_(up), gate)
         return linears.backward(h, [dgate, dup], slice(0, 2))
 
 
@@ -276,14 +285,14 @@ class Mlp:
 class Attention:
     """o(softmax(rope(q(h)) rope(k(h))^T) v(h)) within each row; the layers are q, k, v and o.
 
-    From the turn to the values it is float32, whatever the other products are: products as small as these gain nothing
+    From RoPE to the values it is float32, whatever the other products are: products as small as these gain nothing
     by bf16, for which oneDNN compiles kernels for each length of a row. `cos` and `sin` are float32 [S, D]; `queries`
     int64 [U] are the tokens that have an output.
     """
 
     cos: Tensor
     sin: Tensor
-    attending: Attending
+    attending: AttentionLayout
     queries: Tensor | None
     width: int
     scaling: float
@@ -294,10 +303,10 @@ class Attention:
         cos, sin, cos_q, sin_q = self._angles()
         q = q if self.queries is None else q[self.queries]
         heads = k.shape[1] // self.width
-        q = turned(q.view(len(q), heads, -1, self.width), cos_q, sin_q)  # [K, U, G, D]
-        k = turned(k.view(len(k), heads, 1, self.width), cos, sin)[:, :, 0]  # [K, S, D]
+        q = rotated(q.view(len(q), heads, -1, self.width), cos_q, sin_q)  # [K, U, G, D]
+        k = rotated(k.view(len(k), heads, 1, self.width), cos, sin)[:, :, 0]  # [K, S, D]
         v = v.view(len(v), heads, self.width).transpose(0, 1).float().contiguous()  # [K, S, D]
-        attended = [weights_of(q, k, group) @ taken(v, group.keys, group) for group in self.attending.groups]
+        attended = [attention_weights(q, k, group) @ gathered(v, group.keys, group) for group in self.attending.groups]
         out = self._in_order(attended, q).transpose(0, 1).reshape(q.shape[1], -1).to(h.dtype)  # [U, K G D]
         (y,) = linears.forward(out, slice(3, 4))
         return [y, q, k, v, out]
@@ -314,19 +323,20 @@ class Attention:
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         dqs = []
         for group in self.attending.groups:
-            weights, slope = weights_of(q, k, group), taken(dout, group.queries, group)  # [P K, n G, m], [P K, n G, D]
-            add_back(dv, weights.transpose(1, 2) @ slope, group)
-            scores = slope @ taken(v, group.keys, group).transpose(1, 2)  # dP, then dS
-            scores.sub_(taken(along[..., None], group.queries, group)).mul_(weights)
-            dqs.append(scores @ taken(k, group.keys, group))
-            add_back(dk, scores.transpose(1, 2) @ taken(q, group.queries, group), group)
+            weights = attention_weights(q, k, group)  # [K P, n G, m]
+            dattended = gathered(dout, group.queries, group)  # [K P, n G, D]
+            scatter_add(dv, weights.transpose(1, 2) @ dattended, group)
+            scores = dattended @ gathered(v, group.keys, group).transpose(1, 2)  # dP, then dS
+            scores.sub_(gathered(along[..., None], group.queries, group)).mul_(weights)
+            dqs.append(scores @ gathered(k, group.keys, group))
+            scatter_add(dk, scores.transpose(1, 2) @ gathered(q, group.queries, group), group)
         dq = self._in_order(dqs, q)
         cos, sin, cos_q, sin_q = self._angles()
-        # The derivative of a turn is the turn back.
-        dq = turned(dq, cos_q[:, None], -sin_q[:, None]).view(queries, -1).to(h.dtype)
+        # The derivative of a rotation is the rotation back.
+        dq = rotated(dq, cos_q[:, None], -sin_q[:, None]).view(queries, -1).to(h.dtype)
         if self.queries is not None:
             dq = dq.new_zeros(len(h), dq.shape[1]).index_copy_(0, self.queries, dq)
-        dk = turned(dk[:, :, None], cos[:, None], -sin[:, None]).view(len(h), -1).to(h.dtype)
+        dk = rotated(dk[:, :, None], cos[:, None], -sin[:, None]).view(len(h), -1).to(h.dtype)
         dv = dv.transpose(0, 1).reshape(len(h), -1).to(h.dtype)
         return linears.backward(h, [dq, dk, dv], slice(0, 3))
 
@@ -338,13 +348,13 @@ class Attention:
 
     def _angles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return cosines and sines of keys, [S, 1, D / 2] each, then of queries [U, 1, D / 2], scaling included."""
-        # Both halves of a head turn by the same angles.
+        # Both halves of a head are rotated by the same angles.
         cos, sin = (table[:, None, : self.width // 2] for table in (self.cos, self.sin))
         cos_q, sin_q = (table if self.queries is None else table[self.queries] for table in (cos, sin))
         return cos, sin, cos_q * self.scaling, sin_q * self.scaling
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [a, b, G, D] with rotary embeddings applied, float32 [b, a, G, D].
 
     `cos` and `sin` are broadcast against [b, a, G, D / 2]. The swap costs no pass of its own: heads come
@@ -358,24 +368,24 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def taken(x: Tensor, places: Tensor, group: Together) -> Tensor:
-    """Return x [K, S, ..., D] at `places` [P n] as one matrix [n ..., D] for each head and part: [K P, n ..., D].
+def gathered(x: Tensor, places: Tensor, group: AttentionGroup) -> Tensor:
+    """Return x [K, S, ..., D] at `places` [P n] as one matrix [n ..., D] for each head and block: [K P, n ..., D].
 
     Query heads that share keys stand below each other, so that one product serves all of them.
     """
-    return x.index_select(1, places).view(x.shape[0] * len(group.hidden), -1, x.shape[-1])
+    return x.index_select(1, places).view(x.shape[0] * len(group.masked), -1, x.shape[-1])
 
 
-def add_back(total: Tensor, slope: Tensor, group: Together) -> None:
-    """Add the gradients of the keys of a group, slope [K P, m, D], to those of their tokens, total [K, S, D]."""
-    each = slope.view(len(total), len(group.hidden), *slope.shape[1:])
-    for part, first, start, end in group.spans:
-        total[:, start:end] += each[:, part, first : first + end - start]
+def scatter_add(total: Tensor, grad: Tensor, group: AttentionGroup) -> None:
+    """Add the gradients of the keys of a group, grad [K P, m, D], to those of their tokens, total [K, S, D]."""
+    each = grad.view(len(total), len(group.masked), *grad.shape[1:])
+    for block, first, start, end in group.spans:
+        total[:, start:end] += each[:, block, first : first + end - start]
 
 
-def weights_of(q: Tensor, k: Tensor, group: Together) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, group: AttentionGroup) -> Tensor:
     """Return the attention weights [K P, n G, m] of q [K, U, G, D], which is scaled, over k [K, S, D]."""
-    scores = taken(q, group.queries, group) @ taken(k, group.keys, group).transpose(1, 2)
-    parts, n, _, m = group.hidden.shape
-    scores.view(len(q), parts, n, -1, m).masked_fill_(group.hidden, float("-inf"))
+    scores = gathered(q, group.queries, group) @ gathered(k, group.keys, group).transpose(1, 2)
+    count, n, _, m = group.masked.shape
+    scores.view(len(q), count, n, -1, m).masked_fill_(group.masked, float("-inf"))
     return torch.softmax(scores, -1)

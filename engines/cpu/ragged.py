@@ -26,10 +26,10 @@ SHARE_BY = 8
 # Tokens, and queries of the last block: oneDNN compiles its bf16 kernels for each number of rows anew and keeps them,
 # some 50 MB more with each step where every batch has numbers of its own. Filling costs 16 tokens of 600.
 FILL_TO = 32
-# Queries of one product at most: what lies in the future of all of them is not computed.
+# Queries of one product at most: what is masked for all of them is not computed.
 QUERIES = 256
-# Pieces whose queries and keys are at most so many times as many as the fewest are filled up and multiplied together:
-# one product of many is sooner done than many of one, and all cores have work.
+# Blocks that have at most so many times the queries and keys of the first of their group, the one with fewest queries,
+# are filled up and multiplied together: one product of many is sooner done than many of one, and all cores have work.
 ALIKE = 1.5
 Ints = npt.NDArray[np.int64]
 
@@ -45,37 +45,41 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Queries first..last (`first` and on, `count` of them) of one piece, and the spans of tokens that they attend to.
+class QueryBlock:
+    """`count` queries of one piece from the query `first` on, and the m tokens that they attend to: the spans `keys`.
 
-    `future` bool [count, m] is true where a query must not see one of all m tokens.
+    `masked` bool [count, m] is true where a query must not attend to a token.
     """
 
     first: int
     count: int
     keys: tuple[tuple[int, int], ...]
-    future: npt.NDArray[np.bool_]
+    masked: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Together:
-    """P parts of like size, whose attention is one product each way: n queries and m keys of each, filled up.
+class AttentionGroup:
+    """P blocks of queries of like size, multiplied in one batch: n queries and m keys of each, filled up.
 
-    queries int64 [P n] and keys int64 [P m] are places among queries and tokens, hidden bool [P, n, 1, m] is true where
-    a query must not see a key; spans are (part, first key, token, token's end) of all tokens that are keys.
+    queries int64 [P n] are places among the queries, keys int64 [P m] among the tokens; masked bool [P, n, 1, m] is
+    true where a query must not attend to a key. `spans` are (block, first key, first token, end of tokens): which
+    tokens the keys of a block are.
     """
 
     queries: Tensor
     keys: Tensor
-    hidden: Tensor
+    masked: Tensor
     spans: tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
-class Attending:
-    """Who attends to whom; place int64 [U] is where each query stands among those of all groups in a row."""
+class AttentionLayout:
+    """Who attends to whom. The outputs of all groups, one after another, hold that of query i at place[i].
 
-    groups: tuple[Together, ...]
+    `place` is int64, of as many queries as there are: tokens, or the needed ones in the last block.
+    """
+
+    groups: tuple[AttentionGroup, ...]
     place: Tensor
 
 
@@ -90,9 +94,9 @@ class Layout:
 
     ids: Tensor
     positions: Tensor
-    attending: Attending
+    attending: AttentionLayout
     needed: Tensor
-    attending_last: Attending  # in the last block, where the needed tokens are the only queries
+    attending_last: AttentionLayout  # in the last block, where the needed tokens are the only queries
     labels: Tensor
     place: Tensor
 
@@ -118,9 +122,9 @@ def lay_out(batch: Batch, share: bool = True) -> Layout:
     return Layout(
         ids=torch.from_numpy(np.pad(np.concatenate(ids).astype(np.int64), (0, filled - tokens))),
         positions=torch.from_numpy(np.pad(np.concatenate(positions), (0, filled - tokens))),
-        attending=together(list(parts(pieces, spans, np.arange(tokens))), filled),
+        attending=grouped(list(query_blocks(pieces, spans, np.arange(tokens))), filled),
         needed=torch.from_numpy(np.pad(needed, (0, queries - len(needed)), constant_values=filled - 1)),
-        attending_last=together(list(parts(pieces, spans, needed)), queries),
+        attending_last=grouped(list(query_blocks(pieces, spans, needed)), queries),
         labels=torch.from_numpy(batch.labels[supervised].astype(np.int64)),
         place=torch.from_numpy(place.reshape(-1)),
     )
@@ -150,46 +154,47 @@ def pieces_of(batch: Batch, share: bool) -> Iterator[Piece]:
                 count += 1
 
 
-def parts(pieces: list[Piece], spans: list[tuple[int, int]], queries: Ints) -> Iterator[Part]:
-    """Yield what each piece's `queries`, ascending places among all tokens, attend to."""
+def query_blocks(pieces: list[Piece], spans: list[tuple[int, int]], queries: Ints) -> Iterator[QueryBlock]:
+    """Yield the `queries` of each piece, ascending places among all tokens, in blocks of QUERIES at most."""
     for piece, (start, end) in zip(pieces, spans, strict=True):
         first, last = (int(place) for place in np.searchsorted(queries, (start, end)))
         for at in range(first, last, QUERIES):
             mine = queries[at : min(at + QUERIES, last)]
             seen = int(mine[-1]) + 1
-            future = np.arange(start - piece.start, seen) > mine[:, None]  # what it begins with is past
-            yield Part(at, len(mine), (*(spans[earlier] for earlier in piece.before), (start, seen)), future)
+            # Of the tokens before `start`, those of earlier pieces, none is masked.
+            masked = np.arange(start - piece.start, seen) > mine[:, None]
+            yield QueryBlock(at, len(mine), (*(spans[earlier] for earlier in piece.before), (start, seen)), masked)
 
 
-def together(found: list[Part], queries: int) -> Attending:
-    """Return all parts in groups of like size; `queries` are theirs and at least one more, which only fills."""
-    groups: list[list[Part]] = []
-    for part in sorted(found, key=lambda part: part.future.shape):
-        n, m = part.future.shape
-        if groups and n <= ALIKE * groups[-1][0].future.shape[0] and m <= ALIKE * groups[-1][0].future.shape[1]:
-            groups[-1].append(part)
+def grouped(blocks: list[QueryBlock], queries: int) -> AttentionLayout:
+    """Return the blocks in groups of like size; `queries` are all of theirs and at least one more, which only fills."""
+    groups: list[list[QueryBlock]] = []
+    for block in sorted(blocks, key=lambda block: block.masked.shape):
+        n, m = block.masked.shape
+        if groups and n <= ALIKE * groups[-1][0].masked.shape[0] and m <= ALIKE * groups[-1][0].masked.shape[1]:
+            groups[-1].append(block)
         else:
-            groups.append([part])
-    # What only fills stands where the first part's queries have ended.
-    place, begin, made = np.full(queries, max(part.count for part in groups[0])), 0, []
+            groups.append([block])
+    # Each block has room for one query more than the longest of its group: queries that only fill have their output
+    # there. What it is does not matter: nothing attends to it and no loss needs it, so its gradient is zero.
+    place, begin, made = np.full(queries, max(block.count for block in groups[0])), 0, []
     for group in groups:
-        # One query more than the longest has: its output is zero wherever what only fills is needed.
-        n, m = (max(part.future.shape[axis] for part in group) for axis in (0, 1))
+        n, m = (max(block.masked.shape[axis] for block in group) for axis in (0, 1))
         n += 1
         at, keys = np.full((len(group), n), queries - 1), np.zeros((len(group), m), np.int64)
-        hidden = np.ones((len(group), n, 1, m), np.bool_)
-        hidden[:, :, :, 0] = False  # whoever fills sees one key, as a softmax over none is no number
+        masked = np.ones((len(group), n, 1, m), np.bool_)
+        masked[:, :, :, 0] = False  # what only fills attends to one key: a softmax over none is no number
         spans = []
-        for index, part in enumerate(group):
-            at[index, : part.count] = np.arange(part.first, part.first + part.count)
+        for index, block in enumerate(group):
+            at[index, : block.count] = np.arange(block.first, block.first + block.count)
             place[at[index]] = begin + index * n + np.arange(n)
-            hidden[index, : part.count, 0, : part.future.shape[1]] = part.future
+            masked[index, : block.count, 0, : block.masked.shape[1]] = block.masked
             first = 0
-            for start, end in part.keys:
+            for start, end in block.keys:
                 keys[index, first : first + end - start] = np.arange(start, end)
                 spans.append((index, first, start, end))
                 first += end - start
         begin += at.size
-        tensors = (torch.from_numpy(array) for array in (at.ravel(), keys.ravel(), hidden))
-        made.append(Together(next(tensors), next(tensors), next(tensors), tuple(spans)))
-    return Attending(tuple(made), torch.from_numpy(place))
+        tensors = (torch.from_numpy(array) for array in (at.ravel(), keys.ravel(), masked))
+        made.append(AttentionGroup(next(tensors), next(tensors), next(tensors), tuple(spans)))
+    return AttentionLayout(tuple(made), torch.from_numpy(place))
