@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -27,9 +28,14 @@ class Model:
     """A model of ONNX Runtime's generate(), with its own tokenizer."""
 
     def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Return its own tokenizer, of which it knows fewer kinds than of models."""
         import onnxruntime_genai
 
-        self.model, self.tokenizer = model, onnxruntime_genai.Tokenizer(model)
+        return onnxruntime_genai.Tokenizer(self.model)
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text."""
