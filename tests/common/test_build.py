@@ -224,3 +224,17 @@ def test_what_is_not_trained_on_is_in_the_key_and_without_it_the_key_is_as_it_wa
     assert build.rows_sha256(plain) != build.rows_sha256(masked)
     expected = "f:1\nuser assistant user assistant\n7\n\na\xffb\xffa\xffb"
     assert build.rows_sha256(plain) == hashlib.sha256(expected.encode("latin-1")).hexdigest()
+
+
+def test_tools_and_calls_are_in_the_key_of_the_tokens():
+    call = {"type": "function", "function": {"name": "sky", "arguments": {"at": "a"}}}
+
+    def key(arguments: dict[str, str] | None, tools: list[dict[str, object]]) -> str:
+        called = {**call, "function": {"name": "sky", "arguments": arguments}}
+        said = Message("assistant", "So.", fields={"tool_calls": [called]} if arguments else None)
+        return build.rows_sha256([Row((Message("user", "Why?"), said), {}, "f:1", tools)])
+
+    tool: dict[str, object] = {"type": "function", "function": {"name": "sky"}}
+    keys = [key(None, []), key({"at": "a"}, []), key({"at": "b"}, []), key(None, [tool])]
+    assert len(set(keys)) == 4
+    assert key({"at": "a"}, []) == keys[1]
