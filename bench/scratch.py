@@ -120,7 +120,7 @@ def building_rate(kind: str, megabytes: int, text: str) -> float:
             made = vocabulary.train(kind, 1024, [document], Path(folder) / "tokenizer")
             tokenizer = vocabulary.load(made)
             ids = vocabulary.encode(tokenizer, kind, [document])
-            splits = {"train": windows(ids, 256, vocabulary.unknown_id(tokenizer))}
+            splits = {"train": windows(ids, 256, tokenizer.token_to_id(vocabulary.UNKNOWN))}
             write(Path(folder) / "tokens", splits, source_key="bench", info={}, length=256)
             best = max(best, len(document.text.encode()) / 1e6 / (time.perf_counter() - started))
     return best

@@ -248,7 +248,7 @@ def of_texts(data: Data, parts: Mapping[str, Sequence[Document]], folder: Path) 
             where=str(data.corpus),
             todo="use a larger corpus, or a smaller data_config.max_length",
         )
-    unknown, sizes = vocabulary.unknown_id(tokenizer), vocabulary.bytes_of_ids(tokenizer, kind)
+    unknown, sizes = tokenizer.token_to_id(vocabulary.UNKNOWN), vocabulary.bytes_of_ids(tokenizer, kind)
     splits = {name: windows(part, length, unknown) for name, part in ids.items()}
     held_out = splits["held_out"]
     # A unigram model: how often each id comes in the training text, one added to each count (Laplace).

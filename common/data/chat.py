@@ -219,7 +219,7 @@ class ChatTokenizer:
         words: list[str] = []
 
         def marked(value: Any) -> Any:
-            """Return a value of JSON in which each text has a character before it that is nowhere else."""
+            # A value of JSON in which each text has a character before it that is nowhere else.
             if isinstance(value, str) and value:
                 words.append(value)
                 return chr(PRIVATE_USE + len(words)) + value
@@ -284,12 +284,13 @@ class ChatTokenizer:
 
     def _refuse_markers(self, row: Row) -> None:
         texts = [(f"the {turn.role}'s text contains", turn.content) for turn in row.messages]
-        called = json.dumps([row.tools, row.fields], ensure_ascii=False) if row.tools or row.fields else ""
-        for what, text in [*texts, ("a tool or a call to it contains", called)]:
+        called = [row.tools, row.fields] if row.tools or row.fields else ""
+        for what, text in [*texts, ("a tool or a call to it contains", json.dumps(called, ensure_ascii=False))]:
             if (marker := self.marker_in(text)) is not None:
-                what = f"{what} {marker!r}: the base model reads that as structure"
                 todo = "write the marker another way, for example with a space inside"
-                raise DataError(what, where=row.where, todo=todo)
+                raise DataError(
+                    f"{what} {marker!r}: the base model reads that as structure", where=row.where, todo=todo
+                )
 
     def _own_text(self) -> list[str]:
         """Return what the template itself writes around the turns of a conversation; the last is behind an answer.
@@ -325,8 +326,7 @@ def trained_turns(messages: Sequence[Message]) -> list[int]:
 def refuse_prompt(where: str) -> NoReturn:
     """Raise DataError for a row whose answer stands behind other tokens than it would be generated from."""
     what = "the prompt part of this row has other tokens than generation would feed"
-    joins = "the base's chat template or tokenizer joins prompt and answer: take white space off the answer's start"
-    raise DataError(what, where=where, todo=f"{joins}, or use another base")
+    raise DataError(what, where=where, todo="take white space off the answer's start, or use another base")
 
 
 def caught(work: Callable[..., T], row: Row, *arguments: Any) -> T | DataError:
@@ -334,8 +334,7 @@ def caught(work: Callable[..., T], row: Row, *arguments: Any) -> T | DataError:
     try:
         return work(row, *arguments)
     except (DataError, RecursionError) as error:
-        deep = DataError("a tool or a call to it is nested too deeply", where=row.where)
-        return error if isinstance(error, DataError) else deep
+        return error if isinstance(error, DataError) else DataError("nested too deeply", where=row.where)
 
 
 def shortened(row: Row, at: int, size: int) -> Row:
@@ -397,8 +396,7 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
     """Return the chat template: its own file, or the config's (a text, or a list with one named "default"), or ""."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
+    if (path := folder / "chat_template.jinja").exists():
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template") or settings_in(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):

@@ -175,9 +175,3 @@ def bytes_of_ids(tokenizer: Tokenizer, kind: str) -> npt.NDArray[np.int64]:
     for token, number in vocab.items():
         sizes[number] = len(token.encode()) if kind == "char" else len(token)
     return sizes
-
-
-def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id of U+FFFD in a character tokenizer; None for BPE, which knows every byte."""
-    found: int | None = tokenizer.token_to_id(UNKNOWN)
-    return found

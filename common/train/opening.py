@@ -110,12 +110,10 @@ def changed_versions(found: Checkpoint, info: BackendInfo) -> list[str]:
 class Past:
     """The records of a run up to the step that it starts from; of a new run there are none."""
 
+    # Of evaluations.jsonl, as far as they are of the rows that are evaluated now.
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Of evaluations.jsonl, as far as they are of the rows that are evaluated now."""
-    recent_losses: list[float] = field(default_factory=list)
-    """The training losses since the last evaluation."""
-    evaluated: bool = False
-    """Whether the step itself was evaluated: a rank's death may have come after its checkpoint."""
+    recent_losses: list[float] = field(default_factory=list)  # the training losses since the last evaluation
+    evaluated: bool = False  # whether the step itself was evaluated: a rank's death may have come after its checkpoint
 
 
 def take_over(found: Checkpoint, folder: Path, dataset: TokenDataset, rows: int, say: Callable[[str], None]) -> Past:

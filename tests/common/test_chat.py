@@ -472,7 +472,7 @@ def test_arguments_that_are_nested_too_deeply_are_refused(tmp_path):
     rows = [tool_row(Message("assistant", "", fields={"tool_calls": [call]})), tool_row(SAY)]
     refused, whole = tokenizer.encode_rows(rows)
     assert isinstance(refused, DataError)
-    assert (refused.what, refused.where) == ("a tool or a call to it is nested too deeply", "data.jsonl:7")
+    assert (refused.what, refused.where) == ("nested too deeply", "data.jsonl:7")
     assert not isinstance(whole, DataError)
 
 

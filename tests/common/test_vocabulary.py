@@ -77,10 +77,10 @@ def test_the_sizes_of_ids_add_up_to_the_bytes_of_the_text(char, bpe, play):
 
 
 def test_what_was_not_in_training_is_unknown_to_characters_and_not_to_bytes(char, bpe):
-    unknown = vocabulary.unknown_id(vocabulary.load(char))
+    unknown = vocabulary.load(char).token_to_id(UNKNOWN)
     ids = vocabulary.encode(vocabulary.load(char), "char", documents("FZq\u0416"))
     assert (ids == unknown).tolist() == [False, True, True, True]
-    assert vocabulary.unknown_id(vocabulary.load(bpe)) is None
+    assert vocabulary.load(bpe).token_to_id(UNKNOWN) is None
     assert ChatTokenizer.load(char).never_ids == (unknown,)
 
 
@@ -121,7 +121,7 @@ def test_transformers_load_the_folder_and_make_the_same_ids(char, bpe, play):
         ids = vocabulary.encode(vocabulary.load(folder), kind, documents(text))
         assert theirs(text)["input_ids"] == ids.tolist()
         assert ChatTokenizer.load(folder).encode_text(text) == ids.tolist()
-        known = ids[ids != vocabulary.unknown_id(vocabulary.load(folder))] if kind == "char" else ids
+        known = ids[ids != vocabulary.load(folder).token_to_id(UNKNOWN)] if kind == "char" else ids
         assert theirs.decode(known) == ChatTokenizer.load(folder).decode(known)
 
 
