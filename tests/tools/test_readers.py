@@ -254,6 +254,11 @@ def test_an_error_is_a_refusal_in_its_cell_and_no_difference():
     assert judged(greedy=[{"error": "x"}], chat=["other"]).verdict == "differs"
 
 
+def test_who_answers_nothing_does_not_agree():
+    row = compare(Row("x", "x", "merged"), EXPECTED, {})
+    assert (row.verdict, row.reason, row.cells) == ("refuses", "answered none of the questions", {})
+
+
 def test_an_answer_that_is_whole_must_be_printed_whole():
     longer = [{"printed": "A fox is red.\n", "silent": False, "logits": list(LOGITS)}]
 

@@ -42,7 +42,10 @@ class Row:
 
 
 def compare(row: Row, expected: Expected, answers: Answers) -> Row:
-    """Put into `row` how the answers compare. What was not asked, or cannot be, has no cell."""
+    """Put into `row` how the answers compare. What was not asked, or cannot be, has no cell.
+
+    A reader agrees only in what it was asked: with no cell at all it refuses.
+    """
     for name, title in COLUMNS.items():
         found = answers.get(name)
         if not found:
@@ -60,6 +63,8 @@ def compare(row: Row, expected: Expected, answers: Answers) -> Row:
             row.verdict, row.reason = "differs", title
         elif errors and row.verdict == "agrees":
             row.verdict, row.reason = "refuses", f"{title}: {errors[0]}"
+    if not row.cells:
+        row.verdict, row.reason = "refuses", "answered none of the questions"
     return row
 
 
