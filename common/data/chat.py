@@ -154,11 +154,14 @@ class ChatTokenizer:
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
         """Return the ids to generate an answer from: the prompt in the template, the assistant's turn opened.
 
-        A tokenizer without a template belongs to a model that continues plain text: the prompt is that text.
+        A tokenizer without a template belongs to a model that continues plain text: the prompt is that text, or this
+        raises DataError where there is none.
         """
         if not self.template:
             if system:
                 raise DataError("a model without a chat template takes no system prompt", where="the prompt")
+            if not prompt:
+                raise DataError("it is empty: there is no text to continue", where="the prompt", todo="write its start")
             return self.encode_text(prompt)
         asked = Row(with_system((Message("user", prompt),), system), where="the prompt")
         self._refuse_markers(asked)

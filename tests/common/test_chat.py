@@ -275,6 +275,8 @@ def test_no_template_is_said_for_a_row_and_a_prompt_is_plain_text(tmp_path):
     assert tokenizer.prompt_ids("hi") == tokenizer.encode_text("hi")
     with pytest.raises(DataError, match="no system prompt"):
         tokenizer.prompt_ids("hi", "Be brief.")
+    with pytest.raises(DataError, match="no text to continue"):
+        tokenizer.prompt_ids("")
 
 
 def test_the_template_may_stand_in_the_tokenizer_config(tmp_path):
