@@ -80,7 +80,7 @@ class Row:
     @property
     def prompt(self) -> str:
         """Return what the user says first."""
-        return self.words.split(b"\xff")[self.roles.split(" ").index("user")].decode()
+        return self.words.split(b"\xff")[self.roles.replace("-", "").split(" ").index("user")].decode()
 
     def but(self, **changes: Any) -> Row:
         """Return the row with other messages, extra, where or tools."""

@@ -126,6 +126,12 @@ def test_an_answer_of_weight_0_is_not_trained_on(tmp_path):
         read_rows(file_of(tmp_path, talk(weight=0)))
 
 
+def test_a_user_of_weight_0_still_asks_the_prompt(tmp_path):
+    turns = [{"role": "user", "content": "a", "weight": 0}, {"role": "assistant", "content": "b"}]
+    [row] = read_rows(file_of(tmp_path, {"messages": turns}))
+    assert (row.prompt, groups_of([row], None)) == ("a", ["a"])
+
+
 @pytest.mark.parametrize("key", sorted(MESSAGE_KEYS))
 def test_a_key_of_a_message_that_other_tools_give_a_meaning_is_refused(tmp_path, key):
     with pytest.raises(DataError, match=f"message 2 has '{key}'.*recipe data convert"):
