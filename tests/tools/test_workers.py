@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 
 import pytest
 
@@ -71,8 +72,13 @@ def test_the_work_is_done_by_other_processes(tokenizer, monkeypatch):
     assert str(os.getpid()) not in processes
 
 
-def test_a_process_that_dies_is_an_error_of_the_machine(tokenizer, monkeypatch):
-    monkeypatch.setattr(workers, "work", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+@pytest.mark.parametrize("said", [b"", struct.pack("!i", 1000) + b"{"], ids=["between messages", "within one"])
+def test_a_process_that_dies_is_an_error_of_the_machine(tokenizer, monkeypatch, said):
+    def work(_tokenizer, _chunks, _options, sender):
+        os.write(sender.fileno(), said)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(workers, "work", work)
     with pytest.raises(MachineError, match="has ended"):
         list(workers.encode_rows(tokenizer, rows(100), (None, None, False)))
 

@@ -49,7 +49,7 @@ def encode_rows(tokenizer: ChatTokenizer, rows: Sequence[Row], options: Options)
         for at in range(len(chunks)):
             try:
                 yield from received(workers[at % count])
-            except EOFError as error:
+            except (EOFError, OSError) as error:  # between two messages, or in the middle of one
                 todo = "see whether memory ran out (dmesg); then the same command again"
                 raise MachineError("a process that tokenizes rows has ended", todo=todo) from error
 
@@ -77,7 +77,7 @@ def work(tokenizer: ChatTokenizer, chunks: Sequence[Sequence[Row]], options: Opt
 
 
 def received(receiver: Connection) -> Iterator[Encoded | DataError]:
-    """Yield the rows of the chunk that a worker sends next. Raises EOFError where it has ended."""
+    """Yield the rows of the chunk that a worker sends next. Raises EOFError or OSError where it has ended."""
     facts = json.loads(receiver.recv_bytes())
     ids, mask = np.frombuffer(receiver.recv_bytes(), np.uint32), np.frombuffer(receiver.recv_bytes(), np.uint8)
     faults, sizes, cut, end = facts["faults"], iter(facts["sizes"]), iter(facts["cut"]), 0
