@@ -310,6 +310,9 @@ def test_calls_at_once_are_one_turn_and_answers_come_in_their_order():
         assert turns_of(answered(*order))[2:4] == [("tool", "to 1"), ("tool", "to 2")]
     assert read(answered("1", "2")).notes == []
     assert read(answered("2", "1")).notes == ["the answers of tools are put in the order of the calls"]
+    numbered = answered("2", "1")
+    numbered["messages"][1]["tool_calls"] = [{**OPENAI_CALL, "id": id} for id in (1, 2)]
+    assert turns_of(numbered)[2:4] == [("tool", "to 1"), ("tool", "to 2")], "a number is the id that is its text"
     for odd in ("1", "13", "11", "123"):
         with pytest.raises(ValueError, match="'tool_call_id' of no call before it, or a call has no answer"):
             read(answered(*odd))

@@ -252,14 +252,14 @@ def in_order(turns: Sequence[Message], notes: list[str]) -> list[Message]:
             continue  # it was taken with the one before
         answers = list(itertools.takewhile(lambda one: one.role == "tool", turns[at:]))
         calls = (found[-1].fields or {}).get("tool_calls", ()) if found else ()
-        ids = [call.get("id") for call in calls]
-        said = [(answer.fields or {}).get("tool_call_id") for answer in answers]
+        ids = [str(call.get("id") or "") for call in calls]  # a number to one tool is a text to another
+        said = [str((answer.fields or {}).get("tool_call_id") or "") for answer in answers]
         if answers and all(ids) and all(said):
-            if sorted(map(str, ids)) != sorted(map(str, said)):
+            if sorted(ids) != sorted(said):
                 raise ValueError("a tool's answer has a 'tool_call_id' of no call before it, or a call has no answer")
             if ids != said:
                 notes.append("the answers of tools are put in the order of the calls")
-            answers.sort(key=lambda answer: ids.index((answer.fields or {})["tool_call_id"]))
+            answers.sort(key=lambda answer: ids.index(str((answer.fields or {})["tool_call_id"])))
         found += answers or [turn]
     return found
 
