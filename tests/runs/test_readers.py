@@ -18,7 +18,9 @@ from common.errors import MachineError
 from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.runs import run_tiny
 from tools.cli.main import recipe as recipe_command
+from tools.export import model_card
 from tools.export.readers import ask, environment, questions, report
+from tools.export.readers.compare import Row
 from tools.export.readers.table import READERS
 from tools.export.record import verified
 
@@ -97,6 +99,25 @@ def test_a_model_that_a_reader_reads_otherwise_is_a_failure(run, here):
 
     assert (code, rows(run)["transformers-5"]["verdict"]) == (6, "differs")
     assert "read otherwise than here by transformers-5" in said
+
+
+def test_what_another_reader_found_at_an_earlier_time_is_no_failure_of_this_one(run, monkeypatch):
+    verdicts = iter(["differs", "agrees"])
+    monkeypatch.setattr(report, "row_of", lambda reader, *_: Row(reader.name, "1", reader.opens, next(verdicts)))
+
+    assert recipe("export", run, "--readers", "transformers-5")[0] == 6
+    code, said = recipe("export", run, "--readers", "peft")
+    assert code == 0, said
+    assert "differs" in said, "the table has both"
+
+
+def test_the_code_of_a_card_that_names_a_base_of_the_hub_runs_over_the_copy_that_is_here(run, here, monkeypatch):
+    monkeypatch.setattr(model_card, "hub_id", lambda _run: "owner/name")
+    shutil.rmtree(run / "export")
+    code, said = recipe("export", run, "--readers", "peft")
+
+    assert 'from_pretrained("owner/name")' in (run / "export/adapter/README.md").read_text()
+    assert (code, rows(run)["peft"]["cells"]["snippet"]) == (0, "as it says"), said
 
 
 def test_a_folder_that_a_reader_cannot_open_is_a_row(run, here, monkeypatch):

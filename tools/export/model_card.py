@@ -50,6 +50,7 @@ def facts(run: TrainedRun, outcome: ExportCheck) -> dict[str, Any]:
         "recipe": config.recipe,
         "base_name": run.base.name,
         "base_id": hub_id(run),
+        "named_base": named_base(run),
         "base_origin": run.base.name if local(run) else run.base.origin,
         "base_identity": run.base.identity[:16],
         "local_base": base_for_peft(run)[1] is None,
@@ -176,6 +177,11 @@ def hub_id(run: TrainedRun) -> str | None:
     """Return owner/name on the Hub that the base comes from, if any."""
     found = None if local(run) else re.match(r"[\w.-]+/[\w.-]+", run.base.origin)
     return found.group() if found else None
+
+
+def named_base(run: TrainedRun) -> str:
+    """Return what the code of the adapter's card loads as its base: a name on the Hub, or a path to be filled in."""
+    return hub_id(run) or f"path/to/{run.base.name}"
 
 
 def data_line(run: TrainedRun) -> str:
