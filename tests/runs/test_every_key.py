@@ -20,10 +20,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from transformers.models.llama.modeling_llama import LlamaMLP
-
 from common.data import vocabulary
 from common.errors import RecipeError
+from engines.cpu import blocks
 from tests.doubles.tiny_recipe import FROM_SCRATCH, make_tiny_recipe, write_play
 from tests.support.key_changes import CHANGES
 from tests.support.runs import manifest, outcome, run_tiny
@@ -84,13 +83,13 @@ def observe(recipe, tmp_path, monkeypatch, capsys) -> Iterator[Any]:
 
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     monkeypatch.setattr(vocabulary, "use_threads", used)
-    mlp = LlamaMLP.forward
+    mlp = blocks.Mlp.forward
 
-    def counted(self: Any, x: Any) -> Any:
+    def counted(*given: Any) -> Any:
         forwards.append(1)
-        return mlp(self, x)
+        return mlp(*given)
 
-    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    monkeypatch.setattr(blocks.Mlp, "forward", counted)
 
     def run_with(values: dict[str, Any]) -> dict[str, Any]:
         overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
