@@ -231,13 +231,13 @@ class ResidualSublayer(torch.autograd.Function):
 
 
 def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
-    """Return 1 / sqrt(mean(x^2) + epsilon) of each row of x [S, H], float32 [S, 1]."""
-    square: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square_()  # one pass
-    return square.div_(x.shape[1]).add_(epsilon).rsqrt_()
+    """Return 1 / sqrt(mean(x^2) + epsilon) of each row of x [..., H], float32 [..., 1]."""
+    square: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()  # one pass
+    return square.div_(x.shape[-1]).add_(epsilon).rsqrt_()
 
 
 def rms_norm(x: Tensor, root: Tensor, gain: Tensor, work: torch.dtype) -> Tensor:
-    """Return RMSNorm of x [S, H] in the dtype `work`, for its `inverse_rms`."""
+    """Return RMSNorm of x [..., H] in the dtype `work`, for its `inverse_rms`."""
     return (x * root).to(x.dtype).mul_(gain).to(work)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import rotate_half
 
 from common.engine import Array
+from engines.cpu.blocks import inverse_rms, rms_norm
 from engines.cpu.lora import LoraLinear
 
 # Shapes: B rows, n new tokens of a row, C tokens that the cache has room for, Q query heads, K key/value heads,
@@ -113,7 +113,7 @@ def hidden_states(
     cos, sin = (table[:, None] for table in llama.rotary_emb(x, places))  # [B, 1, n, D]
     for block in llama.layers:
         project, mlp = block.self_attn, block.mlp
-        normed = block.input_layernorm(x)
+        normed = norm(block.input_layernorm, x)
         key, value = heads(linear(project.k_proj, normed), cos), heads(linear(project.v_proj, normed), cos)
         key = rotated(key, cos, sin)
         if last and block is llama.layers[-1]:  # what follows the last keys and values is asked of the last token only
@@ -122,10 +122,16 @@ def hidden_states(
         qkv = query.to(value.dtype), key.to(value.dtype), value  # autocast leaves RoPE's outputs in fp32
         attended = attention(project.layer_idx, *qkv, project.scaling)  # [B, Q, n, D]
         x = x + linear(project.o_proj, attended.transpose(1, 2).flatten(2))
-        normed = block.post_attention_layernorm(x)
-        gated = mlp.act_fn(linear(mlp.gate_proj, normed)) * linear(mlp.up_proj, normed)
+        normed = norm(block.post_attention_layernorm, x)
+        gated = mlp.act_fn(linear(mlp.gate_proj, normed)).mul_(linear(mlp.up_proj, normed))
         x = x + linear(mlp.down_proj, gated)
     return cast(Tensor, llama.norm(x))
+
+
+def norm(layer: Any, x: Tensor) -> Tensor:
+    """Return layer(x) for an RMSNorm and x [B, n, H], in the dtype of the products, by half as many passes over x."""
+    work = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    return rms_norm(x, inverse_rms(x, layer.variance_epsilon), layer.weight, work)
 
 
 def heads(x: Tensor, like: Tensor) -> Tensor:
@@ -135,8 +141,11 @@ def heads(x: Tensor, like: Tensor) -> Tensor:
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [B, heads, n, D] with RoPE applied; cos and sin are [B, 1, n, D]."""
-    turned: Tensor = x * cos + rotate_half(x) * sin
-    return turned
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 def few_rows(layer: Any, x: Tensor) -> Tensor:
