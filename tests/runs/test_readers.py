@@ -18,8 +18,8 @@ from common.errors import MachineError
 from tests.doubles.tiny_recipe import make_tiny_recipe
 from tests.support.runs import run_tiny
 from tools.cli.main import recipe as recipe_command
-from tools.export import model_card
-from tools.export.readers import ask, environment, questions, report
+from tools.export import model_card, reading
+from tools.export.readers import ask, environment, questions
 from tools.export.readers.compare import Row
 from tools.export.readers.table import READERS
 from tools.export.record import verified
@@ -80,7 +80,7 @@ def test_asked_again_the_card_has_one_table_and_the_rows_of_both_times(run, here
     recipe("export", run, "--readers", "transformers-5")
 
     assert set(rows(run)) == set(OURS)
-    assert (run / "export/merged/README.md").read_text().count(report.HEADING) == 1
+    assert (run / "export/merged/README.md").read_text().count(reading.HEADING) == 1
 
 
 def test_a_model_that_a_reader_reads_otherwise_is_a_failure(run, here):
@@ -94,7 +94,7 @@ def test_a_model_that_a_reader_reads_otherwise_is_a_failure(run, here):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "expected_of", then_changed)
+        patch.setattr(reading, "expected_of", then_changed)
         code, said = recipe("export", run, "--readers", "transformers-5")
 
     assert (code, rows(run)["transformers-5"]["verdict"]) == (6, "differs")
@@ -103,7 +103,7 @@ def test_a_model_that_a_reader_reads_otherwise_is_a_failure(run, here):
 
 def test_what_another_reader_found_at_an_earlier_time_is_no_failure_of_this_one(run, monkeypatch):
     verdicts = iter(["differs", "agrees"])
-    monkeypatch.setattr(report, "row_of", lambda reader, *_: Row(reader.name, "1", reader.opens, next(verdicts)))
+    monkeypatch.setattr(reading, "row_of", lambda reader, *_: Row(reader.name, "1", reader.opens, next(verdicts)))
 
     assert recipe("export", run, "--readers", "transformers-5")[0] == 6
     code, said = recipe("export", run, "--readers", "peft")
@@ -121,7 +121,7 @@ def test_the_code_of_a_card_that_names_a_base_of_the_hub_runs_over_the_copy_that
 
 
 def test_a_folder_that_a_reader_cannot_open_is_a_row(run, here, monkeypatch):
-    monkeypatch.setattr(report, "opened_by", lambda *given: {"folder": "/nowhere"})
+    monkeypatch.setattr(reading, "opened_by", lambda *given: {"folder": "/nowhere"})
     code, said = recipe("export", run, "--readers", "transformers-5")
 
     assert (code, rows(run)["transformers-5"]["verdict"]) == (0, "refuses")

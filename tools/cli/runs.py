@@ -59,7 +59,7 @@ def export(run: Path, check: bool, gguf: bool, kind: str | None, readers: bool, 
 
         export_gguf(run, kind or "f16", click.echo)
     elif readers:
-        from tools.export.readers.report import export_readers
+        from tools.export.reading import export_readers
 
         export_readers(run, names, click.echo)
     elif check:
