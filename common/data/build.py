@@ -112,8 +112,8 @@ def build(
     folder = home / "tokens" / key[:16]
     dataset, action, reason = reopen(folder)
     if dataset is None:
-        home.mkdir(parents=True, exist_ok=True)
-        splits, info = of_texts(data, parts, base) if data.corpus else of_rows(data, parts, tokenizer, encode, home)
+        (spill := folder.parent).mkdir(parents=True, exist_ok=True)  # a container may write there, not beside it
+        splits, info = of_texts(data, parts, base) if data.corpus else of_rows(data, parts, tokenizer, encode, spill)
         dataset = tokens.write(folder, splits, source_key=key, info=info, length=data.max_length)
     dataset.report = report_of(dataset, action, reason)
     if len(dataset.train) < config.training.batch_size:

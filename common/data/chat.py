@@ -25,7 +25,7 @@ import numpy as np
 from common.data.rows import ROLES, Message, Row
 from common.data.tokens import Encoded
 from common.errors import DataError
-from common.files import read_json
+from common.model.bases import find_template, settings_in
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -385,26 +385,11 @@ def compile_template(source: str, **settings: Any) -> Template:
         raise DataError(f"the base model's chat template does not parse: {error}") from error
 
 
-def settings_in(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object, or {} when there is no such file. Raises DataError when it is no object."""
-    return read_json(path, error=DataError) if path.exists() else {}
-
-
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the named tokens of a tokenizer config, which templates may use: {"eos_token": "</s>", ...}."""
     named = {name: settings.get(name) for name in TOKEN_NAMES}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
-    """Return the chat template: its own file, or the config's (a text, or a list with one named "default"), or ""."""
-    if (path := folder / "chat_template.jinja").exists():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template") or settings_in(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template if isinstance(template, str) else ""
 
 
 def stop_tokens(folder: Path) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import MachineError, UsageError
+from common.errors import DataError, MachineError, UsageError
 from common.files import read_json, read_pins, sha256_file
 from common.model import llama
 from common.paths import home as home
@@ -172,3 +172,18 @@ def verify(folder: Path, entry: Mapping[str, Any]) -> None:
                 where=str(path),
                 todo=f"move {folder} away; recipe run and recipe data build fetch the base again",
             )
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object, or {} when there is no such file. Raises DataError when it is no object."""
+    return read_json(path, error=DataError) if path.exists() else {}
+
+
+def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
+    """Return the chat template: its own file, or the config's (a text, or a list with one named "default"), or ""."""
+    if (path := folder / "chat_template.jinja").exists():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template") or settings_in(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return template if isinstance(template, str) else ""

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.data.chat import find_template, settings_in
 from common.files import read_json, write_atomic, write_json
+from common.model.bases import find_template, settings_in
 
 TOKENIZER_FILES = (
     "tokenizer.json",
