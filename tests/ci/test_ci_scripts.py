@@ -14,7 +14,7 @@ import pytest
 
 from ci import golden, matrix
 from common.errors import UsageError
-from tests.support.stops import end_of, still_there
+from tests.support.stops import all_ended, end_of
 from tools.containers import images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,12 +88,13 @@ def clone(tools: Path, tmp_path: Path) -> Path:
 
 def ci_run(clone: Path, fails: str = "nothing", holds: str = "nothing") -> tuple[int, str]:
     """Run it; its exit code and output. None of its processes is left."""
+    env = {name: value for name, value in os.environ.items() if name != "DOCKER_HOST"}  # .ci/run has set one for us
     with subprocess.Popen(
-        ["bash", ".ci/run"], cwd=clone, env=os.environ | {"FAILS": fails, "HOLDS": holds}, start_new_session=True,
+        ["bash", ".ci/run"], cwd=clone, env=env | {"FAILS": fails, "HOLDS": holds}, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         code = end_of(process)
-        assert not still_there(session=process.pid)
+        assert all_ended(session=process.pid)
         assert process.stdout is not None
         return code, process.stdout.read().decode()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ci import lock as lock_tool
-from tests.support.stops import STOP_AT, end_of, still_there
+from tests.support.stops import STOP_AT, all_ended, end_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"), key=lambda path: path.name)
@@ -361,7 +361,7 @@ def test_a_ctrl_c_ends_what_a_setup_has_started_however_early(command: str, setu
     with subprocess.Popen(begun, cwd=setup.folder, env=environment, start_new_session=True) as process:
         assert end_of(process) == 130
     assert (setup.folder / "seen").read_text().startswith("stop ")
-    assert not still_there(session=process.pid), "pip goes on"
+    assert all_ended(session=process.pid), "pip goes on"
     assert setup.run().returncode == 0, "and the next one finishes it"
 
 

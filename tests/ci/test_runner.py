@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.stops import STOP_AT, end_of, still_there
+from tests.support.stops import STOP_AT, all_ended, end_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "ci/runner"
@@ -231,7 +231,7 @@ def test_no_stop_is_lost_at_any_command_of_the_script(place: dict[str, str], uni
         code = end_of(started)
     seen = unit.seen.read_text().splitlines()
     assert [line for line in seen if line.startswith("stop")], f"there is no such command: {place}"
-    assert not still_there(session=started.pid), "the stop is lost, and the runner goes on by itself"
+    assert all_ended(session=started.pid), "the stop is lost, and the runner goes on by itself"
     assert "ended" not in seen, "the stop is lost"
     assert code in ((3,) if "cancelled" in seen else (-signal.SIGINT, 130)), seen
     assert unit.left <= {unit.state / "jit/n300"}

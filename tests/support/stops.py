@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 # For BASH_ENV: SIGINT to the script alone before its command number AT, or before the one that ends with the words
@@ -43,3 +44,12 @@ def still_there(session: int) -> list[str]:
         for line, (state, _parent, _group, of, *_) in zip(lines, facts, strict=True)
         if of == str(session) and state not in "ZX"
     ]
+
+
+def all_ended(session: int) -> bool:
+    """Return whether every process of a session ends within half a minute: one that was told to may take a moment."""
+    for _ in range(300):
+        if not still_there(session):
+            return True
+        time.sleep(0.1)
+    return False
