@@ -164,8 +164,9 @@ class ChatTokenizer:
                 raise DataError("it is empty: there is no text to continue", where="the prompt", todo="write its start")
             return self.encode_text(prompt)
         asked = Row(with_system((Message("user", prompt),), system), where="the prompt")
-        self._refuse_markers(asked)
-        return self.encode_text(self.render(asked.messages, answer_next=True, where=asked.where))
+        messages = asked.messages
+        self._refuse_markers(asked, messages)
+        return self.encode_text(self.render(messages, answer_next=True, where=asked.where))
 
     def encode_rows(
         self, rows: Iterable[Row], system: str | None = None, max_tokens: int | None = None, supervise_all: bool = False
@@ -204,20 +205,21 @@ class ChatTokenizer:
 
     def _written(self, row: Row) -> Cut:
         """Return the whole text, cut where each answer that is trained on begins."""
-        self._refuse_markers(row)
+        messages = row.messages  # once: a row makes them at each look
+        self._refuse_markers(row, messages)
         if row.tools or row.fields:
-            self._refuse_lost(row)
-        text, cuts = self._render(row), list[int]()
-        for turn in trained_turns(row.messages):
-            opened = self._render(row, turn, answer_next=True)
+            self._refuse_lost(row, messages)
+        text, cuts = self._render(row, messages), list[int]()
+        for turn in trained_turns(messages):
+            opened = self._render(row, messages[:turn], answer_next=True)
             # A template that strips, or a token that lies across the seam, would teach another prompt.
             cuts.append(len(opened) if text.startswith(opened) else refuse_prompt(row.where))
         return text, cuts
 
-    def _render(self, row: Row, turns: int | None = None, answer_next: bool = False) -> str:
-        return self.render(row.messages[:turns], row.tools, answer_next=answer_next, where=row.where)
+    def _render(self, row: Row, messages: Sequence[Message], answer_next: bool = False) -> str:
+        return self.render(messages, row.tools, answer_next=answer_next, where=row.where)
 
-    def _refuse_lost(self, row: Row) -> None:
+    def _refuse_lost(self, row: Row, messages: Sequence[Message]) -> None:
         """Refuse a row with tools of which the template leaves words out. Raises DataError."""
         words: list[str] = []
 
@@ -235,7 +237,7 @@ class ChatTokenizer:
             return {**entry, "function": {**inner, **{key: marked(inner[key]) for key in WRITTEN if key in inner}}}
 
         turns = []
-        for turn in row.messages:
+        for turn in messages:
             fields = dict(turn.fields or {})
             fields |= {key: [*map(function, fields[key])] for key in fields if key == "tool_calls"}
             turns.append(replace(turn, content=marked(turn.content), fields=fields))
@@ -246,11 +248,11 @@ class ChatTokenizer:
             raise DataError(what, where=row.where, todo=todo)
 
     def _masked(self, row: Row, cut: Cut, ids: array[int], starts: Sequence[int | None]) -> Encoded:
-        mask, text = np.zeros(len(ids), np.uint8), cut[0]
-        for turn, begin in zip(trained_turns(row.messages), starts, strict=True):
+        mask, text, messages = np.zeros(len(ids), np.uint8), cut[0], row.messages
+        for turn, begin in zip(trained_turns(messages), starts, strict=True):
             start, last = refuse_prompt(row.where) if begin is None else begin, len(ids)
-            if turn < len(row.messages) - 1:  # the turn's own end, not that of what follows
-                closed = self._render(row, turn + 1)
+            if turn < len(messages) - 1:  # the turn's own end, not that of what follows
+                closed = self._render(row, messages[: turn + 1])
                 same = closed if text.startswith(closed) else commonprefix((closed, text))  # noqa: RUF071 - no paths
                 last = self.tokens_before(text, len(same))
             mask[start : self._end_of_turn(ids[start:last], row.where) + start] = 1
@@ -275,7 +277,8 @@ class ChatTokenizer:
             sizes = range(len(turn.content) - 1, 0, -1)
 
             def fits(size: int, row: Row = row, at: int = at) -> bool:
-                return len(self.encode_text(self._render(shortened(row, at, size)))) <= max_tokens
+                shorter = shortened(row, at, size)
+                return len(self.encode_text(self._render(shorter, shorter.messages))) <= max_tokens
 
             row = shortened(row, at, sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)])
             removed += len(turn.content) - len(row.messages[at].content)
@@ -285,8 +288,8 @@ class ChatTokenizer:
         cut = f"{removed} characters of the prompt and the last {len(encoded.ids) - max_tokens} tokens"
         return Encoded(encoded.ids[:max_tokens], encoded.mask[:max_tokens], cut)
 
-    def _refuse_markers(self, row: Row) -> None:
-        texts = [(f"the {turn.role}'s text contains", turn.content) for turn in row.messages]
+    def _refuse_markers(self, row: Row, messages: Sequence[Message]) -> None:
+        texts = [(f"the {turn.role}'s text contains", turn.content) for turn in messages]
         called = [row.tools, row.fields] if row.tools or row.fields else ""
         for what, text in [*texts, ("a tool or a call to it contains", json.dumps(called, ensure_ascii=False))]:
             if (marker := self.marker_in(text)) is not None:

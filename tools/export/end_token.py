@@ -16,11 +16,7 @@ from common.data.chat import ChatTokenizer
 from common.files import read_json, write_atomic, write_json
 
 END = "<|endoftext|>"  # GPT-2's name, which readers know
-NAMES = (
-    "bos_token",
-    "eos_token",
-    "pad_token",
-)  # CTranslate2 wants a beginning, batches a padding: GPT-2's way, one token
+NAMES = ("bos_token", "eos_token", "pad_token")  # as GPT-2, one token: CTranslate2 wants a first, batches a padding
 NO_BYTE = "\u00ff"  # 0xFF in the letters that byte-level BPE writes bytes with
 
 
