@@ -274,7 +274,7 @@ class TorchCPU:
         """
         if self.ranks.world > 1:
             ids, mask = np.zeros((1, TILE), np.uint32), np.zeros((1, TILE), np.float32)
-            self.model.eval()  # never compiled for this one batch
+            self.eval_mode()  # never compiled for this one batch
             with gloo_errors():
                 with self.autocast():
                     nll = self.parallel_objective(supervise_first_token(Batch(ids, ids, mask, np.zeros(1, np.int64))))
@@ -300,10 +300,15 @@ class TorchCPU:
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
+    def eval_mode(self) -> None:
+        """Put the model into evaluation mode, if it is not: eval() visits every module, 0.9 ms for SmolLM2-135M."""
+        if self.model.training:
+            self.model.eval()
+
     @torch.no_grad()
     def eval_nll(self, batch: Batch) -> tuple[Array, Array]:
         self.ranks.broadcast_command("eval_nll", batches=[batch])
-        self.model.eval()
+        self.eval_mode()
         mine = self.ranks.rows_of(batch)
         sums = torch.zeros(batch.input_ids.shape[0], dtype=torch.float64)  # [B]; 0 in the rows of other ranks
         if mine.loss_mask.any():
@@ -332,7 +337,7 @@ class TorchCPU:
 
     @torch.inference_mode()
     def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
-        self.model.eval()
+        self.eval_mode()
         with self.autocast():
             if cache is None:
                 cache = decode.Rows(self.model, ids, lengths)

@@ -78,8 +78,7 @@ class Slots:
     def _forward(self, ids: Array, positions: Array, attention: Attention, linear: Linear) -> Array:
         """Return logits [R, V] after the last of `ids` [R, n]."""
         model = self.backend.model
-        if model.training:  # asked first: eval() goes through every module, 0.9 ms for SmolLM2-135M
-            model.eval()
+        self.backend.eval_mode()
         with self.backend.autocast():
             x = hidden_states(model, torch.from_numpy(ids), torch.from_numpy(positions), attention, linear, last=True)
             logits = linear(model.lm_head, x[:, -1])
