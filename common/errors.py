@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import re
+from urllib.parse import unquote
+
+# Variables whose values are nobody's to read, by their names; TOKENIZERS_PARALLELISM is none.
+SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+SHORTEST = 8  # characters of a secret: a shorter value (1, true, none) is a word of any text
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` without the logins of addresses, and without what secret variables and proxies hold."""
+    hidden = {value for name, value in os.environ.items() if SECRET.search(name)}
+    for login in [os.environ[name].rpartition("@")[0] for name in os.environ if name.lower().endswith("_proxy")]:
+        hidden |= {login.rpartition("//")[2], login.rpartition(":")[2]}
+    for value in sorted({*hidden, *map(unquote, hidden)}, key=len, reverse=True):
+        text = text.replace(value, "***") if len(value) >= SHORTEST else text
+    return re.sub(r"(?<=//)[^/\s@]+@", "***@", text)
+
 
 class RecipeError(Exception):
     """An error whose reader is the user: printed without a traceback, with its exit code.
 
-    `what` happened, `where` (file:line, key, row), and what `todo` about it.
+    `what` happened, `where` (file:line, key, row), and what `todo` about it; secrets of the environment are left out.
     """
 
     code = 1
 
     def __init__(self, what: str, *, where: str | None = None, todo: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.todo = todo
+        self.what = without_secrets(what)
+        self.where, self.todo = (text and without_secrets(text) for text in (where, todo))
+        super().__init__(self.what)
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.todo:
-            lines.append(f"  to do: {self.todo}")
-        return "\n".join(lines)
+        rest = [f"  {name}: {text}" for name, text in (("where", self.where), ("to do", self.todo)) if text]
+        return "\n".join([self.what, *rest])
 
 
 class UsageError(RecipeError):

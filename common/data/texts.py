@@ -52,11 +52,8 @@ def read_texts(name: str, recipe_dir: Path) -> list[Document]:
     if not documents:
         raise DataError("the corpus is empty", where=name, todo="give a text file, or a folder with *.txt files")
     if entry and entry["text_sha256"] and text_sha256(documents) != entry["text_sha256"]:
-        raise MachineError(
-            f"the corpus {name} is not what was fetched: a file of it changed",
-            where=str(corpus_folder(name)),
-            todo=f"delete the folder, then: recipe data build {recipe_dir.name}",
-        )
+        what, todo = f"the corpus {name} is not what was fetched: a file of it changed", "delete the folder, then"
+        raise MachineError(what, where=str(corpus_folder(name)), todo=f"{todo}: recipe data build {recipe_dir.name}")
     return documents
 
 
@@ -73,9 +70,8 @@ def _text_files(name: str, recipe_dir: Path) -> list[Path]:
 def _text_of(file: Path) -> str:
     text = decode(file)
     if (at := text.find("\0")) >= 0:
-        raise DataError(
-            f"binary data: a zero byte at character {at}", where=str(file), todo="give a plain UTF-8 text file"
-        )
+        what = f"binary data: a zero byte at character {at}"
+        raise DataError(what, where=str(file), todo="give a plain UTF-8 text file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

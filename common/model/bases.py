@@ -50,11 +50,9 @@ class Base:
         path = self.folder / "config.json"
         config = read_json(path)
         if config.get("model_type") != "llama":
-            raise MachineError(
-                f"the base is a {config.get('model_type')} model; these recipes train Llama models",
-                where=str(path),
-                todo='choose a base whose config.json says "model_type": "llama"',
-            )
+            what = f"the base is a {config.get('model_type')} model; these recipes train Llama models"
+            todo = 'choose a base whose config.json says "model_type": "llama"'
+            raise MachineError(what, where=str(path), todo=todo)
         return config
 
     def weights(self) -> Weights | InitialWeights:
@@ -123,9 +121,8 @@ def random_base(model: Model, seed: int, tokenizer: Path) -> Base:
 def _local(folder: Path) -> Base:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise MachineError(
-            "the base folder holds no weights", where=str(folder), todo="put the model's *.safetensors files there"
-        )
+        todo = "put the model's *.safetensors files there"
+        raise MachineError("the base folder holds no weights", where=str(folder), todo=todo)
     # Of contents in the order of their names, so that a folder may be moved or renamed.
     identity = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()
     return Base(folder.name, folder, identity, origin=str(folder), licence="unknown", parameters=None)
@@ -134,11 +131,8 @@ def _local(folder: Path) -> Base:
 def _pinned(name: str, entry: Mapping[str, Any], recipe: str) -> Base:
     folder = folder_of(name, entry)
     if not (folder / "base.json").is_file():
-        raise MachineError(
-            f"the base {name} is not on this machine ({entry['download_mb']} MB)",
-            where=str(folder),
-            todo=f"fetch it: recipe data build {recipe}",
-        )
+        what = f"the base {name} is not on this machine ({entry['download_mb']} MB)"
+        raise MachineError(what, where=str(folder), todo=f"fetch it: recipe data build {recipe}")
     verify(folder, entry)
     return Base(name, folder, identity_of(entry), entry["origin"], entry["licence"], entry["parameters"])
 
@@ -167,11 +161,9 @@ def verify(folder: Path, entry: Mapping[str, Any]) -> None:
         path = folder / file
         found = sha256_file(path) if path.is_file() else "no such file"
         if found != sha256:
-            raise MachineError(
-                f"the base model is damaged: {file} should have sha256 {sha256[:12]}..., found {found[:12]}",
-                where=str(path),
-                todo=f"move {folder} away; recipe run and recipe data build fetch the base again",
-            )
+            what = f"the base model is damaged: {file} should have sha256 {sha256[:12]}..., found {found[:12]}"
+            todo = f"move {folder} away; recipe run and recipe data build fetch the base again"
+            raise MachineError(what, where=str(path), todo=todo)
 
 
 def settings_in(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from common.engine import StepStats
+from common.errors import without_secrets
 
 LEVELS = {"DEBUG": 0, "INFO": 1, "WARNING": 2}
 
@@ -36,6 +37,7 @@ class Console:
 
     def say(self, text: str, level: str = "INFO") -> None:
         """Write a line to the log and, at or above the console's level, to the screen."""
+        text = without_secrets(text)
         if LEVELS[level] >= self.level:
             style = "yellow" if level == "WARNING" else None
             self.screen.print(Text(text, style=style or ""))

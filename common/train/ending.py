@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from common import known_errors
-from common.errors import RankLost, RecipeError, Stopped, TrainingError
+from common.errors import RankLost, RecipeError, Stopped, TrainingError, without_secrets
 from common.files import utc_now
 from common.signals import handled
 from common.train.console import Console
@@ -31,7 +31,7 @@ def recorded_end(manifest: Manifest, folder: Path, console: Console) -> Iterator
         record_end(manifest, folder, console, f"failed: {error.what}", str(error))
         raise
     except BaseException as error:  # KeyboardInterrupt and SystemExit, too: they end a run as well
-        record_end(manifest, folder, console, f"failed: {type(error).__name__}: {error}", None)
+        record_end(manifest, folder, console, f"failed: {type(error).__name__}: {without_secrets(str(error))}", None)
         raise
 
 

@@ -6,17 +6,20 @@ Only click is imported here; what a verb needs is imported in the verb.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar
 
 import click
 
-from common.errors import UsageError
+from common.errors import UsageError, without_secrets
 from tools.cli.options import (
     container_option,
     hw_option,
@@ -82,7 +85,21 @@ def recipe(debug: bool) -> None:
 def main() -> None:
     """The console script: run, print one message on an error, exit with its code."""
     debug = "--debug" in sys.argv[1:] or os.environ.get("RECIPES_DEBUG") == "1"
+    sys.excepthook = print_traceback
+    logging.setLogRecordFactory(LogRecord)
     sys.exit(exit_code_of(lambda: recipe.main(standalone_mode=False), debug))
+
+
+class LogRecord(logging.LogRecord):
+    """What a library logs, such as an address that it asks in vain: without secrets."""
+
+    def getMessage(self) -> str:
+        return without_secrets(super().getMessage())
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what came through to the interpreter: with --debug, to be reported, so without secrets."""
+    click.echo(without_secrets("".join(traceback.format_exception(kind, error, trace))), err=True, nl=False)
 
 
 @recipe.command()

@@ -17,6 +17,7 @@ from common.files import sha256_file, utc_now
 from common.paths import ROOT
 from tools.containers.docker import bake, inspect_image, lock_of
 from tools.containers.images import LOCK, Json, pins_of, pins_sha256, record_local, requirements_of, unknown_pins
+from tools.containers.tt_metal import mirror
 from tools.git import git
 
 Say = Callable[[str], None]
@@ -112,6 +113,8 @@ def build_variables(lock: Json, target: str, inputs: Inputs) -> dict[str, str]:
             where=str(LOCK),
             todo=todo,
         )
+    for name in ("APT_MIRROR", "GITHUB_MIRROR"):  # which the bake file takes from the environment
+        mirror(name)
     base = pins["base"]
     variables = {
         base_variable(target): _checked_base(inputs.base_image) or f"{base['image']}@{base['digest']}",

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import SECRET
 from common.hardware import Hardware
 from common.paths import ROOT
 from common.paths import home as cache
@@ -165,7 +166,7 @@ def spec_of(errand: Errand, lent: Sequence[Path] = ()) -> Spec:
         mounts=mounts,
         scratch=tuple(path for path in scratch if path not in {mount.path for mount in mounts}),
         environment=environment,
-        secret=tuple(name for name in HANDED_OVER if outside.get(name)),
+        secret=tuple(name for name in (*HANDED_OVER, *tt_metal_variables(secret=True)) if outside.get(name)),
         labels=labels_of(errand, lent),
         devices=tuple((str(below_root(node)), node) for node in errand.nodes),
         cpus=cpus(),
@@ -189,9 +190,18 @@ def behind_root(errand: Errand) -> bool:
 
 
 def users_environment() -> dict[str, str]:
-    """What the caller has set of tt-metal's variables: it wins. A path in them is the same inside."""
-    values = {name: value for name, value in os.environ.items() if name.startswith("TT_") and name not in OF_THE_HOST}
+    """What the caller has set of tt-metal's variables: it wins. A path in them is the same inside.
+
+    It is printed; a secret by its name is handed over like HF_TOKEN, and is not in here.
+    """
+    values = {name: os.environ[name] for name in tt_metal_variables(secret=False)}
     return values | {name: str(Path(values[name]).absolute()) for name in (DESCRIPTOR,) if name in values}
+
+
+def tt_metal_variables(*, secret: bool) -> list[str]:
+    """The names of the caller's TT_* variables that are handed over: those that hold a secret, or the others."""
+    names = (name for name in os.environ if name.startswith("TT_") and name not in OF_THE_HOST)
+    return [name for name in names if bool(SECRET.search(name)) == secret]
 
 
 def board_environment(hw: Hardware, kernels: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from common.errors import MachineError
+from common.errors import MachineError, UsageError, without_secrets
 from tools.git import git
 
 SECONDS = 300  # for the tag's commit and two files, not for its tree
@@ -23,8 +23,23 @@ OPENMPI = re.compile(r"openmpi-ulfm_([\d.]+)-1_amd64\.deb")
 
 
 def github() -> str:
-    """Return the address of GitHub, or of the mirror that a build would take instead."""
-    return os.environ.get("GITHUB_MIRROR") or "https://github.com"
+    """Return the address of GitHub, or of the mirror that a build would take instead. Raises as `mirror`."""
+    return mirror("GITHUB_MIRROR") or "https://github.com"
+
+
+def mirror(name: str) -> str | None:
+    """Return the address that a variable names; None: it is not set. Raises UsageError for one with a login in it.
+
+    The lock says where a hash was read, and an image's history what its build was told: both are read by others.
+    """
+    address = os.environ.get(name)
+    if address and without_secrets(address) != address:
+        raise UsageError(
+            "the address of a mirror has a login in it, which the lock and the image's history would show to everybody",
+            where=name,
+            todo="name a mirror that asks for none",
+        )
+    return address
 
 
 def read_tag(tag: str, ca: Path | None = None) -> dict[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from common.errors import MachineError, RecipeError, Stopped, TrainingError, UsageError
+from common.errors import MachineError, RecipeError, Stopped, TrainingError, UsageError, without_secrets
 
 OUR_BUG = RecipeError.code
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -50,8 +50,8 @@ def exit_code_of(command: Callable[[], Any], debug: bool) -> int:
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # the second is torch's
             cure = "a smaller training_config.micro_batch_size"
             return _said(f"error: out of memory\n  to do: {cure}", TrainingError.code)
-        bug = f"bug: {type(error).__name__}: {error}\n  to do: run it with --debug first and report what it prints"
-        return _said(bug, OUR_BUG)
+        what = f"bug: {type(error).__name__}: {without_secrets(str(error))}"
+        return _said(f"{what}\n  to do: run it with --debug first and report what it prints", OUR_BUG)
 
 
 def _said(message: str, code: int) -> int:

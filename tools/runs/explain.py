@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import known_errors
-from common.errors import UsageError
+from common.errors import UsageError, without_secrets
 from common.known_errors import KnownError
 from common.model import bases
 from common.model.llama import EMBEDDING, HEAD
@@ -37,7 +37,7 @@ def print_explanation(target: Path, say: Callable[[str], None]) -> None:
     """Print what is known of a log file, or of the run in a folder. Raises UsageError where there is neither."""
     found = list(explain(target))
     for one in found:
-        say(f"{one.error.id} ({one.where})")
+        say(f"{one.error.id} ({without_secrets(one.where)})")
         say(f"  means: {one.error.means}")
         say(f"  to do: {one.error.answer}")
     if not found:

@@ -18,7 +18,7 @@ from typing import Any
 
 import uvicorn
 
-from common.errors import UsageError
+from common.errors import UsageError, without_secrets
 from common.signals import handled
 from tools.serve.app import make_app
 from tools.serve.batcher import Batcher
@@ -79,7 +79,7 @@ class Log:
 
     def _write(self, text: str) -> None:
         with self.lock, self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text + "\n")
+            file.write(without_secrets(text) + "\n")
 
 
 class Server(uvicorn.Server):
