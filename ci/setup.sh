@@ -140,7 +140,8 @@ if [ "$kind" = launcher ]; then
     echo "setup: 2/5 no torch: a board's host needs none"
 elif [ -z "$torch" ]; then
     echo "setup: 2/5 NO TORCH: $lock has no line for it (see its head). Training and the tests that need torch will"
-    echo "       not run on Python $version; use Python 3.11, or \`make lock\` where PyTorch's CPU index can be reached"
+    echo "       not run on Python $version. Python 3.11 trains: \`uv python install 3.11\`, on Ubuntu python3.11-venv of"
+    echo "       ppa:deadsnakes/ppa; or \`make lock\` where PyTorch's CPU index can be reached"
 else
     # Few tries and short waits: where the wheel comes from elsewhere (PIP_FIND_LINKS, a mirror), an index that
     # cannot be reached costs seconds.

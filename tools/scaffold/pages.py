@@ -50,7 +50,7 @@ README = """\
 ```
 make recipe NAME={name} STEPS=5    # a short try
 make recipe NAME={name}            # the board found here, else the CPU twin
-.venv/bin/recipe generate runs/<...> --prompt "..."
+.venv/bin/recipe generate runs/NAME --prompt "..."
 ```
 
 | | on a CPU | on a board |
