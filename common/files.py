@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)  # of a process of the same number that was killed
+        with temporary.open("x", encoding="utf-8") as file:  # new: through a link that somebody put there nothing goes
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -83,7 +85,9 @@ def try_lock(folder: Path, run: str = "") -> IO[str] | None:
 
     `run`, for a process that trains, is the name of its launch: its folder is found by it.
     """
-    lock = (folder / ".lock").open("a", encoding="utf-8")
+    with disk_errors("lock the run's folder", folder):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.fdopen(os.open(folder / ".lock", flags, 0o666), "a", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -111,13 +115,31 @@ def disk_errors(doing: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+            errno.EROFS,
+            errno.EACCES,
+            errno.ELOOP,
+        ):
             raise
-        raise MachineError(
-            f"could not {doing}: {os.strerror(error.errno)}",
-            where=str(error.filename or path),
-            todo="make room or permissions there and run the same command again; what was saved before is intact",
-        ) from error
+        what, where = f"could not {doing}: {os.strerror(error.errno)}", str(error.filename or path)
+        todo = "make room or permissions there and run the same command again; what was saved before is intact"
+        raise MachineError(what, where=where, todo=todo) from error
+
+
+def clear(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there; of a link the link alone."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that a record names in its folder. Raises MachineError for any other path."""
+    if name in ("", "..") or "\0" in name or Path(name).name != name:
+        raise MachineError(f"{name!r} is no name of a file in this folder", where=str(folder))
+    return folder / name
 
 
 def move_into_place(made: Path, folder: Path) -> None:

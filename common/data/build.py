@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from common.data.texts import Document, text_sha256
 from common.data.tokens import Arrays, Encoded, TokenDataset
 from common.data.vocabulary import Ids
 from common.errors import DataError
-from common.files import sha256_file
+from common.files import clear, sha256_file
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -130,7 +129,7 @@ def reopen(folder: Path) -> tuple[TokenDataset | None, str, str]:
     try:
         dataset = TokenDataset.open(folder)
     except DataError as error:
-        shutil.rmtree(folder)
+        clear(folder)
         return None, "rebuilt", f"the stored tokens did not verify: {error.what}"
     return dataset, "reused", "nothing changed"
 
@@ -243,11 +242,9 @@ def of_texts(data: Data, parts: Mapping[str, Sequence[Document]], folder: Path) 
     tokenizer = vocabulary.load(folder)
     ids = {name: vocabulary.encode(tokenizer, kind, part) for name, part in parts.items()}
     if len(ids["train"]) <= length:
-        raise DataError(
-            f"the corpus is shorter than one context: {len(ids['train'])} tokens to train on, {length + 1} are needed",
-            where=str(data.corpus),
-            todo="use a larger corpus, or a smaller data_config.max_length",
-        )
+        what = f"{len(ids['train'])} tokens to train on, {length + 1} are needed"
+        todo = "use a larger corpus, or a smaller data_config.max_length"
+        raise DataError(f"the corpus is shorter than one context: {what}", where=str(data.corpus), todo=todo)
     unknown, sizes = tokenizer.token_to_id(vocabulary.UNKNOWN), vocabulary.bytes_of_ids(tokenizer, kind)
     splits = {name: windows(part, length, unknown) for name, part in ids.items()}
     held_out = splits["held_out"]

@@ -37,17 +37,13 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
     found = tokenizer.get_vocab_size()
     if found > vocab_size:
         ids, other = ("a byte each", "char") if kind == "bpe" else ("characters, and one for unknown ones", "bpe")
-        raise DataError(
-            f"the corpus has {found} ids ({ids}), the vocabulary room for {vocab_size}",
-            where="model_config.architecture.vocab_size",
-            todo=f"choose a preset with a larger vocabulary, or data_config.tokenizer.type={other}",
-        )
+        what = f"the corpus has {found} ids ({ids}), the vocabulary room for {vocab_size}"
+        todo = f"choose a preset with a larger vocabulary, or data_config.tokenizer.type={other}"
+        raise DataError(what, where="model_config.architecture.vocab_size", todo=todo)
     if kind == "bpe" and found < vocab_size:
-        raise DataError(
-            f"the corpus cannot fill a BPE vocabulary of {vocab_size}: it gives {found} ids",
-            where="data_config.tokenizer.vocab_size",
-            todo=f"set data_config.tokenizer.vocab_size={found} or less, or tokenizer.type=char; or use more text",
-        )
+        what = f"the corpus cannot fill a BPE vocabulary of {vocab_size}: it gives {found} ids"
+        todo = f"set data_config.tokenizer.vocab_size={found} or less, or tokenizer.type=char; or use more text"
+        raise DataError(what, where="data_config.tokenizer.vocab_size", todo=todo)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.parent) as scratch:
         made = Path(scratch) / "made"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import DataError, MachineError, UsageError
-from common.files import read_json, read_pins, sha256_file
+from common.files import inside, read_json, read_pins, sha256_file
 from common.model import llama
 from common.paths import home as home
 
@@ -82,12 +82,9 @@ def find(base: str, recipe_dir: Path | None = None) -> dict[str, Any] | Path:
         if (folder / "config.json").is_file():
             return folder.absolute()
     model = base if base.count("/") == 1 and base[0] not in "./~" else "OWNER/NAME"
-    raise UsageError(
-        f"no base model called {base!r}",
-        where="model_config.base",
-        todo=f"pin a model of the Hub: recipe base add {model} --recipe {recipe_dir.name if recipe_dir else 'RECIPE'}; "
-        f"or name one of {', '.join(entries)}, or a folder that holds config.json and *.safetensors",
-    )
+    todo = f"pin a model of the Hub: recipe base add {model} --recipe {recipe_dir.name if recipe_dir else 'RECIPE'}; "
+    todo += f"or name one of {', '.join(entries)}, or a folder that holds config.json and *.safetensors"
+    raise UsageError(f"no base model called {base!r}", where="model_config.base", todo=todo)
 
 
 def resolve(base: str, *, recipe_dir: Path | None = None) -> Base:
@@ -155,10 +152,10 @@ def folder_of(name: str, entry: Mapping[str, Any]) -> Path:
 def verify(folder: Path, entry: Mapping[str, Any]) -> None:
     """Hold each file of a pinned base against its sha256. Raises MachineError for the first that is damaged."""
     expected: dict[str, str] = dict(read_json(folder / "base.json").get("sha256", {}))
-    # base.json is a file of this machine: where the repository pins a hash, that one counts.
-    expected.update({k: v for k, v in entry.get("files", {}).items() if v and k in expected})
+    # base.json is a file of this machine: where the repository pins a hash, that one counts, whatever base.json has.
+    expected |= {file: sha256 for file, sha256 in entry.get("files", {}).items() if sha256}
     for file, sha256 in expected.items():
-        path = folder / file
+        path = inside(folder, file)
         found = sha256_file(path) if path.is_file() else "no such file"
         if found != sha256:
             what = f"the base model is damaged: {file} should have sha256 {sha256[:12]}..., found {found[:12]}"

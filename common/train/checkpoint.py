@@ -20,7 +20,7 @@ import numpy as np
 
 from common.config import Config
 from common.errors import MachineError
-from common.files import disk_errors, read_json, sha256_file, sync, write_atomic, write_json
+from common.files import clear, disk_errors, inside, read_json, sha256_file, sync, write_atomic, write_json
 from common.model.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
@@ -58,7 +58,7 @@ def save(
     temporary = checkpoints / f".tmp-step-{step:08d}-{os.getpid()}"
     with disk_errors(f"save the checkpoint of step {step}", checkpoints):
         for left in checkpoints.glob(".*"):  # of a process that was killed while it saved; this one has the run's lock
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            clear(left)
         try:
             temporary.mkdir()
             write_tensors(temporary, tensors, config)
@@ -131,7 +131,7 @@ def verify(folder: Path) -> Checkpoint:
     if not {"step", "sha256", "training_digest", "tokens_sha256"} <= set(state):
         raise MachineError("state.json is no checkpoint's", where=str(folder))
     for name, sha256 in state["sha256"].items():
-        file = folder / name
+        file = inside(folder, name)
         if not file.is_file() or sha256_file(file) != sha256:
             raise MachineError(f"{name} is {'damaged' if file.is_file() else 'missing'}", where=str(folder))
     return Checkpoint(folder, state)
@@ -169,4 +169,4 @@ def delete(folder: Path) -> None:
     """Delete a folder. It is renamed first, so that a kill in between leaves no half of it under its name."""
     leaving = folder.with_name(f"{PRUNED}{folder.name}")
     folder.rename(leaving)
-    shutil.rmtree(leaving)
+    clear(leaving)

@@ -64,11 +64,8 @@ def saved_if_a_rank_dies(folder: Path, save: Callable[[], int]) -> Iterator[None
         yield
     except RankLost as lost:
         step = save()
-        raise RankLost(
-            lost.what,
-            where=f"{folder}, after step {step}{', which is saved' if step else ': nothing to save yet'}",
-            todo="the same command goes on from there",
-        ) from lost
+        where = f"{folder}, after step {step}{', which is saved' if step else ': nothing to save yet'}"
+        raise RankLost(lost.what, where=where, todo="the same command goes on from there") from lost
 
 
 @contextlib.contextmanager

@@ -117,11 +117,9 @@ def refuse_too_long(dataset: TokenDataset, architecture: dict[str, Any]) -> None
     """Raise DataError where rows have more tokens than the model has positions."""
     context = architecture["max_position_embeddings"]
     if dataset.length > context:
-        raise DataError(
-            f"the longest row needs {dataset.length} tokens, the model has positions for {context}",
-            where="data_config.max_length",
-            todo=f"shorten the row (recipe data stats), or set data_config.max_length={context // TILE * TILE}",
-        )
+        what = f"the longest row needs {dataset.length} tokens, the model has positions for {context}"
+        todo = f"shorten the row (recipe data stats), or set data_config.max_length={context // TILE * TILE}"
+        raise DataError(what, where="data_config.max_length", todo=todo)
 
 
 def check_prompts(
@@ -139,11 +137,10 @@ def check_prompts(
     for prompt in prompts:
         ids = tokenizer.prompt_ids(prompt, config.data.system_prompt)
         if len(ids) + answer > context:
-            raise DataError(
-                f"the evaluation prompt {prompt[:40]!r} has {len(ids)} tokens; with an answer of {answer} that is more "
-                f"than the model's {context} positions",
-                where="eval_config.prompts",
-                todo=f"shorten it, or set eval_config.max_new_tokens to at most {context - len(ids)}",
+            what = (
+                f"the evaluation prompt {prompt[:40]!r} has {len(ids)} tokens; with an answer of {answer} that is more"
             )
+            todo = f"shorten it, or set eval_config.max_new_tokens to at most {context - len(ids)}"
+            raise DataError(f"{what} than the model's {context} positions", where="eval_config.prompts", todo=todo)
         if set(ids) & set(tokenizer.never_ids):
             warn(f"the evaluation prompt {prompt[:40]!r} has characters that no training text has")

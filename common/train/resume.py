@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,15 +71,19 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
 
 
 def unfinished(plan: Plan, say: Callable[[str], None]) -> Iterator[tuple[Path, Manifest]]:
-    """Yield run folders of this training whose manifest is not `done`, newest first."""
+    """Yield run folders of this training whose manifest is not `done`, newest first; of this user, or of `out`'s."""
     for path in sorted(plan.launch.out.glob("*/manifest.json"), reverse=True):  # names begin with the time of the start
         try:
             manifest = Manifest.load(path.parent)
         except MachineError as error:
             say(f"{path.parent.name} is not looked at: {error.what}")
             continue
-        if manifest.exit_reason != "done" and manifest.training_digest == plan.training_digest:
-            yield path.parent, manifest
+        if manifest.exit_reason == "done" or manifest.training_digest != plan.training_digest:
+            continue
+        if path.parent.is_symlink() or path.parent.stat().st_uid not in (os.getuid(), plan.launch.out.stat().st_uid):
+            say(f"{path.parent.name} is a link or another user's: --resume {path.parent} would start from it")
+            continue
+        yield path.parent, manifest
 
 
 def branch(plan: Plan, path: Path, say: Callable[[str], None]) -> Start:

@@ -272,16 +272,21 @@ def test_a_dry_run_names_the_image_where_it_is_built_and_a_lack_of_an_engine(mon
 def owned(monkeypatch) -> dict[str, int]:
     """Owners of files as a root caller's kernel would keep them; chown is only written down."""
     owners: dict[str, int] = {}
-    real = os.lstat
+    real = os.stat
 
-    def look(path: Any, **_: Any) -> Any:
-        values = list(real(path))
-        values[4] = owners.get(str(path), 0)
+    def called(path: Any, folder: int | None) -> str:
+        return str(path) if folder is None else os.path.normpath(f"{Path(f'/proc/self/fd/{folder}').readlink()}/{path}")
+
+    def look(path: Any, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> Any:
+        values = list(real(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks))
+        values[4] = owners.get(called(path, dir_fd), 0)
         return os.stat_result(values)
 
-    monkeypatch.setattr(Path, "lstat", look)
-    monkeypatch.setattr(Path, "stat", look)
-    monkeypatch.setattr(os, "chown", lambda path, uid, gid, **_: owners.__setitem__(str(path), uid))
+    def give(path: Any, uid: int, gid: int, *, dir_fd: int | None = None, follow_symlinks: bool = True) -> None:
+        owners[called(path, dir_fd)] = uid
+
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.setattr(os, "chown", give)
     return owners
 
 
@@ -292,10 +297,12 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
         ("done", "done", "r"),
         ("else", "running", "e"),
         ("theirs", "running", "r"),
+        ("../elsewhere", "running", "r"),
     ):
         (out / name / "checkpoints").mkdir(parents=True)
         (out / name / "manifest.json").write_text(json.dumps({"recipe": recipe, "exit_reason": reason}))
     owned[str(out / "theirs")] = 4711
+    (out / "a link").symlink_to(place / "elsewhere")
 
     def of(user: int) -> set[str]:
         return {str(Path(path).relative_to(out)) for path, uid in owned.items() if uid == user and str(out) in path}
@@ -315,6 +322,27 @@ def test_what_is_lent_is_given_back_and_nothing_else_is_touched(place, owned):
     with pytest.raises(ownership.EngineLost), ownership.lent(ownership.candidates(out, "new", "r")):
         raise ownership.EngineLost("and its container may write on")
     assert "open/manifest.json" in of(1000), "until the container is cleared away"
+    assert not [path for path in owned if "elsewhere" in path], "a link leads out of the folder of runs"
+
+
+def test_a_folder_that_becomes_a_link_while_it_is_handed_over_leads_nowhere(place, owned, monkeypatch):
+    """Its new owner may put a link to anywhere in the place of a folder: what is handed over was opened before."""
+    run, victim = place / "runs/x", place / "victim"
+    for folder in (run / "checkpoints", victim):
+        folder.mkdir(parents=True)
+        (folder / "passwd").touch()
+    write_down = os.chown
+
+    def give(path: Any, uid: int, gid: int, **how: Any) -> None:
+        write_down(path, uid, gid, **how)
+        if (run / "checkpoints").exists() and not (run / "checkpoints").is_symlink():
+            (run / "checkpoints").rename(run / "moved")
+            (run / "checkpoints").symlink_to(victim)
+
+    monkeypatch.setattr(os, "chown", give)
+    ownership.give(run, 0, 1000)
+    assert not [path for path in owned if str(victim) in path]
+    assert owned[str(run)] == 1000
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else for a moment")

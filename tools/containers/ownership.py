@@ -26,7 +26,8 @@ class EngineLost(MachineError):
 def candidates(out: Path, new: str, recipe: str) -> list[Path]:
     """Folders that a run of `recipe` may write to: its own new one, and unfinished ones that it may go on with."""
     mine = (run for run in runs_in(out) if run.fact("recipe") == recipe and run.fact("exit_reason") != "done")
-    return [out / new, *(run.folder for run in mine)]
+    here = out.resolve()  # a link in it may lead anywhere, and what is lent is then somebody else's to change
+    return [out / new, *(run.folder for run in mine if run.folder.parent == here)]
 
 
 @contextlib.contextmanager
@@ -73,15 +74,18 @@ def give(folder: Path, before: int, after: int) -> None:
     """Hand what `before` owns in `folder`, the folder too, to `after`; links are handed over, never followed."""
     if not folder.is_dir():
         return
-    for place, names, files in os.walk(folder):
-        for path in (Path(place), *(Path(place, name) for name in (*names, *files))):
-            if path.lstat().st_uid == before:
-                _chown(path, after)
+    # Each by its name in a folder that is open, and a folder after all in it: who already owns a part could put a link
+    # in the place of a folder in the meantime.
+    for place, names, files, opened in os.fwalk(folder, topdown=False):
+        for name in (*names, *files, *(["."] if Path(place) == folder else [])):
+            if os.stat(name, dir_fd=opened, follow_symlinks=False).st_uid == before:
+                _chown(Path(place, name), after, name, opened)
 
 
-def _chown(path: Path, user: int) -> None:
+def _chown(path: Path, user: int, name: str, folder: int) -> None:
+    """Give the file `name` of the opened `folder`, which messages call `path`, to a user."""
     try:
-        os.chown(path, user, user, follow_symlinks=False)
+        os.chown(name, user, user, dir_fd=folder, follow_symlinks=False)
     except PermissionError as error:
         raise MachineError(
             "not even root may hand this over, so a container that is not root could not write to it",

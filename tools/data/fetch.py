@@ -26,7 +26,7 @@ from typing import Any
 from common.config import Config
 from common.data import texts
 from common.errors import MachineError
-from common.files import move_into_place, read_json, sha256_file, try_lock, write_json
+from common.files import inside, move_into_place, read_json, sha256_file, try_lock, write_json
 from common.model import bases
 from common.model.bases import Base
 from tools.bases.hub import refusals
@@ -199,7 +199,7 @@ def _fetch_hub(name: str, entry: Mapping[str, Any], made: Path, say: Say) -> Non
     with refusals(entry["repo"], entry["revision"]):
         snapshot = snapshot_download(entry["repo"], revision=entry["revision"], allow_patterns=list(entry["files"]))
     for file, sha256 in entry["files"].items():
-        source = Path(snapshot) / file
+        source = inside(Path(snapshot), file)
         if not source.is_file():  # an interrupted download leaves such a cache
             raise MachineError(
                 f"the Hub cache of {entry['repo']} has no {file}",

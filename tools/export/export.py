@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError, VerificationError
-from common.files import disk_errors, sha256_file, sync, try_lock, write_json
+from common.files import clear, disk_errors, sha256_file, sync, try_lock, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
 from tools.export.check import ExportCheck, check
@@ -93,7 +93,7 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
         record_in(manifest, run.folder, existing)
         return folder
     for left in run.folder.glob(".tmp-export-*"):  # of an export that was killed; this process holds the run's lock
-        shutil.rmtree(left)
+        clear(left)
     temporary = run.folder / f".tmp-export-{os.getpid()}"
     with disk_errors("write the export", run.folder):
         try:

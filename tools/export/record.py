@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError, UsageError, VerificationError
-from common.files import sha256_file
+from common.files import inside, sha256_file
 
 FORMAT = 1
 # Of what the files of an export say. 2 are read alike by transformers 4 and 5, and a model from random weights names an
@@ -31,7 +31,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def damaged(folder: Path, record: dict[str, Any]) -> str:
     """Return which file is not as export.json has it; empty when all are."""
     for name, sha256 in record["sha256"].items():
-        path = folder / name
+        path = inside(folder, name)
         if not path.is_file() or sha256_file(path) != sha256:
             return f"{name} is {'damaged' if path.is_file() else 'missing'}"
     return ""

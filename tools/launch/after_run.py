@@ -78,8 +78,9 @@ def say_next(folder: Path) -> None:
 def locked_by(run: str, out: Path) -> Path | None:
     """Return the folder in `out` that the launch of `run` trained in, new or resumed; None if it came to none."""
     for path in out.glob("*/.lock"):
-        if path.read_text(encoding="utf-8").split()[1:] == [run]:
-            return path.parent
+        with contextlib.suppress(OSError, ValueError):  # another user's, who keeps it shut
+            if path.read_text(encoding="utf-8").split()[1:] == [run]:
+                return path.parent
     return None
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError
-from common.files import disk_errors, read_json, sync, try_lock, write_json
+from common.files import clear, disk_errors, read_json, sync, try_lock, write_json
 from tools.serve.board.preflight import GB
 
 FOLDER = "serve"  # in the run's folder
@@ -80,7 +80,7 @@ def stage(merged: Path, folder: Path, say: Callable[[str], None]) -> None:
     """
     with disk_errors("stage the export", folder), alone_in(folder.parent):
         for left in folder.parent.glob(f"{LEFT}*"):  # of a staging that was killed: this process has the lock
-            shutil.rmtree(left)
+            clear(left)
         settings = without_cap(merged)
         if folder.exists():
             check_staged(merged, folder, settings)
