@@ -83,6 +83,20 @@ def test_asked_again_the_card_has_one_table_and_the_rows_of_both_times(run, here
     assert (run / "export/merged/README.md").read_text().count(reading.HEADING) == 1
 
 
+def test_a_run_in_bf16_is_read_as_its_merged_model_is_and_its_adapter_over_a_base_that_nobody_rounded(
+    tiny_base, here, tmp_path
+):
+    recipe_folder = make_tiny_recipe(tmp_path / "tiny", tiny_base)
+    folder = run_tiny(recipe_folder, tmp_path / "runs", "training_config.precision=bf16")
+    code, said = recipe("export", folder, "--readers", *OURS)
+
+    assert code == 0, said
+    assert {name: (row["verdict"], row["cells"]["snippet"]) for name, row in rows(folder).items()} == dict.fromkeys(
+        OURS, ("agrees", "as it says")
+    ), said
+    assert max(float(row["cells"]["logits"]) for row in rows(folder).values()) < 1e-4
+
+
 def test_a_model_that_a_reader_reads_otherwise_is_a_failure(run, here):
     """The rotary base where transformers before version 5 do not look, as seen by this one: another base."""
     path = run / "export" / "merged" / "config.json"

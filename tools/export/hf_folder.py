@@ -45,11 +45,11 @@ def merged_shapes(run: TrainedRun) -> Shapes:
     return {name: shape for name, shape in run.base.weights().shapes.items() if not (tied and name == HEAD)}
 
 
-def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str, Array]]:
+def merged_tensors(run: TrainedRun, names: Iterable[str], held: str) -> Iterator[tuple[str, Array]]:
     """Yield (name, fp32 array) of the trained model with its adapter merged in: W + alpha / rank x B A.
 
-    W is the base as the run held it, so rounded to bf16 where the run stored bf16. Raises MachineError when an
-    adapter's layer is not in the base.
+    W is the base as a run of the precision `held` holds it, so rounded to bf16 where that stores bf16. Raises
+    MachineError when an adapter's layer is not in the base.
     """
     if run.config.model.lora is None:
         trained = Weights([run.checkpoint.folder / "model.safetensors"])
@@ -58,7 +58,7 @@ def merged_tensors(run: TrainedRun, names: Iterable[str]) -> Iterator[tuple[str,
         return
     base, adapters = run.base.weights(), adapters_of(run)
     for name in names:
-        weight = stored(base[name], run.config.training.precision).astype(np.float32)
+        weight = stored(base[name], held).astype(np.float32)
         if update := adapters.pop(name.removesuffix(".weight"), None):
             # In fp32, and rounded to the export's dtype once, when it is written.
             weight = weight + low_rank_update(*update, scale=run.config.model.lora.alpha / run.config.model.lora.rank)
@@ -113,7 +113,8 @@ def write_merged(folder: Path, run: TrainedRun, dtype: str) -> None:
     """Write a plain LlamaForCausalLM with its tokenizer, as transformers load it."""
     folder.mkdir()
     shapes = merged_shapes(run)
-    write_safetensors(folder / "model.safetensors", shapes, merged_tensors(run, shapes), dtype)
+    tensors = merged_tensors(run, shapes, run.config.training.precision)
+    write_safetensors(folder / "model.safetensors", shapes, tensors, dtype)
     architecture = run.base.architecture
     write_tokenizer(run.base.folder, folder, architecture["max_position_embeddings"])
     end = declare_end(folder, run.tokenizer, architecture["vocab_size"]) if run.base.initial else None

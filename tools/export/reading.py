@@ -13,6 +13,7 @@ from common.files import sha256_file, write_atomic, write_json
 from common.train.manifest import Manifest
 from tools.export.export import alone_with, export
 from tools.export.gguf.file import write_gguf
+from tools.export.hf_folder import export_dtype, merged_shapes, merged_tensors
 from tools.export.model_card import named_base
 from tools.export.readers.ask import ask
 from tools.export.readers.compare import COLUMNS, Row, compare
@@ -20,6 +21,7 @@ from tools.export.readers.environment import Say
 from tools.export.readers.questions import Expected, code_of, expected_of
 from tools.export.readers.table import Reader, chosen
 from tools.export.record import read_record
+from tools.git import head
 from tools.runs import trained
 from tools.runs.trained import TrainedRun
 
@@ -39,14 +41,19 @@ def export_readers(run_folder: Path, names: Sequence[str], say: Say) -> None:
         folder = export(run, Manifest.load(run_folder), say)
         record = read_record(folder)
         assert record is not None, "it was exported, or raised"
-        expected = expected_of(run, folder / "merged")
+        expected = {"merged": expected_of(run, folder / "merged")}
+        if any(reader.opens == "adapter" for reader in readers) and (folder / "adapter").is_dir():
+            expected["adapter"] = (
+                expected_of(run, folder / "merged", added(run)) if rounded(run) else expected["merged"]
+            )
         rows = record.setdefault("readers", {})
+        when = {"date": datetime.date.today().isoformat(), "commit": commit_here()}
         for reader in readers:
             if reader.opens == "adapter" and not (folder / "adapter").is_dir():
                 continue
-            row = row_of(reader, run, folder, expected, say)
+            row = row_of(reader, run, folder, expected.get(reader.opens, expected["merged"]), say)
             say(row.line())
-            rows[reader.name] = {**vars(row), "date": datetime.date.today().isoformat()}
+            rows[reader.name] = {**vars(row), **when}
             keep(folder, record)  # now: the next one may take half an hour
     say("")
     for line in table(rows.values()):
@@ -56,6 +63,22 @@ def export_readers(run_folder: Path, names: Sequence[str], say: Say) -> None:
         what = f"read otherwise than here by {', '.join(wrong)}: {rows[wrong[0]]['reason']}"
         todo = "do not hand it to their users; report it with export.json"
         raise VerificationError(what, where=str(folder), todo=todo)
+
+
+def commit_here() -> str | None:
+    """Return the commit that asks, None where git cannot say or the tree has changes."""
+    commit, dirty = head()
+    return None if dirty else commit
+
+
+def rounded(run: TrainedRun) -> bool:
+    """Return whether the merged model was rounded to bf16, before the adapter was added or after."""
+    return "bf16" in (export_dtype(run), run.config.training.precision)
+
+
+def added(run: TrainedRun) -> dict[str, Any]:
+    """Return the adapter added to its base in fp32 as it lies on the disk: what other software that loads both has."""
+    return dict(merged_tensors(run, merged_shapes(run), held="fp32"))
 
 
 def row_of(reader: Reader, run: TrainedRun, folder: Path, expected: Expected, say: Say) -> Row:

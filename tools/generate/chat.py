@@ -200,8 +200,13 @@ def run_speakers(target: Path, base: bool, changes: Mapping[str, Any], say: Say)
 
 
 @contextlib.contextmanager
-def folder_speaker(folder: Path, changes: Mapping[str, Any], weights: Weights | None = None) -> Iterator[Speaker]:
-    """Yield the Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise; `weights` are its own."""
+def folder_speaker(
+    folder: Path, changes: Mapping[str, Any], weights: Mapping[str, Any] | None = None
+) -> Iterator[Speaker]:
+    """Yield the Llama in a Hugging Face folder, in fp32 and greedy unless told otherwise.
+
+    `weights` are its tensors by name (arrays of the shapes that its config.json asks for); those of its files if None.
+    """
     architecture = architecture_of(folder)
     config = folder_config(folder).with_values(**changes)
     cpu = hardware.get("cpu")

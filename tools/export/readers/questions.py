@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,13 @@ class Expected:
     whole: bool  # whether `printed` is all of it
 
 
-def expected_of(run: TrainedRun, merged: Path) -> Expected:
-    """Return what there is to ask of a run's export, with our engine's answers, in fp32."""
+def expected_of(run: TrainedRun, merged: Path, weights: Mapping[str, Any] | None = None) -> Expected:
+    """Return what there is to ask of a run's export, with our engine's answers, in fp32: those of export/merged, or of
+    `weights` in its place.
+    """
     context = json.loads((merged / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     prompt = prompt_of(run)
-    with folder_speaker(merged, {"eval.temperature": 0.0, "eval.repetition_penalty": 1.0}) as speaker:
+    with folder_speaker(merged, {"eval.temperature": 0.0, "eval.repetition_penalty": 1.0}, weights) as speaker:
         tokenizer = speaker.tokenizer
         ids = tokenizer.prompt_ids(prompt, run.config.data.system_prompt)
         limit = min(TOKENS, context - len(ids))
