@@ -92,7 +92,7 @@ lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML a
 	ci/tools.sh hadolint docker/Dockerfile
 	ci/tools.sh ci/lint-workflows.sh
 
-docs: setup ## write the tables of the READMEs and docs/ from results.yaml and the code; RUN=runs/...: first what README.md shows of a run
+docs: setup ## write the tables of the READMEs and docs/ from results.yaml and the code; RUN=runs/..., EXPORTS="runs/...": first what README.md and docs/exports.md show of runs
 	.venv/bin/python -m ci.docs
 
 bench: setup ## training and serving beside their peers (minutes; the peers get environments of their own); PHASES=1: where a run's time goes

@@ -2,7 +2,8 @@
 configs, and that of docs/data.md from the dialects that tools/data knows.
 
 Only what stands between a pair of markers is written. tests/ci/test_docs.py fails when one is stale. With RUN=runs/...
-it first puts that run into the README: ci/shown.py.
+it first puts that run into the README (ci/shown.py), with EXPORTS="runs/..." what other software made of these runs'
+exports into docs/exports.md (ci/opened.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ci import shown
+from ci import opened, shown
 from ci.command import run
 from common import config, hardware
 from common.errors import UsageError
@@ -194,10 +195,15 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def main() -> None:
-    """Write every page, and say which has changed; RUN names the run that the README shows from now on."""
+    """Write every page, and say which has changed; RUN names the run that the README shows from now on, EXPORTS
+    those whose exports docs/exports.md is about.
+    """
     if run_folder := os.environ.get("RUN"):
         for path in shown.show(Path(run_folder), ROOT):
             print(f"{path.relative_to(ROOT)}: shows {run_folder}")
+    if exports := os.environ.get("EXPORTS", "").split():
+        page = opened.show([Path(folder) for folder in exports], ROOT)
+        print(f"{page.relative_to(ROOT)}: shows {' '.join(exports)}")
     for path, text in pages(ROOT).items():
         stale = path.read_text(encoding="utf-8") != text
         path.write_text(text, encoding="utf-8")

@@ -32,15 +32,19 @@ def show(folder: Path, root: Path) -> list[Path]:
         what = "the README shows a run that is done, from a clean tree, of a recipe as it stands (no SET, no STEPS)"
         raise UsageError(what, where=str(folder), todo="commit, run the recipe, and give that run")
     page, picture = root / PAGE, root / PICTURE
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UsageError("the page needs both markers", where=str(page), todo=f"{BEGIN} ... {END}")
-    text = f"{before}{BEGIN}\n\n{block(run)}\n\n{END}{after}"
-    drawn = pages.picture(run)
+    text, drawn = block(run), pages.picture(run)
+    put(page, BEGIN, END, text)
     write_atomic(picture, drawn)
-    write_atomic(page, text)
     return [picture, page]
+
+
+def put(page: Path, begin: str, end: str, body: str) -> None:
+    """Write `body` between the two markers of a page. Raises UsageError where it has them not."""
+    before, opened, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise UsageError("the page needs both markers", where=str(page), todo=f"{begin} ... {end}")
+    write_atomic(page, f"{before}{begin}\n\n{body}\n\n{end}{after}")
 
 
 def block(run: RunFolder) -> str:
