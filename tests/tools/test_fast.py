@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer
@@ -49,6 +51,7 @@ ATOMS = [
         "_",
         " -",
         "<",
+        "[INST]",
         "</s>",
         "<|user|>",
     ),
@@ -231,6 +234,96 @@ def test_rows_get_the_tokens_and_masks_of_the_plain_tokenizer(tiny_base):
         pairs = zip(plain.encode_rows(rows, *options), FastTokenizer(plain).encode_rows(rows, *options), strict=True)
         for one, other in pairs:
             assert told(one) == told(other)
+
+
+def chats(count: int) -> list[Row]:
+    """Rows of one to six turns, some with a system message, answers of weight 0, or texts that no layout takes."""
+    draw, found = random.Random(2), iter(texts(count * 8))
+    rows = []
+    for at in range(count):
+        roles = ["system"][: draw.randrange(2)] + ["user", "assistant"] * draw.randint(1, 3)
+        # Every seventh row as drawn; of the others, marks of the template and white space at an edge are taken off.
+        said = [next(found) if at % 7 == 0 else f"{re.sub('</s>|<.user.>', ' ', next(found)).strip()}." for _ in roles]
+        turns = [Message(role, text) for role, text in zip(roles, said, strict=True)]
+        weighed = [replace(turn, trained=turn.role != "assistant" or draw.random() < 0.8) for turn in turns]
+        rows.append(Row(weighed, {}, f"rows:{at}"))
+    return rows
+
+
+BEFORE = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+OPENS = "{% if add_generation_prompt %}<s>{% endif %}"
+LAID_OUT = {  # a template: whether it has a layout, None where it has one for some conversations
+    "bare": (BEFORE + "{{ m['content'] + eos_token }}{% endfor %}" + ANSWER, True),
+    "line": (
+        BEFORE + "{{ '\n' + m['content'] + eos_token + '\n' }}{% endfor %}" + ANSWER.replace("|>'", "|>\n'"),
+        True,
+    ),
+    "word": (
+        BEFORE + "{{ '>>' + m['content'] + eos_token + '\nx' }}{% endfor %}" + ANSWER.replace("|>'", "|>>>'"),
+        True,
+    ),
+    "end of all": (BEFORE + "{{ m['content'] }}{% endfor %}" + ANSWER + "{{ eos_token }}", False),
+    "no end": (BEFORE + "{{ m['content'] }}{% endfor %}" + ANSWER, False),
+    "other end": (BEFORE + "{{ m['content'] + '<unk>' }}{% endfor %}" + ANSWER, True),
+    "behind": (BEFORE + "{{ m['content'] + '!' + eos_token }}{% endfor %}" + ANSWER, False),
+    "words before": (
+        BEFORE + "{{ ' says: ' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|> says: '"),
+        True,
+    ),
+    "begins a token": (
+        BEFORE + "{{ '<' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|><'"),
+        False,
+    ),
+    "opens less": (BEFORE + "{{ '\n' + m['content'] + eos_token }}{% endfor %}" + ANSWER, False),
+    "opens more": (BEFORE + "{{ m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|>\n'"), False),
+    "last alone": (BEFORE + "{{ m['content'] + eos_token }}{% if loop.last %}!{% endif %}{% endfor %}" + ANSWER, False),
+    "twice": (BEFORE + "{{ m['content'] + eos_token + m['content'] }}{% endfor %}" + ANSWER, False),
+    "backwards": ("{% for m in messages[::-1] %}{{ '<s>' + m['content'] + eos_token }}{% endfor %}" + OPENS, False),
+    "long talks": (
+        "{% if messages | length > 2 %}<unk>{% endif %}"
+        + BEFORE
+        + "{{ m['content'] + eos_token }}{% endfor %}"
+        + ANSWER,
+        None,
+    ),
+    "last ends": (
+        BEFORE
+        + "{{ m['content'] }}{% if loop.last and m.role != 'user' %}{{ eos_token }}{% endif %}{% endfor %}"
+        + ANSWER,
+        False,
+    ),
+    "mark": (
+        BEFORE + "{{ '[INST]' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|>[INST]'"),
+        True,
+    ),
+    "trimmed": (BEFORE + "{{ m['content'].strip() + eos_token }}{% endfor %}" + ANSWER, True),
+    "letter": (BEFORE + "{{ 's' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|>s'"), True),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_rows_put_together_of_words_get_the_tokens_and_masks_of_the_plain_tokenizer(name, tmp_path):
+    template, has_layout = LAID_OUT[name]
+    plain = chat(template, tmp_path)
+    agree(plain, has_layout)
+
+
+def test_a_word_that_ends_an_answer_is_looked_for(tmp_path):
+    plain = chat(LAID_OUT["bare"][0], tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *plain.encode_text("word")[-1:]]}))
+    agree(ChatTokenizer.load(tmp_path), False)
+
+
+def agree(plain: ChatTokenizer, has_layout: bool | None) -> None:
+    fast, rows = FastTokenizer(plain), chats(100)
+    for options in ((None, None, False), ("Be brief.", 200, False), (None, None, True)):
+        wanted = [told(one) for one in plain.encode_rows(rows, *options)]
+        assert [told(one) for one in fast.encode_rows(rows, *options)] == wanted
+    # Of those with several turns, as the last one may be written in another way; and with an answer that is trained on.
+    several = [at for roles, at in fast._layouts.items() if len(roles.split()) > 3 and "assistant" in roles.split()]
+    assert several
+    assert has_layout is None or all(map(bool, several)) == any(map(bool, several)) == has_layout
+    assert sum(map(bool, fast._laid_out(rows, None, None))) > (10 if has_layout else -1), "rows are put together"
 
 
 def told(found):

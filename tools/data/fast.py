@@ -1,7 +1,8 @@
 """A chat tokenizer for many rows, with the tokens of ChatTokenizer.
 
 Most templates write a message's words as they are, and most tokenizers first cut a text at its spaces. Where their own
-rules say so, a row needs no template engine, and no word is tokenized twice.
+rules say so, a row needs no template engine, and no word is tokenized twice; where the template also writes special
+tokens around the words, a row's text is never made: its tokens are put together of those of the words and of the form.
 
 An edit of this file makes no token set anew, as one of SHAPERS (common/data/build.py) does, because the tokens are the
 same. Whoever mends a token that was another one raises FORMAT in common/data/tokens.py, so that none stays stored.
@@ -11,14 +12,20 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any
 
-from common.data.chat import ChatTokenizer, Cut, compile_template
-from common.data.rows import Message
+import numpy as np
+
+from common.data.chat import AT_ONCE, ChatTokenizer, Cut, compile_template
+from common.data.rows import Message, Row
+from common.data.tokens import Encoded
+from common.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,8 +36,9 @@ if TYPE_CHECKING:
 # is white space beyond it differs between libraries and Unicode's versions. The look ahead stands first because Python
 # then searches for the space itself, twice as fast.
 BETWEEN_WORDS = re.compile(r"(?= [!-~])(?<=[!-~])")
+SPACE = re.compile(r" (?=[!-~])(?<=[!-~] )")  # the same places, and the space itself
 NEVER = re.compile(r"(?!)")  # whole texts, for any other tokenizer
-KEPT = 100_000  # words: some 30 MB
+KEPT = 50_000  # words: some 15 MB
 
 
 class FastTokenizer(ChatTokenizer):
@@ -40,6 +48,7 @@ class FastTokenizer(ChatTokenizer):
         self._words = Words(plain.library)
         self._looking = compile_template(plain.template, finalize=text_of) if plain.template else None
         self._forms: dict[tuple[bool | str, ...], str] = {}
+        self._layouts: dict[str, Layout | None] = {}
         super().__init__(plain.library, plain.template, plain.tokens, plain.eos_ids, plain.sha256)
 
     def render(
@@ -68,6 +77,87 @@ class FastTokenizer(ChatTokenizer):
             return ""
         return re.sub("\ue000(\\d+)\ue001", r"{\1}", text.replace("{", "{{").replace("}", "}}"))
 
+    def encode_rows(
+        self, rows: Iterable[Row], system: str | None = None, max_tokens: int | None = None, supervise_all: bool = False
+    ) -> Iterator[Encoded | DataError]:
+        """Yield what ChatTokenizer's encode_rows does: by the layout of a row's roles, if it has one and all fits."""
+        waiting = iter(rows)
+        while part := list(islice(waiting, AT_ONCE)):
+            found = [None] * len(part) if supervise_all else self._laid_out(part, system, max_tokens)
+            others = [row for row, one in zip(part, found, strict=True) if one is None]
+            rest = super().encode_rows(others, system, max_tokens, supervise_all)
+            yield from (next(rest) if one is None else one for one in found)
+
+    def _laid_out(self, rows: Sequence[Row], system: str | None, max_tokens: int | None) -> list[Encoded | None]:
+        """Return the tokens of rows, None for those that ChatTokenizer has to look at itself."""
+        found: list[Encoded | None] = []
+        taken = [self._taken(row, system) for row in rows]
+        ids_of = self._words.split({word for _, texts in filter(None, taken) for words in texts for word in words})
+        for one in taken:
+            ids, mask = one[0].joined(one[1], ids_of) if one else (b"", b"")
+            fits = ids and (max_tokens is None or len(mask) <= max_tokens)
+            found.append(Encoded(np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8)) if fits else None)
+        return found
+
+    def _taken(self, row: Row, system: str | None) -> tuple[Layout, list[list[str]]] | None:
+        """Return a row's layout and the words of each message; None where there is no layout, or it is not enough."""
+        roles, texts = row.roles, [str(text, "utf-8") for text in row.words.split(b"\xff")]
+        if system and not roles.startswith("system"):
+            roles, texts = f"system {roles}", [system, *texts]
+        if roles not in self._layouts:
+            self._layouts[roles] = self._layout(roles.split(" "))
+        layout = self._layouts[roles]
+        if layout is None or row.fields or row.tools:
+            return None
+        whole = "\0".join(texts)  # more may be found in it than in the texts, never less
+        if self._markers.search(whole) or self._words.added.search(whole):
+            return None
+        words = []
+        for text, lead in zip(texts, layout.leads, strict=True):
+            if not text or text != text.strip():
+                return None
+            words.append(SPACE.split(text))
+            words[-1][0] = lead + words[-1][0]
+        return layout, words
+
+    def _layout(self, roles: list[str]) -> Layout | None:
+        """Return the layout of conversations with these roles ("assistant-" is not trained on); None if it has none.
+
+        It has one where the template has a form and writes a special token, perhaps with other text behind it, before
+        each text; where what opens an answer is what it writes before one; and where a special token ends each answer.
+        """
+        added, names = self._words.added, [role.rstrip("-") for role in roles]
+        ends = {token for token, text in self.library.get_added_tokens_decoder().items() if added.search(text.content)}
+        parts = pieces_of(self._form((False, *names)))
+        if len(parts) != len(roles) + 1 or "assistant" not in roles or not {*self.eos_ids} <= ends:
+            return None
+        leads, fixed, tails = [], [], []
+        for at, part in enumerate(parts):
+            tail = "" if at == len(parts) - 1 else added.split(part)[-1]
+            # Between two texts a special token stands first, so that no word goes on behind a text.
+            if (at and not added.match(part)) or self._words.begins & {*tail}:
+                return None
+            leads.append(f" {tail}")
+            fixed.append(array("I", self.encode_text(part[: len(part) - len(tail)])))
+            tails.append(array("I", self.encode_text(tail)).tobytes())
+        answers: list[int] = []
+        for at, role in enumerate(roles):
+            if role != "assistant":
+                answers.append(0)
+                continue
+            opened = pieces_of(self._form((True, *names[:at])))
+            *before, last = pieces_of(self._form((False, *names[: at + 1]))) or [""]
+            inside = [*map(self.eos_ids.__contains__, self.encode_text(last))]
+            if (
+                opened != parts[: at + 1]
+                or before != opened
+                or not parts[at + 1].startswith(last)
+                or True not in inside
+            ):
+                return None
+            answers.append(inside.index(True) + 1)
+        return Layout([ids.tobytes() for ids in fixed], leads[:-1], tails, answers)
+
     def encode_texts(self, texts: Sequence[Cut]) -> Iterator[tuple[array[int], list[int | None]]]:
         """Yield what ChatTokenizer's encode_texts does."""
         return self._words.encode(texts)
@@ -75,6 +165,47 @@ class FastTokenizer(ChatTokenizer):
     def tokens_before(self, text: str, at: int) -> int:
         """Return what ChatTokenizer's tokens_before does."""
         return self._words.tokens_before(text, at)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens that a template writes around each text of a conversation, as bytes, four an id.
+
+    `fixed` are those before each text and behind the last, but for what no special token parts from the text: of that
+    `leads` has the words, and `tails` the tokens that it has alone. `answers` says for each text how many of the tokens
+    behind it are trained on with it, 0 for one that is not.
+    """
+
+    fixed: Sequence[bytes]
+    leads: Sequence[str]
+    tails: Sequence[bytes]
+    answers: Sequence[int]
+
+    def joined(self, texts: Sequence[Sequence[str]], ids_of: Mapping[str, bytes]) -> tuple[bytes, bytes]:
+        """Return a row's ids and mask, of the words of its texts; none where an answer begins inside of a token."""
+        ids, mask = self.fixed[0], b""
+        for words, fixed, tail, trained in zip(texts, self.fixed[1:], self.tails, self.answers, strict=False):
+            said = b"".join(map(ids_of.__getitem__, words))
+            if trained:
+                if not said.startswith(tail):
+                    return b"", b""
+                mask = mask.ljust((len(ids) + len(tail)) // 4, b"\0").ljust(
+                    (len(ids) + len(said)) // 4 + trained, b"\1"
+                )
+            ids += said + fixed
+        return ids, mask.ljust(len(ids) // 4, b"\0")
+
+
+def pieces_of(form: str) -> list[str]:
+    """Return what a form has around its texts, if it holds each of them once and in their order, else []."""
+    pieces = [""] if form else []
+    for literal, field, *_ in string.Formatter().parse(form):
+        pieces[-1] += literal
+        if field is not None:
+            if field != str(len(pieces) - 1):
+                return []
+            pieces.append("")
+    return pieces
 
 
 class Looked(BaseException):
@@ -126,8 +257,23 @@ class Words:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         apart = words_apart(tokenizer)
-        self._between, self._added = (BETWEEN_WORDS, added_tokens(tokenizer)) if apart else (NEVER, NEVER)
+        self._between, self.added = (BETWEEN_WORDS, added_tokens(tokenizer)) if apart else (NEVER, NEVER)
+        self.begins = {token.content[0] for token in tokenizer.get_added_tokens_decoder().values()}
         self._known: dict[str, bytes] = {}  # a word with the space before it: its ids, four bytes each
+        self._split: dict[str, bytes] = {}  # the same by the word alone, and by a space and a word that has none
+
+    def split(self, words: set[str]) -> Mapping[str, bytes]:
+        """Return the ids of at least these words, four bytes each, of a word after a space.
+
+        Of one that has a space before it here: of the word without.
+        """
+        if len(self._split) > KEPT:
+            self._split = {}
+        new = list(words.difference(self._split))
+        texts = [word[1:] if word[0] == " " else f" {word}" for word in new]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        self._split |= {word: array("I", encoding.ids).tobytes() for word, encoding in zip(new, found, strict=True)}
+        return self._split
 
     def encode(self, texts: Iterable[Cut]) -> Iterator[tuple[array[int], list[int | None]]]:
         """Yield the ids of each text, as the tokenizer gives them for it as a whole, with none added at either end.
@@ -151,7 +297,7 @@ class Words:
 
     def _pieces(self, text: str, cuts: Sequence[int]) -> tuple[list[str], list[tuple[int, str]]]:
         """Return a text's pieces; for each cut the piece that it lies in, by index, and what of that is before it."""
-        pieces = [*chain.from_iterable(map(self._between.split, self._added.split(text)))]
+        pieces = [*chain.from_iterable(map(self._between.split, self.added.split(text)))]
         ends = [*accumulate(map(len, pieces))] if cuts else []
         inside = [bisect_left(ends, cut) for cut in cuts]
         return pieces, [(at, text[ends[at] - len(pieces[at]) : cut]) for at, cut in zip(inside, cuts, strict=True)]
