@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def damaged(folder: Path, record: dict[str, Any]) -> str:
     """Return which file is not as export.json has it; empty when all are."""
     for name, sha256 in record["sha256"].items():
-        path = inside(folder, name)
+        path = functools.reduce(inside, name.split("/"), folder)  # merged/README.md
         if not path.is_file() or sha256_file(path) != sha256:
             return f"{name} is {'damaged' if path.is_file() else 'missing'}"
     return ""
