@@ -338,18 +338,14 @@ class TorchCPU:
     @torch.inference_mode()
     def next_token_logits(self, ids: Array, lengths: Array, cache: Any = None) -> tuple[Array, Any]:
         self.eval_mode()
-        with self.autocast():
-            if cache is None:
-                cache = decode.Rows(self.model, ids, lengths)
-            else:
-                cache.append(ids[:, 0], lengths > 0)
-            head16 = self.objective.head16
-            if head16 is None:
-                logits = self.model.lm_head(cache.hidden)  # [b, H] -> [b, V], of the rows that go on
-            else:
-                logits = cache.hidden.bfloat16() @ head16.t()
+        if cache is None:
+            work = torch.bfloat16 if self.mixed else self.stored
+            cache = decode.Rows(decode.Linears(self.model, work, self.objective.head16), ids, lengths)
+        else:
+            cache.append(ids[:, 0], lengths > 0)
+        logits = cache.logits()  # of the rows that go on
         found = np.zeros((len(ids), logits.shape[1]), np.float32)
-        found[cache.live.numpy()] = logits.float().numpy()
+        found[cache.live.numpy()] = logits.numpy()
         return found, cache
 
     @contextlib.contextmanager

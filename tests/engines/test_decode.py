@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from common.model.weights import Weights
 from engines.cpu import decode
 from engines.cpu.engine import open_cpu
+from engines.cpu.lora import lora_layers
 from tools.generate.chat import architecture_of, folder_config
 from tools.verify.tiny_base import write_tiny_base
 
@@ -65,6 +66,31 @@ def test_rows_that_stay_have_the_logits_they_have_alone(folder, monkeypatch, pro
             for row in np.flatnonzero(lengths).tolist():
                 rows[row].append(int(ids[row, 0]))
     assert widths == set(range(max(1, len(prompts) - 2), len(prompts) + 1)), "rows that ended leave the batch"
+
+
+@pytest.mark.parametrize(
+    "groups", [[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]], []], ids=["tied", "not"]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
+def test_adapters_add_what_a_model_has_that_they_are_merged_into(folder, groups, precision):
+    merged = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    lora = {"rank": 4, "alpha": 8.0, "tie_groups": groups}
+    rows, lengths = [[5, 6, 7], [8, 9]], np.array([3, 2])
+    ids, cache, generator = np.array([[5, 6, 7], [8, 9, 0]]), None, torch.Generator().manual_seed(1)
+    config = folder_config(folder).with_values(**{"training.precision": precision, "model.lora": lora})
+    with open_cpu(config) as backend, torch.no_grad():
+        backend.build(architecture_of(folder))
+        backend.load(Weights([folder / "model.safetensors"]))
+        for name, layer in lora_layers(backend.model):
+            layer.lora_B.normal_(0, 0.3, generator=generator)
+            merged.get_submodule(name).weight += layer.scale * layer.lora_B.float() @ layer.lora_A.float()
+        for token in (20, 21, 22):
+            logits, cache = backend.next_token_logits(ids, lengths, cache)
+            for row, tokens in enumerate(rows):
+                alone = merged(torch.tensor([tokens])).logits[0, -1].numpy()
+                assert np.abs(logits[row] - alone).max() < (1e-4 if precision == "fp32" else np.std(alone) / 10)
+                tokens.append(token + row)
+            ids = np.array([[token], [token + 1]])
 
 
 def test_what_all_prompts_begin_with_is_computed_once(folder, monkeypatch):
