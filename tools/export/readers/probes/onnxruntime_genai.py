@@ -38,8 +38,14 @@ class Model:
         return onnxruntime_genai.Tokenizer(self.model)
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-        return [int(id) for id in self.tokenizer.encode(text)]
+        """Return the ids of a text. Raises ValueError where one is -1, which it gives for what it cannot look up.
+
+        It takes every tokenizer for BPE over the letters of bytes, and at some openings a list of characters, too.
+        """
+        found = [int(id) for id in self.tokenizer.encode(text)]
+        if min(found, default=0) < 0:
+            raise ValueError("no id for a part of the text")
+        return found
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """Return a conversation as the template writes it, with the assistant's turn opened."""
