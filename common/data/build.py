@@ -87,8 +87,7 @@ def read_splits(splits: Splits, config: Config, recipe_dir: Path) -> dict[str, l
         raise DataError(f"splits() must return a dict of {' and '.join(SPLITS)}", where=where)
     parts = {name: list(found.get(name, ())) for name in SPLITS}
     kind = Document if config.data.corpus else Row
-    strangers = [part for name in SPLITS for part in parts[name] if not isinstance(part, kind)]
-    if strangers:
+    if strangers := [part for name in SPLITS for part in parts[name] if not isinstance(part, kind)]:
         raise DataError(f"splits() holds a {type(strangers[0]).__name__}, not a {kind.__name__}", where=where)
     if not parts["train"] and not config.data.corpus:
         todo = "add rows or lower data_config.held_out_share"
@@ -196,9 +195,9 @@ def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, encode: Encode |
     def noted(name: str) -> Iterator[Encoded]:
         rows = parts[name]
         found = encode(tokenizer, rows, options, name) if encode else tokenizer.encode_rows(rows, *options)
-        for row, encoded in zip(rows, map(given, found), strict=True):
+        for at, encoded in enumerate(map(given, found)):  # no row is looked at: it may be shared with other processes
             if encoded.cut:
-                cut.append({"split": name, "where": row.where, "what": encoded.cut})
+                cut.append({"split": name, "where": rows[at].where, "what": encoded.cut})
             yield encoded
 
     splits = {name: tokens.pack(noted(name), spill) for name in parts}

@@ -35,7 +35,8 @@ Cut = tuple[str, Sequence[int]]  # a text, and places in it: has what stands bef
 AT_ONCE = 128  # rows that are tokenized together: enough for every core, and what is made of them stays in its caches
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROBE = "qzjq"  # a word that no template writes itself
-WRITTEN = ("name", "description", "arguments")  # of a function or a call to it: what a template must write
+# Of a function or a call to it: what a template must write, beside the names and descriptions of its parameters.
+WRITTEN = ("name", "description", "arguments")
 PRIVATE_USE = 0xF0000  # the first of 65,534 characters that Unicode leaves without a meaning
 T = TypeVar("T")
 # What a role marker looks like in this family's templates: <|user|>, </s>, [INST], ### Answer:
@@ -147,7 +148,7 @@ class ChatTokenizer:
         facts = {"tools": list(tools) or None, "documents": None, **self.tokens}
         try:
             return self._compiled.render(messages=turns, add_generation_prompt=answer_next, **facts)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             what = f"the base model's chat template refuses this conversation: {error}"
             raise DataError(what, where=where) from error
 
@@ -232,14 +233,23 @@ class ChatTokenizer:
                 return {marked(key): marked(inner) for key, inner in value.items()}
             return [*map(marked, value)] if isinstance(value, list) else value
 
+        def described(value: Any, named: bool = False) -> Any:
+            # A JSON schema, names of properties and descriptions marked: types may be written in other words.
+            if not isinstance(value, Mapping):
+                return [*map(described, value)] if isinstance(value, list) else value
+            if named:
+                return {marked(key): described(inner) for key, inner in value.items()}
+            said = {key: marked(value[key]) for key in value if key == "description"}
+            return {key: described(inner, key == "properties") for key, inner in value.items()} | said
+
         def function(entry: Mapping[str, Any]) -> dict[str, Any]:
-            inner = entry["function"]
-            return {**entry, "function": {**inner, **{key: marked(inner[key]) for key in WRITTEN if key in inner}}}
+            held = {key: marked(of) if key in WRITTEN else described(of) for key, of in entry["function"].items()}
+            return {**entry, "function": held}
 
         turns = []
         for turn in messages:
-            fields = dict(turn.fields or {})
-            fields |= {key: [*map(function, fields[key])] for key in fields if key == "tool_calls"}
+            calls = (turn.fields or {}).get("tool_calls")
+            fields = {**(turn.fields or {}), **({"tool_calls": [*map(function, calls)]} if calls else {})}
             turns.append(replace(turn, content=marked(turn.content), fields=fields))
         text = self.render(turns, [*map(function, row.tools)], where=row.where)
         if lost := [word for at, word in enumerate(words, start=1) if chr(PRIVATE_USE + at) not in text]:
@@ -294,9 +304,8 @@ class ChatTokenizer:
         for what, text in [*texts, ("a tool or a call to it contains", json.dumps(called, ensure_ascii=False))]:
             if (marker := self.marker_in(text)) is not None:
                 todo = "write the marker another way, for example with a space inside"
-                raise DataError(
-                    f"{what} {marker!r}: the base model reads that as structure", where=row.where, todo=todo
-                )
+                forged = f"{what} {marker!r}: the base model reads that as structure"
+                raise DataError(forged, where=row.where, todo=todo)
 
     def _own_text(self) -> list[str]:
         """Return what the template itself writes around the turns of a conversation; the last is behind an answer.

@@ -221,7 +221,8 @@ def functions_of(value: Any, name: str, kinds: Mapping[str, type]) -> list[Mappi
         function = entry.get("function") if isinstance(entry, Mapping) else None
         if not isinstance(function, Mapping) or not all(isinstance(function.get(key), kinds[key]) for key in kinds):
             raise ValueError(f"{name} is no list of {{'function': {{{', '.join(kinds)}}}}}; {CONVERT}")
-    valid_text(json.dumps(value, ensure_ascii=False), name)
+    # Most rows have none, and to write nothing as JSON takes a fifth of the time in which a row is read.
+    valid_text(json.dumps(value, ensure_ascii=False) if value else "[]", name)
     return list(value)
 
 
@@ -258,23 +259,18 @@ def json_lines(path: Path, data: bytes | None = None) -> Iterator[tuple[str, dic
         mark = 3 if number == 1 and ended.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark is passed over
         where, line, begin, end = f"{path}:{number}", ended[mark:].rstrip(b"\n"), end + mark, end + len(ended)
         try:
-            text = line.decode("utf-8")
+            if not (text := line.decode("utf-8")).strip():
+                continue
+            said = decode(text)
+            found = said if isinstance(said, dict) else Problem(where, f"{kind_of(said)}, not an object")
         except UnicodeDecodeError as error:
-            yield where, Problem(where, encoding_fault(line, error.start, begin))
-            continue
-        if not text.strip():
-            continue
-        try:
-            value = decode(text)
+            found = Problem(where, encoding_fault(line, error.start, begin))
         except RecursionError:
-            yield where, Problem(where, "nested too deeply")
-        except json.JSONDecodeError as error:
-            yield where, Problem(where, f"not JSON: {error.msg}, column {error.colno}")
+            found = Problem(where, "nested too deeply")
         except ValueError as error:
-            yield where, Problem(where, str(error))
-        else:
-            found = value if isinstance(value, dict) else Problem(where, f"{kind_of(value)}, not an object")
-            yield where, found
+            said = isinstance(error, json.JSONDecodeError) and f"not JSON: {error.msg}, column {error.colno}"
+            found = Problem(where, said or str(error))
+        yield where, found
 
 
 def encoding_fault(line: bytes, at: int, offset: int) -> str:

@@ -219,6 +219,7 @@ def write(
         for name, where in info.get("places", {}).items():
             with (temporary / f"{name}.places.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(place)}\n" for place in where)
+            sync(temporary / f"{name}.places.jsonl")
         write_json(temporary / "dataset.json", header)
         temporary.chmod(0o755)  # mkdtemp gives the folder to its owner alone
         move_into_place(temporary, folder)
@@ -233,10 +234,9 @@ def load_arrays(folder: Path, name: str) -> Arrays:
     for key in ARRAYS:
         path = folder / f"{name}.{key}.npy"
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            found[key] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"cannot read token file: {error}", where=str(path)) from error
-        found[key] = np.asarray(array)
     return Arrays(**found)
 
 

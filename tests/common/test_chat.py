@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from common.data.chat import ChatTokenizer
+from common.data.chat import ChatTokenizer, given
 from common.data.rows import Message, Row
 from common.errors import DataError
 from tests.support.encoded import encode_row
@@ -441,6 +441,38 @@ def test_a_call_that_ends_a_row_and_several_at_once_with_words_are_supervised(tm
     assert said.endswith("</call></s>")
 
 
+# A tool with what it takes, and how a template writes all but that.
+CITY = {"type": "object", "properties": {"name": {"type": "string", "enum": ["Oslo"]}, "description": {}}}
+PARAMETERS = {"type": "object", "required": ["at"], "properties": {"at": {**CITY, "description": "A city"}}}
+WHERE = {"type": "function", "function": {"name": "sky", "description": "Look up.", "parameters": PARAMETERS}}
+NAMES = "tool.function.name ~ tool.function.description"
+
+
+def test_a_template_may_write_what_a_tool_takes_in_words_of_its_own(tmp_path):
+    """As a signature in another language, which has names and descriptions, and not the schema's own words."""
+    signature = (
+        "tool.function.name ~ tool.function.description }}"
+        "{% for name, of in tool.function.parameters.properties.items() %}{{ name }}"
+        "{{ (': {' if of.type == 'object' else ': str') ~ of.description ~ (of.properties | join(' ')) }}"
+        "{% endfor %}{{ ''"
+    )
+    tokenizer = ChatTokenizer.load(write_tool_base(tmp_path / "b", ALL_CALLS.replace("(tool | tojson)", signature)))
+    (found,) = tokenizer.encode_rows([tool_row(SAY, tools=[WHERE])])
+    assert "skyLook up.at: {A cityname description" in tokenizer.decode(given(found).ids)
+
+
+@pytest.mark.parametrize("fault", ["1 // 0", "messages[0].content.index('?!')", "'a'.encode('none')"])
+def test_what_a_template_of_its_own_does_wrong_is_said_with_the_row(tmp_path, fault):
+    write_tiny_base(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if messages[0].content == 'odd' %}{{ " + fault + " }}{% endif %}")
+    rows = [Row((Message("user", text), SAY), {}, f"f:{at}") for at, text in enumerate(["odd", "even"])]
+    refused, whole = ChatTokenizer.load(tmp_path).encode_rows(rows)
+    assert isinstance(refused, DataError)
+    assert refused.what.startswith("the base model's chat template refuses this conversation")
+    assert (refused.where, isinstance(whole, DataError)) == ("f:0", False)
+
+
 @pytest.mark.parametrize(
     ("template", "row", "reason"),
     [
@@ -449,6 +481,12 @@ def test_a_call_that_ends_a_row_and_several_at_once_with_words_are_supervised(tm
         (None, tool_row(SAY), "leaves out words of a row with tools: 'sky'"),
         (ALL_CALLS.replace("tool | tojson", "tool.type"), TWICE, "leaves out words of a row with tools: 'sky'"),
         (ALL_CALLS.replace("(call.function.arguments | tojson)", "'{}'"), TWICE, "leaves out words.*: 'at'"),
+        (ALL_CALLS.replace("tool | tojson", NAMES), tool_row(SAY, tools=[WHERE]), "leaves out words.*: 'at'"),
+        (
+            ALL_CALLS.replace("tool | tojson", NAMES + " ~ (tool.function.parameters.properties | join)"),
+            tool_row(SAY, tools=[WHERE]),
+            ".*: 'A city'",
+        ),
         (ALL_CALLS.replace("else %}{{- message", "elif message.role != 'tool' %}{{- message"), TWICE, '\'{"sky": '),
         (ONE_CALL, tool_row(calling("Paris", words="I look."), ANSWER, SAY), "leaves out words.*: 'I look.'"),
         (ONE_CALL, tool_row(calling("Paris", "Oslo")), "only single tool-calls"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common import files
 from common.data import order, tokens
 from common.data.tokens import Encoded, TokenDataset
 from common.errors import DataError
@@ -37,6 +38,21 @@ def test_rows_become_inputs_shifted_labels_and_mask(tmp_path):
     assert batch.loss_mask[:, :4].tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
     assert not batch.input_ids[:, 4:].any()
     assert not batch.loss_mask[:, 4:].any()
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    synced, sync = set(), files.sync
+
+    def noted(path: Path) -> None:
+        synced.add(path.name)
+        sync(path)
+
+    monkeypatch.setattr(tokens, "sync", noted)
+    monkeypatch.setattr(files, "sync", noted)
+    rows = {"train": tokens.pack(some_rows(3))}
+    folder = tokens.write(tmp_path / "set", rows, source_key="key", info={"places": {"train": ["f:1"] * 3}}).folder
+    # write_json gives dataset.json its name last.
+    assert {path.name for path in folder.iterdir()} - synced == {"dataset.json"}
 
 
 def test_batch_is_uint32_float32_and_contiguous_whole_and_cut(tmp_path):

@@ -41,7 +41,7 @@ def ids(train=(), held_out=(), prompts=(), **options) -> list[str]:
 
 
 def config(**options) -> Any:
-    data = {"system_prompt": None, "max_length": None, **options}
+    data = {"system_prompt": None, "max_length": None, "supervise_all": False, **options}
     return SimpleNamespace(data=SimpleNamespace(**data), training=SimpleNamespace(batch_size=2))
 
 
@@ -189,6 +189,16 @@ def test_rows_that_the_template_refuses_are_errors(tokenizer):
     (fault,) = finding.faults
     assert (finding.id, finding.message) == ("D006", "2 rows cannot be tokenized")
     assert fault == "f:1: nothing of the answer is left in 33 tokens (2 rows, then f:2)", "one fault is one line"
+
+
+def test_a_row_of_weight_0_is_an_error_where_all_is_trained_on(tokenizer):
+    turns = [Message("user", "Why?"), Message("assistant", "So.", trained=False), *row("How?").messages]
+    weighed = row("Why?").but(messages=turns)
+    assert ids([weighed], tokenizer=tokenizer, config=config(supervise_all=False)) == ["D007"]
+    report = checks.check({"train": [weighed, row("Who?")]}, (), tokenizer, config(supervise_all=True))
+    (finding,) = report.findings
+    (fault,) = finding.faults
+    assert (finding.id, fault) == ("D006", "f:2: a message of weight 0, and data_config.supervise_all trains on all")
 
 
 def called(prompt: str, **arguments: str) -> Row:

@@ -14,6 +14,7 @@ from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
 from common.data.tokens import Encoded
 from common.errors import DataError, MachineError
+from tests.support.tool_templates import ALL_CALLS, write_tool_base
 from tools.data import workers
 
 
@@ -59,9 +60,9 @@ def test_several_processes_yield_what_one_does(tokenizer, count):
 
 
 def test_the_work_is_done_by_other_processes(tokenizer, monkeypatch):
-    def work(_tokenizer, chunks, _options, sender):
+    def work(_tokenizer, rows, chunks, file, _options, sender):
         for chunk in chunks:
-            faults = {at: (str(os.getpid()), None, None) for at in range(len(chunk))}
+            faults = {at: (str(os.getpid()), None, None) for at, _ in enumerate(workers.read(rows, chunk, file))}
             sender.send_bytes(json.dumps({"faults": faults, "sizes": [], "cut": []}).encode())
             sender.send_bytes(b"")
             sender.send_bytes(b"")
@@ -74,13 +75,30 @@ def test_the_work_is_done_by_other_processes(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("said", [b"", struct.pack("!i", 1000) + b"{"], ids=["between messages", "within one"])
 def test_a_process_that_dies_is_an_error_of_the_machine(tokenizer, monkeypatch, said):
-    def work(_tokenizer, _chunks, _options, sender):
+    def work(_tokenizer, _rows, _chunks, _file, _options, sender):
         os.write(sender.fileno(), said)
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(workers, "work", work)
     with pytest.raises(MachineError, match="has ended"):
         list(workers.encode_rows(tokenizer, rows(100), (None, None, False)))
+
+
+def test_rows_with_tools_and_templates_of_their_own_are_encoded_as_by_one(tmp_path):
+    base = write_tool_base(tmp_path / "b", ALL_CALLS + "{{ 1 // (messages[0].content | length - 18) }}")
+    tokenizer, tool = ChatTokenizer.load(base), {"type": "function", "function": {"name": "sky", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "sky", "arguments": {"at": "a"}}}
+    plain = rows(40)
+    called = [
+        row.but(messages=[row.messages[0], Message("assistant", "", fields={"tool_calls": [call]})]) for row in plain
+    ]
+    mixed = [
+        row for three in zip(plain, called, [row.but(tools=[tool]) for row in plain], strict=True) for row in three
+    ]
+    options = (None, None, False)
+    found = [told(one) for one in workers.encode_rows(tokenizer, mixed, options)]
+    assert found == [told(one) for one in tokenizer.encode_rows(mixed, options[0])]
+    assert [one for one in found if "division" in str(one) and "'f:" in str(one)], "a row is named, not a process"
 
 
 def test_processes_end_with_who_stops_asking(tokenizer):

@@ -329,7 +329,7 @@ def encode(
 ) -> Iterable[Encoded | DataError]:
     """Return the rows' tokens under the config's system prompt, cut to `limit` predictions, or why there are none."""
     system = config.data.system_prompt if config else None
-    options = system, None if limit is None else limit + 1, False
+    options = system, None if limit is None else limit + 1, bool(config and config.data.supervise_all)
     return watch(encode_rows(tokenizer, rows, options), "tokenizing", len(rows))
 
 

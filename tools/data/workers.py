@@ -1,18 +1,25 @@
 """Rows tokenized by as many processes as there are cores, in their order.
 
-Each process is a fork, so it has the rows and the tokenizer without a copy or a word to it; what it sends back are
-plain bytes. It takes every n-th chunk of rows, and waits while what it has done is not yet taken.
+Each process is a fork, so it has the tokenizer without a copy; what it sends back are plain bytes. It takes every n-th
+chunk of rows, and waits while what it has done is not yet taken.
+
+A fork has the rows, too, but whoever looks at one writes into its memory (Python counts who holds it), and the system
+then copies that memory: each process would soon hold all rows. So they are written to an unnamed file before, and each
+process reads them from there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +28,7 @@ from common.data.chat import ChatTokenizer
 from common.data.rows import Row
 from common.data.tokens import Encoded
 from common.errors import DataError, MachineError
+from common.paths import home
 from tools.data.fast import FastTokenizer
 from tools.progress import Watch
 
@@ -35,12 +43,17 @@ def encode_rows(tokenizer: ChatTokenizer, rows: Sequence[Row], options: Options)
     if len(rows) <= ALONE or count < 2:
         yield from fast.encode_rows(rows, *options)
         return
-    chunks = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
     context, workers = multiprocessing.get_context("fork"), []
     with contextlib.ExitStack() as stack:
+        chunks = written(rows, file := stack.enter_context(tempfile.TemporaryFile(dir=scratch())))
+        # Or the collector of each process would look at all rows, and so write into their memory.
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         for number in range(count):
             receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=work, args=(fast, chunks[number::count], options, sender), daemon=True)
+            worker = context.Process(
+                target=work, daemon=True, args=(fast, rows, chunks[number::count], file.fileno(), options, sender)
+            )
             worker.start()
             sender.close()  # so that its end is seen here
             stack.callback(worker.join)
@@ -63,11 +76,65 @@ def shown(watch: Watch) -> Encode:
     return encode
 
 
-def work(tokenizer: ChatTokenizer, chunks: Sequence[Sequence[Row]], options: Options, sender: Connection) -> None:
+class Chunk(NamedTuple):
+    """Rows from `first` on, in a file from byte `begin` on: `facts` bytes of JSON, then `words` bytes."""
+
+    first: int
+    begin: int
+    facts: int
+    words: int
+
+
+def scratch() -> Path | None:
+    """Return the folder in which rows are written for the processes; None for the system's own."""
+    # The system's own may be in memory, as /tmp often is.
+    return folder if os.access(folder := home(), os.W_OK) else None
+
+
+def written(rows: Sequence[Row], file: IO[bytes]) -> list[Chunk]:
+    """Write rows to a file in chunks; return where each is."""
+    chunks = []
+    for first in range(0, len(rows), CHUNK):
+        part = rows[first : first + CHUNK]
+        # Calls and tools are nested, and few rows have them: those are taken from memory.
+        facts = json.dumps(
+            [None if row.fields or row.tools else (row.roles, row.where, len(row.words)) for row in part]
+        )
+        words = b"".join(row.words for row in part if not (row.fields or row.tools))
+        chunks.append(Chunk(first, file.tell(), len(facts), len(words)))
+        file.write(facts.encode())
+        file.write(words)
+    file.flush()
+    return chunks
+
+
+def read(rows: Sequence[Row], chunk: Chunk, file: int) -> Iterator[Row]:
+    """Yield the rows of a chunk; what `rows` has of them is looked at only for those with tools."""
+    facts = json.loads(os.pread(file, chunk.facts, chunk.begin))
+    words, end = os.pread(file, chunk.words, chunk.begin + chunk.facts), 0
+    for at, fact in enumerate(facts):
+        if fact is None:
+            yield rows[chunk.first + at]
+        else:
+            roles, where, size = fact
+            begin, end = end, end + size
+            row = Row((), where=where)
+            row.roles, row.words = roles, words[begin:end]
+            yield row
+
+
+def work(
+    tokenizer: ChatTokenizer,
+    rows: Sequence[Row],
+    chunks: Sequence[Chunk],
+    file: int,
+    options: Options,
+    sender: Connection,
+) -> None:
     """Send the tokens of every chunk, one after the other."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-    for rows in chunks:
-        found = list(tokenizer.encode_rows(rows, *options))
+    for chunk in chunks:
+        found = list(tokenizer.encode_rows(read(rows, chunk, file), *options))
         faults = {at: (one.what, one.where, one.todo) for at, one in enumerate(found) if isinstance(one, DataError)}
         whole = [one for one in found if isinstance(one, Encoded)]
         facts = {"faults": faults, "sizes": [len(one.ids) for one in whole], "cut": [one.cut for one in whole]}
