@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,20 +17,22 @@ from typing import IO, Any
 
 from common.errors import MachineError, RecipeError
 
+DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "ELOOP", "ENOLCK")  # a full, failing or forbidden one
+
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader sees the old file or the new one, never a part."""
+    """Replace `path` by `text`; a reader sees the old file or the new one, never a part. An OSError names a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)  # of a process of the same number that was killed
-        with temporary.open("x", encoding="utf-8") as file:  # new: through a link that somebody put there nothing goes
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with named(path):
+        try:
+            temporary.unlink(missing_ok=True)  # of a process of the same number that was killed
+            with temporary.open("x", encoding="utf-8") as file:  # new: nothing goes through a link that was put there
+                file.write(text)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -88,15 +91,15 @@ def try_lock(folder: Path, run: str = "") -> IO[str] | None:
     with disk_errors("lock the run's folder", folder):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.fdopen(os.open(folder / ".lock", flags, 0o666), "a", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return None
-    if run:
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} {run}\n")
-        lock.flush()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        if run:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} {run}\n")
+            lock.flush()
     return lock
 
 
@@ -104,28 +107,37 @@ def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def sync_all(folder: Path) -> None:
+    """Flush a folder, and all that is in it, to the disk: before the rename that gives it its name."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 @contextlib.contextmanager
-def disk_errors(doing: str, path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
+    """Have an OSError of the block name `path` where it names no file: those of write and fsync do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(doing: str, path: Path | str = "") -> Iterator[None]:
     """Raise MachineError, with what it hindered in `doing`, for an error of a full or failing disk in the block."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EIO,
-            errno.EROFS,
-            errno.EACCES,
-            errno.ELOOP,
-        ):
+        if errno.errorcode.get(error.errno or 0) not in DISK:
             raise
-        what, where = f"could not {doing}: {os.strerror(error.errno)}", str(error.filename or path)
+        what, where = f"could not {doing}: {os.strerror(error.errno or 0)}", str(error.filename or path)
         todo = "make room or permissions there and run the same command again; what was saved before is intact"
         raise MachineError(what, where=where, todo=todo) from error
 
@@ -142,10 +154,22 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def move_into_place(made: Path, folder: Path) -> None:
-    """Rename a finished folder to its name; where another process was first, its copy is as good."""
-    try:
-        made.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder of that name, which takes its place at the end of the block, flushed to the disk.
+
+    Where another process was first, its copy is as good. Beside the empty folder is room for what goes again.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True)
+    with scratch as beside:
+        made = Path(beside) / folder.name
+        made.mkdir()
+        yield made
+        sync_all(made)  # before the rename: a name must not reach the disk before its content
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        sync(folder.parent)  # the rename itself

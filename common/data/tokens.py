@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from common.data import order
 from common.errors import DataError
-from common.files import move_into_place, read_json, sync, write_json
+from common.files import made_whole, named, read_json, write_json
 from common.hardware import round_up
 
 # Shapes: R rows of a split, N tokens of a split, B rows of a batch, T positions of a row, n tokens of one row.
@@ -209,23 +208,22 @@ def write(
         "splits": list(splits),
         "info": {key: value for key, value in info.items() if key != "places"},
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with made_whole(folder) as made:
         for name, arrays in splits.items():
             for key in ARRAYS:
-                np.save(temporary / f"{name}.{key}.npy", getattr(arrays, key), allow_pickle=False)
-                sync(temporary / f"{name}.{key}.npy")
+                save_array(made / f"{name}.{key}.npy", getattr(arrays, key))
         for name, where in info.get("places", {}).items():
-            with (temporary / f"{name}.places.jsonl").open("w", encoding="utf-8") as file:
+            with (made / f"{name}.places.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(place)}\n" for place in where)
-            sync(temporary / f"{name}.places.jsonl")
-        write_json(temporary / "dataset.json", header)
-        temporary.chmod(0o755)  # mkdtemp gives the folder to its owner alone
-        move_into_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(made / "dataset.json", header)
     return TokenDataset.open(folder)
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array [n] as numpy.save does, which by itself says nothing where the disk has no room for its end."""
+    with named(path), path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
 
 
 def load_arrays(folder: Path, name: str) -> Arrays:

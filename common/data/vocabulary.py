@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ import numpy.typing as npt
 
 from common.data.texts import Document
 from common.errors import DataError
-from common.files import move_into_place
+from common.files import made_whole, write_atomic, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,18 +42,14 @@ def train(kind: str, vocab_size: int, documents: Sequence[Document], folder: Pat
         what = f"the corpus cannot fill a BPE vocabulary of {vocab_size}: it gives {found} ids"
         todo = f"set data_config.tokenizer.vocab_size={found} or less, or tokenizer.type=char; or use more text"
         raise DataError(what, where="data_config.tokenizer.vocab_size", todo=todo)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder.parent) as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        tokenizer.save(str(made / "tokenizer.json"))
+    with made_whole(folder) as made:
+        write_atomic(made / "tokenizer.json", tokenizer.to_str(pretty=True))
         # Without the clean-up: it would take the space before punctuation away when ids are made text again.
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         # Left out, transformers 4 would give the model token_type_ids, which no Llama takes.
         settings["model_input_names"] = ["input_ids", "attention_mask"]
         settings |= {"unk_token": UNKNOWN} if kind == "char" else {}
-        (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        move_into_place(made, folder)
+        write_json(made / "tokenizer_config.json", settings)
     return folder
 
 

@@ -8,9 +8,7 @@ flushed to the disk and renamed, so that a process killed at any point leaves th
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 
 from common.config import Config
 from common.errors import MachineError
-from common.files import clear, disk_errors, inside, read_json, sha256_file, sync, write_atomic, write_json
+from common.files import clear, disk_errors, inside, made_whole, read_json, sha256_file, write_atomic, write_json
 from common.model.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
@@ -53,24 +51,15 @@ def save(
 
     `tensors` are `Backend.state`'s, `facts` go to state.json. Raises MachineError where the disk is full.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
     folder = folder_of(checkpoints, step)
-    temporary = checkpoints / f".tmp-step-{step:08d}-{os.getpid()}"
     with disk_errors(f"save the checkpoint of step {step}", checkpoints):
         for left in checkpoints.glob(".*"):  # of a process that was killed while it saved; this one has the run's lock
             clear(left)
-        try:
-            temporary.mkdir()
-            write_tensors(temporary, tensors, config)
-            hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-            write_json(temporary / "state.json", {"format": FORMAT, "step": step, **facts, "sha256": hashes})
-            for file in temporary.iterdir():  # before the rename: a name must not reach the disk before its content
-                sync(file)
+        with made_whole(folder) as made:
+            write_tensors(made, tensors, config)
+            hashes = {file.name: sha256_file(file) for file in sorted(made.iterdir())}
+            write_json(made / "state.json", {"format": FORMAT, "step": step, **facts, "sha256": hashes})
             set_aside(folder)  # a damaged one of this step, which a resume passed over
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync(checkpoints)  # the rename itself
         write_atomic(checkpoints / "latest", folder.name + "\n")
     return folder
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError
-from common.files import disk_errors, write_atomic
+from common.files import disk_errors, sync, write_atomic
 
 
 class JsonLines:
@@ -27,8 +26,7 @@ class JsonLines:
 
     def sync(self) -> None:
         """Flush the file to the disk, not only to the kernel; done before a checkpoint that relies on it."""
-        with disk_errors("write a record", self.path):
-            os.fsync(self.file.fileno())
+        sync(self.path)
 
     def close(self) -> None:
         self.file.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.data.tokens import TokenDataset
 from common.engine import BackendInfo
-from common.files import utc_now, write_atomic
+from common.files import made_whole, utc_now, write_atomic
 from common.train import metrics
 from common.train.checkpoint import Checkpoint
 from common.train.manifest import BaseFacts, DataFacts, Manifest, Resumption, launch_facts
@@ -49,7 +49,9 @@ def open_manifest(plan: Plan, start: Start) -> Manifest:
         return manifest
     write_atomic(start.folder / "config.resolved.yaml", config.to_yaml())
     if base.initial:  # a tokenizer of this corpus, and the run must outlive the cache
-        shutil.copytree(base.folder, start.folder / "tokenizer")
+        with made_whole(start.folder / "tokenizer") as kept:
+            for file in base.folder.iterdir():
+                shutil.copy(file, kept)
     manifest = Manifest(
         run=start.folder.name,
         recipe=config.recipe,

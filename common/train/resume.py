@@ -10,7 +10,7 @@ from typing import IO
 
 from common.config import load_resolved
 from common.errors import DataError, MachineError, UsageError
-from common.files import disk_errors, try_lock
+from common.files import try_lock
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
 from common.train.manifest import Manifest
@@ -156,8 +156,7 @@ def config_changes(plan: Plan, folder: Path) -> list[str]:
 def new_run(plan: Plan) -> Start:
     """Make a new, locked folder for the run; a launcher may have made it for this user."""
     folder = plan.launch.out / plan.launch.run
-    with disk_errors("make the run's folder", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = try_lock(folder, plan.launch.run)
     assert lock is not None, "the folder is ours alone"
     return Start(folder, lock)

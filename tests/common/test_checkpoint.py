@@ -183,10 +183,10 @@ def test_a_process_that_ends_at_any_moment_of_a_save_leaves_a_whole_checkpoint(t
     assert sorted(after) == after
 
 
-def test_a_leftover_of_a_process_with_the_same_number_is_no_obstacle(tmp_path):
-    """In a container every run may be process 1."""
-    (tmp_path / f".tmp-step-00000001-{os.getpid()}").mkdir(parents=True)
+def test_a_leftover_of_a_process_that_was_killed_goes(tmp_path):
+    (tmp_path / ".step-00000001-abcdefgh" / "step-00000001").mkdir(parents=True)
     save(tmp_path, 1)
+    assert not list(tmp_path.glob(".*"))
     assert newest(tmp_path) == (1, [])
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from common.files import move_into_place
 from common.model.bases import home
 from tools.doctor.machine import MINIMUM_FIRMWARE
 
@@ -51,7 +50,7 @@ def environment(version: str) -> Path:
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=folder.parent) as made:
                 install(python, lock, Path(made) / "made")
-                move_into_place(Path(made) / "made", folder)
+                (Path(made) / "made").rename(folder)
     return folder / "bin/python"
 
 

