@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from common.errors import MachineError, RecipeError, Stopped, TrainingError, UsageError, without_secrets
+from common.files import disk_errors
 
 OUR_BUG = RecipeError.code
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -23,7 +24,8 @@ def exit_code_of(command: Callable[[], Any], debug: bool) -> int:
     With `debug` an error comes through, for its traceback.
     """
     try:
-        code = command()
+        with disk_errors("read or write a file"):
+            code = command()
         return code if isinstance(code, int) else 0
     except click.exceptions.Abort:
         return _said("interrupted", INTERRUPTED)

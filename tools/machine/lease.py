@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import MachineError
-from common.files import utc_now
+from common.files import disk_errors, utc_now
 from common.hardware import Hardware
 from tools.machine import detect, host
 from tools.machine.detect import system_root
@@ -49,10 +50,11 @@ def taken(keys: Sequence[str], owner: Owner) -> Iterator[None]:
     with contextlib.ExitStack() as files:
         for key in sorted(keys):  # in one order, so that two who want several cards cannot each have some
             file = files.enter_context(_open(path_of(key)))
-            if not _lock(file):
-                raise busy(owner.board, str(_read(file) or "another process"))
-            _write(file, json.dumps(dataclasses.asdict(owner)))
-            files.callback(_write, file, "")
+            with disk_errors("take the lease of a card", path_of(key)):
+                if not _lock(file):
+                    raise busy(owner.board, str(_read(file) or "another process"))
+                _write(file, json.dumps(dataclasses.asdict(owner)))
+            files.callback(_forget, file)
         yield
 
 
@@ -129,16 +131,21 @@ def _open(path: Path) -> IO[str]:
 def _lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
 
 
 def _write(file: IO[str], text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
+    os.ftruncate(file.fileno(), 0)
+    if os.pwrite(file.fileno(), data := text.encode(), 0) != len(data):  # at once: no rest is left for its close
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _forget(file: IO[str]) -> None:
+    """Take the owner's name out, if the disk takes that: a lease ends with its process, whatever is written there."""
+    with contextlib.suppress(OSError), file:
+        _write(file, "")
 
 
 def _read(file: IO[str]) -> Owner | None:
