@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 from common.config.layers import to_yaml
 from common.data.rows import Problem, Row, grouped, refuse
 from common.errors import DataError, MachineError, UsageError
-from common.files import sha256_file
+from common.files import disk_errors, sha256_file, sync, sync_all
 from tools.data import dialects, files, markers, turns
 from tools.data.files import Record
 from tools.progress import Watch, unwatched
@@ -122,9 +123,13 @@ def convert(
         marked = [row for row in rows if markers.found_in(row)]
         read.notes += [Problem(row.where, "a chat template's mark is written with a space inside") for row in marked]
         rows = [markers.escape(row) for row in rows]
-    write_rows(out, watch(rows, "writing", len(rows)))
-    sha256 = sha256_file(out)
-    write_pins(out, sha256, found, mapping, read.dialects)
+    scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+    with disk_errors("write the rows", out), scratch as folder:
+        made = Path(folder) / out.name
+        write_rows(made, watch(rows, "writing", len(rows)))
+        sha256 = sha256_file(made)
+        write_pins(made, sha256, found, mapping, read.dialects)
+        put_in_place(made, out)
     return Report(
         source=found.name,
         out=str(out),
@@ -161,6 +166,18 @@ def line_of(record: Mapping[str, Any]) -> str:
 def pins_of(out: Path) -> Path:
     """Return the path of the file beside the rows in `out` that says what they were read from."""
     return out.with_name(f"{out.name}.source.yaml")
+
+
+def put_in_place(made: Path, out: Path) -> None:
+    """Rename finished rows to `out`, and what was written beside them to what stands beside it: both, or none."""
+    sync_all(made.parent)
+    pins_of(made).rename(pins_of(out))
+    try:
+        made.rename(out)
+    except OSError:
+        pins_of(out).unlink()
+        raise
+    sync(out.parent)
 
 
 def write_pins(

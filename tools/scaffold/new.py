@@ -22,7 +22,7 @@ from common import hardware
 from common.config import Config
 from common.config.layers import shown, to_yaml
 from common.errors import DataError, UsageError
-from common.files import sha256_file
+from common.files import disk_errors, sha256_file, sync, sync_all
 from common.hardware import Hardware
 from tools import recipes
 from tools.data import convert
@@ -77,9 +77,10 @@ def new(name: str, parent: str, own: Own | None, say: Say, watch: Watch = unwatc
     target = recipes.RECIPES / name
     refuse_existing(target)
     source = recipes.find_recipe(parent)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent.parent) as scratch:
-        made, home, notes = Path(scratch) / name, Path(scratch) / "home", list[str]()
-        shutil.copytree(source, made, ignore=left_behind(source))
+    scratch = tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent.parent)
+    with disk_errors("write the recipe", target), scratch as place:
+        made, home, notes = Path(place) / name, Path(place) / "home", list[str]()
+        take_over(source, made, OF_THE_PARENT)
         pages.rename(made, source.name, name)
         facts = fork(made, source, own, home, notes.append, watch) if own else copied(made, source)
         pages.write(made, facts)
@@ -88,7 +89,9 @@ def new(name: str, parent: str, own: Own | None, say: Say, watch: Watch = unwatc
             if isinstance(resolved(source, board), Config):
                 configs.load(made, board)
         refuse_existing(target)
+        sync_all(made)
         made.rename(target)
+        sync(target.parent)
     for line in notes:
         say(line)
     say(f"written: {shown(target)}")
@@ -108,14 +111,16 @@ def refuse_existing(target: Path) -> None:
         )
 
 
-def left_behind(source: Path) -> Callable[[str, list[str]], set[str]]:
-    """Return what of a recipe's folder no fork takes over, as shutil's `ignore`."""
-
-    def names(folder: str, found: list[str]) -> set[str]:
-        hidden = {name for name in found if name.startswith(".") or name == "__pycache__"}
-        return hidden | (set(OF_THE_PARENT) & set(found) if Path(folder) == source else set())
-
-    return names
+def take_over(source: Path, made: Path, without: Sequence[str] = ()) -> None:
+    """Copy a recipe's folder to `made`, but for what no fork takes over: hidden files, and those in `without`."""
+    made.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name in ("__pycache__", *without):
+            continue
+        if path.is_dir():
+            take_over(path, made / path.name)
+        else:
+            shutil.copy(path, made)
 
 
 def resolved(recipe: Path, board: Hardware) -> Config | str:
@@ -181,7 +186,8 @@ def fork(made: Path, source: Path, own: Own, home: Path, say: Say, watch: Watch)
 
 def forget(made: Path, parent: Config, keys: Sequence[str]) -> None:
     """Take the parent's data out of the copy, and `keys` out of every layer over config.yaml."""
-    shutil.rmtree(made / "data", ignore_errors=True)
+    if (made / "data").is_dir():
+        shutil.rmtree(made / "data")
     for name in (parent.data.source, parent.data.corpus, parent.eval.prompts):
         copy = (made / name).resolve() if isinstance(name, str) else made
         if copy.is_relative_to(made.resolve()) and copy.is_file():  # not what a path leads to outside of the copy
