@@ -6,7 +6,7 @@ MAIN_RECIPE := tinyllama-finetune
 TEST_WORKERS ?= 2
 OF_RUN := HW STEPS STOP_AT RESUME SET CONTAINER BUILD DRY OUT WORLD
 PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
-FAST := tests/common tests/engines tests/tools tests/recipes tests/runs/test_tiny_run.py
+FAST := tests/common tests/engines tests/tools tests/recipes tests/writes tests/runs/test_tiny_run.py
 
 # What users say on the command line reaches ci/*.sh as environment, letter for letter: $(value) keeps make from
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
