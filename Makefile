@@ -12,7 +12,7 @@ FAST := tests/common tests/engines tests/tools tests/recipes tests/writes tests/
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN PORT BASE STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS PHASES
+FROM_COMMAND_LINE := NAME RUN PORT BASE STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS PHASES EXPORTS
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))

@@ -50,7 +50,7 @@ def ran(found: Recipes) -> str:
         boards[next(kind for kind in boards if kind in kinds or kind == NEVER)].append(f"`{board.name}`")
     count = len(boards.pop(NEVER))
     lines = [f"*{kind}*, {MEANS[kind]}: {', '.join(names)}." for kind, names in boards.items() if names]
-    return "\n".join(["**What ran where.**", *lines, f"*{NEVER}*: the other {count} of {len(hardware.table())}."])
+    return "\n".join(["**What ran where.**", *lines, f"*{NEVER}*: the other {count}."])
 
 
 def overview(found: Recipes) -> str:
