@@ -37,7 +37,7 @@ def products_of(backend: Any, batch: Batch) -> Counter[Product]:
         found.update(of_linears([mlp.down_proj], needed))
         heads, groups = model.config.num_key_value_heads, attention.num_key_value_groups
         for group in (layout.attending_last if layer is layers[-1] else layout.attending).groups:
-            count, n, _, m = group.masked.shape
+            count, n, _, m = group.bias.shape
             b, n, width = heads * count, n * groups, attention.head_dim
             # Scores and their gradient's two; then the same of weights times values.
             found.update(2 * [(b, n, width, m), (b, n, m, width), (b, m, n, width)])

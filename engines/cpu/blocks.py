@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engines.cpu.lora import Frozen, LoraLinear
 from engines.cpu.ragged import AttentionGroup, AttentionLayout, Layout
@@ -31,13 +31,13 @@ def hidden_states(model: LlamaForCausalLM, layout: Layout, work: torch.dtype, re
     With `recompute` the backward pass computes each block again from its input, instead of keeping what it needs of it.
     """
     x = model.model.embed_tokens(layout.ids)  # [S, H]
-    cos, sin = (table[0].float() for table in model.model.rotary_emb(x, layout.positions[None]))  # [S, D] each
+    angles = [table[0].float() for table in model.model.rotary_emb(x, layout.positions[None])]  # cos, sin: [S, D]
+    attend = Attention(model.config, angles, layout.attending, None, work)
     layers = list(model.model.layers)
     for layer in layers:
-        last = layer is layers[-1]
-        attending, queries = (layout.attending_last, layout.needed) if last else (layout.attending, None)
         attention, mlp = layer.self_attn, layer.mlp
-        attend = Attention(cos, sin, attending, queries, attention.head_dim, attention.scaling)
+        if layer is layers[-1]:
+            attend = Attention(model.config, angles, layout.attending_last, layout.needed, work)
         modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         x = with_residual(attend, x, layer.input_layernorm, modules, work, recompute)
         modules = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -282,110 +282,130 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class HeadGroup:
+    """An AttentionGroup's tokens as rows of [S K, ...], where each token has a row for each key/value head.
+
+    One index_select takes all that a group multiplies, in the order head, block, token. Query heads that share keys
+    stand below each other, so that one product serves all of them. query_rows are int64 [K P n], key_rows [K P m];
+    bias [P, n, 1, m] is as in AttentionGroup, in the dtype of the scores.
+    """
+
+    query_rows: Tensor
+    key_rows: Tensor
+    bias: Tensor
+    spans: tuple[tuple[int, int, int, int], ...]
+
+    @staticmethod
+    def of(group: AttentionGroup, heads: int, work: torch.dtype) -> HeadGroup:
+        """Return the group for so many key/value heads and scores in the dtype `work`."""
+        each = torch.arange(heads)[:, None]
+        rows = [(places * heads + each).flatten() for places in (group.queries, group.keys)]
+        return HeadGroup(rows[0], rows[1], group.bias.to(work), group.spans)
+
+    def queries(self, x: Tensor, heads: int, width: int) -> Tensor:
+        """Return x [U, K G W] of the queries as [K P, n G, W]."""
+        return x.view(len(x) * heads, -1).index_select(0, self.query_rows).view(heads * len(self.bias), -1, width)
+
+    def keys(self, x: Tensor, heads: int) -> Tensor:
+        """Return x [S, K D] of the keys as [K P, m, D]."""
+        rows = x.view(len(x) * heads, -1).index_select(0, self.key_rows)
+        return rows.view(heads * len(self.bias), -1, rows.shape[1])
+
+    def weights(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the attention weights [K P, n G, m] of scaled queries [K P, n G, D] over keys [K P, m, D]."""
+        scores = queries @ keys.transpose(1, 2)
+        count, n, _, m = self.bias.shape
+        scores.view(-1, count, n, scores.shape[1] // n, m).add_(self.bias)
+        return torch.softmax(scores, -1)
+
+    def add_to(self, total: Tensor, grad: Tensor, heads: int) -> None:
+        """Add the gradients of the keys, grad [K P, m, D], to those of their tokens, total [S, K D]."""
+        each = grad.view(heads, len(self.bias), *grad.shape[1:])
+        tokens = total.view(len(total), heads, -1).transpose(0, 1)
+        for block, first, start, end in self.spans:
+            tokens[:, start:end] += each[:, block, first : first + end - start]
+
+
 class Attention:
     """o(softmax(rope(q(h)) rope(k(h))^T) v(h)) within each row; the layers are q, k, v and o.
 
-    From RoPE to the values it is float32, whatever the other products are: products as small as these gain nothing
-    by bf16, for which oneDNN compiles kernels for each length of a row. `cos` and `sin` are float32 [S, D]; `queries`
-    int64 [U] are the tokens that have an output.
+    Products are in the dtype of h; RoPE, the softmax and its gradient are computed in float32. `queries` int64 [U] are
+    the tokens that have an output. Nothing here depends on a layer: all with the same queries share one Attention.
     """
 
-    cos: Tensor
-    sin: Tensor
-    attending: AttentionLayout
-    queries: Tensor | None
-    width: int
-    scaling: float
+    def __init__(
+        self,
+        config: LlamaConfig,
+        angles: Sequence[Tensor],
+        attending: AttentionLayout,
+        queries: Tensor | None,
+        work: torch.dtype,
+    ) -> None:
+        heads = config.num_key_value_heads
+        assert heads is not None, "transformers fills it in"
+        self.heads, self.queries, self.width = heads, queries, angles[0].shape[1]
+        # Both halves of a head are rotated by the same angles: [S, 1, 1, D / 2]. Scores are divided by sqrt(D) here.
+        self.angles = [table[:, None, None, : self.width // 2] for table in angles]
+        mine = self.angles if queries is None else [table[queries] for table in self.angles]
+        self.angles_q = [table * self.width**-0.5 for table in mine]
+        self.groups = [HeadGroup.of(group, self.heads, work) for group in attending.groups]
+        # int64 [U K]: the row of each query and head among the outputs [K P n, G D] of all groups, one after another.
+        place, begin = torch.empty(len(attending.place), self.heads, dtype=torch.int64), 0
+        for group in attending.groups:
+            end = begin + len(group.queries)
+            here = (attending.place >= begin) & (attending.place < end)
+            first = heads * begin + torch.arange(heads) * (end - begin)
+            place[here] = (attending.place[here] - begin)[:, None] + first
+            begin = end
+        self.place = place.flatten()
 
     def forward(self, h: Tensor, linears: Linears) -> list[Tensor]:
         """Return the output [U, H], then what `backward` needs."""
         q, k, v = linears.forward(h, slice(0, 3))
-        cos, sin, cos_q, sin_q = self._angles()
-        q = q if self.queries is None else q[self.queries]
-        heads = k.shape[1] // self.width
-        q = rotated(q.view(len(q), heads, -1, self.width), cos_q, sin_q)  # [K, U, G, D]
-        k = rotated(k.view(len(k), heads, 1, self.width), cos, sin)[:, :, 0]  # [K, S, D]
-        v = v.view(len(v), heads, self.width).transpose(0, 1).float().contiguous()  # [K, S, D]
-        attended = [attention_weights(q, k, group) @ gathered(v, group.keys, group) for group in self.attending.groups]
-        out = self._in_order(attended, q).transpose(0, 1).reshape(q.shape[1], -1).to(h.dtype)  # [U, K G D]
+        q = rotated(q if self.queries is None else q[self.queries], *self.angles_q)  # [U, K G D]
+        k = rotated(k, *self.angles)  # [S, K D]
+        attended = [self._weights(q, k, group) @ group.keys(v, self.heads) for group in self.groups]
+        out = self._in_order(attended)  # [U, K G D]
         (y,) = linears.forward(out, slice(3, 4))
         return [y, q, k, v, out]
 
     def backward(self, dy: Tensor, h: Tensor, linears: Linears, saved: Sequence[Tensor]) -> Tensor:
         """Return the gradient of h [S, H] for that of the output [U, H]."""
-        q, k, v, out = saved
+        (q, k, v, out), heads = saved, self.heads
         dout = linears.backward(out, [dy], slice(3, 4))
-        heads, queries, groups, width = q.shape
         # Through the softmax: dS = P (dP - rowsum(P dP)), and rowsum(P dP) = dO . O (Dao et al., 2022, appendix B.2).
-        dout = dout.float()
-        along = (dout * out).view(queries, heads, groups, width).sum(-1).transpose(0, 1)  # [K, U, G]
-        dout = dout.view(queries, heads, groups, width).transpose(0, 1)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        along = (dout.float() * out).view(len(out), -1, self.width).sum(-1)  # [U, K G]
+        dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)  # pieces add up in float32
         dqs = []
-        for group in self.attending.groups:
-            weights = attention_weights(q, k, group)  # [K P, n G, m]
-            dattended = gathered(dout, group.queries, group)  # [K P, n G, D]
-            scatter_add(dv, weights.transpose(1, 2) @ dattended, group)
-            scores = dattended @ gathered(v, group.keys, group).transpose(1, 2)  # dP, then dS
-            scores.sub_(gathered(along[..., None], group.queries, group)).mul_(weights)
-            dqs.append(scores @ gathered(k, group.keys, group))
-            scatter_add(dk, scores.transpose(1, 2) @ gathered(q, group.queries, group), group)
-        dq = self._in_order(dqs, q)
-        cos, sin, cos_q, sin_q = self._angles()
+        for group in self.groups:
+            weights = self._weights(q, k, group)  # [K P, n G, m]
+            dattended = group.queries(dout, heads, self.width)  # [K P, n G, D]
+            group.add_to(dv, weights.transpose(1, 2) @ dattended, heads)
+            scores = (dattended @ group.keys(v, heads).transpose(1, 2)).float()  # dP, then dS
+            scores = scores.sub_(group.queries(along, heads, 1)).mul_(weights).to(h.dtype)
+            dqs.append(scores @ group.keys(k, heads))
+            group.add_to(dk, scores.transpose(1, 2) @ group.queries(q, heads, self.width), heads)
         # The derivative of a rotation is the rotation back.
-        dq = rotated(dq, cos_q[:, None], -sin_q[:, None]).view(queries, -1).to(h.dtype)
+        dq = rotated(self._in_order(dqs), self.angles_q[0], -self.angles_q[1])
         if self.queries is not None:
             dq = dq.new_zeros(len(h), dq.shape[1]).index_copy_(0, self.queries, dq)
-        dk = rotated(dk[:, :, None], cos[:, None], -sin[:, None]).view(len(h), -1).to(h.dtype)
-        dv = dv.transpose(0, 1).reshape(len(h), -1).to(h.dtype)
-        return linears.backward(h, [dq, dk, dv], slice(0, 3))
+        dk = rotated(dk, self.angles[0], -self.angles[1])
+        return linears.backward(h, [dq, dk.to(h.dtype), dv.to(h.dtype)], slice(0, 3))
 
-    def _in_order(self, found: Sequence[Tensor], q: Tensor) -> Tensor:
-        """Return what was found for the queries of each group, [K P, n G, D], as q [K, U, G, D] has them."""
-        heads, _, groups, width = q.shape
-        everyone = [each.view(heads, -1, groups, width) for each in found]
-        return (everyone[0] if len(found) == 1 else torch.cat(everyone, dim=1))[:, self.attending.place]
+    def _weights(self, q: Tensor, k: Tensor, group: HeadGroup) -> Tensor:
+        return group.weights(group.queries(q, self.heads, self.width), group.keys(k, self.heads))
 
-    def _angles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return cosines and sines of keys, [S, 1, D / 2] each, then of queries [U, 1, D / 2], scaling included."""
-        # Both halves of a head are rotated by the same angles.
-        cos, sin = (table[:, None, : self.width // 2] for table in (self.cos, self.sin))
-        cos_q, sin_q = (table if self.queries is None else table[self.queries] for table in (cos, sin))
-        return cos, sin, cos_q * self.scaling, sin_q * self.scaling
+    def _in_order(self, found: Sequence[Tensor]) -> Tensor:
+        """Return what was found for the queries of each group, [K P, n G, D], as [U, K G D]."""
+        rows = [each.view(len(group.query_rows), -1) for each, group in zip(found, self.groups, strict=True)]
+        every = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return every.index_select(0, self.place).view(len(self.place) // self.heads, -1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [a, b, G, D] with rotary embeddings applied, float32 [b, a, G, D].
-
-    `cos` and `sin` are broadcast against [b, a, G, D / 2]. The swap costs no pass of its own: heads come
-    first in attention, tokens in all else.
-    """
-    half = x.shape[-1] // 2
-    wide = x.transpose(0, 1).float()
-    out = torch.empty(wide.shape)
-    for mine, other, sign in ((slice(None, half), slice(half, None), -1), (slice(half, None), slice(None, half), 1)):
-        torch.mul(wide[..., mine], cos, out=out[..., mine]).addcmul_(wide[..., other], sin, value=sign)
-    return out
-
-
-def gathered(x: Tensor, places: Tensor, group: AttentionGroup) -> Tensor:
-    """Return x [K, S, ..., D] at `places` [P n] as one matrix [n ..., D] for each head and block: [K P, n ..., D].
-
-    Query heads that share keys stand below each other, so that one product serves all of them.
-    """
-    return x.index_select(1, places).view(x.shape[0] * len(group.masked), -1, x.shape[-1])
-
-
-def scatter_add(total: Tensor, grad: Tensor, group: AttentionGroup) -> None:
-    """Add the gradients of the keys of a group, grad [K P, m, D], to those of their tokens, total [K, S, D]."""
-    each = grad.view(len(total), len(group.masked), *grad.shape[1:])
-    for block, first, start, end in group.spans:
-        total[:, start:end] += each[:, block, first : first + end - start]
-
-
-def attention_weights(q: Tensor, k: Tensor, group: AttentionGroup) -> Tensor:
-    """Return the attention weights [K P, n G, m] of q [K, U, G, D], which is scaled, over k [K, S, D]."""
-    scores = gathered(q, group.queries, group) @ gathered(k, group.keys, group).transpose(1, 2)
-    count, n, _, m = group.masked.shape
-    scores.view(len(q), count, n, -1, m).masked_fill_(group.masked, float("-inf"))
-    return torch.softmax(scores, -1)
+    """Return x [S, heads D] with rotary embeddings applied, in its dtype, for float32 cos and sin [S, 1, 1, D / 2]."""
+    wide = x.float().view(len(x), -1, 2, cos.shape[-1])
+    out = wide * cos
+    out[:, :, 0].addcmul_(wide[:, :, 1], sin[:, :, 0], value=-1)
+    out[:, :, 1].addcmul_(wide[:, :, 0], sin[:, :, 0])
+    return out.view(x.shape).to(x.dtype)
