@@ -16,7 +16,6 @@ from unittest import mock
 
 from bench.floor import gflop, products_of, seconds
 from common.data.tokens import Batch
-from common.engine import Backend
 from common.train.plan import make_plan
 from engines.registry import engine_for
 from tools.launch.resolve import resolve
@@ -68,7 +67,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit("the token files changed while the bench ran")
     config, rows = plan.config, plan.dataset.train
     steps, evidence = [], {}  # type: list[dict[str, float]], dict[str, Any]
-    backend: Backend
+    backend: Any
     with engine_for(plan.hw).open_backend(plan.hw, config) as backend:
         backend.build(plan.base.architecture)
         backend.load(plan.base.weights())
@@ -84,7 +83,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             taken = {"seconds": now[0] - before[0], "cpu_seconds": now[1] - before[1]}
             steps.append({**taken, "rows": len(batch.rows), "tokens": tokens, "loss": stats.loss})
             before = now
-        evidence |= {"compiled": backend.info.compiled, "first_loss": steps[0]["loss"]}
+        trained = sum(p.numel() for p in backend.trained.values())
+        evidence |= {"compiled": backend.info.compiled, "first_loss": steps[0]["loss"], "trained_parameters": trained}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
         floor = floor_of(backend, micro_batches)
     packages = ("torch", "transformers", "tokenizers", "numpy", "peft")

@@ -106,45 +106,53 @@ class Clock(TrainerCallback):
 
 def watch_precision(model: Any, evidence: dict[str, Any]) -> Any:
     """Return a hook that notes, at the first forward pass, the dtypes in and out of the first layer's q_proj."""
-    projection = model.get_base_model().model.layers[0].self_attn.q_proj
+    adapted = hasattr(model, "get_base_model")
+    base = model.get_base_model() if adapted else model
+    projection = base.model.layers[0].self_attn.q_proj
 
     def note(_module: Any, inputs: Any, output: Any) -> None:
         evidence.update(
             autocast=torch.is_autocast_enabled("cpu"),
             q_proj_in=str(inputs[0].dtype),
             q_proj_out=str(output.dtype),
-            weights=str(projection.base_layer.weight.dtype),
-            adapters=str(projection.lora_A["default"].weight.dtype),
+            weights=str((projection.base_layer if adapted else projection).weight.dtype),
             threads=torch.get_num_threads(),
         )
+        if adapted:
+            evidence["adapters"] = str(projection.lora_A["default"].weight.dtype)
         hook.remove()
 
     hook = projection.register_forward_hook(note)
     return hook
 
 
-def measure(job: dict[str, Any], mode: str) -> dict[str, Any]:
-    """Train the job's steps; return, per step, its seconds, rows, tokens and loss."""
-    torch.set_num_threads(job["threads"])
-    lora = job["lora"]
-    adapters = LoraConfig(
+def adapters_of(lora: dict[str, Any] | None) -> LoraConfig | None:
+    """Return the adapters; None where all weights are trained."""
+    if lora is None:
+        return None
+    return LoraConfig(
         r=lora["rank"],
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
         target_modules=lora["target_modules"],
         task_type="CAUSAL_LM",
     )
+
+
+def measure(job: dict[str, Any], mode: str, attention: str) -> dict[str, Any]:
+    """Train the job's steps; return, per step, its seconds, rows, tokens and loss."""
+    torch.set_num_threads(job["threads"])
     evidence: dict[str, Any] = {}
     clock = Clock()
     with tempfile.TemporaryDirectory(prefix="bench-trl-") as folder:
         trainer = Trainer(
             model=AutoModelForCausalLM.from_pretrained(
-                job["base"]["folder"], dtype=torch.float32, attn_implementation=job["peer_attention"]
+                job["base"]["folder"], dtype=torch.float32, attn_implementation=attention
             ),
             processing_class=AutoTokenizer.from_pretrained(job["base"]["folder"]),
             args=settings(job, mode, folder),
             train_dataset=training_set(job),
-            peft_config=adapters,
+            peft_config=adapters_of(job["lora"]),
             callbacks=[clock],
         )
         trainer.consumed = []
@@ -173,6 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--job", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mode", choices=("padding", "packing"), required=True)
+    parser.add_argument("--attention", choices=("sdpa", "eager"), required=True)
     arguments = parser.parse_args()
-    measured = measure(json.loads(arguments.job.read_text(encoding="utf-8")), arguments.mode)
+    measured = measure(json.loads(arguments.job.read_text(encoding="utf-8")), arguments.mode, arguments.attention)
     arguments.out.write_text(json.dumps(measured), encoding="utf-8")

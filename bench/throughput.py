@@ -1,7 +1,12 @@
 """How fast this recipe trains beside trl.SFTTrainer: `make bench`. What is compared, and why it is fair: README.md.
 
+    .venv/bin/python bench/throughput.py [--full] [--set training_config.precision=fp32] [--record]
+
 One invocation measures both, in turns and each time in a process of its own, because a machine that is busy or warm
-now may not be so in ten minutes. The peer lives in `.venv-trl`, made on first use from `requirements-trl.txt`.
+now may not be so in ten minutes. A few steps of each of the peer's ways, padding or packing with either attention, say
+which is its fastest here; that one takes the turns with ours. `--full` trains all weights instead of adapters.
+`--record` keeps the result in results/training.json and writes the README's table from it. The peer lives in
+`.venv-trl`, made on first use from `requirements-trl.txt`.
 """
 
 from __future__ import annotations
@@ -26,7 +31,13 @@ BENCH = ROOT / "bench"
 LOCK = BENCH / "requirements-trl.txt"
 PEER_VENV = ROOT / ".venv-trl"
 TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")  # as in ci/setup.sh
-PEER_MODES = ("padding", "packing")
+PEER_WAYS = ("padding, sdpa", "padding, eager", "packing, sdpa", "packing, eager")  # what --mode and --attention get
+PROBED = 4  # steps of each way, of which the first does not count
+RESULT = BENCH / "results" / "training.json"
+README = BENCH / "README.md"
+BEGIN, END = "<!-- training: written by bench/throughput.py -->", "<!-- end -->"
+# The sentence of the first page that quotes the ratio with adapters in bf16.
+FRONT, QUOTE = ROOT / "README.md", re.compile(r"(?<=the fine-tuning recipe trains )[0-9.]+(?=\s+times as many rows)")
 SAME_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
 Job = dict[str, Any]
 Measured = dict[str, Any]
@@ -106,12 +117,13 @@ def make_job(arguments: argparse.Namespace) -> Job:
 
     total = arguments.warmup + arguments.steps
     recipe = find_recipe(arguments.recipe)
-    launch = resolve(recipe, hw="cpu", overrides=tuple(arguments.set), steps=total)
+    overrides = [*arguments.set, *(["model_config.lora=null"] if arguments.full else [])]
+    launch = resolve(recipe, hw="cpu", overrides=tuple(overrides), steps=total)
     fetch_pinned(launch.config, launch.recipe_dir, lambda text: print(f"bench: {text}"))
     plan = make_plan(launch, *load_dataset(recipe), lambda _: None, lambda text: print(f"bench: {text}"))
     config, rows = plan.config, plan.dataset.train
-    if config.model.lora is None:
-        raise SystemExit("bench: compares LoRA fine-tuning of a pretrained base only")
+    if plan.base.initial is not None:
+        raise SystemExit("bench: compares fine-tuning of a pretrained base only")
     order = [
         int(row)
         for step in range(1, total + 3)  # two steps more: packing may fill its bins better than one row after another
@@ -121,14 +133,13 @@ def make_job(arguments: argparse.Namespace) -> Job:
     threads = config.device.threads or len(os.sched_getaffinity(0))
     return {
         "recipe": str(recipe),
-        "set": list(arguments.set),
+        "set": overrides,
         "base": {"name": plan.base.name, "folder": str(plan.base.folder), "identity": plan.base.identity},
         "steps": total,
         "warmup": arguments.warmup,
         "threads": threads,
         "training": config.training.model_dump(mode="json"),
-        "lora": config.model.lora.model_dump(mode="json"),
-        "peer_attention": arguments.peer_attention,
+        "lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "gradient_checkpointing": config.model.gradient_checkpointing,
         "tokens_sha256": plan.dataset.tokens_sha256,
         "order": order,
@@ -140,18 +151,19 @@ def make_job(arguments: argparse.Namespace) -> Job:
 
 def measure(name: str, job: Path, peer: Path, folder: Path) -> Measured:
     """Run one side in a process of its own and read what it measured."""
-    out = folder / f"{name}.json"
+    out = folder / f"{name.replace(', ', '-')}.json"
     threads = str(json.loads(job.read_text(encoding="utf-8"))["threads"])
     # By the environment, which is read before a library starts its threads; tokenizers' own would compete with them.
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT) if name == "ours" else ""}
     script: list[str | Path] = [sys.executable, BENCH / "ours.py"]
     if name != "ours":
-        script = [peer, BENCH / "peer_trl.py", "--mode", name]
+        mode, attention = name.split(", ")
+        script = [peer, BENCH / "peer_trl.py", "--mode", mode, "--attention", attention]
     # Of the last minute: what else the machine did, for whoever reads the results.
     before = os.getloadavg()[0]
     started = time.perf_counter()
-    run([*script, "--job", job, "--out", out], env=env, log=folder / f"{name}.log")
+    run([*script, "--job", job, "--out", out], env=env, log=out.with_suffix(".log"))
     measured: Measured = json.loads(out.read_text(encoding="utf-8"))
     measured |= {"load_before": before, "process_seconds": time.perf_counter() - started}
     return measured
@@ -181,11 +193,9 @@ def summarise(runs: Sequence[Measured], warmup: int) -> dict[str, float]:
     }
 
 
-def verdict(sides: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Return the ratio of ours to the faster of the peer's modes, in rows per second."""
-    rates = {name: side["rows_per_second"] for name, side in sides.items() if name != "ours"}
-    best = max(rates, key=lambda name: rates[name])
-    return {"peer": best, "ratio": sides["ours"]["rows_per_second"] / rates[best]}
+def fastest(sides: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the name of the side with most rows per second."""
+    return max(sides, key=lambda name: sides[name]["rows_per_second"])
 
 
 def round_ratios(runs: Mapping[str, Sequence[Measured]], warmup: int, peer: str) -> list[float]:
@@ -216,10 +226,10 @@ COLUMNS = (
 
 def table(sides: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return the medians as text: a head and one line a side."""
-    lines = [" " * 14 + "".join(f"{title:>{form.split('.')[0]}}" for title, _, form in COLUMNS)]
+    lines = [" " * 20 + "".join(f"{title:>{form.split('.')[0]}}" for title, _, form in COLUMNS)]
     for name, side in sides.items():
         label = "ours" if name == "ours" else f"trl, {name}"
-        lines.append(f"{label:<14}" + "".join(f"{side[key]:>{form}}" for _, key, form in COLUMNS))
+        lines.append(f"{label:<20}" + "".join(f"{side[key]:>{form}}" for _, key, form in COLUMNS))
     return lines
 
 
@@ -246,21 +256,27 @@ def differing(ours: Mapping[str, str], peer: Mapping[str, str]) -> list[str]:
     return [f"{name} {ours.get(name)} / {peer.get(name)}" for name in SAME_PACKAGES if ours.get(name) != peer.get(name)]
 
 
-def report(job: Job, runs: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
+def report(job: Job, probes: Mapping[str, Measured], runs: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     """Return everything that goes into the results file."""
     sides = {name: summarise(measured, job["warmup"]) for name, measured in runs.items()}
-    result = verdict(sides)
+    (peer,) = (name for name in runs if name != "ours")
     what = {key: job[key] for key in ("set", "steps", "warmup", "threads", "lora", "gradient_checkpointing")}
     what |= {"base": job["base"]["name"], "identity": job["base"]["identity"], "tokens_sha256": job["tokens_sha256"]}
     training = ("batch_size", "micro_batch_size", "precision", "learning_rate", "max_grad_norm", "optimizer")
     what |= {key: job["training"][key] for key in training}
     return {
-        "format": 1,
+        "format": 2,
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
         "job": what,
         "medians": sides,
-        "verdict": result | {"by_round": round_ratios(runs, job["warmup"], result["peer"])},
+        "probes": {name: summarise([measured], 1) for name, measured in probes.items()},
+        "verdict": {
+            "peer": peer,
+            "ratio": sides["ours"]["rows_per_second"] / sides[peer]["rows_per_second"],
+            "by_round": round_ratios(runs, job["warmup"], peer),
+            "memory": sides["ours"]["peak_rss_mb"] / sides[peer]["peak_rss_mb"],
+        },
         "versions": {name: measured[0]["versions"] for name, measured in runs.items()},
         "evidence": {name: measured[0]["evidence"] for name, measured in runs.items()},
         "floor": floor(runs["ours"], sides["ours"]["seconds_per_step"]),
@@ -268,55 +284,121 @@ def report(job: Job, runs: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
     }
 
 
-def show(result: Mapping[str, Any], peer_version: str) -> None:
-    job, where, decision = result["job"], result["machine"], result["verdict"]
-    print(f"\n{where['cpu']}, {where['cores']} cores ({', '.join(where['flags'])}), {where['memory_gib']} GiB")
-    print(
-        f"{job['base']}, LoRA rank {job['lora']['rank']}, {job['precision']}, batch {job['batch_size']}, "
-        f"{job['threads']} threads; trl {peer_version}; {job['steps'] - job['warmup']} steps after {job['warmup']}\n"
+def key_of(job: Mapping[str, Any]) -> str:
+    """Return the name of a comparison: what is trained, and in which precision."""
+    return f"{'LoRA rank ' + str(job['lora']['rank']) if job['lora'] else 'all weights'}, {job['precision']}"
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """Return where and how a comparison was measured, as one line of text."""
+    job, where = result["job"], result["machine"]
+    peer = result["versions"][result["verdict"]["peer"]]["trl"]
+    return (
+        f"{result['utc'][:10]}, {where['cores']} cores of an {where['cpu']} ({', '.join(where['flags'])}), "
+        f"{job['base']}, {key_of(job)}, batch {job['batch_size']}, {job['threads']} threads, trl {peer}; "
+        f"{job['steps'] - job['warmup']} steps after {job['warmup']}, in turns"
     )
-    print("\n".join(table(result["medians"])))
+
+
+def readme_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the README's text of all comparisons that are kept: a table of each, and what it says."""
+    parts = []
+    for key in sorted(results):
+        result, decision = results[key], results[key]["verdict"]
+        lines = [f"{sentence(result)}:", "", "| | rows/s | s/step | peak memory |", "| --- | --- | --- | --- |"]
+        sides = [("this repository", result["medians"]["ours"])]
+        sides.append((f"`trl.SFTTrainer`, {decision['peer']}", result["medians"][decision["peer"]]))
+        probed = {name: side for name, side in result["probes"].items() if name != decision["peer"]}
+        sides += [(f"`trl.SFTTrainer`, {name} (a few steps)", side) for name, side in probed.items()]
+        for title, side in sides:
+            rate, taken, peak = (side[name] for name in ("rows_per_second", "seconds_per_step", "peak_rss_mb"))
+            lines.append(f"| {title} | {rate:.2f} | {taken:.2f} | {peak / 1000:.1f} GB |")
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in decision["by_round"])
+        said = f"**{decision['ratio']:.2f} times** the rows/s (by round: {rounds})"
+        said += f" in {decision['memory']:.2f} of the memory."
+        if least := result.get("floor"):
+            said += (
+                f" Our step takes {least['step_over_floor']:.2f} times what its matrix products take by themselves: "
+                f"{least['seconds']:.2f} s, {least['gflop']:.0f} GFLOP at {least['gflops']:.0f} GFLOPS."
+            )
+        parts.append("\n".join([*lines, "", said]))
+    return "\n\n".join(parts)
+
+
+def record(result: Mapping[str, Any]) -> None:
+    """Keep a comparison in place of the last one of its kind, and write what the documents say from all of them."""
+    results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    results[key_of(result["job"])] = result
+    RESULT.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    text = f"{before}{BEGIN}\n\n{readme_table(results)}\n\n{END}{rest.partition(END)[2]}"
+    README.write_text(text, encoding="utf-8")
+    FRONT.write_text(QUOTE.sub(quoted(results), FRONT.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def quoted(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the ratio that the first page quotes: with adapters in bf16, the default where there are units."""
+    (ratio,) = (found["verdict"]["ratio"] for key, found in results.items() if re.match(r"LoRA.*bf16-mixed", key))
+    return f"{ratio:.2f}"
+
+
+def show(result: Mapping[str, Any]) -> None:
+    decision, least = result["verdict"], result["floor"]
+    print(f"\n{sentence(result)}\n")
+    others = {name: side for name, side in result["probes"].items() if name != decision["peer"]}
+    print("\n".join(table(result["medians"] | others)))
     rounds = ", ".join(f"{ratio:.2f}" for ratio in decision["by_round"])
     print(f"\nratio in rows/s, ours over trl with {decision['peer']}: {decision['ratio']:.2f} (by round: {rounds})")
-    least = result["floor"]
+    print(f"peak memory, ours over trl's: {decision['memory']:.2f}")
     print(
         f"our step is {least['step_over_floor']:.2f} times its matrix products by themselves: "
         f"{least['seconds']:.2f} s, {least['gflop']:.0f} GFLOP at {least['gflops']:.0f} GFLOPS"
     )
     for name, evidence in result["evidence"].items():
         print(f"  {name}: {json.dumps(evidence)}")
-    if odd := differing(result["versions"]["ours"], result["versions"][PEER_MODES[0]]):
+    if odd := differing(result["versions"]["ours"], result["versions"][decision["peer"]]):
         print(f"  versions differ: {'; '.join(odd)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tinyllama-finetune")
-    parser.add_argument("--steps", type=int, default=12, help="steps measured in each run")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them that are not")
+    parser.add_argument("--steps", type=int, default=8, help="steps measured in each run")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them that are not")
     parser.add_argument("--rounds", type=int, default=2, help="how often each side runs, in turns")
-    parser.add_argument("--peer-attention", default="sdpa", choices=("sdpa", "eager"), help="its default is sdpa")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of adapters")
+    parser.add_argument("--record", action="store_true", help="keep the result, and write the README's table")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for recipe run")
     arguments = parser.parse_args()
     peer = peer_python(LOCK, PEER_VENV)
     job = make_job(arguments)
-    runs: dict[str, list[Measured]] = {name: [] for name in ("ours", *PEER_MODES)}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        (folder / "probe.json").write_text(json.dumps(job | {"steps": PROBED}), encoding="utf-8")
+        probes = {}
+        for way in PEER_WAYS:
+            probes[way] = measure(way, folder / "probe.json", peer, folder)
+            rate = summarise([probes[way]], 1)["rows_per_second"]
+            print(f"bench: trl, {way:<14}{rate:>7.2f} rows/s in {PROBED - 1} steps", flush=True)
+        best = fastest({way: summarise([measured], 1) for way, measured in probes.items()})
+        runs: dict[str, list[Measured]] = {"ours": [], best: []}
         for number in range(1, arguments.rounds + 1):
             for side in runs:
                 measured = measure(side, folder / "job.json", peer, folder)
                 runs[side].append(measured)
                 rate = summarise([measured], job["warmup"])["rows_per_second"]
                 load = f"load before it {measured['load_before']:.1f}"
-                print(f"bench: round {number}, {side:<8}{rate:>7.2f} rows/s  ({load})", flush=True)
-    result = report(job, runs)
+                print(f"bench: round {number}, {side:<14}{rate:>7.2f} rows/s  ({load})", flush=True)
+    result = report(job, probes, runs)
     path = BENCH / "results" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result, runs[PEER_MODES[0]][0]["versions"]["trl"])
+    show(result)
     print(f"\nall of it: {path.relative_to(ROOT)}; Python {platform.python_version()}")
+    if arguments.record:
+        record(result)
+        print(f"bench: {RESULT.relative_to(ROOT)} and the table in {README.relative_to(ROOT)} are written")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,35 @@ def test_no_step_after_warm_up_is_an_error() -> None:
         throughput.summarise([measured([1.0], [8])], warmup=1)
 
 
-def test_the_ratio_is_over_the_faster_of_the_peers_modes() -> None:
-    sides = {name: {"rows_per_second": rate} for name, rate in {"ours": 6.0, "padding": 2.0, "packing": 3.0}.items()}
-    assert throughput.verdict(sides) == {"peer": "packing", "ratio": 2.0}
+def test_the_peer_runs_in_the_way_with_most_rows_a_second() -> None:
+    sides = {name: {"rows_per_second": rate} for name, rate in {"padding": 2.0, "packing": 3.0, "eager": 1.0}.items()}
+    assert throughput.fastest(sides) == "packing"
+
+
+def test_what_the_documents_say_of_training_is_the_committed_result() -> None:
+    results = json.loads(throughput.RESULT.read_text(encoding="utf-8"))
+    readme = throughput.README.read_text(encoding="utf-8")
+    inside = readme.partition(throughput.BEGIN)[2].partition(throughput.END)[0].strip()
+    assert inside == throughput.readme_table(results)
+    assert throughput.QUOTE.findall(throughput.FRONT.read_text(encoding="utf-8")) == [throughput.quoted(results)]
+
+
+def test_a_recorded_comparison_takes_the_place_of_the_last_of_its_kind(tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("RESULT", "README", "FRONT"):
+        copied = tmp_path / f"{name}.txt"
+        copied.write_bytes(getattr(throughput, name).read_bytes())
+        monkeypatch.setattr(throughput, name, copied)
+    (known,) = (r for k, r in json.loads(throughput.RESULT.read_text()).items() if re.match("LoRA.*bf16", k))
+    again = known | {"verdict": known["verdict"] | {"ratio": 1234.5}}
+    throughput.record(again)
+    throughput.record(again | {"job": known["job"] | {"lora": None, "precision": "fp32"}})
+    kept = json.loads(throughput.RESULT.read_text())
+    assert {"LoRA rank 16, bf16-mixed", "all weights, fp32"} <= set(kept)
+    assert kept["LoRA rank 16, bf16-mixed"]["verdict"]["ratio"] == 1234.5
+    readme = throughput.README.read_text(encoding="utf-8")
+    assert readme.count("1234.50 times") == 2
+    assert readme.endswith("may win; llama.cpp keeps keys and values in f16 by default.\n"), "all else stays"
+    assert "trains 1234.50\ntimes as many rows" in throughput.FRONT.read_text(encoding="utf-8")
 
 
 def test_each_round_has_its_ratio() -> None:
