@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch", reason="the CPU engine is torch")
 
-from common.errors import MachineError
+from common.errors import MachineError, Stopped
 from tests.doubles.tiny_recipe import make_tiny_recipe
-from tests.support.runs import run_tiny
+from tests.support.runs import newest_run, run_tiny
 from tools.cli.main import recipe as recipe_command
 from tools.export import model_card, reading
 from tools.export.readers import ask, environment, questions
@@ -95,6 +95,16 @@ def test_a_run_in_bf16_is_read_as_its_merged_model_is_and_its_adapter_over_a_bas
         OURS, ("agrees", "as it says")
     ), said
     assert max(float(row["cells"]["logits"]) for row in rows(folder).values()) < 1e-4
+
+
+def test_a_run_that_was_stopped_before_an_evaluation_has_a_card_of_another_prompt(tiny_base, here, tmp_path):
+    with pytest.raises(Stopped):
+        run_tiny(make_tiny_recipe(tmp_path / "tiny", tiny_base), tmp_path / "runs", stop_at=2)
+    folder = newest_run(tmp_path / "runs")
+    code, said = recipe("export", folder, "--readers", "transformers-5")
+
+    assert "Hello!" in (folder / "export/merged/README.md").read_text()
+    assert (code, rows(folder)["transformers-5"]["cells"]["snippet"]) == (0, "as it says"), said
 
 
 def test_a_model_that_a_reader_reads_otherwise_is_a_failure(run, here):

@@ -155,7 +155,9 @@ def proof(outcome: ExportCheck) -> str:
 
 
 def example_of(run: TrainedRun) -> tuple[str, tuple[str, str] | None]:
-    """Return the first evaluation prompt, with the base's and the trained model's answer to it, quoted."""
+    """Return the prompt of the card, with the base's and the trained model's answer to it, quoted: the first one of the
+    evaluation of the exported step; a greeting, without answers, where there was none.
+    """
     before, after = run.evaluation(0), run.evaluation(run.step)
     if not (before and after and after["samples"]):
         return "Hello!", None

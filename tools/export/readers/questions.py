@@ -15,6 +15,7 @@ from common.data.chat import ChatTokenizer
 from common.data.rows import Message
 from common.errors import DataError
 from common.train.generate import generate
+from tools.export.model_card import example_of
 from tools.generate.chat import Speaker, folder_speaker
 from tools.runs.trained import TrainedRun
 
@@ -80,7 +81,7 @@ def expected_of(run: TrainedRun, merged: Path, weights: Mapping[str, Any] | None
     `weights` in its place.
     """
     context = json.loads((merged / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    prompt = prompt_of(run)
+    prompt, _ = example_of(run)  # of the card, whose code prints the answer to it
     with folder_speaker(merged, {"eval.temperature": 0.0, "eval.repetition_penalty": 1.0}, weights) as speaker:
         tokenizer = speaker.tokenizer
         ids = tokenizer.prompt_ids(prompt, run.config.data.system_prompt)
@@ -110,12 +111,6 @@ def expected_of(run: TrainedRun, merged: Path, weights: Mapping[str, Any] | None
             printed=printed,
             whole=whole,
         )
-
-
-def prompt_of(run: TrainedRun) -> str:
-    """Return the prompt of the model card."""
-    samples = [sample["prompt"] for record in run.evaluations[-1:] for sample in record["samples"]]
-    return str(samples[0]) if samples else "Hello!"
 
 
 def rendered(tokenizer: ChatTokenizer, chat: Sequence[tuple[str, str]]) -> str | None:
