@@ -376,12 +376,12 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_table(text: str) -> None:
-    """Put the table between its marks in the README."""
+def write_table(text: str, begin: str = BEGIN) -> None:
+    """Put a table between its marks in the README, of which `begin` is the first."""
     readme = README.read_text(encoding="utf-8")
-    before, _, rest = readme.partition(BEGIN)
+    before, _, rest = readme.partition(begin)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    README.write_text(f"{before}{begin}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 @contextlib.contextmanager

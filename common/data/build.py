@@ -170,17 +170,10 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
         if info["unknown"]:
             refused = "; bits per byte is not given" if info["unknown"] > UNKNOWN_ALLOWED else ""
             notes.append(f"warning: {info['unknown']:.3%} of the held-out characters are in no training text{refused}")
-    return BuildReport(
-        action=action,
-        reason=reason,
-        folder=str(dataset.folder),
-        length=dataset.length,
-        rows={name: len(split) for name, split in dataset.splits.items()},
-        tokens={name: split.tokens for name, split in dataset.splits.items()},
-        supervised_share=float(info["supervised_share"]),
-        cut=info["cut"],
-        notes=notes,
-    )
+    rows = {name: len(split) for name, split in dataset.splits.items()}
+    sizes = {name: split.tokens for name, split in dataset.splits.items()}
+    share = float(info["supervised_share"])
+    return BuildReport(action, reason, str(dataset.folder), dataset.length, rows, sizes, share, info["cut"], notes)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

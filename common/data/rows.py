@@ -28,6 +28,7 @@ Keys = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # as OpenAI describes them
 KINDS: dict[type, str] = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
 KINDS |= {list: "a list", dict: "an object"}
+LINE = 7  # bytes of a line's number
 NO_EXTRA: Mapping[str, Any] = {}  # one for all rows without: a dict of its own is 64 bytes
 CONVERT = "recipe data convert FILE OUT.jsonl makes rows of other forms"
 # Keys that hold a part of the conversation, or say how it is trained on, where other tools read them (docs/data.md):
@@ -52,19 +53,26 @@ class Message:
 class Row:
     """A conversation that ends with the assistant, its tools, other keys that came with it, its place ("file:line")."""
 
-    # 320 bytes, of which a row of 100 tokens has half in words: a million of them are in memory at once. So roles and
-    # file are one text for all rows alike, and the words one piece of UTF-8, in which no byte is 0xff.
-    __slots__ = ("_file", "_line", "extra", "fields", "roles", "tools", "words")
+    # 290 bytes, of which a row of 100 tokens has most in words: a million of them are in memory at once. So roles and
+    # file are one text for all rows alike, and the words one piece of UTF-8, in which no byte is 0xff; in front of it
+    # is the line, in LINE bytes: as a number of its own it would take 32.
+    __slots__ = ("_file", "_held", "extra", "fields", "roles", "tools")
 
     def __init__(self, messages: Iterable[Message], extra: Keys = NO_EXTRA, where: str = "", tools: Tools = ()) -> None:
         turns = list(messages)
         self.roles = sys.intern(" ".join([turn.role if turn.trained else f"{turn.role}-" for turn in turns]))
-        self.words = b"\xff".join([turn.content.encode() for turn in turns])
         self.fields = fields if any(fields := [turn.fields for turn in turns]) else None
         self.extra, self.tools = extra, tools or ()
         file, _, line = where.rpartition(":")
-        numbered = line.isdecimal() and str(int(line)) == line
-        self._file, self._line = (sys.intern(file), int(line)) if numbered else (where, -1)
+        number = int(line) if len(line) < 15 and line.isdecimal() and str(int(line)) == line else -1
+        self._file = where if number < 0 else sys.intern(file)
+        words = b"\xff".join([turn.content.encode() for turn in turns])
+        self._held = number.to_bytes(LINE, "big", signed=True) + words
+
+    @property
+    def words(self) -> bytes:
+        """Return what all turns say, in UTF-8, between them a byte 0xff."""
+        return self._held[LINE:]
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -75,7 +83,8 @@ class Row:
     @property
     def where(self) -> str:
         """Return where the row stands."""
-        return self._file if self._line < 0 else f"{self._file}:{self._line}"
+        line = int.from_bytes(self._held[:LINE], "big", signed=True)
+        return self._file if line < 0 else f"{self._file}:{line}"
 
     @property
     def prompt(self) -> str:

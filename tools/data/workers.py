@@ -119,7 +119,10 @@ def read(rows: Sequence[Row], chunk: Chunk, file: int) -> Iterator[Row]:
             roles, where, size = fact
             begin, end = end, end + size
             row = Row((), where=where)
-            row.roles, row.words = roles, words[begin:end]
+            row.roles, row._held = (
+                roles,
+                row._held + words[begin:end],
+            )  # as they are: to cut them and join them takes time
             yield row
 
 
