@@ -290,7 +290,7 @@ LAID_OUT = {  # a template: whether it has a layout, None where it has one for s
         BEFORE
         + "{{ m['content'] }}{% if loop.last and m.role != 'user' %}{{ eos_token }}{% endif %}{% endfor %}"
         + ANSWER,
-        False,
+        None,
     ),
     "mark": (
         BEFORE + "{{ '[INST]' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|>[INST]'"),

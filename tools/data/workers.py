@@ -11,6 +11,7 @@ process reads them from there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import multiprocessing
@@ -39,7 +40,7 @@ Options = tuple[str | None, int | None, bool]  # system, max_tokens, supervise_a
 
 def encode_rows(tokenizer: ChatTokenizer, rows: Sequence[Row], options: Options) -> Generator[Encoded | DataError]:
     """Yield what `tokenizer.encode_rows(rows, *options)` does, sooner. Raises MachineError where a process dies."""
-    fast, count = FastTokenizer(tokenizer), len(os.sched_getaffinity(0))
+    fast, count = fast_of(tokenizer), len(os.sched_getaffinity(0))
     if len(rows) <= ALONE or count < 2:
         yield from fast.encode_rows(rows, *options)
         return
@@ -65,6 +66,10 @@ def encode_rows(tokenizer: ChatTokenizer, rows: Sequence[Row], options: Options)
             except (EOFError, OSError) as error:  # between two messages, or in the middle of one
                 todo = "see whether memory ran out (dmesg); then the same command again"
                 raise MachineError("a process that tokenizes rows has ended", todo=todo) from error
+
+
+# The rules of a tokenizer take a tenth of a second to read, and a data set has two splits.
+fast_of = functools.lru_cache(maxsize=1)(FastTokenizer)
 
 
 def shown(watch: Watch) -> Encode:
@@ -119,10 +124,7 @@ def read(rows: Sequence[Row], chunk: Chunk, file: int) -> Iterator[Row]:
             roles, where, size = fact
             begin, end = end, end + size
             row = Row((), where=where)
-            row.roles, row._held = (
-                roles,
-                row._held + words[begin:end],
-            )  # as they are: to cut them and join them takes time
+            row.roles, row._held = roles, row._held + words[begin:end]  # made of messages it would take long
             yield row
 
 
@@ -136,6 +138,7 @@ def work(
 ) -> None:
     """Send the tokens of every chunk, one after the other."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    gc.disable()  # what is made here for a row is free as soon as it was sent
     for chunk in chunks:
         found = list(tokenizer.encode_rows(read(rows, chunk, file), *options))
         faults = {at: (one.what, one.where, one.todo) for at, one in enumerate(found) if isinstance(one, DataError)}
