@@ -157,7 +157,7 @@ def checks_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [run[key] for run in result["runs"] if (run["side"], run["work"], run["rows"]) == (side, work, count)]
 
     def median(*which: Any) -> float:
-        return statistics.median(seen(*which))
+        return float(statistics.median(seen(*which)))
 
     built, then = (median(side, "build", small, "rows_per_second") for side in ("now", "before"))
     checked, check = (median("now", "check", count, "seconds") for count in (small, middle))

@@ -171,9 +171,9 @@ def report_of(dataset: TokenDataset, action: str, reason: str) -> BuildReport:
             refused = "; bits per byte is not given" if info["unknown"] > UNKNOWN_ALLOWED else ""
             notes.append(f"warning: {info['unknown']:.3%} of the held-out characters are in no training text{refused}")
     rows = {name: len(split) for name, split in dataset.splits.items()}
-    sizes = {name: split.tokens for name, split in dataset.splits.items()}
+    ids = {name: split.tokens for name, split in dataset.splits.items()}
     share = float(info["supervised_share"])
-    return BuildReport(action, reason, str(dataset.folder), dataset.length, rows, sizes, share, info["cut"], notes)
+    return BuildReport(action, reason, str(dataset.folder), dataset.length, rows, ids, share, info["cut"], notes)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
