@@ -6,19 +6,19 @@ MAIN_RECIPE := tinyllama-finetune
 TEST_WORKERS ?= 2
 OF_RUN := HW STEPS STOP_AT RESUME SET CONTAINER BUILD DRY OUT WORLD
 PYTEST := .venv/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
-FAST := tests/common tests/engines tests/tools tests/recipes tests/writes tests/runs/test_tiny_run.py
+FAST := tests/common tests/engines tests/tools tests/recipes tests/fuzz tests/writes tests/runs/test_tiny_run.py
 
 # What users say on the command line reaches ci/*.sh as environment, letter for letter: $(value) keeps make from
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN PORT BASE STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS PHASES EXPORTS
+FROM_COMMAND_LINE := NAME RUN PORT BASE STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS PHASES EXPORTS N
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data serve do golden image image-verify test test-runs test-all test-processes test-containers rehearse lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data serve do golden image image-verify test test-runs test-all fuzz test-processes test-containers rehearse lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -72,7 +72,10 @@ test-runs: setup ## what trains whole runs, the pages and CI's own scripts; minu
 	$(PYTEST) -m "not slow" tests/runs tests/ci tests/browser
 
 test-all: setup ## every test, the slow ones too; with Python 3.10 or 3.12 here, also against the real ttnn (650 MB for each, once)
-	$(PYTEST) tests
+	FUZZ=2000 $(PYTEST) tests
+
+fuzz: setup ## every parser with N inputs over all that nobody wrote (100000: half an hour); what fails is kept in tests/fuzz/seeds
+	FUZZ="$${N:-100000}" $(PYTEST) tests/fuzz
 
 test-processes: setup ## runs of several processes and hosts that are killed, stopped and resumed; two minutes
 	.venv/bin/python -m pytest -q -n 1 tests/runs/test_data_parallel.py

@@ -142,8 +142,6 @@ def supervised_tokens(micro_batches: Sequence[Batch], step: int) -> int:
 
 def not_reached(tensors: Sequence[str], where: str) -> TrainingError:
     """Return the error of a training in which no gradient reaches the trained `tensors`."""
-    return TrainingError(
-        f"no gradient reaches {len(tensors)} trained tensors, which would never change: first {', '.join(tensors[:6])}",
-        where=where,
-        todo="nothing of this run is worth keeping: report it with manifest.json, which has the engine's versions",
-    )
+    what = f"no gradient reaches {len(tensors)} trained tensors, which would never change: first"
+    todo = "nothing of this run is worth keeping: report it with manifest.json, which has the engine's versions"
+    return TrainingError(f"{what} {', '.join(tensors[:6])}", where=where, todo=todo)

@@ -61,7 +61,7 @@ def read_pins(path: Path, key: str) -> dict[str, dict[str, Any]]:
     try:
         lock = yaml.safe_load(path.read_text(encoding="utf-8"))
         version, pins = lock["format"], {name: dict(pin) for name, pin in lock[key].items()}
-    except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         what = " ".join((str(error) if isinstance(error, yaml.YAMLError) else repr(error)).split())
         raise MachineError(f"{path.name} cannot be read: {what}", where=str(path)) from error
     if version == 1:

@@ -19,6 +19,7 @@ from common.errors import UsageError
 
 Key = tuple["str | int", ...]
 
+DEPTH = 32  # sections and lists within each other; those of a config are four
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
@@ -29,7 +30,7 @@ _FLOAT = re.compile(
 _SCALARS: dict[str, tuple[re.Pattern[str], list[str], Callable[[str], Any]]] = {
     "null": (re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""], lambda _: None),
     "bool": (re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"], lambda text: text.lower() == "true"),
-    "int": (re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), [*"-+0123456789"], int),
+    "int": (re.compile(r"[-+]?(?:0|[1-9][0-9]{0,99})$"), [*"-+0123456789"], int),
     "float": (_FLOAT, [*"-+0123456789."], lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower()))),
 }
 
@@ -37,13 +38,18 @@ _SCALARS: dict[str, tuple[re.Pattern[str], list[str], Callable[[str], Any]]] = {
 class _Loader(yaml.SafeLoader):
     """The safe loader, used for its nodes only, with our idea of what a plain scalar is."""
 
+    depth = 0
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own class attribute, replaced on purpose
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
+        self.depth += 1
+        alias = self.check_event(yaml.AliasEvent)
+        if alias or self.depth > DEPTH:
+            problem = "aliases (*name) are not supported" if alias else "nested too deeply"
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
         return node
 
 
@@ -95,6 +101,7 @@ class Layer:
     def merge(self, above: Layer) -> Layer:
         """Return this layer under `above`: mappings merge key by key, anything else (null and lists too) replaces."""
         merged = Layer(copy.deepcopy(self.tree), {**above.where, **self.where}, self.problems + above.problems)
+        replaced: set[Key] = set()
 
         def put(target: dict[str, Any], source: Mapping[str, Any], path: Key) -> None:
             for name, value in source.items():
@@ -102,13 +109,14 @@ class Layer:
                 if isinstance(value, dict) and isinstance(target.get(name), dict):
                     put(target[name], value, here)  # the section stays where it was first opened
                     continue
-                # What is replaced takes its places with it: those of a section or a list that stood here are gone.
-                for key in [key for key in merged.where if key[: len(here)] == here]:
-                    del merged.where[key]
-                merged.where |= {key: place for key, place in above.where.items() if key[: len(here)] == here}
+                replaced.add(here)
                 target[name] = copy.deepcopy(value)
 
         put(merged.tree, above.tree, ())
+        # What is replaced takes its places with it: those of a section or a list that stood here are gone.
+        gone = {key for key in merged.where if any(key[:end] in replaced for end in range(1, len(key) + 1))}
+        merged.where = {key: place for key, place in merged.where.items() if key not in gone}
+        merged.where |= {key: place for key, place in above.where.items() if key in gone}
         return merged
 
 
@@ -146,7 +154,7 @@ def read_override(text: str, option: str = "--set") -> Layer:
     place = f"{option} {text}"
     name, equals, value = text.partition("=")
     key: Key = tuple(name.strip().split("."))
-    if not equals or not all(key):
+    if not equals or not all(key) or len(key) > DEPTH:
         raise UsageError(f"{text!r} is not of the form section.key=value", where=place)
     if not value.strip():
         todo = "write null to clear a key, '' for no text"

@@ -1,7 +1,6 @@
 """A recipe's configuration: schema, layers, the split of the batch over devices, and two digests.
 
-Layers, each over the one before: defaults, config.yaml, presets/<preset>.yaml, hw/<board>.yaml, --set,
---steps.
+Layers, each over the one before: defaults, config.yaml, presets/<preset>.yaml, hw/<board>.yaml, --set, --steps.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from common.config.schema import (
 from common.errors import UsageError
 from common.hardware import Hardware
 
+MOST = 50  # mistakes that are listed at once
 FORMAT = 2  # of config.resolved.yaml; 1 had one micro-batch as `batch_size` (_from_format_1)
 
 
@@ -298,7 +298,8 @@ def split_over_devices(config: Config, hw: Hardware) -> Config:
         raise UsageError(text, where=places(_BATCH), todo=f"use a multiple of {devices}: {near}")
     rows = min(training.micro_batch_size or hw.micro_batch, share)
     # Micro-batches are equal: where the table's number of rows does not divide the share, it is the next smaller one.
-    divide = [size for size in range(1, share + 1) if share % size == 0]
+    small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    divide = sorted({*small, *(share // size for size in small)})
     if training.micro_batch_size is None:
         rows = max(size for size in divide if size <= rows)
     if rows not in divide:
@@ -351,7 +352,7 @@ def _validate(layer: Layer, what: str) -> Config:
         problems += _explain(error, layer)
     if found := list(dict.fromkeys(problems)):
         count = f"{len(found)} mistake{'s' if len(found) > 1 else ''} in {what}"
-        lines = [f"  {item.where}: {item.key + ': ' if item.key else ''}{item.message}" for item in found]
+        lines = [f"  {item.where}: {item.key + ': ' if item.key else ''}{item.message}" for item in found[:MOST]]
         raise UsageError("\n".join([count, *lines]))
     return config
 
@@ -359,7 +360,7 @@ def _validate(layer: Layer, what: str) -> Config:
 def _explain(error: ValidationError, layer: Layer) -> Iterator[Problem]:
     """Yield pydantic's errors with the file:line of the key and the words of this project."""
     texts: dict[tuple[str, str], list[str]] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MOST]:
         # A union puts the names of its members into the location.
         key: Key = tuple(part for part in item["loc"] if not re.match(r"str$|list\[|literal\[", str(part)))
         if item["type"] == "missing":

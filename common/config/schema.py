@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAME_INPUT: tuple[set[Projection], ...] = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-_Positive = Annotated[int, Field(gt=0)]
+_Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -79,7 +79,7 @@ class Scheduler(Section):
 class Training(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of data order, initial weights and dropout."""
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, lt=2**31)
     """Rows of one optimizer step, over all devices and all accumulation (the global batch)."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Rows that one device holds at once, at most batch_size / devices; null: as many as hardware.yaml has."""
@@ -112,7 +112,7 @@ class Architecture(Section):
     """Width of the residual stream."""
     intermediate_size: _Positive
     """Width inside the feed-forward block."""
-    num_hidden_layers: _Positive
+    num_hidden_layers: int = Field(gt=0, le=1024)  # eight times those of the largest Llama
     """Transformer blocks."""
     num_attention_heads: _Positive
     """Query heads; divides hidden_size."""

@@ -393,7 +393,7 @@ def compile_template(source: str, **settings: Any) -> Template:
     source = re.sub(r"(?<={%)([-+]?\s*)endgeneration\b", r"\1endif", source)
     try:
         return environment.from_string(source)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise DataError(f"the base model's chat template does not parse: {error}") from error
 
 

@@ -1,9 +1,7 @@
-"""Token files: what training reads. Plain `.npy` arrays, mapped into memory, and one `dataset.json` with
-their hash.
+"""Token files: what training reads. Plain `.npy` arrays, mapped into memory, and one `dataset.json` with their hash.
 
-For every split there are four arrays: `ids` uint32 [N], `mask` uint8 [N] (1 = supervised), and the rows as
-windows `starts`/`ends` int64 [R] into them. Windows may overlap (a corpus stores each token once). Nothing is
-pickled.
+For every split there are four arrays: `ids` uint32 [N], `mask` uint8 [N] (1 = supervised), and the rows as windows
+`starts`/`ends` int64 [R] into them. Windows may overlap (a corpus stores each token once). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -124,8 +122,7 @@ class TokenSplit:
     def gather(self, rows: npt.NDArray[np.int64]) -> Batch:
         """Return the batch of these rows (int64 [B], -1 = a line of padding).
 
-        A row of n tokens becomes input tok[:-1] and labels tok[1:] with mask[1:]: the last token is only a
-        label.
+        A row of n tokens becomes input tok[:-1] and labels tok[1:] with mask[1:]: the last token is only a label.
         """
         arrays = self.arrays
         starts = arrays.starts[rows]  # [B]; a line of padding, -1, looks at the last row, and is masked below
@@ -134,12 +131,8 @@ class TokenSplit:
         inside = columns[:-1] < predicted[:, None]  # [B, T]
         at = starts[:, None] + columns  # [B, T + 1] into N; past a row's end it reads what follows, times 0 below
         ids = arrays.ids.take(at, mode="clip")  # 1.3 times as fast as to index by `inside` and twice (bench/loop.py)
-        return Batch(
-            input_ids=ids[:, :-1] * inside,
-            labels=ids[:, 1:] * inside,
-            loss_mask=(arrays.mask.take(at[:, 1:], mode="clip") * inside).astype(np.float32),
-            rows=rows,
-        )
+        mask = (arrays.mask.take(at[:, 1:], mode="clip") * inside).astype(np.float32)
+        return Batch(input_ids=ids[:, :-1] * inside, labels=ids[:, 1:] * inside, loss_mask=mask, rows=rows)
 
 
 def spread(count: int, limit: int | None) -> npt.NDArray[np.int64]:

@@ -53,6 +53,8 @@ class Base:
             what = f"the base is a {config.get('model_type')} model; these recipes train Llama models"
             todo = 'choose a base whose config.json says "model_type": "llama"'
             raise MachineError(what, where=str(path), todo=todo)
+        if lacking := llama.lacks(config) or ["num_hidden_layers up to 1024"] * (config["num_hidden_layers"] > 1024):
+            raise MachineError(f"config.json has no number for {', '.join(lacking)}", where=str(path))
         return config
 
     def weights(self) -> Weights | InitialWeights:
@@ -171,8 +173,12 @@ def settings_in(path: Path) -> dict[str, Any]:
 def find_template(folder: Path, settings: Mapping[str, Any]) -> str:
     """Return the chat template: its own file, or the config's (a text, or a list with one named "default"), or ""."""
     if (path := folder / "chat_template.jinja").exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"the chat template is no UTF-8 text: {error}", where=str(path)) from error
     template = settings.get("chat_template") or settings_in(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     return template if isinstance(template, str) else ""

@@ -9,6 +9,9 @@ from typing import Any
 PREFIX = "base_model.model."  # PEFT's, before each name in adapter_model.safetensors
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Shape = tuple[int, ...]
+SIZES = tuple(f"{name}_size" for name in ("vocab", "hidden", "intermediate"))
+SIZES += ("num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+SIZES_OR_NONE = ("num_key_value_heads", "head_dim")
 
 
 def shapes(architecture: Mapping[str, Any]) -> dict[str, Shape]:
@@ -38,6 +41,12 @@ def shapes(architecture: Mapping[str, Any]) -> dict[str, Shape]:
     return found
 
 
+def lacks(config: Mapping[str, Any]) -> list[str]:
+    """Return the sizes of a config.json that are no whole numbers above 0; those of SIZES_OR_NONE may be null."""
+    asked = [name for name in (*SIZES, *SIZES_OR_NONE) if name in SIZES or config.get(name) is not None]
+    return [name for name in asked if type(config.get(name)) is not int or not 0 < config[name] < 2**31]
+
+
 def attention_widths(architecture: Mapping[str, Any]) -> tuple[int, int]:
     """Return the rows of q_proj, and those of k_proj and of v_proj: heads x head_dim each."""
     heads = architecture["num_attention_heads"]
@@ -63,10 +72,7 @@ def hf_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
         **architecture,
         "head_dim": architecture["hidden_size"] // architecture["num_attention_heads"],
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **dict.fromkeys(("attention_bias", "mlp_bias"), False),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "dtype": "float32",
     }

@@ -53,9 +53,8 @@ class Weights(_OneAtATime):
                         self.file_of[prefix + name] = path, name
                         self.shapes[prefix + name] = tuple(file.get_slice(name).get_shape())
             except SafetensorError as error:
-                raise MachineError(
-                    f"{path.name} is damaged: {error}", where=str(path), todo="put the model's own file there again"
-                ) from error
+                todo = "put the model's own file there again"
+                raise MachineError(f"{path.name} is damaged: {error}", where=str(path), todo=todo) from error
 
     def __getitem__(self, name: str) -> Array:
         from safetensors import safe_open

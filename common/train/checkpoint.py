@@ -117,7 +117,8 @@ def steps_saved(checkpoints: Path) -> list[int]:
 def verify(folder: Path) -> Checkpoint:
     """Return the checkpoint in `folder`, every file's hash checked. Raises MachineError, which says what is wrong."""
     state = read_json(folder / "state.json", FORMAT)
-    if not {"step", "sha256", "training_digest", "tokens_sha256"} <= set(state):
+    kinds = {"step": int, "sha256": dict, "training_digest": str, "tokens_sha256": str}
+    if not all(type(state.get(key)) is kind for key, kind in kinds.items()):
         raise MachineError("state.json is no checkpoint's", where=str(folder))
     for name, sha256 in state["sha256"].items():
         file = inside(folder, name)

@@ -19,7 +19,5 @@ def memorizing(recent: Sequence[float], held_out: Sequence[tuple[float, int]]) -
     mean = math.fsum(recent) / len(recent) if recent else math.inf
     if not mean < floor - MARGIN:
         return None
-    return (
-        f"memorizing now: the mean training loss of the last {len(recent)} steps, {mean:.4f}, is more than "
-        f"{MARGIN} below the lowest held-out loss so far, {floor:.4f} (step {step})"
-    )
+    below = f"{MARGIN} below the lowest held-out loss so far, {floor:.4f} (step {step})"
+    return f"memorizing now: the mean training loss of the last {len(recent)} steps, {mean:.4f}, is more than {below}"

@@ -51,7 +51,7 @@ def scan(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             unreadable.append(number)
     return records, unreadable
 

@@ -136,8 +136,6 @@ def take_over(found: Checkpoint, folder: Path, dataset: TokenDataset, rows: int,
         if not evaluations:
             say(f"earlier evaluations are of other rows than the {rows} of now: left out")
     last = max((record["step"] for record in evaluations), default=0)
-    return Past(
-        evaluations=evaluations,
-        recent_losses=[record["loss"] for record in kept if "loss" in record and record["step"] > last],
-        evaluated=any("eval_loss" in record and record["step"] == found.step for record in kept),
-    )
+    recent = [record["loss"] for record in kept if "loss" in record and record["step"] > last]
+    evaluated = any("eval_loss" in record and record["step"] == found.step for record in kept)
+    return Past(evaluations=evaluations, recent_losses=recent, evaluated=evaluated)

@@ -125,12 +125,9 @@ def refuse_changes(plan: Plan, found: Checkpoint, parent: Path) -> list[str]:
 def refuse_other_tokens(plan: Plan, found: Checkpoint, todo: str) -> None:
     """Raise DataError, advising `todo`, where the checkpoint was trained on other tokens than the plan's."""
     if found.state["tokens_sha256"] != plan.dataset.tokens_sha256:
-        raise DataError(
-            f"the data changed since step {found.step} of this run: its tokens had sha256 "
-            f"{found.state['tokens_sha256'][:12]}..., now {plan.dataset.tokens_sha256[:12]}...",
-            where=str(found.folder),
-            todo=todo,
-        )
+        then, now = found.state["tokens_sha256"][:12], plan.dataset.tokens_sha256[:12]
+        what = f"the data changed since step {found.step} of this run: its tokens had sha256 {then}..., now {now}..."
+        raise DataError(what, where=str(found.folder), todo=todo)
 
 
 def changes(plan: Plan, folder: Path, found: Checkpoint) -> list[str]:
@@ -138,10 +135,10 @@ def changes(plan: Plan, folder: Path, found: Checkpoint) -> list[str]:
     lines = {line.split(":", 1)[0]: line for line in config_changes(plan, folder)}
     notes = []
     if lines.pop("device_config.compile", None) and plan.config.device.compile != "auto":
-        compiled = "compiled" if found.state["compiled"] else "eager"
+        compiled = "compiled" if found.state.get("compiled") else "eager"
         notes = [f"device_config.compile is decided once in a run: it goes on {compiled}"]
     # Decisions of the run until now that `opening.keep_decisions` takes over: no change, where nobody asks for another.
-    if plan.config.device.threads in (None, found.state["threads"]):
+    if plan.config.device.threads in (None, found.state.get("threads")):
         lines.pop("device_config.threads", None)
     notes += [f"changed: {line}" for line in lines.values()]
     return notes + (["not bit-exact from here"] if set(lines) & set(INEXACT) else [])

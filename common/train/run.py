@@ -194,11 +194,9 @@ class Run:
         started = time.perf_counter()
         rows = held_out(self.backend, self.held_out)
         if not math.isfinite(rows.loss):
-            raise TrainingError(
-                f"the held-out loss after step {step} is {rows.loss}: the last updates ruined the model",
-                where=f"step {step}",
-                todo="resume with a lower learning rate: --resume PATH --accept-changes",
-            )
+            what = f"the held-out loss after step {step} is {rows.loss}: the last updates ruined the model"
+            todo = "resume with a lower learning rate: --resume PATH --accept-changes"
+            raise TrainingError(what, where=f"step {step}", todo=todo)
         entry = {
             "step": step,
             "nll": rows.nll.tolist(),

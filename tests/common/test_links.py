@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from common.errors import MachineError
+from common.errors import MachineError, UsageError
 from common.files import clear, inside, try_lock, write_atomic
 from common.model import bases
 from common.train import checkpoint, resume
 from tests.support import run_folders
+from tools.runs.folder import read_run
 
 OUT_OF_IT = ["../victim", "/etc/hostname", "a/../../victim", "a/b", "..", ".", "", "a\0b"]
 
@@ -115,3 +116,21 @@ def test_a_run_goes_on_in_a_folder_of_its_own_user_alone(tmp_path: Path, monkeyp
         "3-link is a link or another user's",
         "2-theirs is a link or another user's",
     ]
+
+
+def test_the_code_that_a_manifest_names_is_this_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`recipe verify run` and `repro` run the recipe of a run's folder, which may be somebody else's."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.yaml").touch()
+    run = read_run(run_folders.write_run(tmp_path / "out", recipe="no-such-recipe", recipe_dir=str(theirs)))
+    assert run.recipe_dir == theirs
+    stat = Path.stat
+
+    def looked_at(path: Path, **how: Any) -> Any:
+        values = list(stat(path, **how))
+        return os.stat_result([*values[:4], 4711 if path == theirs else values[4], *values[5:]])
+
+    monkeypatch.setattr(Path, "stat", looked_at)
+    with pytest.raises(UsageError, match="no recipe called 'no-such-recipe'"):
+        _ = run.recipe_dir

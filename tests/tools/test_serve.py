@@ -350,6 +350,7 @@ def test_a_run_needs_a_verified_export_as_it_was_verified(tmp_path):
         "verified": False,
         "status": "failed",
         "reason": "too far",
+        "step": 1,
         "sha256": {"merged/x": "0" * 64},
     }
     (tmp_path / "export" / "export.json").write_text(json.dumps(record))

@@ -32,11 +32,7 @@ BESIDE_WEIGHTS = (
 )
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = ("F32", "F16", "BF16")  # what common.model.weights reads as plain numbers
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    "max_position_embeddings",
-)
-SIZES_OR_NONE, NUMBERS_OR_NONE = ("num_key_value_heads", "head_dim"), ("rms_norm_eps", "rope_theta")
+NUMBERS_OR_NONE = ("rms_norm_eps", "rope_theta")
 COMMIT, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 TRY_ANOTHER = "choose a Llama whose repository has config.json, tokenizer.json and *.safetensors"
 
@@ -147,8 +143,7 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
             where=f"{where}, config.json",
             todo='choose a model whose config.json says "model_type": "llama"',
         )
-    unknown = [name for name in SIZES if not is_size(config.get(name))]
-    unknown += [name for name in SIZES_OR_NONE if not (config.get(name) is None or is_size(config[name]))]
+    unknown = llama.lacks(config)
     unknown += [name for name in NUMBERS_OR_NONE if not isinstance(config.get(name), int | float | None)]
     if unknown:
         raise MachineError(f"its config.json has no number for {', '.join(unknown)}", where=where, todo=TRY_ANOTHER)
@@ -167,11 +162,6 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
             where=f"{where}, config.json",
             todo="choose a plain Llama in bf16, fp16 or fp32",
         )
-
-
-def is_size(value: Any) -> bool:
-    """Return whether a value is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def weight_files(repo: str, commit: str, files: Files, where: str) -> list[str]:
@@ -256,8 +246,9 @@ def refuse_tensors(given: Mapping[str, tuple[str, tuple[int, ...]]], config: Map
 def architecture_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shape that `recipe plan` reckons with before the base is here, in config.json's own names."""
     heads = config["num_attention_heads"]
-    found = {name: config[name] for name in SIZES[:-1]}
-    found |= {"num_key_value_heads": llama.kv_heads(config), SIZES[-1]: config[SIZES[-1]]}
+    *sizes, context = llama.SIZES
+    found = {name: config[name] for name in sizes}
+    found |= {"num_key_value_heads": llama.kv_heads(config), context: config[context]}
     if (config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"]:
         found["head_dim"] = config["head_dim"]
     return found | {"tie_word_embeddings": bool(config.get("tie_word_embeddings"))}

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
 from common.errors import MachineError
-from common.files import write_json
+from common.files import read_json, write_json
 from common.hardware import Hardware
 from common.paths import ROOT
 
@@ -97,7 +99,7 @@ def local_image(hw: Hardware) -> Image | None:
 
 def read_lock() -> Json:
     """The lock's JSON. Raises MachineError for an unknown format."""
-    return _read(LOCK)
+    return _read(LOCK, _Lock)
 
 
 def target_of(lock: Json, target: str) -> Json:
@@ -148,7 +150,7 @@ def _nulls(value: Json, path: str = "") -> Iterator[tuple[str, Json]]:
 
 def read_local() -> Json:
     """Images built on this machine by target: {id, lock_sha256, base, commit, created}."""
-    images: Json = _read(LOCAL)["images"] if LOCAL.exists() else {}
+    images: Json = _read(LOCAL, _Local)["images"] if LOCAL.exists() else {}
     return images
 
 
@@ -162,12 +164,69 @@ def record_local(target: str, built: Json) -> None:
     write_json(LOCAL, {"format": FORMAT, "images": {**read_local(), target: built}})
 
 
-def _read(path: Path) -> Json:
-    content: Json = json.loads(path.read_text(encoding="utf-8"))
+class _Shape(BaseModel):
+    """What is relied on; other keys may be there."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Pins(_Shape):
+    base: _Pinned
+    python: dict[str, str]
+    build_python: dict[str, str] = {}
+    __pydantic_extra__: dict[str, dict[str, str | bool | None]]
+
+
+class _Pinned(_Shape):
+    image: str
+    digest: str | None
+
+
+class _Target(_Shape):
+    pins: str
+    repository: str | None
+    digest: str | None
+    date: str | None
+    lock_sha256: str | None = None
+
+
+class _Lock(_Shape):
+    format: Literal[1]
+    pins: dict[str, _Pins]
+    tools: dict[str, _Pinned]
+    targets: dict[str, _Target]
+
+    @model_validator(mode="after")
+    def _has_what_it_names(self) -> _Lock:
+        if lacking := [name for name, target in self.targets.items() if target.pins not in self.pins]:
+            raise ValueError(f"targets.{lacking[0]}: there are no such pins")
+        return self
+
+
+class _Built(_Shape):
+    id: str
+    lock_sha256: str
+    created: str
+
+
+class _Local(_Shape):
+    format: Literal[1]
+    images: dict[str, _Built]
+
+
+def _read(path: Path, shape: type[_Shape]) -> Json:
+    content = read_json(path)
     if content.get("format") != FORMAT:
         raise MachineError(
             f"format {content.get('format')!r}; this version reads {FORMAT}",
             where=str(path),
             todo="update the checkout",
         )
+    try:
+        shape.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        todo = "put the file back as it was: git checkout, or of what was built here: make image"
+        raise MachineError(f"{path.name}: {key}: {first['msg']}", where=str(path), todo=todo) from None
     return content

@@ -229,10 +229,10 @@ def csv_records(path: Path) -> Iterator[Record]:
     delimiter = max(",;\t", key=header.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # its default refuses a cell of 131,073 characters
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    names = reader.fieldnames or []
-    if len(set(names)) < len(names):
-        raise DataError(f"a column name twice: {', '.join(names)}", where=f"{path}:1")
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise DataError(f"a column name twice: {', '.join(names)}", where=f"{path}:1")
         for record in reader:
             where = f"{path}:{reader.line_num}"
             cells = len(record.get(None) or ())

@@ -335,7 +335,7 @@ def bundle(version: str) -> tuple[int, ...]:
 
 def numbers(version: str) -> tuple[int, ...]:
     """Return what of a version can be compared: `19.2.0-rc1` -> (19, 2, 0)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
+    found = re.match(r"\d{1,9}(?:\.\d{1,9})*", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 

@@ -14,19 +14,22 @@ FORMAT = 1
 # Of what the files of an export say. 2 are read alike by transformers 4 and 5, and a model from random weights names an
 # end token. An older export is served, checked and graded as before; `recipe export` makes it anew.
 WRITER = 2
+KINDS = {"verified": bool, "step": int, "sha256": dict}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return export.json, or None where there is no readable one. Raises MachineError for an unknown format."""
     try:
         record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
         return None
     if record.get("format") != FORMAT:
         raise MachineError(
             f"export.json has format {record.get('format')!r}, this version reads {FORMAT}", where=str(folder)
         )
-    return dict(record)
+    return record if all(type(record.get(key)) is kind for key, kind in KINDS.items()) else None
 
 
 def damaged(folder: Path, record: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,7 +15,9 @@ from common.config import Config
 from common.config.schema import Evaluation
 from common.data.chat import ChatTokenizer
 from common.engine import Backend
-from common.errors import DataError, RecipeError, UsageError
+from common.errors import DataError, MachineError, RecipeError, UsageError
+from common.files import read_json
+from common.model import llama
 from common.model.weights import Weights
 from common.train.generate import generate
 from engines.registry import engine_for
@@ -222,8 +223,8 @@ def architecture_of(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file():
         raise UsageError("that is an adapter", where=str(folder), todo="give its run, or export/merged beside it")
     try:
-        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        architecture = read_json(folder / "config.json")
+    except MachineError as error:
         raise UsageError(
             "no run and no Hugging Face folder there",
             where=str(folder),
@@ -231,7 +232,9 @@ def architecture_of(folder: Path) -> dict[str, Any]:
         ) from error
     if architecture.get("model_type") != "llama":
         raise UsageError(f"a {architecture.get('model_type')} model; this talks to Llamas", where=str(folder))
-    return dict(architecture)
+    if lacking := llama.lacks(architecture):
+        raise UsageError(f"its config.json has no number for {', '.join(lacking)}", where=str(folder))
+    return architecture
 
 
 def folder_config(folder: Path) -> Config:

@@ -146,7 +146,7 @@ def nodes() -> tuple[Node, ...]:
     """
     folder = system_root() / "dev/tenstorrent"
     # udev also makes by-id/ links: only numeric names are nodes.
-    numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    numbers = sorted(number for path in folder.glob("*") if (number := whole(path.name)) is not None)
     found = tuple(Node(number, card_of(number), attribute(number, "tt_serial"), pci_of(number)) for number in numbers)
     words = os.environ.get(VISIBLE)
     return found if words is None else visible(found, words)
@@ -163,8 +163,8 @@ def visible(found: tuple[Node, ...], words: str) -> tuple[Node, ...]:
     cards = sorted((node.pci, node) for node in found if node.pci)
     mine: set[Node] = set()
     for word in filter(None, map(str.strip, words.split(","))):
-        if word.isdecimal():
-            taken = [node for _, node in cards[int(word) :][:1]]
+        if (place := whole(word)) is not None:
+            taken = [node for _, node in cards[place:][:1]]
         elif re.fullmatch(r"[0-9a-fA-F]*[:.][0-9a-fA-F:.]*", word):
             taken = [node for pci, node in cards if word in pci]
         else:
@@ -200,6 +200,11 @@ def alone(paths: Sequence[str]) -> Iterator[None]:
             del os.environ[VISIBLE]
         else:
             os.environ[VISIBLE] = before
+
+
+def whole(text: str) -> int | None:
+    """Return a text as a whole number of at most nine digits; None: it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 def card_of(number: int) -> str | None:

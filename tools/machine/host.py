@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.machine.detect import attribute, pci_of, system_root
+from tools.machine.detect import attribute, pci_of, system_root, whole
 
 CONTAINER = "RECIPES_CONTAINER"  # environment of a container of ours: what it is called
 LAUNCH = "RECIPES_LAUNCH"  # and of a run's: the Launch that runs in it, as JSON
@@ -22,7 +22,7 @@ HUGEPAGES = Path("/dev/hugepages-1G")  # tt-umd looks for 1 GiB pages there and 
 PAGES_PER_NODE = 4  # that Tenstorrent's hugepages-setup.sh (tt-system-tools) sets aside for each card on PCIe
 # As tt-umd reads /proc/mounts (hugepage.cpp): the source, the place, and a page size in any unit.
 MOUNT = re.compile(rf"(?:nodev|hugetlbfs) {re.escape(str(HUGEPAGES))} hugetlbfs (\S+) 0 0")
-PAGE_SIZE = re.compile(r"(?:^|,)pagesize=(\d+)([KMGT])(?:,|$)")
+PAGE_SIZE = re.compile(r"(?:^|,)pagesize=(\d{1,9})([KMGT])(?:,|$)")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -63,7 +63,7 @@ def _card(node: str) -> Card:
     dma = _read(device / "iommu_group/type") or "none" if device.exists() else None
     pids = _read(root / f"proc/driver/tenstorrent/{number}/pids") or ""
     # One line for each time that it is open: a process may have several.
-    holders = tuple(dict.fromkeys(int(word) for word in pids.split() if word.isdecimal()))
+    holders = tuple(dict.fromkeys(pid for word in pids.split() if (pid := whole(word)) is not None))
     return Card(node, pci_of(number), attribute(number, "tt_fw_bundle_ver"), dma, holders)
 
 
@@ -89,11 +89,11 @@ class HugePages:
 def hugepages() -> HugePages:
     """Return what the kernel says of its huge pages."""
     root = system_root()
-    count = _read(root / "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages") or "0"
+    count = _read(root / "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages") or ""
     mounts = (_read(root / "proc/mounts") or "").splitlines()
     options = (found[1] for line in mounts if (found := MOUNT.fullmatch(line)))
     sizes = (int(size[1]) * UNITS[size[2]] for text in options if (size := PAGE_SIZE.search(text)))
-    return HugePages(int(count), 2**30 in sizes)
+    return HugePages(whole(count) or 0, 2**30 in sizes)
 
 
 def driver() -> str | None:

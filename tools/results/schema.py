@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -22,6 +22,7 @@ FILE = "results.yaml"
 FOLDER = "results"  # beside it: the files that entries list
 CLASSES = ("measured", "published", "double only")  # strongest first
 NEVER = "never run"
+MOST = 100_000  # values of a file: a few lines of aliases to aliases are gigabytes of them
 SERVING = "recipe serve"  # begins the `what` of an entry of a served model, by which no training is measured
 
 
@@ -230,14 +231,15 @@ def load(folder: Path) -> Results:
     """
     path = folder / FILE
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except FileNotFoundError:
         raise UsageError(
             f"the recipe has no {FILE}",
             where=str(folder),
             todo=f"where nothing was run yet, write: format: 1, recipe: {folder.name}, entries: []",
         ) from None
-    except yaml.YAMLError as error:
+    # Beside YAML's own errors those of its types: a date that there is not, a tag that does not fit, no UTF-8.
+    except (OSError, yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UsageError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from None
     try:
         results = Results.model_validate(tree)
@@ -253,6 +255,26 @@ def load(folder: Path) -> Results:
     for entry in results.numbers:
         _check(entry.files, folder / FOLDER)
     return results
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds. Raises ValueError where aliases make more of it than MOST values."""
+    text = path.read_text(encoding="utf-8")
+    if (root := yaml.compose(text, Loader=yaml.SafeLoader)) is not None and values_of(root, {}) > MOST:
+        raise ValueError(f"its aliases (*name) make more than {MOST} values of it")
+    return yaml.safe_load(text)
+
+
+def values_of(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node holds, those behind an alias each time; `known` has them by the nodes' ids.
+
+    Raises RecursionError for a node that holds itself.
+    """
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = (one for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+        known[id(node)] = 1 + sum(values_of(one, known) for one in inner)
+    return known[id(node)]
 
 
 def _mistakes(error: ValidationError) -> Iterable[str]:

@@ -144,10 +144,10 @@ STATES: Mapping[str, Callable[[list[str], RunFolder | None], str | None]] = {
 def vocabulary_of(run: RunFolder) -> int | None:
     """Return the rows of the output head: of the newest checkpoint, or of the base that adapters stand on."""
     saved = checkpoint.newest(run.folder / "checkpoints")
-    base = run.fact("base") or {"name": "", "origin": ""}
-    if entry := bases.locked(run.known_recipe_dir).get(base["name"]):
+    if entry := bases.locked(run.known_recipe_dir).get(run.fact("base", "name") or ""):
         return int(entry["architecture"]["vocab_size"])
-    for folder in ([saved.folder] if saved else []) + [Path(base["origin"])]:
+    origin = Path(run.fact("base", "origin") or "/nowhere")
+    for folder in ([saved.folder] if saved else []) + ([origin] if origin.is_dir() else []):
         shapes = Weights(sorted(folder.glob("model*.safetensors"))).shapes
         for name in (HEAD, EMBEDDING):
             if name in shapes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from common import config as configs
 from common.config import Config
 from common.engine import BackendInfo
 from common.errors import MachineError, RecipeError, UsageError
+from common.paths import ROOT
 from common.train import metrics
 from common.train.manifest import FORMAT, NAME, Manifest
 from tools.recipes import find_recipe
@@ -32,7 +36,9 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Say = Callable[[str], None]
 WARM_UP = 5  # steps whose speed does not count: compilation, caches, the first touch of memory
+LARGEST = 2**63
 HISTORY = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens")  # of a step's record: all but its seconds
+NUMBERS = {*HISTORY, "seconds", "eval_loss", "eval_loss_se", "eval_tokens", "bits_per_byte", "bits_per_byte_se"}
 
 
 def is_locked(folder: Path) -> bool:
@@ -66,10 +72,11 @@ class RunFolder:
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
-        """Return manifest.json as it stands, of whatever version; empty, with a fault, where it cannot be read."""
+        """Return manifest.json of any version, as far as it can be read; what cannot is left out, with a fault."""
         try:
-            values = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            text = (self.folder / NAME).read_text(encoding="utf-8")
+            values = json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
             self.faults.append(f"{NAME} cannot be read ({type(error).__name__})")
             return {}
         if not isinstance(values, dict):
@@ -77,6 +84,9 @@ class RunFolder:
             return {}
         if values.get("format") != FORMAT:
             self.faults.append(f"{NAME} has format {values.get('format')!r}, this version reads {FORMAT}")
+        for key in misfits(text):
+            values.pop(key, None)
+            self.faults.append(f"{NAME}: left out, not of the known form: {key}")
         return values
 
     def fact(self, *keys: str) -> Any:
@@ -114,9 +124,12 @@ class RunFolder:
 
     @property
     def recipe_dir(self) -> Path:
-        """Return the recipe's folder: where the run had it, else that of its name under recipes/. Raises UsageError."""
+        """Return the recipe's folder: where the run had it, else that of its name under recipes/. Raises UsageError.
+
+        Commands run its code, and who made the run's folder could name any: another user's is not taken.
+        """
         was = self.fact("recipe_dir")
-        if was and (Path(was) / "config.yaml").is_file():
+        if was and (Path(was) / "config.yaml").is_file() and is_trusted(Path(was)):
             return Path(was)
         return find_recipe(self.fact("recipe") or self.config.recipe)
 
@@ -181,7 +194,7 @@ class RunFolder:
         except OSError as error:
             records, unreadable = [], []
             faults.append(f"{name} cannot be read ({error.strerror})")
-        whole = [r for r in records if isinstance(r, dict) and type(r.get("step")) is int and r.keys() >= set(keys)]
+        whole = [record for record in records if is_whole(record, keys)]
         if unreadable == [len(records) + 1]:  # what a kill leaves, and a resumption cuts off: no damage
             self.faults.append(f"{name}: the last line is cut off, as by a process that was killed; left out")
         elif unreadable:
@@ -222,13 +235,14 @@ class RunFolder:
     @property
     def tokens_per_second(self) -> float | None:
         """Return the median of the steps after warm-up: what other programs do for a moment does not move it."""
-        rates = [record["tokens"] / record["seconds"] for record in self.steps if record["step"] > WARM_UP]
+        timed = [record for record in self.steps if record["step"] > WARM_UP and record.get("seconds")]
+        rates = [record["tokens"] / record["seconds"] for record in timed if "tokens" in record]
         return statistics.median(rates) if rates else None
 
     @property
     def history_sha256(self) -> str:
         """Return the hash over every step and evaluation at full precision, their seconds and answers left out."""
-        steps = [[record[key] for key in HISTORY] for record in self.steps]
+        steps = [[record.get(key) for key in HISTORY] for record in self.steps]
         evaluations = [[record["step"], record["nll"], record["tokens"]] for record in self.evaluations]
         return hashlib.sha256(json.dumps([steps, evaluations]).encode()).hexdigest()
 
@@ -268,6 +282,38 @@ class RunFolder:
             except MachineError:  # not the best at the time, and pruned; or damaged
                 continue
         return found
+
+
+def misfits(text: str) -> list[str]:
+    """Return the keys of a manifest's text whose values are of another form than this version knows them to have."""
+    try:
+        Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        wrong = (item for item in error.errors(include_url=False) if item["type"] != "missing" and item["loc"])
+        return [key for key in dict.fromkeys(str(item["loc"][0]) for item in wrong) if key != "format"]
+    return []
+
+
+def is_whole(record: Any, keys: Sequence[str]) -> bool:
+    """Return whether a record has a step and `keys`, and in each key that is known a value of its kind."""
+    if not isinstance(record, dict) or type(step := record.get("step")) is not int or not 0 <= step < LARGEST:
+        return False
+    nll, tokens, samples = (record.get(key, []) for key in ("nll", "tokens", "samples"))
+    if "nll" in record:  # an evaluation's: a list each, by row
+        rows = isinstance(nll, list) and isinstance(tokens, list) and len(nll) == len(tokens) > 0
+        return rows and all(map(is_number, (*nll, *tokens))) and isinstance(samples, list) and record.keys() >= {*keys}
+    unknown = (key for key in NUMBERS & record.keys() if not is_number(record[key]))
+    return record.keys() >= {*keys} and all(record[key] is None and key.endswith("_se") for key in unknown)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number that float64 holds; NaN is one."""
+    return type(value) is float or (type(value) is int and abs(value) < LARGEST)
+
+
+def is_trusted(folder: Path) -> bool:
+    """Return whether a folder's code may be run unasked: it is this user's, or of who installed this repository."""
+    return folder.stat().st_uid in (os.getuid(), ROOT.stat().st_uid)
 
 
 def read_run(folder: Path, *, strict: bool = False) -> RunFolder:
