@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -134,10 +135,12 @@ def disk_errors(doing: str, path: Path | str = "") -> Iterator[None]:
     """Raise MachineError, with what it hindered in `doing`, for an error of a full or failing disk in the block."""
     try:
         yield
-    except OSError as error:
-        if errno.errorcode.get(error.errno or 0) not in DISK:
+    except Exception as error:
+        rust = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers say it in words alone
+        number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
+        if isinstance(error, RecipeError) or errno.errorcode.get(number or 0) not in DISK:
             raise
-        what, where = f"could not {doing}: {os.strerror(error.errno or 0)}", str(error.filename or path)
+        what, where = f"could not {doing}: {os.strerror(number or 0)}", str(getattr(error, "filename", "") or path)
         todo = "make room or permissions there and run the same command again; what was saved before is intact"
         raise MachineError(what, where=where, todo=todo) from error
 
