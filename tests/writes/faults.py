@@ -95,6 +95,7 @@ ERRORS = {
 }
 NEEDS_ROOM = ("open", "write", "copy", "mkdir", "link")  # what fails on, once a disk is full
 TEMPORARY = re.compile(r"(?<=[.-])[a-z0-9_]{8}(?=/|$)|(?<=\.tmp)\w{6}$")  # as tempfile and Rust's tempfile end names
+RUN, STEP = re.compile(r"\d{8}T\d{6}Z-[^/]+-[0-9a-f]{4}(?=/|$)"), re.compile(r"step-\d{8}")
 RECEIVE, SEND, ADD_FD = 0xC0502100, 0xC0182101, 0x40182103  # ioctls of <linux/seccomp.h>
 CONTINUE, SET_FD = 1, 1
 DEADLINE = 120  # seconds for a process in which nothing is asked of the kernel
@@ -284,7 +285,7 @@ class Watcher:
         path = path.removeprefix(root).lstrip("/") or "."
         if path.endswith(" (deleted)"):
             return ".unnamed"
-        return TEMPORARY.sub("*", path.replace(str(self.child), "PID"))
+        return TEMPORARY.sub("*", RUN.sub("RUN", STEP.sub("step-N", path.replace(str(self.child), "PID"))))
 
     def half(self, thread: int, number: int, arguments: Sequence[int]) -> int:
         """Do half of a write for the process; return its bytes, or 0 where it has no half."""

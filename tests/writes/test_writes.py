@@ -16,6 +16,7 @@ import pytest
 
 from common import files
 from common.data import tokens
+from common.paths import ROOT
 from common.train import checkpoint, manifest
 from tests.writes import pieces
 from tests.writes.faults import Fault, Operation, run
@@ -142,6 +143,23 @@ def test_whoever_writes_is_seen(tmp_path):
     assert {"write python", "write c.npy", "write shell", "write .tmp*", "rename .tmp* -> rust"} <= set(seen)
 
 
+@pytest.mark.parametrize("library", ["safetensors", "tokenizers"])
+def test_an_error_of_a_library_in_rust_is_one_of_the_disk_too(tmp_path, library):
+    def write(folder: Path) -> None:
+        import numpy as np
+        import tokenizers
+        from safetensors.numpy import save_file
+
+        if library == "tokenizers":
+            tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(folder / "a"))
+        else:
+            save_file({"a": np.arange(9)}, folder / "a")
+
+    for error in ("ENOSPC", "EIO", "EDQUOT"):
+        code, screen, _ = one_fault(write, tmp_path / error, Fault(0, error))
+        assert (code, screen.startswith("error: could not read or write a file")) == (4, True), screen
+
+
 @pytest.mark.parametrize(
     ("error", "length", "code"), [("short", 1000, 0), ("full", 500, 4), ("EIO", 0, 4), ("ENOSPC", 0, 4)]
 )
@@ -163,3 +181,26 @@ def test_the_order_of_what_is_synced_and_renamed():
     assert fragile(operations(*whole)) == ["the folder . is not synced after a rename"]
     assert fragile([*operations("write .a/b", "rename .a -> a"), folder]) == [".a/b is renamed before it is synced"]
     assert fragile(operations("write log"), in_place=("log",)) == []
+
+
+# --- whole runs, and the page -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hw", ["cpu", "n150"])
+def test_each_write_of_a_whole_run_fails_once(hw, tmp_path):
+    """Every fifth operation of those that are unlike: a run and the one that goes on take seconds each time."""
+    from tests.writes.whole import RUNS
+
+    (piece,) = [piece for piece in RUNS if piece.name.endswith({"cpu": "the CPU", "n150": "n150"}[hw])]
+    trials = Trials(piece, tmp_path / "piece")
+    assert fragile(trials.operations, piece.in_place) == []
+    assert list(wrong(trials.results(every_error=False, every=5))) == []
+
+
+@pytest.mark.parametrize("piece", PIECES, ids=lambda piece: piece.name)
+def test_the_page_has_every_operation(piece, tmp_path):
+    page = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
+    operations = Trials(piece, tmp_path / "piece").operations
+    lines = {f"| {piece.name} | {operation.kind} | `{operation.path}` | " for operation in operations}
+    assert [line for line in sorted(lines) if line not in page] == [], ".venv/bin/python -m tests.writes mends the page"
