@@ -22,10 +22,8 @@ def answers(backend: Backend, prompts: Sequence[str], tokenizer: ChatTokenizer, 
         never_ids=tokenizer.never_ids,
         seed=config.training.seed,
     )
-    return [
-        {"prompt": prompt, "answer": tokenizer.decode(answer).strip(), "tokens": len(answer)}
-        for prompt, answer in zip(prompts, ids, strict=True)
-    ]
+    told = zip(prompts, ids, strict=True)
+    return [{"prompt": asked, "answer": tokenizer.decode(said).strip(), "tokens": len(said)} for asked, said in told]
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
