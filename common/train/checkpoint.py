@@ -18,7 +18,7 @@ import numpy as np
 
 from common.config import Config
 from common.errors import MachineError
-from common.files import clear, disk_errors, inside, made_whole, read_json, sha256_file, write_atomic, write_json
+from common.files import clear, disk_errors, inside, made_whole, read_json, sha256_file, sync, write_atomic, write_json
 from common.model.weights import SafetensorsWriter, Weights
 
 FORMAT = 1
@@ -60,6 +60,7 @@ def save(
             hashes = {file.name: sha256_file(file) for file in sorted(made.iterdir())}
             write_json(made / "state.json", {"format": FORMAT, "step": step, **facts, "sha256": hashes})
             set_aside(folder)  # a damaged one of this step, which a resume passed over
+        sync(checkpoints.parent)  # the name of the folder that it is in
         write_atomic(checkpoints / "latest", folder.name + "\n")
     return folder
 
@@ -156,7 +157,7 @@ def prune(checkpoints: Path, keep_last: int, keep: Sequence[int], *, newest: int
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder. It is renamed first, so that a kill in between leaves no half of it under its name."""
-    leaving = folder.with_name(f"{PRUNED}{folder.name}")
-    folder.rename(leaving)
+    """Delete a folder. It is renamed first, so that no kill or power cut leaves half of it under its name."""
+    leaving = folder.rename(folder.with_name(f"{PRUNED}{folder.name}"))
+    sync(folder.parent)
     clear(leaving)

@@ -32,15 +32,16 @@ class JsonLines:
         self.file.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file that `JsonLines` wrote, but for a last line cut short by a crash.
+def read(path: Path, until: float = float("inf")) -> list[dict[str, Any]]:
+    """Return the records of a file that `JsonLines` wrote, up to step `until`, but for what a crash left behind them.
 
     Raises MachineError for any other line that is not JSON.
     """
     records, unreadable = scan(path)
-    last = len(records) + len(unreadable)  # only the last line can be half written: each is flushed before the next
-    if damaged := [number for number in unreadable if number != last]:
-        raise MachineError(f"line {damaged[0]} is not JSON", where=str(path), todo="restore the file")
+    records = [record for record in records if record["step"] <= until]
+    # A killed process leaves a part of one line, a power cut anything behind the step that was synced last.
+    if unreadable and unreadable[0] <= len(records):
+        raise MachineError(f"line {unreadable[0]} is not JSON", where=str(path), todo="restore the file")
     return records
 
 
@@ -56,13 +57,8 @@ def scan(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return records, unreadable
 
 
-def cut_back(
-    path: Path,
-    step: int,
-    target: Path | None = None,
-    keep: Callable[[dict[str, Any]], bool] = lambda record: True,  # noqa: ARG005
-) -> list[dict[str, Any]]:
-    """Write the records up to the `step` of a checkpoint to `target` (or back to `path`); return them."""
-    records = [record for record in read(path) if record["step"] <= step and keep(record)]
-    write_atomic(target or path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+def cut_back(path: Path, step: int, target: Path, keep: Callable[[Any], bool] = bool) -> list[dict[str, Any]]:
+    """Write the records up to the `step` of a checkpoint that are to be kept to `target`; return them."""
+    records = [record for record in read(path, step) if keep(record)]
+    write_atomic(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return records

@@ -127,12 +127,8 @@ def take_over(found: Checkpoint, folder: Path, dataset: TokenDataset, rows: int,
     kept = metrics.cut_back(origin / "metrics.jsonl", found.step, folder / "metrics.jsonl")
     evaluations: list[dict[str, Any]] = []
     if found.state["tokens_sha256"] == dataset.tokens_sha256:  # else they are of other rows
-        evaluations = metrics.cut_back(
-            origin / "evaluations.jsonl",
-            found.step,
-            folder / "evaluations.jsonl",
-            keep=lambda record: len(record["nll"]) == rows,
-        )
+        name = "evaluations.jsonl"
+        evaluations = metrics.cut_back(origin / name, found.step, folder / name, lambda it: len(it["nll"]) == rows)
         if not evaluations:
             say(f"earlier evaluations are of other rows than the {rows} of now: left out")
     last = max((record["step"] for record in evaluations), default=0)

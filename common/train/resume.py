@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import IO
 
 from common.config import load_resolved
 from common.errors import DataError, MachineError, UsageError
-from common.files import try_lock
+from common.files import sync, try_lock
 from common.train import checkpoint
 from common.train.checkpoint import Checkpoint
 from common.train.manifest import Manifest
@@ -154,6 +155,9 @@ def new_run(plan: Plan) -> Start:
     """Make a new, locked folder for the run; a launcher may have made it for this user."""
     folder = plan.launch.out / plan.launch.run
     folder.mkdir(parents=True, exist_ok=True)
+    for above in folder.parents:  # else a power cut takes the folder, with all that will be saved in it
+        with contextlib.suppress(PermissionError):  # one that this user may not read was not made by this user
+            sync(above)
     lock = try_lock(folder, plan.launch.run)
     assert lock is not None, "the folder is ours alone"
     return Start(folder, lock)

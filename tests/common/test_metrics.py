@@ -43,8 +43,18 @@ def test_no_file_is_no_record(tmp_path):
 def test_cut_back_keeps_what_the_checkpoint_knows(tmp_path):
     path = tmp_path / "m.jsonl"
     written(path, {"step": 0, "eval_loss": 3.0}, *({"step": n, "loss": 1.0} for n in (1, 2, 3)), {"step": 3})
-    assert [record["step"] for record in metrics.cut_back(path, 2)] == [0, 1, 2]
+    assert [record["step"] for record in metrics.cut_back(path, 2, path)] == [0, 1, 2]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_what_a_power_cut_left_behind_the_checkpoint_is_cut_off_and_damage_before_it_is_refused(tmp_path):
+    path, lost = tmp_path / "m.jsonl", "\0" * 20
+    written(path, {"step": 1}, {"step": 2})
+    path.write_text(f'{path.read_text()}{lost}{{"step": 3}}\n{lost}{{"step": 3}}\n{{"step": 4}}\n{{"ste')
+    assert metrics.cut_back(path, 2, path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"ste\n{"step": 2}\n')
+    with pytest.raises(MachineError, match="line 2 is not JSON"):
+        metrics.cut_back(path, 2, path)
 
 
 ANSWER = {"step": 2, "answer": "the fox\u2028says \x85 \x0b ünïcödé 🦊"}
@@ -54,7 +64,7 @@ def test_any_text_survives_in_one_line(tmp_path):
     """Characters that Python calls line breaks and JSON does not."""
     written(tmp_path / "m.jsonl", {"step": 1}, ANSWER, {"step": 3})
     assert metrics.read(tmp_path / "m.jsonl")[1] == ANSWER
-    assert metrics.cut_back(tmp_path / "m.jsonl", 2)[-1] == ANSWER
+    assert metrics.cut_back(tmp_path / "m.jsonl", 2, tmp_path / "m.jsonl")[-1] == ANSWER
     assert metrics.read(tmp_path / "m.jsonl")[-1] == ANSWER
 
 

@@ -9,14 +9,12 @@ export/export.json   step, dtype, sha256 of each file, and what the checks measu
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError, VerificationError
-from common.files import clear, disk_errors, sha256_file, sync, try_lock, write_json
+from common.files import clear, disk_errors, made_whole, sha256_file, try_lock, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
 from tools.export.check import ExportCheck, check
@@ -92,17 +90,11 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
         say(f"export of step {run.step} kept: every file is as it was when it was verified")
         record_in(manifest, run.folder, existing)
         return folder
-    for left in run.folder.glob(".tmp-export-*"):  # of an export that was killed; this process holds the run's lock
+    for left in run.folder.glob(".*export-*"):  # of an export that was killed; this process holds the run's lock
         clear(left)
-    temporary = run.folder / f".tmp-export-{os.getpid()}"
-    with disk_errors("write the export", run.folder):
-        try:
-            outcome, record = write(temporary, run, dtype)
-            set_aside(folder)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync(run.folder)
+    with disk_errors("write the export", run.folder), made_whole(folder) as made:
+        outcome, record = write(made, run, dtype)
+        set_aside(folder)
     record_in(manifest, run.folder, record)
     say(f"export of step {run.step} ({dtype}) {outcome.line()}")
     if outcome.status == "failed":
@@ -112,7 +104,6 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
 
 def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[ExportCheck, dict[str, Any]]:
     """Fill `folder`; return what the check found, and export.json's content."""
-    folder.mkdir()
     write_merged(folder / "merged", run, dtype)
     if run.config.model.lora:
         write_adapter(folder / "adapter", run)
@@ -133,7 +124,6 @@ def write(folder: Path, run: TrainedRun, dtype: str) -> tuple[ExportCheck, dict[
     }
     for path in files:
         path.chmod(0o644)  # whatever the umask was: an export is to be handed on
-        sync(path)
     write_json(folder / "export.json", record)
     return outcome, record
 
