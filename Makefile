@@ -12,13 +12,13 @@ FAST := tests/common tests/engines tests/tools tests/recipes tests/fuzz tests/wr
 # expanding a `$` in it, and no shell ever reads it as code. Only the first group is also taken from the
 # environment; the others are names that shells and desktops use for themselves (WSL exports NAME).
 FROM_ANYWHERE := HW CONTAINER PYTHON LAUNCHER TORCH_INDEX BASE_IMAGE WHEELHOUSE CA_BUNDLE
-FROM_COMMAND_LINE := NAME RUN PORT BASE STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS PHASES EXPORTS N
+FROM_COMMAND_LINE := NAME RUN PORT BASE STEPS STOP_AT SET RESUME DRY OUT WORLD BUILD UPGRADE ROAD FAULT FROM DATA MAP ARGS PHASES EXPORTS N KILLS SEED HOURS ENGINE AT
 hand_over = $(eval override $1 := $$(value $1))$(eval export $1)
 $(foreach v,$(FROM_ANYWHERE),$(if $(filter-out undefined,$(origin $v)),$(call hand_over,$v)))
 $(foreach v,$(FROM_COMMAND_LINE),$(if $(filter command,$(origin $v)),$(call hand_over,$v),$(eval unexport $v)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data serve do golden image image-verify test test-runs test-all fuzz test-processes test-containers rehearse lint docs bench lock
+.PHONY: help setup recipe-finetune recipe-ddp recipe-scratch recipe new-recipe data serve do golden image image-verify test test-runs test-all fuzz test-processes test-containers rehearse torture lint docs bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -85,6 +85,9 @@ test-containers: setup ## the tests that build and start containers; minutes, an
 
 rehearse: setup ## the hardware job of CI without a card, some minutes: HW=n300, FAULT=hung-step (a wrong one lists them), OUT=; ROAD=1: from a clone to a checkpoint
 	.venv/bin/python -m ci.rehearse
+
+torture: setup ## whole tiny trainings through kill -9, signals and power cuts, minutes: KILLS=1000 SEED=7 HOURS= ENGINE=cpu-x2 NAME= AT= FAULT=
+	.venv/bin/python -m tests.torture
 
 lint: setup ## formatting, lint and types; the Dockerfile, the workflows, YAML and shell
 	.venv/bin/python -m ruff format --check .

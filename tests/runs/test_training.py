@@ -8,8 +8,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -21,8 +19,7 @@ pytest.importorskip("torch", reason="the CPU engine is torch")
 from common import config as configs
 from common import hardware
 from common.errors import Stopped
-from common.paths import ROOT
-from common.train import checkpoint, metrics
+from common.train import metrics
 from engines.cpu.engine import TorchCPU
 from tests.doubles.tiny_recipe import tiny_scratch
 from tests.support.runs import folders, log, manifest, outcome, run_tiny
@@ -233,33 +230,3 @@ def reopen(folder: Path) -> None:
     """As if the run had been killed after its last checkpoint."""
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "exit_reason": "running", "end": None}))
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(path, marks=() if path == FOLDERS[-1] else pytest.mark.slow) for path in FOLDERS],
-    ids=lambda path: path.name,
-    indirect=True,
-)
-def test_killed_with_sigkill_at_20_moments_and_resumed(recipe, small, tmp_path):
-    """Ten at random moments, ten soon after a checkpoint began to be written. In children of a process of its own.
-
-    What is killed is common/train, the same for every recipe: one of them is enough for every day.
-    """
-    overrides = [*small, "training_config.max_steps=16", "checkpoint_config.every=1", "eval_config.every=8"]
-    command = [sys.executable, "-m", "tests.runs.killer", str(recipe), str(tmp_path), "20", "7", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    screen = tmp_path / "killed" / "screen.txt"
-    assert done.returncode == 0, done.stderr + (screen.read_text()[-3000:] if screen.exists() else "")
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] == 20
-    assert found["inside"] >= 3, "too few kills fell into a checkpoint's writing"
-    assert found["resumed"] >= 5
-    expected = outcome(Path(found["unbroken"][0]))
-    assert expected["step"] == 16
-    assert found["done"]
-    for folder in (*found["unbroken"], *found["done"]):
-        assert outcome(Path(folder)) == expected, folder
-        skipped: list[str] = []
-        checkpoint.newest(Path(folder) / "checkpoints", skipped.append)
-        assert not skipped

@@ -1,0 +1,71 @@
+"""The library that watches a process's calls (watch.c), and the memory that it shares with whoever started it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+PHASES = ("start", "data", "step", "evaluation", "checkpoint", "finish", "export", "card", "report", "after the end")
+
+
+class Control(ctypes.Structure):
+    """What the struct of this name in watch.c has, and behind it what a run's own markers write (victim.py)."""
+
+    phase: int
+    target: int
+    at: int
+    seen: int
+    calls: int
+    struck: int
+    signal: int
+    whom: int
+    busy: int
+    pids: list[int]
+    what: bytes
+    saved: int
+    visits: list[int]
+    calls_in: list[int]
+    seconds_in: list[float]
+    since: float
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("phase", "target", "at", "seen", "calls", "struck")),
+        *((name, ctypes.c_int64) for name in ("signal", "whom", "busy")),
+        ("pids", ctypes.c_int64 * 4),  # of the command, then of its ranks
+        ("what", ctypes.c_char * 256),
+        ("saved", ctypes.c_int64),  # the last step whose checkpoint was said to be saved
+        ("visits", ctypes.c_int64 * len(PHASES)),  # how often each phase began
+        ("calls_in", ctypes.c_int64 * len(PHASES)),  # calls of each phase
+        ("seconds_in", ctypes.c_double * len(PHASES)),  # and its time
+        ("since", ctypes.c_double),  # when the phase began or was gone back to
+    )
+
+
+def shared() -> Control:
+    """Return a Control, all zero, in memory that a fork shares with its parent."""
+    return Control.from_buffer(mmap.mmap(-1, ctypes.sizeof(Control)))
+
+
+def build(folder: Path) -> Path | None:
+    """Compile watch.c into `folder`; return the library, or None on a machine without a C compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    library = folder / "watch.so"
+    source = Path(__file__).with_name("watch.c")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-pthread", "-o", str(library), str(source)], check=True)
+    return library
+
+
+def watch(root: Path, log: int, control: Control) -> bool:
+    """Watch this process from here on; return False where the library is not preloaded."""
+    try:
+        begin = ctypes.CDLL(None).torture_watch
+    except AttributeError:
+        return False
+    begin(os.fsencode(root), log, ctypes.byref(control))
+    return True
