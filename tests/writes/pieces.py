@@ -86,7 +86,7 @@ def log_records(folder: Path) -> None:
     """As a run that goes on: cut back to its checkpoint's step, then three more records, and a checkpoint's sync."""
     path = folder / "metrics.jsonl"
     with disk_errors("write the run's files", folder):
-        metrics.cut_back(path, 2)
+        metrics.cut_back(path, 2, path)
         lines = metrics.JsonLines(path)
         for step in (3, 4, 5):
             lines.write({"step": step, "loss": 1 / step, "text": "é" * 9})
