@@ -200,11 +200,8 @@ def load(recipe_dir: Path, hw: Hardware, overrides: Sequence[str] = (), steps: i
     # After the check: a YAML file must not name its own recipe or board.
     merged.tree |= ours
     config, batch = _validate(merged, f"the configuration of {recipe_dir.name}"), recipe.get(_BATCH)
-    config._origin = _Origin(
-        where=merged.where,
-        overlay=shown(recipe_dir / "hw") if overlay else None,
-        recipe_batch=batch if type(batch) is int else None,
-    )
+    place = shown(recipe_dir / "hw") if overlay else None
+    config._origin = _Origin(merged.where, overlay=place, recipe_batch=batch if type(batch) is int else None)
     return split_over_devices(config, hw)
 
 

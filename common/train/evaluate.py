@@ -94,12 +94,8 @@ def held_out(backend: Backend, split: TokenSplit) -> HeldOut:
 def scores(step: int, rows: HeldOut, text: EvaluatedText | None) -> dict[str, Any]:
     """Return the record of an evaluation for metrics.jsonl. An error over one row is None: NaN is no JSON."""
     several = len(rows.nll) > 1
-    record = {
-        "step": step,
-        "eval_loss": rows.loss,
-        "eval_loss_se": rows.standard_error if several else None,
-        "eval_tokens": int(rows.tokens.sum()),
-    }
+    record = {"step": step, "eval_loss": rows.loss, "eval_loss_se": rows.standard_error if several else None}
+    record["eval_tokens"] = int(rows.tokens.sum())
     if text:
         bits, error = rows.bits_per_byte(text.sizes)
         record |= {"bits_per_byte": bits, "bits_per_byte_se": error if several else None}
