@@ -3,7 +3,8 @@
     .venv/bin/python -m bench.prefix [--set training_config.precision=fp32]
 
 The same steps with beginnings shared and with each row by itself, in turns in one process, on the recipe's own rows and
-on rows that begin with a long system prompt (made up: 300 of 400 tokens). Writes results/prefix.json.
+on rows that begin with a long system prompt (made up: 300 of 400 tokens), `--rows` of them a step: of 8, sharing leaves
+1,100 of 3,200 tokens to compute, of 16 it leaves 1,900 of 6,400. Writes results/prefix.json.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tools.data.fetch import fetch_pinned
 from tools.launch.resolve import resolve
 from tools.recipes import find_recipe, load_dataset
 
-WARM_UP = 2  # steps of each kind: kernels, the first touch of memory
+WARM_UP = 1  # steps of each kind: kernels, the first touch of memory
 SIDES = {"shared": True, "each row by itself": False}
 
 
@@ -82,31 +83,34 @@ def measure(backend: Any, batches: list[Batch], rate: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tinyllama-finetune")
-    parser.add_argument("--steps", type=int, default=8, help="steps measured of each kind")
+    parser.add_argument("--steps", type=int, default=4, help="steps measured of each kind")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step with the long system prompt")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for recipe run")
     given = parser.parse_args()
     launch = resolve(find_recipe(given.recipe), hw="cpu", overrides=tuple(given.set), steps=given.steps + WARM_UP)
     fetch_pinned(launch.config, launch.recipe_dir, print)
     plan = make_plan(launch, *load_dataset(launch.recipe_dir), lambda _line: None, lambda _line: None)
     training = plan.config.training
+    made_up = with_system_prompt(20 * given.rows, plan.base.architecture["vocab_size"])
     sets = {
-        "the recipe's rows": plan.dataset.train,
-        "a system prompt of 300 in 400 tokens": with_system_prompt(200, plan.base.architecture["vocab_size"]),
+        "the recipe's rows": (plan.dataset.train, training.batch_size),
+        "a system prompt of 300 in 400 tokens": (made_up, given.rows),
     }
     results: dict[str, Any] = {}
     with engine_for(plan.hw).open_backend(plan.hw, plan.config) as backend:
         backend.build(plan.base.architecture)
         backend.load(plan.base.weights())
-        for name, split in sets.items():
-            steps = range(1, given.steps + WARM_UP + 1)
-            batches = [split.batch(step, training.seed, training.batch_size) for step in steps]
+        for name, (split, rows) in sets.items():
+            batches = [split.batch(step, training.seed, rows) for step in range(1, given.steps + WARM_UP + 1)]
             found = results[name] = measure(backend, batches, training.learning_rate)
             rates = found["rows_per_second"]
             print(
-                f"{name}: {rates['shared']:.2f} rows/s shared, {rates['each row by itself']:.2f} each by itself: "
+                f"{name}, {rows} a step: {rates['shared']:.2f} rows/s shared, {rates['each row by itself']:.2f} "
+                f"each by itself: "
                 f"{found['shared_over_alone']:.2f} times; {found['computed']} tokens computed for {found['tokens']}; "
                 f"the step is {found['step_over_floor']:.2f} times its matrix products ({found['gflop']:.0f} GFLOP at "
-                f"{found['floor_gflops']:.0f} GFLOPS)"
+                f"{found['floor_gflops']:.0f} GFLOPS)",
+                flush=True,
             )
         info = backend.info
     result = {
@@ -115,7 +119,7 @@ def main() -> None:
         "machine": machine(),
         "precision": training.precision,
         "threads": info.threads,
-        "batch_size": training.batch_size,
+        "rows_per_step": {name: rows for name, (_, rows) in sets.items()},
         "versions": dict(info.versions),
         "sets": results,
     }
