@@ -51,7 +51,10 @@ from engines.refusals import misfit, not_finite
 # Shapes: B rows, T positions of a padded row, S tokens of rows laid end to end, N supervised ones among them,
 # H hidden_size, V rows of the vocabulary. `hidden_NH` is [N, H].
 
-TRIM_EVERY = 16  # steps: where batches differ in their number of tokens, the kept heap would fragment and grow
+# Steps: where batches differ in their number of tokens, the kept heap would fragment and grow. Of four blocks of
+# SmolLM2-135M in bf16, 18 steps peaked at 1,015 MB trimmed every 16 steps, at 946 every 8 in the same CPU time, and at
+# 919 every 4 in 4 % more.
+TRIM_EVERY = 8
 FEW_LENGTHS = 2  # of batches: full ones and an epoch's last; their memory is used again, and fits
 # Compiling costs about a minute here: over 300 steps it is earned back where each becomes 0.2 s shorter.
 COMPILE_FROM_STEPS = 300
