@@ -40,6 +40,9 @@ def compared_with_all(ours: Prompts, theirs: Prompts) -> list[tuple[str, str]]:
     return found
 
 
+RARE = prompts((8, 30), 60, "a", 5)
+
+
 @pytest.mark.parametrize("sizes", [(1, 8), (15, 30), (70, 130)], ids=["short", "usual", "long"])
 def test_every_near_pair_is_found_that_a_full_comparison_finds(sizes):
     """Long ones lie on both sides of the size from which single words are compared by."""
@@ -47,6 +50,16 @@ def test_every_near_pair_is_found_that_a_full_comparison_finds(sizes):
     expected = compared_with_all(ours, theirs)
     assert list(near.near_pairs(ours, theirs)) == expected
     assert 5 < len(expected) < 150
+
+
+def test_words_that_one_prompt_alone_has_change_nothing():
+    """Among themselves and with others, equal prompts among them, and each word in at most a few."""
+    alone = [(f"{text} only{at} other{at // 2}" if at % 3 else text, where) for at, (text, where) in enumerate(RARE)]
+    same = [*alone, *((text, f"again {where}") for text, where in alone[::5])]
+    for ours, theirs in ((alone, alone), (same, same), (same, list(alone)), (list(alone), same)):
+        expected = compared_with_all(ours, theirs)
+        assert list(near.near_pairs(ours, theirs)) == expected
+        assert len(expected) > 15
 
 
 def test_above_a_number_of_prompts_only_some_are_looked_at(monkeypatch):
@@ -76,9 +89,9 @@ def test_equal_prompts_are_compared_once(monkeypatch):
     sizes: list[int] = []
     sharing = near.sharing
 
-    def counted(ours, theirs):
+    def counted(ours, theirs, same):
         sizes.append(len(theirs))
-        return sharing(ours, theirs)
+        return sharing(ours, theirs, same)
 
     monkeypatch.setattr(near, "sharing", counted)
     three = (

@@ -48,7 +48,10 @@ def near_pairs(
     our_words = their_words if ours is theirs and len(once) == len(ours) else [words(text) for text, _ in ours]
     limit = None if len(once) <= EXACT else TRIED
     for (text, where), part, candidates in zip(
-        watch(ours, "comparing prompts", len(ours)), our_words, sharing(our_words, their_words), strict=True
+        watch(ours, "comparing prompts", len(ours)),
+        our_words,
+        sharing(our_words, their_words, ours is theirs),
+        strict=True,
     ):
         for at in islice(candidates, limit):
             if overlap(part, their_words[at]) >= NEAR and known[at] != canonical(text):
@@ -56,10 +59,18 @@ def near_pairs(
                 break
 
 
-def sharing(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) -> Iterator[Iterator[int]]:
-    """Yield, for each of ours, those of theirs (by index, in order) that can be near it; one may come twice."""
+def sharing(
+    ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]], same: bool = False
+) -> Iterator[Iterator[int]]:
+    """Yield, for each of ours, those of theirs (by index, in order) that can be near it; one may come twice.
+
+    With `same`, ours are theirs, of which equal ones may come more often here.
+    """
     frequency = Counter(word for part in (*ours, *theirs) for word in part)
-    order = sorted(frequency, key=lambda word: (frequency[word], word))
+    # A word that one prompt alone has (with `same` it is counted on both sides) is in common with no other: a number, a
+    # name, a typing error. Most words of a language are, and an index of all would be twice as large.
+    common = [word for word, count in frequency.items() if count > 1 + same]
+    order = sorted(common, key=lambda word: (frequency[word], word))
     rank = {word: at for at, word in enumerate(order)}
     index: dict[int, list[int]] = defaultdict(list)
     for at, part in enumerate(theirs):
@@ -76,9 +87,14 @@ def words(text: str) -> frozenset[str]:
 
 
 def keys(part: frozenset[str], rank: Mapping[str, int]) -> list[int]:
-    """Return what two similar sets have at least one of in common: pairs of their rarest words, or such words alone."""
-    ranked = sorted(map(rank.__getitem__, part))
-    more = len(part) - math.ceil(NEAR * len(part))  # words that a similar set may lack
+    """Return what two similar sets have at least one of in common: pairs of their rarest words, or such words alone.
+
+    Words without a rank are in no other set; they are rarer than all that have one.
+    """
+    ranked = sorted([rank[word] for word in part if word in rank])
+    more = len(ranked) - math.ceil(NEAR * len(part))  # words that a similar set may lack, beside those without a rank
+    if more < 0:
+        return []
     pairs = [one * len(rank) + other for one, other in combinations(ranked[: more + 2], 2)]
     # Sets of both kinds may meet where sizes differ by NEAR at most: between, a set has keys of both.
     if len(part) <= PAIRED * NEAR:
