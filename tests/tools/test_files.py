@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from pyarrow import parquet
 
 from common.data.rows import Problem
 from common.errors import DataError, UsageError
@@ -105,6 +106,17 @@ def test_a_packed_file_that_swells_is_given_up(tmp_path, monkeypatch, name):
     tracemalloc.stop()
     assert peak < 90_000_000
     assert read(written(tmp_path, f"less.{name}", LINES.encode())) == ROWS
+
+
+def test_a_table_that_swells_is_given_up(tmp_path, monkeypatch):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"prompt": ["the same text " * 100] * 4000, "response": ["yes"] * 4000})
+    parquet.write_table(table, path)
+    assert path.stat().st_size < 20_000
+    assert len(list(files.records(path, "parquet"))) == 4000
+    monkeypatch.setattr(files, "room", lambda: 1 << 20)
+    with pytest.raises(DataError, match=r"unpacks to more than 0\.0 GB"):
+        list(files.records(path, "parquet"))
 
 
 def test_a_cell_of_a_table_may_be_long(tmp_path):

@@ -149,12 +149,17 @@ def up_to_room(stream: Any, path: Path) -> bytes:
         blocks.append(block)
         size += len(block)
         if size > limit:
-            raise DataError(
-                f"unpacks to more than {limit / 1e9:.1f} GB, a quarter of this machine's memory",
-                where=str(path),
-                todo="unpack it and split it into files of a folder, or convert it on a larger machine",
-            )
+            raise swollen(path, limit)
     return b"".join(blocks)
+
+
+def swollen(path: Path, limit: int) -> DataError:
+    """Return the error of a file that says in few bytes what takes more than `limit`."""
+    return DataError(
+        f"unpacks to more than {limit / 1e9:.1f} GB, a quarter of this machine's memory",
+        where=str(path),
+        todo="unpack it and split it into files of a folder, or convert it on a larger machine",
+    )
 
 
 def room() -> int:
@@ -251,8 +256,11 @@ def parquet_records(path: Path) -> Iterator[Record]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
+            number, size, limit = 0, 0, room()
             for batch in file.iter_batches(batch_size=1024):  # rows in memory at once
+                size += batch.nbytes
+                if size > limit:  # a text that comes a million times is stored once
+                    raise swollen(path, limit)
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", {key: without_nulls(value) for key, value in record.items()}
