@@ -16,8 +16,8 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from engines.cpu.llama import Llama
 from engines.cpu.lora import Frozen, LoraLinear
 from engines.cpu.ragged import AttentionGroup, AttentionLayout, Layout
 
@@ -25,19 +25,20 @@ from engines.cpu.ragged import AttentionGroup, AttentionLayout, Layout
 # heads of each, D width of a head; P blocks of queries that are multiplied together, n queries and m keys of each.
 
 
-def hidden_states(model: LlamaForCausalLM, layout: Layout, work: torch.dtype, recompute: bool) -> Tensor:
+def hidden_states(model: Llama, layout: Layout, work: torch.dtype, recompute: bool) -> Tensor:
     """Return the last hidden states [U, H] of the needed tokens of `layout`, with products in the dtype `work`.
 
     With `recompute` the backward pass computes each block again from its input, instead of keeping what it needs of it.
     """
     x = model.model.embed_tokens(layout.ids)  # [S, H]
     angles = [table[0].float() for table in model.model.rotary_emb(x, layout.positions[None])]  # cos, sin: [S, D]
-    attend = Attention(model.config, angles, layout.attending, None, work)
     layers = list(model.model.layers)
+    heads = len(layers[0].self_attn.k_proj.weight) // layers[0].self_attn.head_dim
+    attend = Attention(heads, angles, layout.attending, None, work)
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         if layer is layers[-1]:
-            attend = Attention(model.config, angles, layout.attending_last, layout.needed, work)
+            attend = Attention(heads, angles, layout.attending_last, layout.needed, work)
         modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         x = with_residual(attend, x, layer.input_layernorm, modules, work, recompute)
         modules = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -330,19 +331,17 @@ class Attention:
     """o(softmax(rope(q(h)) rope(k(h))^T) v(h)) within each row; the layers are q, k, v and o.
 
     Products are in the dtype of h; RoPE, the softmax and its gradient are computed in float32. `queries` int64 [U] are
-    the tokens that have an output. Nothing here depends on a layer: all with the same queries share one Attention.
+    the tokens that have an output, `heads` those of keys and values. Nothing here depends on a layer: all with the same queries share one Attention.
     """
 
     def __init__(
         self,
-        config: LlamaConfig,
+        heads: int,
         angles: Sequence[Tensor],
         attending: AttentionLayout,
         queries: Tensor | None,
         work: torch.dtype,
     ) -> None:
-        heads = config.num_key_value_heads
-        assert heads is not None, "transformers fills it in"
         self.heads, self.queries, self.width = heads, queries, angles[0].shape[1]
         # Both halves of a head are rotated by the same angles: [S, 1, 1, D / 2]. Scores are divided by sqrt(D) here.
         self.angles = [table[:, None, None, : self.width // 2] for table in angles]

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from common.engine import Array
 from engines.cpu.blocks import inverse_rms, rms_norm
+from engines.cpu.llama import Llama
 from engines.cpu.lora import Frozen, LoraLinear
 
 # Shapes: B rows, n new tokens of a row, C tokens that the cache has room for, Q query heads, K key/value heads,
@@ -109,7 +109,7 @@ class Linears:
     where A and B are rounded for each token (12 rows, rank 16, SmolLM2-135M, torch 2.13, an EPYC).
     """
 
-    def __init__(self, model: LlamaForCausalLM, work: torch.dtype, head: Tensor | None) -> None:
+    def __init__(self, model: Llama, work: torch.dtype, head: Tensor | None) -> None:
         """Take the layers of `model`; `head` is the output head's weight in `work`, where there is such a copy."""
         self.model, self.work = model, work
         self.input = self.narrowed = torch.empty(0)  # what was multiplied last: [..., I], and in the dtype `work`
@@ -153,7 +153,7 @@ def longer(kept: Tensor, new: Tensor, end: int) -> Tensor:
 
 
 def hidden_states(
-    model: LlamaForCausalLM, ids: Tensor, places: Tensor, attention: Attention, linear: Linear, *, last: bool = False
+    model: Llama, ids: Tensor, places: Tensor, attention: Attention, linear: Linear, *, last: bool = False
 ) -> Tensor:
     """Return the hidden states [B, n, H] under the output head of `ids` [B, n], which stand at `places` [B, n].
 

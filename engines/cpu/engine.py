@@ -4,7 +4,7 @@ Four things make it fast without changing what it computes: rows lie end to end,
 once (ragged.py); the blocks of the model are written by hand (blocks.py); hidden states go through the output head only
 where the mask supervises (cross_entropy.py); and frozen weights keep the bf16 copy that autocast would otherwise make
 again at every use. Generation calls the model's layers one by one (decode.py); only steps that are compiled go through
-transformers' own forward.
+transformers' own forward, and only they wait for its import (llama.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,10 +30,7 @@ import numpy as np
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.config import Config
 from common.config.schema import Model
@@ -44,9 +41,13 @@ from common.hardware import TILE
 from common.model.llama import PREFIX
 from engines.cpu import blocks, decode, ragged
 from engines.cpu.cross_entropy import LinearCrossEntropy, nll_rows
+from engines.cpu.llama import Llama, transformers_llama, transformers_rotary
 from engines.cpu.lora import add_lora, lora_layers
 from engines.cpu.ranks import Ranks, gloo_errors, ranks_of
 from engines.refusals import misfit, not_finite
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 # Shapes: B rows, T positions of a padded row, S tokens of rows laid end to end, N supervised ones among them,
 # H hidden_size, V rows of the vocabulary. `hidden_NH` is [N, H].
@@ -72,7 +73,6 @@ def open_cpu(config: Config) -> Iterator[TorchCPU]:
     torch.use_deterministic_algorithms(True)
     # It would fill all that torch.empty returns, so that a read before a write shows: time, and no bit of a result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    transformers.utils.logging.set_verbosity_error()
     if ranks.world > 1:
         ranks.broadcast_command(
             "open", config.with_values(**{"device.threads": threads}).dump()
@@ -119,7 +119,8 @@ class TorchCPU:
         self.mixed = training.precision == "bf16-mixed"
         self.compiled, self.compile_reason = decide_compile(config)
         self.steps_done = 0
-        self.model: LlamaForCausalLM
+        self.model: Llama
+        self.architecture: Mapping[str, Any] = {}
         self.objective: Objective
         self.parallel_objective: nn.Module  # the same, its gradients summed over the ranks; alone, the objective itself
         self.optimizer: torch.optim.AdamW
@@ -145,8 +146,9 @@ class TorchCPU:
 
     def build(self, architecture: Mapping[str, Any]) -> None:
         self.ranks.broadcast_command("build", dict(architecture))
+        self.architecture = architecture
         with torch.device("meta"):  # shapes alone: `load` assigns the weights, so that none is drawn or held twice
-            self.model = LlamaForCausalLM(LlamaConfig.from_dict(dict(architecture)))
+            self.model = transformers_llama(architecture) if self.compiled else Llama(architecture)
 
     def load(self, weights: Mapping[str, Array]) -> int:
         model, config = self.model, self.config.model
@@ -154,25 +156,26 @@ class TorchCPU:
         tensors = {
             name: to_torch(array).to(self.stored) for name, array in self.ranks.broadcast_tensors(weights).items()
         }
-        if model.config.tie_word_embeddings:
+        if tied := bool(self.architecture.get("tie_word_embeddings")):
             # The file of a tied model has one matrix for both; `check_names` asks for each by its name.
             tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
         check_names(tensors, dict(model.state_dict()))
         # assign: nothing can be copied into a tensor on meta. A tied matrix becomes two parameters, then one again.
         model.load_state_dict(tensors, strict=True, assign=True)
-        model.tie_weights()
-        model.model.rotary_emb = LlamaRotaryEmbedding(
-            config=model.config
-        )  # its buffers were on meta, and not in a file
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        if self.compiled:
+            model.model.rotary_emb = transformers_rotary(self.architecture)
         # Counted before adapters are added: it is the base's number that is returned.
         parameters = sum(p.numel() for p in model.parameters())
         if config.lora:
             add_lora(model, config.lora, self.config.training.seed, dtype=self.stored, keep_half=self.mixed)
-        if self.mixed:
+        if self.compiled and self.mixed:
             cast_norm_outputs(model)
-        if config.gradient_checkpointing:
+        if self.compiled and config.gradient_checkpointing:
             # The reentrant kind wants an input that requires a gradient, which a frozen embedding does not give.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            as_transformers = cast("LlamaForCausalLM", model)
+            as_transformers.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # After LoRA, which freezes the rest. An A that several projections share comes once, by the first one's name.
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_optimizer()
@@ -379,7 +382,7 @@ class TorchCPU:
 
     def _model_state(self) -> dict[str, Tensor]:
         if not self.config.model.lora:
-            tied = self.model.config.tie_word_embeddings
+            tied = self.architecture.get("tie_word_embeddings")
             return {k: v for k, v in self.model.state_dict().items() if not (tied and k == "lm_head.weight")}
         layers = dict(lora_layers(self.model))
         return {
@@ -456,7 +459,7 @@ class Objective(nn.Module):
     the output head, which for a vocabulary of 49,152 is more arithmetic than a block.
     """
 
-    def __init__(self, model: LlamaForCausalLM, mixed: bool, compiled: bool, config: Model) -> None:
+    def __init__(self, model: Llama, mixed: bool, compiled: bool, config: Model) -> None:
         super().__init__()
         self.model, self.mixed = model, mixed
         # A frozen head's bf16 copy, as lora.Frozen keeps one: autocast would make it anew at every use.
@@ -491,7 +494,7 @@ class Objective(nn.Module):
         """Return the same with padding computed: every step has one shape, as a compiled graph needs it."""
         mask_BT = torch.from_numpy(batch.loss_mask > 0)
         ids_BT, labels_BT = (torch.from_numpy(array.astype(np.int64)) for array in (batch.input_ids, batch.labels))
-        self.model.set_attn_implementation("sdpa")
+        cast("LlamaForCausalLM", self.model).set_attn_implementation("sdpa")
         hidden_BTH = self.padded_forward(input_ids=ids_BT, use_cache=False).last_hidden_state
         return hidden_BTH[mask_BT], labels_BT[mask_BT]  # [N, H], [N]: a mask takes row by row
 
@@ -547,7 +550,7 @@ def decide_compile(config: Config) -> tuple[bool, str]:
     return True, f"compiled: {steps} steps earn it back"
 
 
-def cast_norm_outputs(model: LlamaForCausalLM) -> None:
+def cast_norm_outputs(model: Llama) -> None:
     """Round each norm's output to bf16 once, not once per projection that reads it; autocast gives the same bits."""
 
     def cast_output(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

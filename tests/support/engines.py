@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from common.config import Config
 from common.data.tokens import Batch
@@ -106,3 +107,11 @@ def gradients_of(backend: Any, batches: list[Batch]) -> tuple[Any, dict[str, np.
     finally:
         backend._update = update
     return stats, found
+
+
+def on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps go through transformers' own forward, as where they are compiled, without the half minute it takes."""
+    from engines.cpu import engine as torch_cpu
+
+    monkeypatch.setattr(torch_cpu, "decide_compile", lambda _config: (True, "by a test"))
+    monkeypatch.setattr(torch_cpu.torch, "compile", lambda forward, **_options: forward)
