@@ -1,7 +1,8 @@
 """A start that does two things at once: the weights are read while torch is imported, which takes seconds.
 
 Of SmolLM2-135M's start on two cores of an EPYC (torch 2.13, transformers 5.23), in seconds: 0.6 until it listens, 4.3
-of importing torch and transformers, of which 0.6 went into looking for garbage, 0.5 of reading the weights.
+of importing torch and transformers (which the engine no longer does), of which 0.6 went into looking for garbage, 0.5
+of reading the weights.
 """
 
 from __future__ import annotations
