@@ -331,7 +331,8 @@ class Attention:
     """o(softmax(rope(q(h)) rope(k(h))^T) v(h)) within each row; the layers are q, k, v and o.
 
     Products are in the dtype of h; RoPE, the softmax and its gradient are computed in float32. `queries` int64 [U] are
-    the tokens that have an output, `heads` those of keys and values. Nothing here depends on a layer: all with the same queries share one Attention.
+    the tokens that have an output, `heads` is how many keys a token has. Nothing here depends on a layer: all with the
+    same queries share one Attention.
     """
 
     def __init__(
