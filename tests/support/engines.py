@@ -114,4 +114,4 @@ def on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.cpu import engine as torch_cpu
 
     monkeypatch.setattr(torch_cpu, "decide_compile", lambda _config: (True, "by a test"))
-    monkeypatch.setattr(torch_cpu.torch, "compile", lambda forward, **_options: forward)
+    monkeypatch.setattr("torch.compile", lambda forward, **_options: forward)
