@@ -35,7 +35,8 @@ def products_of(backend: Any, batch: Batch) -> Counter[Product]:
         found.update(of_linears([attention.o_proj], needed))
         found.update(of_linears([mlp.gate_proj, mlp.up_proj], needed))
         found.update(of_linears([mlp.down_proj], needed))
-        heads, groups = model.config.num_key_value_heads, attention.num_key_value_groups
+        keys = len(attention.k_proj.weight)
+        heads, groups = keys // attention.head_dim, len(attention.q_proj.weight) // keys
         for group in (layout.attending_last if layer is layers[-1] else layout.attending).groups:
             count, n, _, m = group.bias.shape
             b, n, width = heads * count, n * groups, attention.head_dim
