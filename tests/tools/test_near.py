@@ -62,6 +62,14 @@ def test_words_that_one_prompt_alone_has_change_nothing():
         assert len(expected) > 15
 
 
+def test_words_that_two_prompts_alone_have_count():
+    one, two = ("amber birch cedar delta ember", "x"), ("amber birch cedar delta ember flint", "y")
+    assert list(near.near_pairs([one], [two])) == [("x", "y")]
+    assert list(near.near_pairs([one, two], [one, two])) == [("x", "y"), ("y", "x")]
+    both = [one, two, one]
+    assert list(near.near_pairs(both, both)) == [("x", "y"), ("y", "x"), ("x", "y")]
+
+
 def test_above_a_number_of_prompts_only_some_are_looked_at(monkeypatch):
     same = prompts((15, 30), 300, "a", 3)
     whole = list(near.near_pairs(same, same))
