@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -68,7 +69,8 @@ class Console:
             self.live.stop()
             self.live = None
         if self.log:
-            self.log.close()
+            with contextlib.suppress(OSError):  # of lines that did not go out, which was an error where they were said
+                self.log.close()
             self.log = None
         sys.stdout.flush()
 

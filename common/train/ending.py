@@ -37,7 +37,7 @@ def recorded_end(manifest: Manifest, folder: Path, console: Console) -> Iterator
 
 def record_end(manifest: Manifest, folder: Path, console: Console, reason: str, error: str | None) -> None:
     """Write how the run ended (done, `stopped: ...`, `failed: ...`) into its manifest and its log."""
-    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
+    with contextlib.suppress(*[OSError] * (reason != "done")):  # a full disk must not hide why the run ended
         console.say(f"{ENDS} {reason}", "DEBUG")
         manifest.exit_reason, manifest.error, manifest.end = reason, error, utc_now()
         manifest.save(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import MachineError
-from common.files import disk_errors, sync, write_atomic
+from common.files import disk_errors, named, sync, write_atomic
 
 
 class JsonLines:
@@ -29,7 +29,8 @@ class JsonLines:
         sync(self.path)
 
     def close(self) -> None:
-        self.file.close()
+        with named(self.path):
+            self.file.close()
 
 
 def read(path: Path, until: float = float("inf")) -> list[dict[str, Any]]:

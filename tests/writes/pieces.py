@@ -18,6 +18,8 @@ from common.data.tokens import Encoded, TokenDataset
 from common.files import disk_errors, sha256_file, try_lock
 from common.model import bases
 from common.train import checkpoint, metrics
+from common.train.console import Console
+from common.train.ending import record_end
 from common.train.manifest import Manifest
 from tests.doubles.tiny_recipe import FINE_TUNE
 from tests.support.engines import config_for
@@ -80,6 +82,11 @@ def change_manifest(folder: Path) -> None:
     manifest = Manifest.load(run)
     manifest.exit_reason = "stopped: by hand"
     manifest.save(run)
+
+
+def end_run(folder: Path) -> None:
+    (run,) = (path for path in folder.iterdir() if path.is_dir())
+    record_end(Manifest.load(run), run, Console("WARNING"), "done", None)
 
 
 def log_records(folder: Path) -> None:
@@ -342,7 +349,8 @@ def ran(folder: Path) -> None:
     run = write_run(folder)
     text = json.loads((run / "manifest.json").read_text())
     base = {"name": "tiny", "identity": "1", "origin": "here", "licence": "MIT"}
-    (run / "manifest.json").write_text(json.dumps({**text, "config_digest": "1", "base": base}))
+    facts = {**text, "exit_reason": "running", "config_digest": "1", "base": base}
+    (run / "manifest.json").write_text(json.dumps(facts))
 
 
 def nothing(_folder: Path) -> None:
@@ -359,6 +367,7 @@ PIECES = (
         again=lambda folder: save_step(folder, 3),
     ),
     Piece("manifest", ran, change_manifest),
+    Piece("end of a run", ran, end_run),
     Piece(
         "metrics and evaluations",
         some_records,
