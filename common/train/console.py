@@ -15,6 +15,7 @@ from rich.text import Text
 
 from common.engine import StepStats
 from common.errors import without_secrets
+from common.files import named
 
 LEVELS = {"DEBUG": 0, "INFO": 1, "WARNING": 2}
 
@@ -51,8 +52,9 @@ class Console:
         if self.log is None:
             self.early.append(text)
         else:
-            self.log.write(time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text + "\n")
-            self.log.flush()
+            with named(Path(self.log.name)):
+                self.log.write(time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + text + "\n")
+                self.log.flush()
 
     def status(self, text: str) -> None:
         """Show the one live line. Without a terminal there is none: whatever matters is said as lines, too."""

@@ -27,7 +27,8 @@ def recorded_end(manifest: Manifest, folder: Path, console: Console) -> Iterator
         record_end(manifest, folder, console, f"stopped: {stop.what}", None)
         raise
     except RecipeError as error:
-        console.say(str(error), "DEBUG")
+        with contextlib.suppress(OSError):
+            console.say(str(error), "DEBUG")
         record_end(manifest, folder, console, f"failed: {error.what}", str(error))
         raise
     except BaseException as error:  # KeyboardInterrupt and SystemExit, too: they end a run as well

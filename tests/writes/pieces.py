@@ -313,7 +313,8 @@ def built_image(folder: Path) -> None:
 
 def record_image(folder: Path) -> None:
     instead(images, "LOCAL", folder / "images.local.json")
-    images.record_local("cpu", {"id": "sha256:1"})
+    facts = {"id": "sha256:1", "lock_sha256": "2" * 64, "base": "debian", "commit": "0123abc"}
+    images.record_local("cpu", {**facts, "created": "2026-01-01T00:00:00Z"})
 
 
 # --- what is made of runs -----------------------------------------------------------------------------------------
