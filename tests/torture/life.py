@@ -31,6 +31,7 @@ AFTER = PHASES.index("after the end")
 BOARD = "n150"  # that the double stands for
 HITS = 12  # of a life; then nothing hinders it any more
 BY_CALL = 0.6  # of the hits come before a chosen call that changes a file; the others at a moment of a phase
+BUT_WRITES = 0.6  # of those: before one that makes, syncs, renames or deletes something
 COMMAND, FIRST, SECOND = 0, 1, 2  # of Control.pids
 
 
@@ -52,6 +53,7 @@ class Profile:
     export: Any
     visits: list[int]
     calls: list[int]
+    no_writes: list[int]  # of the calls: those that make, sync, rename or delete
     seconds: list[float]
 
 
@@ -65,13 +67,19 @@ class Hit:
     visit: int
     seconds: float
     whom: int
+    but_writes: bool  # the call is counted among those that write no data: a checkpoint is a hundred writes
     came: str = ""  # what it hit; empty until then
     where: int = 0  # the phase that it found; by time, the run may be further than it was to be
 
     def __str__(self) -> str:
-        place = f"before call {self.call}" if self.call else f"{self.seconds:.4f} s into visit {self.visit}"
+        place = (
+            f"before call {self.call}{' but writes' * self.but_writes} of"
+            if self.call
+            else f"{self.seconds:.4f} s into visit {self.visit} of"
+        )
         who = f" of process {self.whom}" if self.whom else ""
-        return f"{self.kind}{who}, {place} of {PHASES[self.phase]}: {self.came or 'the run ended before'}"
+        place = "" if self.phase == AFTER else f"{place} "
+        return f"{self.kind}{who}, {place}{PHASES[self.phase]}: {self.came or 'the run ended before'}"
 
 
 @dataclass
@@ -102,7 +110,8 @@ def draw(rng: random.Random, subject: Subject, profile: Profile, trained: bool, 
     past = {PHASES.index(name) for name in ("data", "step", "evaluation", "checkpoint", "finish")} if trained else ()
     phases = [number for number, visits in enumerate(profile.visits) if visits and number not in past]
     phase = rng.choices(phases, [WEIGHTS.get(PHASES[number], 1) for number in phases])[0]
-    visits, of_phase = profile.visits[phase], profile.calls[phase]
+    but_writes = rng.random() < BUT_WRITES
+    visits, of_phase = profile.visits[phase], (profile.no_writes if but_writes else profile.calls)[phase]
     by_call = calls and of_phase > 0 and rng.random() < BY_CALL
     whom = COMMAND
     if subject.ranks > 1 and kind not in ("SIGTERM", "SIGINT"):
@@ -114,6 +123,7 @@ def draw(rng: random.Random, subject: Subject, profile: Profile, trained: bool, 
         rng.randint(1, min(2, visits)),
         rng.uniform(0, profile.seconds[phase] / visits),
         whom,
+        but_writes,
     )
 
 
@@ -136,6 +146,7 @@ class Body:
         def arm(control: Control) -> None:
             if hit and hit.call:
                 control.target, control.at, control.whom = hit.phase, hit.call, hit.whom
+                control.but_writes = int(hit.but_writes)
                 control.signal = NUMBERS.get(hit.kind, signal.SIGKILL)
 
         environment = {"RECIPES_HOME": str(self.root / "home"), "RECIPES_SYSFS_ROOT": str(self.machine)}
@@ -271,8 +282,8 @@ def unbroken(subject: Subject, folder: Path) -> Profile:
     body.check()
     (run,) = body.done()
     control = found.control
-    visits, calls, seconds = list(control.visits), list(control.calls_in), list(control.seconds_in)
-    return Profile(json.loads(json.dumps(outcome(run))), exported(run), visits, calls, seconds)
+    counts = (list(control.visits), list(control.calls_in), list(control.no_writes_in))
+    return Profile(json.loads(json.dumps(outcome(run))), exported(run), *counts, list(control.seconds_in))
 
 
 def live(subject: Subject, number: int, seed: str, profile: Profile, folder: Path) -> Life:
@@ -285,7 +296,7 @@ def live(subject: Subject, number: int, seed: str, profile: Profile, folder: Pat
             hit = draw(rng, subject, profile, body.trained(), calls) if len(life.hits) < HITS else None
             once(body, hit, life, rng)
         if calls and rng.random() < 0.5:
-            hit = Hit("power cut", AFTER, 0, 0, 0.0, COMMAND, "done", AFTER)
+            hit = Hit("power cut", AFTER, 0, 0, 0.0, COMMAND, False, "done", AFTER)
             life.hits.append(hit)
             hit.came += f"; {body.disk.cut(rng)}"
             body.check()

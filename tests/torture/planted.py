@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.files import sync, sync_all
 from common.train import checkpoint as checkpoints
 from common.train import manifest as manifests
 
@@ -22,9 +24,17 @@ def no_fsync() -> None:
 
 def rename_before_fsync() -> None:
     """Have a checkpoint get its name before its files are synced."""
-    sync_all = checkpoint.sync_all
-    checkpoint.sync_all = lambda _folder: None
-    checkpoint.sync = sync_all  # which follows the rename
+
+    @contextlib.contextmanager
+    def named_first(folder: Path) -> Iterator[Path]:
+        made = folder.with_name(f".{folder.name}")
+        made.mkdir(parents=True)
+        yield made
+        made.rename(folder)
+        sync(folder.parent)
+        sync_all(folder)
+
+    checkpoint.made_whole = named_first
 
 
 def manifest_in_place() -> None:

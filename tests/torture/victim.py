@@ -267,6 +267,7 @@ def enter(number: int, back: bool = False) -> None:
     """Note the phase that begins, and what the one until now has cost; going back to the one around it is no visit."""
     now = time.monotonic()
     CONTROL.calls_in[CONTROL.phase] += CONTROL.calls - sum(CONTROL.calls_in)
+    CONTROL.no_writes_in[CONTROL.phase] += CONTROL.no_writes - sum(CONTROL.no_writes_in)
     CONTROL.seconds_in[CONTROL.phase] += now - CONTROL.since
     CONTROL.since = now
     CONTROL.phase = number

@@ -32,6 +32,8 @@ struct control {
   int64_t at;          /* the strike comes before this call of the phase; 0: never */
   int64_t seen;        /* calls of that phase until now */
   int64_t calls;       /* calls of all phases until now */
+  int64_t but_writes;  /* 1: of that phase, count the calls that are no writes of data */
+  int64_t no_writes;   /* those of all phases until now */
   int64_t struck;      /* the number of the call before which the strike came; 0: not yet */
   int64_t signal;      /* what is sent */
   int64_t whom;        /* and to which of `pids` */
@@ -123,8 +125,10 @@ static void begin(const char *call, const char *name) {
   __atomic_add_fetch(&control->busy, 1, __ATOMIC_SEQ_CST);
   pthread_mutex_lock(&turn);
   int64_t number = ++control->calls;
+  int is_write = strcmp(call, "write") == 0;
+  control->no_writes += !is_write;
   if (control->at && !control->struck && (control->target < 0 || control->target == control->phase) &&
-      ++control->seen == control->at) {
+      !(is_write && control->but_writes) && ++control->seen == control->at) {
     snprintf(control->what, sizeof control->what, "%s %s", call, name);
     control->struck = number;
     int before = errno;

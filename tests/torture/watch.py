@@ -20,6 +20,8 @@ class Control(ctypes.Structure):
     at: int
     seen: int
     calls: int
+    but_writes: int
+    no_writes: int
     struck: int
     signal: int
     whom: int
@@ -29,17 +31,20 @@ class Control(ctypes.Structure):
     saved: int
     visits: list[int]
     calls_in: list[int]
+    no_writes_in: list[int]
     seconds_in: list[float]
     since: float
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("phase", "target", "at", "seen", "calls", "struck")),
+        *((name, ctypes.c_int64) for name in ("phase", "target", "at", "seen", "calls")),
+        *((name, ctypes.c_int64) for name in ("but_writes", "no_writes", "struck")),
         *((name, ctypes.c_int64) for name in ("signal", "whom", "busy")),
         ("pids", ctypes.c_int64 * 4),  # of the command, then of its ranks
         ("what", ctypes.c_char * 256),
         ("saved", ctypes.c_int64),  # the last step whose checkpoint was said to be saved
         ("visits", ctypes.c_int64 * len(PHASES)),  # how often each phase began
         ("calls_in", ctypes.c_int64 * len(PHASES)),  # calls of each phase
+        ("no_writes_in", ctypes.c_int64 * len(PHASES)),  # those of them that are no writes of data
         ("seconds_in", ctypes.c_double * len(PHASES)),  # and its time
         ("since", ctypes.c_double),  # when the phase began or was gone back to
     )
