@@ -110,6 +110,9 @@ def sync(path: Path) -> None:
     try:
         with named(path):
             os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # fsync(2): nothing to flush there, as in a folder of autofs or squashfs
+            raise
     finally:
         os.close(descriptor)
 
