@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -255,6 +257,23 @@ def test_what_a_killed_export_left_is_cleared_and_a_full_disk_costs_no_export(ru
 
     assert record(run) == before
     assert not list(run.glob(".*export-*"))
+
+
+def test_a_disk_that_fails_as_it_is_flushed_costs_no_export(run, monkeypatch):
+    before, flush = record(run), os.fsync
+    (run / "export/adapter/README.md").unlink()  # so that it is made anew
+
+    def fails_for_weights(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_for_weights)
+    with pytest.raises(MachineError, match="could not write the export"):
+        export_folder(run, print)
+
+    assert record(run) == before
+    assert not list(run.glob("export.replaced-*"))
 
 
 def test_checking_an_export_measures_it_again_and_finds_one_changed_byte(run):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError, VerificationError
-from common.files import clear, disk_errors, made_whole, sha256_file, try_lock, write_json
+from common.files import clear, disk_errors, made_whole, sha256_file, sync_all, try_lock, write_json
 from common.train.checkpoint import set_aside
 from common.train.manifest import ExportFacts, Manifest
 from tools.export.check import ExportCheck, check
@@ -94,6 +94,7 @@ def export(run: TrainedRun, manifest: Manifest, say: Say) -> Path:
         clear(left)
     with disk_errors("write the export", run.folder), made_whole(folder) as made:
         outcome, record = write(made, run, dtype)
+        sync_all(made)  # now: once the old export is set aside, nothing is left to fail but a rename
         set_aside(folder)
     record_in(manifest, run.folder, record)
     say(f"export of step {run.step} ({dtype}) {outcome.line()}")
