@@ -191,6 +191,16 @@ def test_what_was_read_is_pinned_beside_the_rows(tmp_path):
     }
 
 
+def test_the_rows_that_are_written_into_their_own_source_are_no_part_of_it(tmp_path, monkeypatch):
+    source = tmp_path / "rows"
+    source.mkdir()
+    asked = text_file(source, "a.csv", "prompt,response\na,b\n")
+    monkeypatch.chdir(tmp_path)
+    convert.convert(source, Path("rows/out.jsonl"), "folder")
+    pins = yaml.safe_load((source / "out.jsonl.source.yaml").read_text())
+    assert pins["files"] == {"a.csv": sha256_file(asked)}
+
+
 def test_a_file_in_the_place_of_the_pins_is_not_overwritten(tmp_path):
     mine = text_file(tmp_path, "out.jsonl.source.yaml", "my notes\n")
     with pytest.raises(UsageError, match="the output file exists"):

@@ -196,7 +196,7 @@ def write_pins(
     }
     facts |= {"revision": source.revision, "subset": source.subset, "split": source.split} if on_hub else {}
     if path.is_dir() and not on_hub:
-        every = sorted(file for file in path.rglob("*") if file.is_file() and file != out)
+        every = sorted(file for file in path.rglob("*") if file.is_file() and file.resolve() != out.resolve())
         facts["files"] = {file.relative_to(path).as_posix(): sha256_file(file) for file in every}
     with pins_of(out).open("x", encoding="utf-8") as file:
         file.write(to_yaml(facts))
