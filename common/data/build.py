@@ -188,7 +188,8 @@ def of_rows(data: Data, parts: Parts, tokenizer: ChatTokenizer, encode: Encode |
     def noted(name: str) -> Iterator[Encoded]:
         rows = parts[name]
         found = encode(tokenizer, rows, options, name) if encode else tokenizer.encode_rows(rows, *options)
-        for at, encoded in enumerate(map(given, found)):  # no row is looked at: it may be shared with other processes
+        # By number: no row is looked at, which may be in memory that is shared with other processes.
+        for at, encoded in zip(range(len(rows)), map(given, found), strict=True):
             if encoded.cut:
                 cut.append({"split": name, "where": rows[at].where, "what": encoded.cut})
             yield encoded

@@ -148,6 +148,16 @@ def test_rows_cut_are_listed_and_counted(tokenizer, tmp_path):
         assert "and 14 more" in report.lines()[-1]
 
 
+def test_rows_that_the_tokenizing_loses_are_an_error(recipe, tokenizer):
+    def but_the_last(asked, rows, options, _split):
+        return list(asked.encode_rows(rows, *options))[:-1]
+
+    loaded = config.load(recipe, hardware.get("cpu"))
+    parts = build.read_splits(load_dataset(recipe)[0], loaded, recipe)
+    with pytest.raises(ValueError, match="shorter"):
+        build.build(loaded, parts, tokenizer, recipe, recipe.parent / "home", but_the_last)
+
+
 def test_a_control_changes_the_training_rows_only(recipe, tokenizer):
     plain, control = (
         built(recipe, tokenizer),
