@@ -1,8 +1,8 @@
 """A Llama's tensors as torch modules: the names, the order and the rotary angles of transformers, without importing it.
 
 That import takes longer than torch's own, and a training has to wait for it before its first step. These modules hold
-what blocks.py and decode.py compute with; only steps that are compiled need transformers' own (engine.py).
-tests/engines/test_llama.py holds them against these.
+what blocks.py and decode.py compute with; only steps that are compiled need transformers' own (engine.py), and so do
+rotary embeddings of another type than the default one. tests/engines/test_llama.py holds ours against theirs.
 """
 
 from __future__ import annotations
@@ -132,17 +132,22 @@ def rotary_embedding(architecture: Mapping[str, Any]) -> nn.Module:
 
 def transformers_llama(architecture: Mapping[str, Any]) -> Llama:
     """Return transformers' own model, whose modules and tensors are those of a `Llama`: its forward can be compiled."""
-    import transformers
+    from transformers import LlamaForCausalLM
 
-    transformers.utils.logging.set_verbosity_error()
-    made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(dict(architecture)))
-    return cast(Llama, made)
+    return cast(Llama, LlamaForCausalLM(transformers_config(architecture)))
 
 
 def transformers_rotary(architecture: Mapping[str, Any]) -> nn.Module:
     """Return transformers' rotary embeddings, which are in no file of weights: never on meta."""
-    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     with torch.device("cpu"):
-        return cast(nn.Module, LlamaRotaryEmbedding(LlamaConfig.from_dict(dict(architecture))))
+        return cast(nn.Module, LlamaRotaryEmbedding(transformers_config(architecture)))
+
+
+def transformers_config(architecture: Mapping[str, Any]) -> Any:
+    """Return transformers' LlamaConfig of a config.json; what they warn of, such as unknown keys, is not shown."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    return transformers.LlamaConfig.from_dict(dict(architecture))

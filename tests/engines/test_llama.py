@@ -71,3 +71,12 @@ llama.Llama({SMALL!r})
 sys.exit("transformers" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_transformers_warn_of_is_no_line_of_a_training():
+    code = f"""
+from engines.cpu.llama import rotary_embedding
+rotary_embedding({SMALL!r} | {{"rope_scaling": {STRETCHED!r} | {{"odd": 1}}}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "odd" not in done.stdout + done.stderr
