@@ -38,7 +38,8 @@ def recorded_end(manifest: Manifest, folder: Path, console: Console) -> Iterator
 
 def record_end(manifest: Manifest, folder: Path, console: Console, reason: str, error: str | None) -> None:
     """Write how the run ended (done, `stopped: ...`, `failed: ...`) into its manifest and its log."""
-    with contextlib.suppress(*[OSError] * (reason != "done")):  # a full disk must not hide why the run ended
+    # A full disk must not hide why a run failed; one that it keeps from being recorded as done has failed by that.
+    with contextlib.nullcontext() if reason == "done" else contextlib.suppress(OSError):
         console.say(f"{ENDS} {reason}", "DEBUG")
         manifest.exit_reason, manifest.error, manifest.end = reason, error, utc_now()
         manifest.save(folder)

@@ -1,4 +1,4 @@
-"""The CPU twin: transformers' Llama on PyTorch, with the data, loss, checkpoints and files of every other engine.
+"""The CPU twin: a Llama on PyTorch, with the data, loss, checkpoints and files of every other engine.
 
 Four things make it fast without changing what it computes: rows lie end to end, and what several begin with is computed
 once (ragged.py); the blocks of the model are written by hand (blocks.py); hidden states go through the output head only
