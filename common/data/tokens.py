@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
 import numpy as np
@@ -234,7 +234,7 @@ def load_arrays(folder: Path, name: str) -> Arrays:
 def pack(rows: Iterable[Encoded], folder: Path | None = None) -> Arrays:
     """Return the arrays of a split with these rows one after the other, kept in unnamed files in `folder`."""
     ends = array("q", [0])
-    with tempfile.TemporaryFile(dir=folder) as ids, tempfile.TemporaryFile(dir=folder) as mask:
+    with named(Path(folder or gettempdir())), TemporaryFile(dir=folder) as ids, TemporaryFile(dir=folder) as mask:
         for row in rows:
             ids.write(row.ids.astype(np.uint32, copy=False).data)
             mask.write(row.mask.astype(np.uint8, copy=False).data)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from common.data import tokens
 from common.data.chat import ChatTokenizer
 from common.data.rows import Message, Row
 from common.data.tokens import Encoded
 from common.errors import DataError, MachineError
+from common.files import disk_errors
 from tests.support.tool_templates import ALL_CALLS, write_tool_base
 from tools.data import workers
 
@@ -108,3 +114,24 @@ def test_processes_end_with_who_stops_asking(tokenizer):
     assert len(processes) == 3
     found.close()
     assert not any(process.is_alive() for process in processes)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file grows beyond 5,000 bytes; Python ignores the signal that comes with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_disk_that_is_full_of_rows_or_tokens_is_named(tokenizer, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RECIPES_HOME", str(tmp_path))
+    for write in (
+        lambda: list(workers.encode_rows(tokenizer, rows(1000), (None, None, False))),
+        lambda: tokens.pack([Encoded(np.ones(9000, np.uint32), np.ones(9000, np.uint8))], tmp_path),
+    ):
+        with pytest.raises(MachineError) as told, disk_errors("read or write a file"):
+            write()
+        assert told.value.where == str(tmp_path)

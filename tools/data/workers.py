@@ -29,6 +29,7 @@ from common.data.chat import ChatTokenizer
 from common.data.rows import Row
 from common.data.tokens import Encoded
 from common.errors import DataError, MachineError
+from common.files import named
 from common.paths import home
 from tools.data.fast import FastTokenizer
 from tools.progress import Watch
@@ -46,6 +47,7 @@ def encode_rows(tokenizer: ChatTokenizer, rows: Sequence[Row], options: Options)
         return
     context, workers = multiprocessing.get_context("fork"), []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(named(scratch()))  # the file has no name of its own
         chunks = written(rows, file := stack.enter_context(tempfile.TemporaryFile(dir=scratch())))
         # Or the collector of each process would look at all rows, and so write into their memory.
         gc.freeze()
@@ -90,10 +92,10 @@ class Chunk(NamedTuple):
     words: int
 
 
-def scratch() -> Path | None:
-    """Return the folder in which rows are written for the processes; None for the system's own."""
-    # The system's own may be in memory, as /tmp often is.
-    return folder if os.access(folder := home(), os.W_OK) else None
+def scratch() -> Path:
+    """Return the folder in which rows are written for the processes."""
+    # Ours rather than the system's own, which may be in memory, as /tmp often is.
+    return folder if os.access(folder := home(), os.W_OK) else Path(tempfile.gettempdir())
 
 
 def written(rows: Sequence[Row], file: IO[bytes]) -> list[Chunk]:
