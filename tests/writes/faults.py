@@ -101,6 +101,10 @@ CONTINUE, SET_FD = 1, 1
 DEADLINE = 120  # seconds for a process in which nothing is asked of the kernel
 
 
+class Unavailable(Exception):
+    """This machine, or the container around it, lets no process be watched."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """One system call that writes: its kind, and the path below the folders that are watched."""
@@ -134,7 +138,10 @@ class Outcome:
 
 
 def run(action: Callable[[], Any], folders: Sequence[Path], fault: Fault | None = None) -> Outcome:
-    """Run `action` as a command is run, in a process of its own; watch what it writes below `folders`."""
+    """Run `action` as a command is run, in a process of its own; watch what it writes below `folders`.
+
+    Raises Unavailable where the kernel, or the container, allows no such filter.
+    """
     with tempfile.TemporaryFile() as screen:
         here, there = socket.socketpair()
         child = os.fork()
@@ -144,8 +151,11 @@ def run(action: Callable[[], Any], folders: Sequence[Path], fault: Fault | None 
         watcher = None
         try:
             with here:
-                _, (listener, *_rest), *_more = socket.recv_fds(here, 1, 1)
-            watcher = Watcher(listener, child, [str(folder.resolve()) for folder in folders], fault)
+                why, listeners, *_ = socket.recv_fds(here, 1000, 1)
+            assert why, "the process ended before it was under the filter"
+            if not listeners:
+                raise Unavailable(why.decode())
+            watcher = Watcher(listeners[0], child, [str(folder.resolve()) for folder in folders], fault)
             watcher.serve()
         finally:
             if watcher is None or not watcher.over:
@@ -165,7 +175,11 @@ def _be_the_command(action: Callable[[], Any], screen: int, there: socket.socket
         os.dup2(screen, 2)
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", write_through=True)
-        listener = _install_filter()
+        try:
+            listener = _install_filter()
+        except OSError as error:
+            there.sendall(str(error).encode())
+            raise
         socket.send_fds(there, [b"."], [listener])
         os.close(listener)
         there.close()
@@ -285,7 +299,8 @@ class Watcher:
         path = path.removeprefix(root).lstrip("/") or "."
         if path.endswith(" (deleted)"):
             return ".unnamed"
-        return TEMPORARY.sub("*", RUN.sub("RUN", STEP.sub("step-N", path.replace(str(self.child), "PID"))))
+        path = re.sub(rf"\.{self.child}(?=/|$)", ".PID", path)  # alone: small numbers stand in other names, too
+        return TEMPORARY.sub("*", RUN.sub("RUN", STEP.sub("step-N", path)))
 
     def half(self, thread: int, number: int, arguments: Sequence[int]) -> int:
         """Do half of a write for the process; return its bytes, or 0 where it has no half."""
@@ -298,9 +313,12 @@ class Watcher:
             process = next(int(line.split()[1]) for line in status if line.startswith("Tgid"))
         descriptor = os.pidfd_open(process)
         try:
-            file = int(ctypes.CDLL(None).syscall(438, descriptor, ctypes.c_int(arguments[0]), 0))  # pidfd_getfd
+            libc = ctypes.CDLL(None, use_errno=True)
+            file = int(libc.syscall(438, descriptor, ctypes.c_int(arguments[0]), 0))  # pidfd_getfd
         finally:
             os.close(descriptor)
+        if file < 0:
+            raise Unavailable(f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
         try:
             return os.write(file, data) if number == WRITE else os.pwrite(file, data, arguments[3])
         finally:
@@ -312,8 +330,11 @@ def _signed(value: int) -> int:
 
 
 def _memory(thread: int, address: int, size: int) -> bytes:
-    with Path(f"/proc/{thread}/mem").open("rb", buffering=0) as memory:
-        return os.pread(memory.fileno(), size, address)
+    try:
+        with Path(f"/proc/{thread}/mem").open("rb", buffering=0) as memory:
+            return os.pread(memory.fileno(), size, address)
+    except PermissionError as error:
+        raise Unavailable(str(error)) from error
 
 
 def _path(thread: int, arguments: Sequence[int], folder: int | None, name: int) -> str:

@@ -19,7 +19,7 @@ from common.data import tokens
 from common.paths import ROOT
 from common.train import checkpoint, manifest
 from tests.writes import pieces
-from tests.writes.faults import Fault, Operation, run
+from tests.writes.faults import SHORT, Fault, Operation, Unavailable, Watcher, run
 from tests.writes.pieces import LARGE, PIECES
 from tests.writes.trials import Piece, Result, Trials, fragile
 
@@ -27,9 +27,12 @@ NAMED = {piece.name: piece for piece in PIECES}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def watched() -> None:
-    if run(lambda: None, []).code != 0:
-        pytest.skip("no seccomp listener here: Linux 5.9, and a container that lets seccomp be used")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("watched")
+    try:
+        run(lambda: (folder / "a").write_bytes(bytes(2)), [folder], Fault(1, SHORT))
+    except Unavailable as error:
+        pytest.skip(f"no process can be watched here (Linux 5.9, or what is around a container): {error}")
 
 
 def wrong(results: Iterator[Result]) -> Iterator[str]:
@@ -169,6 +172,12 @@ def test_what_a_failing_disk_does_with_a_write(tmp_path, error, length, code):
 
     assert one_fault(write, tmp_path / "here", Fault(1, error))[0] == code
     assert (tmp_path / "here" / "a").stat().st_size == length
+
+
+def test_what_differs_from_process_to_process_is_left_out_of_names():
+    watcher = Watcher(-1, 10, ["/here"], None)
+    names = ["/here/step-00000010/.state.json.10", "/here/.10", "/here/.a-x1y2z3_4/b.10.json", "/tmp/#10 (deleted)"]
+    assert list(map(watcher.short, names)) == ["step-N/.state.json.PID", ".PID", ".a-*/b.10.json", ".unnamed"]
 
 
 def test_the_order_of_what_is_synced_and_renamed():
