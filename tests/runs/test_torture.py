@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -23,9 +25,10 @@ from common.paths import ROOT
 from tests.support.shipped import FOLDERS
 from tests.torture import watch
 from tests.torture.disk import Disk
+from tests.torture.life import Fault, Hit, Life, Subject, once
 from tests.torture.planted import FAULTS
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="power cuts need a C compiler")
+needs_compiler = pytest.mark.skipif(watch.compiler() is None, reason="power cuts need a C compiler")
 WRITER = """
 import os, signal, sys
 from pathlib import Path
@@ -98,6 +101,27 @@ def test_a_cut_leaves_a_part_of_what_was_written_otherwise(left, script):
         number += 1
         found |= left(script, at=number)
     assert found - {OLD, NEW, "ended"}
+
+
+def test_a_blow_that_comes_as_the_run_ends_is_none(tmp_path):
+    """The command has its code and gives back its memory, which takes a millisecond or more; nothing kills it then."""
+
+    def struck(kind: str, call: int) -> str:
+        def strike(_found: object, hit: Hit) -> None:
+            hit.came = "step 8 saved"
+
+        body: Any = SimpleNamespace(
+            subject=Subject("cpu/a", [], 1, False), log=tmp_path / "calls.log", strike=strike, check=lambda: None
+        )
+        body.start = lambda _hit: SimpleNamespace(control=SimpleNamespace(calls=0))
+        body.end = lambda _found: 0
+        hit = Hit(kind, 8, call, 1, 0.1, 0, False)
+        once(body, hit, Life("cpu/a", 0), random.Random(0))
+        return hit.came
+
+    assert [struck(kind, 0) for kind in ("kill -9", "power cut", "SIGTERM")] == ["", "", "step 8 saved"]
+    with pytest.raises(Fault, match="ended with 0"):  # the process was alive: it made that call
+        struck("kill -9", 3)
 
 
 def torture(**asked: str) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ import collections
 import json
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ from tools.verify.tiny_base import write_tiny_base
 
 ENGINES = {"cpu": "cpu", "cpu-x2": "cpu-x2", "double": BOARD}  # and the hardware that is named to `recipe run`
 LANES = 2
+ROOM = 1 << 28  # bytes: ten times what lanes were seen to take
 SAID_EVERY = 30  # seconds
 SMALL = (
     "eval_config.every=2",
@@ -151,13 +153,13 @@ class Asked:
 class Torture:
     """The lives that are asked for, and what came of them."""
 
-    def __init__(self, folder: Path, asked: Asked) -> None:
+    def __init__(self, folder: Path, library: Path | None, asked: Asked) -> None:
         self.folder, self.asked = folder, asked
-        library = watch.build(folder)
         if library is None:
             print("left out: power cuts and hits before a chosen call, which need a C compiler (cc)", flush=True)
         self.subjects = list(subjects(folder, asked.engines, asked.names))
-        plan = {"seed": asked.seed, "fault": asked.fault, "subjects": [vars(subject) for subject in self.subjects]}
+        plan = {"seed": asked.seed, "fault": asked.fault, "watched": library is not None}
+        plan["subjects"] = [vars(subject) for subject in self.subjects]
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         self.lanes = [Lane(folder, number, library) for number in range(LANES)]
         self.hits: collections.Counter[tuple[str, str, str]] = collections.Counter()  # (engine, kind, phase)
@@ -249,9 +251,17 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    memory = Path("/dev/shm")  # where syncing costs nothing
-    with tempfile.TemporaryDirectory(prefix="torture-", dir=memory if os.access(memory, os.W_OK) else None) as name:
-        return run(Torture(Path(name), asked))
+    with (
+        tempfile.TemporaryDirectory(prefix="torture-") as made,
+        tempfile.TemporaryDirectory(prefix="torture-", dir=memory()) as place,
+    ):
+        return run(Torture(Path(place), watch.build(Path(made)), asked))
+
+
+def memory() -> Path | None:
+    """Return the folder whose files are in memory, where syncing costs nothing, or None: in a container it is small."""
+    place = Path("/dev/shm")
+    return place if os.access(place, os.W_OK) and shutil.disk_usage(place).free > ROOM else None
 
 
 def run(torture: Torture) -> int:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.torture import victim
+from tests.torture import victim, watch
 from tests.torture.life import Fault, Profile, Subject, live, unbroken
 from tests.torture.planted import FAULTS
 
@@ -27,7 +27,9 @@ def main() -> None:
     plan = json.loads((place.parent / "plan.json").read_text(encoding="utf-8"))
     subjects = {subject["name"]: Subject(**subject) for subject in plan["subjects"]}
     profiles: dict[str, Profile] = {}
-    os.environ.pop("LD_PRELOAD", None)  # it is in this process and its forks; what they execute needs it no more
+    library = os.environ.pop("LD_PRELOAD", None)  # it is in this process and its forks; what they execute needs none
+    if plan["watched"] and not watch.loaded():
+        raise SystemExit(f"{library} was not loaded: set TMPDIR to a folder whose file system is not mounted noexec")
     answers, sys.stdout = sys.stdout, sys.stderr
     victim.mark_phases()
     victim.fork_ranks()

@@ -25,6 +25,7 @@ from tests.torture.watch import PHASES, Control
 from tools.export.record import damaged, read_record
 
 KINDS = {"kill -9": 3, "power cut": 4, "SIGTERM": 2, "SIGINT": 2, "pause": 1}  # with their weights
+KILLS = ("kill -9", "power cut")
 NUMBERS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "pause": signal.SIGSTOP}  # the others: SIGKILL
 WEIGHTS = {"checkpoint": 5, "step": 3, "evaluation": 3, "start": 2, "finish": 2, "export": 2}  # of phases; else 1
 AFTER = PHASES.index("after the end")
@@ -292,9 +293,11 @@ def live(subject: Subject, number: int, seed: str, profile: Profile, folder: Pat
     life, calls = Life(subject.name, number), sum(profile.calls) > 0
     body = Body(subject, folder)
     try:
-        while not life.hits or not body.done():
+        over = False
+        while not over:
             hit = draw(rng, subject, profile, body.trained(), calls) if len(life.hits) < HITS else None
             once(body, hit, life, rng)
+            over = hit is None or bool(body.done())
         if calls and rng.random() < 0.5:
             hit = Hit("power cut", AFTER, 0, 0, 0.0, COMMAND, False, "done", AFTER)
             life.hits.append(hit)
@@ -315,6 +318,8 @@ def once(body: Body, hit: Hit | None, life: Life, rng: random.Random) -> None:
         life.hits.append(hit)
         body.strike(found, hit)
     code = body.end(found)
+    if hit and code == 0 and hit.kind in KILLS and not hit.call:
+        hit.came = ""  # the command was past its end, and gave back its memory
     allowed = codes(hit, body.subject)
     if code not in allowed:
         raise Fault(f"the command ended with {code}, not with one of {sorted(allowed)}")
@@ -331,6 +336,6 @@ def codes(hit: Hit | None, subject: Subject) -> set[int]:
         return {0}
     if hit.kind in ("SIGTERM", "SIGINT"):
         return {0, 75, 130, -int(NUMBERS[hit.kind])}
-    if subject.ranks == 1 or hit.kind == "power cut":
+    if subject.ranks == 1:
         return {-9}
-    return {-9, 5, 0}
+    return {-9, 5} if hit.kind == "power cut" else {-9, 5, 0}

@@ -55,22 +55,33 @@ def shared() -> Control:
     return Control.from_buffer(mmap.mmap(-1, ctypes.sizeof(Control)))
 
 
+def compiler() -> str | None:
+    """Return this machine's C compiler, or None: one without the headers of the C library is none."""
+    found = shutil.which("cc")
+    if found is None:
+        return None
+    words = [found, "-E", "-x", "c", "-include", "stdio.h", os.devnull, "-o", os.devnull]
+    return found if subprocess.run(words, capture_output=True, check=False).returncode == 0 else None
+
+
 def build(folder: Path) -> Path | None:
     """Compile watch.c into `folder`; return the library, or None on a machine without a C compiler."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    cc = compiler()
+    if cc is None:
         return None
     library = folder / "watch.so"
     source = Path(__file__).with_name("watch.c")
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-pthread", "-o", str(library), str(source)], check=True)
+    subprocess.run([cc, "-O1", "-shared", "-fPIC", "-pthread", "-o", str(library), str(source)], check=True)
     return library
+
+
+def loaded() -> bool:
+    """Return whether the library is in this process."""
+    return hasattr(ctypes.CDLL(None), "torture_watch")
 
 
 def watch(root: Path, log: int, control: Control) -> bool:
     """Watch this process from here on; return False where the library is not preloaded."""
-    try:
-        begin = ctypes.CDLL(None).torture_watch
-    except AttributeError:
-        return False
-    begin(os.fsencode(root), log, ctypes.byref(control))
-    return True
+    if loaded():
+        ctypes.CDLL(None).torture_watch(os.fsencode(root), log, ctypes.byref(control))
+    return loaded()
