@@ -42,7 +42,9 @@ def tiny(folder: Path) -> None:
 
 def run_on(hw: str) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
-        sets = [word for override in SMALL for word in ("--set", override)]
+        precision = "fp32" if hw == "cpu" else "bf16"  # a board has no other
+        overrides = (*SMALL, f"training_config.precision={precision}")
+        sets = [word for override in overrides for word in ("--set", override)]
         words = ["run", str(folder / "tiny"), "--hw", hw, "--no-container", "--out", str(folder / "runs"), *sets]
         if hw == "cpu":
             recipe_command(folder, *words)
