@@ -25,7 +25,7 @@ from common.paths import ROOT
 from tests.support.shipped import FOLDERS
 from tests.torture import watch
 from tests.torture.disk import Disk
-from tests.torture.life import Fault, Hit, Life, Subject, once
+from tests.torture.life import KINDS, Fault, Hit, Life, Subject, once
 from tests.torture.planted import FAULTS
 
 needs_compiler = pytest.mark.skipif(watch.compiler() is None, reason="power cuts need a C compiler")
@@ -150,7 +150,14 @@ def test_a_training_comes_through_twenty_hits_as_the_unbroken_one(recipe):
     assert done.returncode == 0, done.stdout + done.stderr
     (hits,) = map(int, re.findall(r"^(\d+) hits in \d+ trainings, .*: all equal$", done.stdout, re.MULTILINE))
     assert hits >= 20
-    assert "kill -9" in done.stdout
+    came = {
+        line[2:14].strip(): sum(map(int, line[14:].split()))
+        for line in done.stdout.splitlines()
+        if line[2:14].strip() in KINDS
+    }
+    assert sum(came.values()) == hits
+    assert came["kill -9"] > 0
+    assert came["power cut"] > 0 or watch.compiler() is None
 
 
 @pytest.mark.slow  # a rank is a process, and the double is imported anew in each
