@@ -1,6 +1,6 @@
 """What a lot of data costs: rows/s to token files, seconds of a check, and memory, here and at an earlier commit.
 
-    .venv/bin/python bench/data.py [--before COMMIT] [--rows 1000000]
+    .venv/bin/python -m bench.data [--before COMMIT] [--rows 1000000]
 
 The sides take turns, each measurement in a process of its own; results/data.json has every one, and README.md beside
 this file what was asked, seen and met. The rows are made up: 100 tokens each, words drawn as languages have them (the

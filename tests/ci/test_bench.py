@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +27,22 @@ def measured(seconds: list[float], rows: list[int], peak: float = 100.0) -> dict
         {"seconds": s, "cpu_seconds": 2 * s, "rows": r, "tokens": 10 * r} for s, r in zip(seconds, rows, strict=True)
     ]
     return {"steps": steps, "peak_rss_mb": peak}
+
+
+NAMED = re.compile(r"\.venv/bin/python ((?:-m bench\.|bench/)\w[\w.]*)")
+
+
+@pytest.mark.parametrize("command", sorted(set(NAMED.findall((ROOT / "bench/README.md").read_text(encoding="utf-8")))))
+def test_what_the_readme_has_people_type_starts(command: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--help"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_warm_up_steps_do_not_count() -> None:
