@@ -59,7 +59,7 @@ def scan(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def cut_back(path: Path, step: int, target: Path, keep: Callable[[Any], bool] = bool) -> list[dict[str, Any]]:
-    """Write the records up to the `step` of a checkpoint that are to be kept to `target`; return them."""
+    """Write the records up to the `step` of a checkpoint, all or those to `keep`, to `target`; return them."""
     records = [record for record in read(path, step) if keep(record)]
     write_atomic(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return records

@@ -191,6 +191,7 @@ class Layout:
             if trained:
                 if not said.startswith(tail):
                     return b"", b""
+                # A byte for each id of four: 0 up to the answer, 1 from there through its end.
                 mask = mask.ljust((len(ids) + len(tail)) // 4, b"\0").ljust(
                     (len(ids) + len(said)) // 4 + trained, b"\1"
                 )

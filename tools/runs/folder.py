@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Say = Callable[[str], None]
 WARM_UP = 5  # steps whose speed does not count: compilation, caches, the first touch of memory
-LARGEST = 2**63
+LARGEST = 2**63  # above any step or count of tokens; whole numbers of a record lie below it
 HISTORY = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens")  # of a step's record: all but its seconds
 NUMBERS = {*HISTORY, "seconds", "eval_loss", "eval_loss_se", "eval_tokens", "bits_per_byte", "bits_per_byte_se"}
 
