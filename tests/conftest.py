@@ -3,7 +3,9 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,6 +21,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_collection_finish() -> None:
     """An engine collects garbage as it closes: without the million objects of torch's import that is quick."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def environment_is_put_back() -> Iterator[None]:
+    """Put the environment back after each test: an engine sets variables that its library reads, for good."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
