@@ -23,7 +23,10 @@ from tools.export.record import damaged, read_record
 from tools.runs.folder import read_run
 from tools.verify.tiny_base import write_tiny_base
 
-SMALL = ("training_config.max_steps=2", "checkpoint_config.every=1", "eval_config.max_new_tokens=2")
+SMALL = (
+    *("training_config.max_steps=2", "checkpoint_config.every=1", "eval_config.max_new_tokens=2"),
+    "device_config.compile=never",  # a run that goes on has decided it, and would keep the undecided config beside
+)
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "train.log")
 
 
