@@ -3,7 +3,7 @@
 Each recipe of recipes/, made tiny, is trained again and again from nothing to its export, and hit up to twelve times on
 the way: by kill -9, SIGTERM, SIGINT, a pause, a power cut. From the environment:
 
-KILLS    hits that the default engine gets (1000); each other one gets a fifth
+KILLS    hits that the default engine, or the one that is named, gets (1000); each other one gets a fifth
 SEED     what the hits, and what each power cut leaves, are drawn by (7)
 HOURS    in place of KILLS: all engines take turns for so long
 ENGINE   only one of cpu, cpu-x2 (two processes), double (the backend of boards)
