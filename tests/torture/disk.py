@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HEAD = struct.Struct("<IBBBBQQQ")  # `struct line` in watch.c
+HEAD = struct.Struct("<IBBBBQQ")  # `struct line` in watch.c
 SECTOR = 512  # bytes that a disk writes whole
 
 
@@ -123,7 +123,7 @@ class Disk:
         lines = self.log.read_bytes()
         at = 0
         while at + HEAD.size <= len(lines):
-            size, call, first, second, _, one, two, _three = HEAD.unpack_from(lines, at)
+            size, call, first, second, _, one, two = HEAD.unpack_from(lines, at)
             body = lines[at + HEAD.size : at + HEAD.size + size]
             if len(body) < size:
                 break

@@ -55,7 +55,7 @@ struct line {
   uint8_t call;        /* a letter, see disk.py */
   uint8_t first, second; /* lengths of the names */
   uint8_t unused;
-  uint64_t one, two, three; /* inodes of folders or a file, or an offset: see disk.py */
+  uint64_t one, two;   /* inodes of folders or a file, or an offset: see disk.py */
 };
 
 static void unlocked_child(void) { pthread_mutex_init(&turn, NULL); }
@@ -142,10 +142,10 @@ static void end(void) {
   __atomic_sub_fetch(&control->busy, 1, __ATOMIC_SEQ_CST);
 }
 
-static void note(char call, uint64_t one, uint64_t two, uint64_t three, const char *first, const char *second,
+static void note(char call, uint64_t one, uint64_t two, const char *first, const char *second,
                  const void *data, size_t size) {
   int before = errno;
-  struct line line = {.call = (uint8_t)call, .one = one, .two = two, .three = three};
+  struct line line = {.call = (uint8_t)call, .one = one, .two = two};
   line.first = first ? (uint8_t)strlen(first) : 0;
   line.second = second ? (uint8_t)strlen(second) : 0;
   line.size = (uint32_t)(line.first + line.second + size);
@@ -165,7 +165,7 @@ static void note_data(int fd, uint64_t inode, off_t offset, ssize_t size) {
   while (reading >= 0 && size > 0) {
     ssize_t got = syscall(SYS_pread64, reading, block, size < (ssize_t)sizeof block ? size : (ssize_t)sizeof block, offset);
     if (got <= 0) break;
-    note('W', inode, (uint64_t)offset, 0, NULL, NULL, block, (size_t)got);
+    note('W', inode, (uint64_t)offset, NULL, NULL, block, (size_t)got);
     offset += got;
     size -= got;
   }
@@ -236,7 +236,7 @@ static int opened(int at, const char *path, int flags, mode_t mode) {
   struct stat facts;
   if ((flags & O_TMPFILE) == O_TMPFILE && place(at, path, &folder, name)) { /* no name will ever lead there */
     int fd = syscall(SYS_openat, at, path, flags, mode);
-    if (fd >= 0 && fstat(fd, &facts) == 0) note('N', facts.st_ino, 0, 0, NULL, NULL, NULL, 0);
+    if (fd >= 0 && fstat(fd, &facts) == 0) note('N', facts.st_ino, 0, NULL, NULL, NULL, 0);
     return fd;
   }
   if (!(flags & (O_CREAT | O_TRUNC)) || !place(at, path, &folder, name))
@@ -247,8 +247,8 @@ static int opened(int at, const char *path, int flags, mode_t mode) {
   begin(is_new ? "create" : "truncate", path);
   int fd = syscall(SYS_openat, at, path, flags, mode);
   if (fd >= 0 && fstat(fd, &facts) == 0) {
-    if (is_new) note('C', folder, facts.st_ino, 0, name, NULL, NULL, 0);
-    else if (flags & O_TRUNC) note('T', facts.st_ino, 0, 0, NULL, NULL, NULL, 0);
+    if (is_new) note('C', folder, facts.st_ino, name, NULL, NULL, 0);
+    else if (flags & O_TRUNC) note('T', facts.st_ino, 0, NULL, NULL, NULL, 0);
   }
   end();
   return fd;
@@ -276,7 +276,7 @@ int ftruncate(int fd, off_t size) {
   if (!watched(fd, &inode, path)) return syscall(SYS_ftruncate, fd, size);
   begin("truncate", path);
   int done = syscall(SYS_ftruncate, fd, size);
-  if (done == 0) note('T', inode, (uint64_t)size, 0, NULL, NULL, NULL, 0);
+  if (done == 0) note('T', inode, (uint64_t)size, NULL, NULL, NULL, 0);
   end();
   return done;
 }
@@ -296,7 +296,7 @@ static int synced(int fd, long call) {
   if (!watched(fd, &inode, path)) return syscall(call, fd);
   begin("fsync", path);
   int done = syscall(call, fd);
-  if (done == 0) note('F', inode, 0, 0, NULL, NULL, NULL, 0);
+  if (done == 0) note('F', inode, 0, NULL, NULL, NULL, 0);
   end();
   return done;
 }
@@ -310,7 +310,7 @@ int renameat2(int at, const char *old, int to, const char *new, unsigned flags) 
   if (!one || !two) return syscall(SYS_renameat2, at, old, to, new, flags);
   begin("rename", new);
   int done = syscall(SYS_renameat2, at, old, to, new, flags);
-  if (done == 0) note('R', from, into, 0, first, second, NULL, 0);
+  if (done == 0) note('R', from, into, first, second, NULL, 0);
   end();
   return done;
 }
@@ -323,7 +323,7 @@ int unlinkat(int at, const char *path, int flags) {
   if (!place(at, path, &folder, name)) return syscall(SYS_unlinkat, at, path, flags);
   begin("delete", path);
   int done = syscall(SYS_unlinkat, at, path, flags);
-  if (done == 0) note('U', folder, 0, 0, name, NULL, NULL, 0);
+  if (done == 0) note('U', folder, 0, name, NULL, NULL, 0);
   end();
   return done;
 }
@@ -338,7 +338,7 @@ int mkdirat(int at, const char *path, mode_t mode) {
   begin("mkdir", path);
   int done = syscall(SYS_mkdirat, at, path, mode);
   if (done == 0 && fstatat(at, path, &facts, AT_SYMLINK_NOFOLLOW) == 0)
-    note('M', folder, facts.st_ino, 0, name, NULL, NULL, 0);
+    note('M', folder, facts.st_ino, name, NULL, NULL, 0);
   end();
   return done;
 }
@@ -352,7 +352,7 @@ int linkat(int at, const char *old, int to, const char *new, int flags) {
   begin("link", new);
   int done = syscall(SYS_linkat, at, old, to, new, flags);
   if (done == 0 && fstatat(to, new, &facts, AT_SYMLINK_NOFOLLOW) == 0)
-    note('L', folder, facts.st_ino, 0, name, NULL, NULL, 0);
+    note('L', folder, facts.st_ino, name, NULL, NULL, 0);
   end();
   return done;
 }
@@ -364,7 +364,7 @@ int symlinkat(const char *target, int to, const char *new) {
   if (!place(to, new, &folder, name)) return syscall(SYS_symlinkat, target, to, new);
   begin("symlink", new);
   int done = syscall(SYS_symlinkat, target, to, new);
-  if (done == 0) note('S', folder, 0, 0, name, NULL, target, strlen(target));
+  if (done == 0) note('S', folder, 0, name, NULL, target, strlen(target));
   end();
   return done;
 }
