@@ -143,9 +143,9 @@ def disk_errors(doing: str, path: Path | str = "") -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
         if isinstance(error, RecipeError) or errno.errorcode.get(number or 0) not in DISK:
             raise
-        what, where = f"could not {doing}: {os.strerror(number or 0)}", str(getattr(error, "filename", "") or path)
+        what, copy = f"could not {doing}: {os.strerror(number or 0)}", getattr(error, "filename2", "")
         todo = "make room or permissions there and run the same command again; what was saved before is intact"
-        raise MachineError(what, where=where, todo=todo) from error
+        raise MachineError(what, where=str(copy or getattr(error, "filename", "") or path), todo=todo) from error
 
 
 def clear(path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
 
-from common.files import sync
+from common.errors import MachineError
+from common.files import disk_errors, sync
 
 
 def test_a_folder_that_has_nothing_to_flush_is_passed_over():
@@ -29,3 +32,15 @@ def test_a_disk_that_fails_is_told_with_the_name_of_the_file(tmp_path: Path, mon
     with pytest.raises(OSError, match=tmp_path.name) as told:
         sync(tmp_path)
     assert told.value.errno == errno.EIO
+
+
+def test_of_a_copy_that_finds_no_room_the_file_that_it_makes_is_named(tmp_path: Path):
+    (tmp_path / "from").write_bytes(bytes(9000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(MachineError) as told, disk_errors("make a copy"):
+            shutil.copy(tmp_path / "from", tmp_path / "to")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert told.value.where == str(tmp_path / "to")
