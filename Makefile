@@ -65,7 +65,7 @@ image: setup ## build a board's image with docker buildx: HW=, BASE_IMAGE=, WHEE
 image-verify: setup ## build it twice and compare the layers; compare what it holds with the lock: the same variables
 	@BOARD="$${HW:-}" ci/forward.sh image verify BASE_IMAGE WHEELHOUSE CA_BUNDLE BOARD
 
-test: setup ## the fast tests, with one tiny run from data to export: within 150 seconds on two cores, no network
+test: setup ## the fast tests, with one tiny run from data to export: within three minutes on two cores, no network
 	$(PYTEST) -m "not slow" $(FAST)
 
 test-runs: setup ## what trains whole runs, the pages and CI's own scripts; minutes, no network
