@@ -158,8 +158,11 @@ class Body:
     def strike(self, found: Victim, hit: Hit) -> None:
         """Have the hit come, or the run end before it."""
         control, number = found.control, NUMBERS.get(hit.kind, signal.SIGKILL)
-        while not (control.struck if hit.call else control.visits[hit.phase] >= hit.visit):
-            if found.ended():
+        while True:
+            ended = found.ended()  # looked at first: it may be struck, and end of that, between the two looks
+            if control.struck if hit.call else control.visits[hit.phase] >= hit.visit:
+                break
+            if ended:
                 return
             time.sleep(0.0003)
         if hit.call:
