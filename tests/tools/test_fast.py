@@ -252,28 +252,24 @@ def chats(count: int) -> list[Row]:
 
 BEFORE = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
 OPENS = "{% if add_generation_prompt %}<s>{% endif %}"
+
+
+def led(lead: str, tail: str = "") -> str:
+    """A template that writes `lead` before each text, or an answer to come, and `tail` behind its end token."""
+    end = f"eos_token + '{tail}'" if tail else "eos_token"
+    return f"{BEFORE}{{{{ '{lead}' + m['content'] + {end} }}}}{{% endfor %}}" + ANSWER.replace("|>'", f"|>{lead}'")
+
+
 LAID_OUT = {  # a template: whether it has a layout, None where it has one for some conversations
     "bare": (BEFORE + "{{ m['content'] + eos_token }}{% endfor %}" + ANSWER, True),
-    "line": (
-        BEFORE + "{{ '\n' + m['content'] + eos_token + '\n' }}{% endfor %}" + ANSWER.replace("|>'", "|>\n'"),
-        True,
-    ),
-    "word": (
-        BEFORE + "{{ '>>' + m['content'] + eos_token + '\nx' }}{% endfor %}" + ANSWER.replace("|>'", "|>>>'"),
-        True,
-    ),
+    "line": (led("\n", "\n"), True),
+    "word": (led(">>", "\nx"), True),
     "end of all": (BEFORE + "{{ m['content'] }}{% endfor %}" + ANSWER + "{{ eos_token }}", False),
     "no end": (BEFORE + "{{ m['content'] }}{% endfor %}" + ANSWER, False),
     "other end": (BEFORE + "{{ m['content'] + '<unk>' }}{% endfor %}" + ANSWER, True),
     "behind": (BEFORE + "{{ m['content'] + '!' + eos_token }}{% endfor %}" + ANSWER, False),
-    "words before": (
-        BEFORE + "{{ ' says: ' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|> says: '"),
-        True,
-    ),
-    "begins a token": (
-        BEFORE + "{{ '<' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|><'"),
-        False,
-    ),
+    "words before": (led(" says: "), True),
+    "begins a token": (led("<"), False),
     "opens less": (BEFORE + "{{ '\n' + m['content'] + eos_token }}{% endfor %}" + ANSWER, False),
     "opens more": (BEFORE + "{{ m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|>\n'"), False),
     "last alone": (BEFORE + "{{ m['content'] + eos_token }}{% if loop.last %}!{% endif %}{% endfor %}" + ANSWER, False),
@@ -292,12 +288,9 @@ LAID_OUT = {  # a template: whether it has a layout, None where it has one for s
         + ANSWER,
         None,
     ),
-    "mark": (
-        BEFORE + "{{ '[INST]' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|>[INST]'"),
-        True,
-    ),
+    "mark": (led("[INST]"), True),
     "trimmed": (BEFORE + "{{ m['content'].strip() + eos_token }}{% endfor %}" + ANSWER, True),
-    "letter": (BEFORE + "{{ 's' + m['content'] + eos_token }}{% endfor %}" + ANSWER.replace("|>'", "|>s'"), True),
+    "letter": (led("s"), True),
 }
 
 
